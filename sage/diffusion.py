@@ -1,0 +1,52 @@
+"""Noise schedules and prediction types: x_t, x_0, eps and v, and the conversions between them.
+
+Notation
+    x_0, z   clean latents                      alpha_t, sigma_t   signal and noise level, alpha_t^2 + sigma_t^2 = 1
+    eps      standard normal noise              x_t = alpha_t x_0 + sigma_t eps
+    t        timestep, 0 (clean) to T - 1       v   = alpha_t eps - sigma_t x_0   (Salimans & Ho, 2022, appendix D)
+"""
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+
+
+def noise_levels(scheduler: Any) -> tuple[Tensor, Tensor]:
+    """Return (alpha, sigma), each of shape (T,), of a variance-preserving diffusers scheduler."""
+    alphas_cumprod = scheduler.alphas_cumprod.double()
+    return alphas_cumprod.sqrt().float(), (1 - alphas_cumprod).sqrt().float()
+
+
+def spread(level: Tensor, like: Tensor) -> Tensor:
+    """Return one level per item, shape (n,), as (n, 1, 1, ...) to multiply `like`, shape (n, ...)."""
+    return level.to(like).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def add_noise(x_0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return x_t = alpha x_0 + sigma eps, with alpha and sigma of shape (n,)."""
+    return spread(alpha, x_0) * x_0 + spread(sigma, x_0) * eps
+
+
+def target(kind: PredictionType, x_0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return what a network of this prediction type is trained to answer for clean latents and noise."""
+    if kind == "epsilon":
+        return eps
+    if kind == "sample":
+        return x_0
+    return spread(alpha, x_0) * eps - spread(sigma, x_0) * x_0
+
+
+def implied_noise(x_t: Tensor, x_0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return eps = (x_t - alpha x_0) / sigma, the noise that a deterministic sampler sees between x_t and x_0."""
+    return (x_t - spread(alpha, x_0) * x_0) / spread(sigma, x_0)
+
+
+def predicted_sample(kind: PredictionType, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return the x_0 that a network output means at x_t; eps-prediction needs alpha > 0."""
+    if kind == "epsilon":
+        return (x_t - spread(sigma, x_t) * output) / spread(alpha, x_t)
+    if kind == "sample":
+        return output
+    return spread(alpha, x_t) * x_t - spread(sigma, x_t) * output

@@ -1,0 +1,1 @@
+"""Functions on features, and the extractors that make them."""

