@@ -39,6 +39,37 @@ class Prepare(Section):
         return self
 
 
+class Network(Section):
+    """How long and how fast a part of the base model is trained."""
+
+    steps: Count
+    learning_rate: Positive
+    warmup: Annotated[int, Field(ge=0)]
+    decay: Annotated[int, Field(ge=0)]
+    batch_size: Count
+    ema: Share
+    seed: Seed
+
+
+class Autoencoder(Network):
+    """Pictures to latents and back."""
+
+    kl_weight: Weight
+
+
+class Denoiser(Network):
+    """The U-Net on those latents."""
+
+    drop_text: Share
+
+
+class Pretrain(Section):
+    """The base model, trained from scratch by `sage pretrain`."""
+
+    autoencoder: Autoencoder
+    denoiser: Denoiser
+
+
 class Group(Section):
     """How similar the prompts of a group are, and how many they may be."""
 
@@ -114,6 +145,7 @@ class Params(Section):
     """The whole of `params.yaml`."""
 
     prepare: Prepare
+    pretrain: Pretrain
     group: Group
     finetune: Finetune
     generate: Generate

@@ -114,3 +114,14 @@ def denoiser_loss(
         return {"loss": F.mse_loss(output, diffusion.target(kind, x_0, eps, alphas[t], sigmas[t]))}
 
     return loss
+
+
+@torch.no_grad()
+def reconstruction(autoencoder: AutoencoderKL, pictures: Tensor, batch_size: int = 64) -> float:
+    """Return the mean peak signal-to-noise ratio in dB of uint8 pictures after encoding and decoding."""
+    ratios = []
+    for part in pictures.split(batch_size):
+        x = to_pixels(part)
+        restored = autoencoder.decode(autoencoder.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
+        ratios.append(-10 * ((restored - x) / 2).square().mean(dim=(1, 2, 3)).log10())
+    return float(torch.cat(ratios).mean())

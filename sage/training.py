@@ -31,7 +31,7 @@ class Schedule:
     warmup: int = 100
     decay: int = 0
     ema: float = 0.999
-    weight_decay: float = 0.01
+    weight_decay: float = 0.0
     max_norm: float = 1.0
     checkpoint_every: int = 250
 

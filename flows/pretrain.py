@@ -1,0 +1,118 @@
+"""`sage pretrain`: train the base model from scratch on the training split; no stage of the graph, run once."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import sage.torchvision_ops  # noqa: F401
+import torch
+import typer
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from flows.terminal import progress
+from sage import base, files, pretraining
+from sage.config import Autoencoder, Denoiser, Network, Params, load_params
+from sage.data import Example, load_pixels, read_split
+from sage.metrics import alignment
+from sage.training import Schedule, fit
+
+app = typer.Typer(no_args_is_help=True, help="Train the parts that models/ holds; each command resumes where it was killed.")
+
+Data = Annotated[Path, typer.Option(help="Prepared data: `dvc repro prepare` makes it.")]
+Work = Annotated[Path, typer.Option(help="Where resumable state lives.")]
+Out = Annotated[Path, typer.Option(help="Where the finished part goes.")]
+
+
+@app.command()
+def autoencoder(
+    data: Data = Path("data/prepared"), work: Work = Path("work/pretrain"), out: Out = Path("work/pretrain/vae")
+) -> None:
+    """Train the autoencoder on the training pictures and say how well it restores pictures it has not seen."""
+    settings = load_params().pretrain.autoencoder
+    pictures = _pictures(data, "train")
+    torch.manual_seed(settings.seed)
+    network = base.new_autoencoder()
+    loss = pretraining.autoencoder_loss(
+        network, pictures, batch_size=settings.batch_size, kl_weight=settings.kl_weight, seed=settings.seed
+    )
+    _fit(network, loss, settings, work / "autoencoder", data)
+    network.register_to_config(scaling_factor=1 / pretraining.encode_pictures(network, pictures).std().item())
+    with files.new_folder(out) as temporary:
+        network.save_pretrained(temporary)
+    unseen = _pictures(data, "validation")
+    typer.echo(f"reconstruction of {len(unseen)} unseen pictures: {pretraining.reconstruction(network, unseen):.2f} dB")
+
+
+@app.command()
+def denoiser(
+    data: Data = Path("data/prepared"),
+    vae: Annotated[Path, typer.Option(help="The autoencoder that `sage pretrain autoencoder` made.")] = Path(
+        "work/pretrain/vae"
+    ),
+    work: Work = Path("work/pretrain"),
+    out: Out = Path("models/base"),
+) -> None:
+    """Train the U-Net on the autoencoder's latents and write the whole base model."""
+    settings = load_params().pretrain.denoiser
+    autoencoder = AutoencoderKL.from_pretrained(vae).eval().requires_grad_(False)
+    examples = read_split(data, "train")
+    latents = pretraining.encode_pictures(autoencoder, _pictures(data, "train")) * autoencoder.config.scaling_factor
+    states = pretraining.encode_texts([*(example.text for example in examples), ""])
+    torch.manual_seed(settings.seed)
+    network = base.new_unet()
+    loss = pretraining.denoiser_loss(
+        network,
+        base.new_scheduler(),
+        latents,
+        states,
+        batch_size=settings.batch_size,
+        drop_text=settings.drop_text,
+        seed=settings.seed,
+    )
+    _fit(network, loss, settings, work / "denoiser", data, files.sha256_tree(vae))
+    base.save(base.assemble(autoencoder, network), out)
+    typer.echo(f"wrote {out}")
+
+
+@app.command("alignment")
+def dual_encoder(data: Data = Path("data/prepared"), out: Out = Path("models/alignment")) -> None:
+    """Train the dual encoder that judges how well a picture fits its prompt, on real training pictures only."""
+    alignment.save(alignment.train_alignment(read_split(data, "train"), seed=0), out)
+    typer.echo(f"wrote {out}")
+
+
+def _pictures(data: Path, split: str) -> Tensor:
+    return torch.from_numpy(load_pixels(read_split(data, split)))
+
+
+def _fit(
+    network: torch.nn.Module,
+    loss: Callable[[int], pretraining.Losses],
+    settings: Network,
+    work: Path,
+    data: Path,
+    *ancestors: str,
+) -> None:
+    """Train with progress; the state belongs to these settings, but for the number of steps, and to this data."""
+    schedule = Schedule(
+        settings.steps, settings.learning_rate, warmup=settings.warmup, decay=settings.decay, ema=settings.ema
+    )
+    # Steps and decay may change in a resumed run: those before the decay are the same whatever they are.
+    identity = settings.model_dump(exclude={"steps", "decay"})
+    identity |= {"data": files.sha256_tree(data / "train"), "ancestors": list(ancestors)}
+    with progress(settings.steps, f"training {work.name}") as advance:
+        at = 0
+
+        def on_step(step: int, values: dict[str, float]) -> None:
+            nonlocal at
+            advance(step - at)
+            at = step
+
+        fit(network, loss, schedule, work=work, identity=identity, on_step=on_step)
+
+
+if __name__ == "__main__":
+    app()
