@@ -1,0 +1,140 @@
+"""What a person sees while a command works: errors as one message, progress with rate and time left."""
+
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from sage.errors import DivergedError, SageError
+
+# Beside 0: 2 what a person can mend, 4 training diverged, 130 interrupted; 75 (try again later) is flows.versioning's.
+_EXIT_CODE = 2
+_EXIT_DIVERGED = 4
+_EXIT_INTERRUPTED = 130
+
+Advance = Callable[[int], None]
+
+
+def run(main: Callable[..., None]) -> None:
+    """Run a stage's `main` as a command: its parameters are the options, a SageError is one message and exit code 2."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    guard(app)
+
+
+def guard(app: Callable[..., Any]) -> None:
+    """Call a command line quietly; what a person can mend becomes one message on stderr, never a traceback."""
+    _quiet()
+    try:
+        app()
+    except DivergedError as error:
+        _stop(error, _EXIT_DIVERGED)
+    except SageError as error:
+        _stop(error, getattr(error, "exit_code", _EXIT_CODE))
+    except OSError as error:
+        # A full disk, a folder without permission: the message names path and cause. Others are faults of ours.
+        if error.filename is None:
+            raise
+        _stop(error, _EXIT_CODE)
+    except KeyboardInterrupt:
+        _stop("interrupted", _EXIT_INTERRUPTED)
+
+
+def _stop(message: object, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def _quiet() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for name in ("transformers", "diffusers"):
+        if module := sys.modules.get(name):
+            module.utils.logging.set_verbosity_error()
+            module.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def progress(total: int, what: str) -> Iterator[Advance]:
+    """Yield `advance(n)`: a bar on a terminal, else a line at most every five seconds; both with rate and time left."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal and not console.is_dumb_terminal:
+        with _bar(console, total, what) as advance:
+            yield advance
+    else:
+        lines = Lines(total, what)
+        yield lines.advance
+        lines.finish()
+
+
+@contextmanager
+def _bar(console: Any, total: int, what: str) -> Iterator[Advance]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> str:
+            return f"{_rate(task.finished_speed or task.speed)} "
+
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn(compact=True))
+    with Progress(*columns, console=console) as bars:
+        bar = bars.add_task(what, total=total)
+        yield lambda n: bars.advance(bar, n)
+
+
+class Lines:
+    """Progress as lines of text, for a log that is no terminal."""
+
+    def __init__(self, total: int, what: str, every: float = 5.0, window: float = 60.0) -> None:
+        """`every`: seconds between lines at least; `window`: seconds that the rate looks back."""
+        self._total, self._what, self._every, self._window = total, what, every, window
+        self._done = 0
+        self._start = self._printed = time.monotonic()
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def advance(self, n: int = 1) -> None:
+        """Count `n` more; print a line when the last one is old enough."""
+        now = time.monotonic()
+        self._done += n
+        # The first call of a resumed run counts what an earlier process did, so rates are measured from it on.
+        self._seen.append((now, self._done))
+        while now - self._seen[0][0] > self._window and len(self._seen) > 2:
+            self._seen.popleft()
+        if now - self._printed >= self._every and self._done < self._total:
+            self._printed = now
+            self._print(f"{self._percent()}, {_rate(self._speed())}, {self._left()} left")
+
+    def finish(self) -> None:
+        """Print the closing line."""
+        self._print(f"{self._percent()}, took {_duration(time.monotonic() - self._start)}")
+
+    def _print(self, text: str) -> None:
+        print(f"{self._what}: {self._done}/{self._total} ({text})", file=sys.stderr, flush=True)
+
+    def _percent(self) -> str:
+        return f"{self._done / self._total:.0%}" if self._total else "100%"
+
+    def _speed(self) -> float | None:
+        (then, before), (now, done) = self._seen[0], self._seen[-1]
+        return (done - before) / (now - then) if now > then else None
+
+    def _left(self) -> str:
+        speed = self._speed()
+        return _duration((self._total - self._done) / speed) if speed else "?"
+
+
+def _rate(speed: float | None) -> str:
+    if not speed:
+        return "?/s"
+    return f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

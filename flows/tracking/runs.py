@@ -1,0 +1,166 @@
+"""Runs: one for each execution of a stage, holding the same JSON that the stage writes; nothing is computed here."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.versioning import revision
+from sage.errors import SageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+EXPERIMENT = "sage"
+# Under a name of our own: an exported MLFLOW_RUN_ID would make every stage write into its parent.
+PIPELINE = "SAGE_PIPELINE"
+_DIGEST_LENGTH = 36  # of a dataset, in MLflow's tables
+
+
+def address() -> str | None:
+    """Return where runs are recorded: SAGE_TRACKING_URI, by default a database in this folder; None for "off"."""
+    value = os.environ.get("SAGE_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    return None if value == "off" else value
+
+
+def client(uri: str) -> Any:
+    """Return an MLflow client that is quiet, reports nothing home, and does not wait minutes for a dead server."""
+    for name, value in {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+    }.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def experiment(tracker: Any, uri: str) -> str:
+    """Return the id of the one experiment, making it where it is missing.
+
+    Raises SageError where the address does not answer.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = tracker.get_experiment_by_name(EXPERIMENT)
+        if found is None:
+            # A server decides itself where artifacts go; a bare database would put them into ./mlruns.
+            place = (Path.cwd() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+            return str(tracker.create_experiment(EXPERIMENT, artifact_location=place))
+        return str(found.experiment_id)
+    except MlflowException as error:
+        raise SageError(
+            f"tracking at {uri} does not answer: {error.message}\n"
+            "Start it, correct SAGE_TRACKING_URI, or set SAGE_TRACKING_URI=off to record nothing."
+        ) from error
+
+
+class Run:
+    """The record of one execution; `id` is None, and nothing is recorded, where tracking is off."""
+
+    def __init__(self, tracker: Any = None, run_id: str | None = None) -> None:
+        """`tracker`: an MLflow client, or None for a run that records nothing."""
+        self._tracker = tracker
+        self.id = run_id
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Record parameters; nested ones under dotted names, lists as JSON."""
+        if self._tracker is not None:
+            from mlflow.entities import Param
+
+            self._tracker.log_batch(self.id, params=[Param(key, text) for key, text in _flat(values)])
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Record figures, with `step` as points of curves."""
+        if self._tracker is not None:
+            from mlflow.entities import Metric
+
+            now = round(time.time() * 1000)
+            points = [Metric(key, float(value), now, step or 0) for key, value in values.items()]
+            self._tracker.log_batch(self.id, metrics=points)
+
+    def image(self, picture: "Image", key: str, step: int = 0) -> None:
+        """Record a picture under a key; the same key at several steps gets a slider."""
+        if self._tracker is not None:
+            self._tracker.log_image(self.id, picture, key=key, step=step, synchronous=True)
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Record a file, or all files below a folder."""
+        if self._tracker is not None:
+            log = self._tracker.log_artifacts if path.is_dir() else self._tracker.log_artifact
+            log(self.id, str(path), folder or None)
+
+    def dataset(self, name: str, digest: str, context: str) -> None:
+        """Record which data was used, by digest, and for what ("training", "evaluation")."""
+        if self._tracker is not None:
+            from mlflow.entities import Dataset, DatasetInput, InputTag
+
+            data = Dataset(name, digest[:_DIGEST_LENGTH], source_type="dvc", source=json.dumps({"digest": digest}))
+            self._tracker.log_inputs(self.id, [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Record tags, as text."""
+        if self._tracker is not None:
+            from mlflow.entities import RunTag
+
+            self._tracker.log_batch(self.id, tags=[RunTag(key, str(value)) for key, value in values.items()])
+
+
+@contextmanager
+def stage_run(stage: str, params: Mapping[str, Any]) -> Iterator[Run]:
+    """Yield the run that records this execution of a stage; it ends as finished, failed or killed.
+
+    Inside a pipeline run it is a child of the pipeline's run. Raises SageError where the address does not answer.
+    """
+    uri = address()
+    if uri is None:
+        yield Run()
+        return
+    tracker = client(uri)
+    home = experiment(tracker, uri)
+    tags = {"sage.stage": stage, "mlflow.source.git.commit": revision()}
+    if pipeline := os.environ.get(PIPELINE):
+        tags["mlflow.parentRunId"] = find_parent(tracker, home, pipeline) or _new_parent(tracker, home, pipeline)
+    run = Run(tracker, tracker.create_run(home, run_name=stage, tags=tags).info.run_id)
+    with ending(run, tracker):
+        run.params(params)
+        yield run
+
+
+@contextmanager
+def ending(run: Run, tracker: Any) -> Iterator[None]:
+    """Mark the run as finished, failed or killed when the block ends."""
+    try:
+        yield
+    except BaseException as error:
+        tracker.set_terminated(run.id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    tracker.set_terminated(run.id, "FINISHED")
+
+
+def find_parent(tracker: Any, home: str, pipeline: str) -> str | None:
+    """Return the id of a pipeline's run, or None where no stage has executed in it."""
+    found = tracker.search_runs([home], filter_string=f"tags.`sage.pipeline` = '{pipeline}'", max_results=1)
+    return found[0].info.run_id if found else None
+
+
+def _new_parent(tracker: Any, home: str, pipeline: str) -> str:
+    """Make the pipeline's run: the first stage that executes does, so a pipeline with nothing to do leaves none."""
+    tags = {"sage.pipeline": pipeline, "mlflow.source.git.commit": revision()}
+    return str(tracker.create_run(home, run_name="pipeline", tags=tags).info.run_id)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value if isinstance(value, str) else json.dumps(value)
