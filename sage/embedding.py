@@ -1,0 +1,99 @@
+"""Prompts to unit vectors through a sentence-transformers model, with a cache on disk keyed by model and text."""
+
+import hashlib
+import sqlite3
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import sage.torchvision_ops  # noqa: F401
+
+import numpy as np
+
+from sage.base import minilm_folder
+from sage.files import sha256_tree
+
+# Far more than any sentence encoder reads (MiniLM: 256 tokens), and little enough that a tokenizer never chokes on it.
+MAX_CHARACTERS = 20_000
+
+
+def embed(
+    prompts: Sequence[str],
+    encoder: str = "minilm",
+    *,
+    cache: Path | None = None,
+    batch_size: int = 128,
+    progress: Callable[[int], None] = lambda n: None,
+) -> np.ndarray:
+    """Return the prompts' embeddings: float32 of shape (n, d), each row of length 1.
+
+    `encoder` is "minilm" (the packaged all-MiniLM-L6-v2, English) or any name or folder that SentenceTransformer takes;
+    `cache` is a file that keeps what was embedded before; `progress(k)` is told of k more prompts done. A prompt is
+    read to the encoder's own limit of tokens and no further. Equal prompts have equal rows.
+    """
+    # Sorted, so that batches, and with them the last bits, do not depend on the order of the prompts.
+    texts = sorted({_clean(prompt) for prompt in prompts}, key=lambda text: (len(text), text))
+    if not texts:
+        return np.zeros((0, 0), np.float32)
+    vectors: dict[str, np.ndarray] = {}
+    missing = texts
+    identity = _identity(encoder)
+    if cache is not None:
+        vectors = _recall(cache, identity, texts)
+        missing = [text for text in texts if text not in vectors]
+    progress(len(prompts) - len(missing))
+    if missing:
+        model = _load(encoder)
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            rows = model.encode(batch, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
+            found = dict(zip(batch, np.asarray(rows, np.float32), strict=True))
+            if cache is not None:
+                _remember(cache, identity, found)
+            vectors |= found
+            progress(len(batch))
+    return np.stack([vectors[_clean(prompt)] for prompt in prompts])
+
+
+def _clean(prompt: str) -> str:
+    """Return what the encoder reads of a prompt: its beginning, with lone surrogates replaced."""
+    return prompt[:MAX_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
+
+
+def _load(encoder: str):  # type: ignore[no-untyped-def]
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(minilm_folder()) if encoder == "minilm" else encoder, device="cpu")
+
+
+def _identity(encoder: str) -> str:
+    """Return what names an encoder in the cache: the hash of its files where it lies on disk, else its name."""
+    folder = minilm_folder() if encoder == "minilm" else Path(encoder)
+    return sha256_tree(folder) if folder.is_dir() else encoder
+
+
+def _key(identity: str, text: str) -> bytes:
+    return hashlib.sha256(f"{identity}\0{text}".encode()).digest()
+
+
+def _open(cache: Path) -> sqlite3.Connection:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(cache, timeout=60)
+    connection.execute("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB NOT NULL) WITHOUT ROWID")
+    return connection
+
+
+def _recall(cache: Path, identity: str, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    found = {}
+    with closing(_open(cache)) as connection:
+        for text in texts:
+            query = connection.execute("SELECT vector FROM vectors WHERE key = ?", (_key(identity, text),))
+            if row := query.fetchone():
+                found[text] = np.frombuffer(row[0], np.float32)
+    return found
+
+
+def _remember(cache: Path, identity: str, vectors: dict[str, np.ndarray]) -> None:
+    rows = [(_key(identity, text), vector.tobytes()) for text, vector in vectors.items()]
+    with closing(_open(cache)) as connection, connection:
+        connection.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?)", rows)
