@@ -1,6 +1,7 @@
 """What a person sees while a command works: errors as one message, progress with rate and time left."""
 
 import logging
+import signal
 import sys
 import time
 from collections import deque
@@ -12,10 +13,12 @@ import typer
 
 from sage.errors import DivergedError, SageError
 
-# Beside 0: 2 what a person can mend, 4 training diverged, 130 interrupted; 75 (try again later) is flows.versioning's.
+# Beside 0: 2 what a person can mend, 4 training diverged, 130 interrupted, 143 told to end; 75, try again later, is
+# that of flows.versioning.BusyError.
 _EXIT_CODE = 2
 _EXIT_DIVERGED = 4
-_EXIT_INTERRUPTED = 130
+_EXIT_INTERRUPTED = 128 + signal.SIGINT
+_EXIT_TERMINATED = 128 + signal.SIGTERM
 
 Advance = Callable[[int], None]
 
@@ -30,6 +33,8 @@ def run(main: Callable[..., None]) -> None:
 def guard(app: Callable[..., Any]) -> None:
     """Call a command line quietly; what a person can mend becomes one message on stderr, never a traceback."""
     _quiet()
+    # A termination request unwinds like an interruption, so that child processes and temporary files go.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_EXIT_TERMINATED))
     try:
         app()
     except DivergedError as error:

@@ -1,6 +1,48 @@
 """What DVC and git know: the graph, what must run, which revision this is. The only file that runs dvc."""
 
+import codecs
+import fcntl
+import os
+import re
+import signal
 import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import yaml
+
+from sage.errors import ConfigurationError, SageError
+
+State = Literal["executed", "restored", "up to date"]
+Write = Callable[[str], None]
+
+# What `dvc repro` prints, once a stage.
+_LINE = re.compile(r"(?:Running stage|Stage) '(?P<stage>[^']+)'(?P<what>:| didn't change| is cached)")
+_STATES: dict[str, State] = {":": "executed", " didn't change": "up to date", " is cached": "restored"}
+_BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock")
+_LONGEST_LINE = 4096
+_GRACE = 10.0  # seconds between asking a stage to end and killing it
+
+
+class BusyError(SageError):
+    """Another process is working in this folder; exit code 75 tells a caller to try again later."""
+
+    exit_code = 75
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a stage, and how long it took in seconds."""
+
+    state: State
+    seconds: float
 
 
 def revision() -> str:
@@ -10,3 +52,160 @@ def revision() -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (FileNotFoundError, subprocess.CalledProcessError):
         return "none"
+
+
+def stages(graph: Path = Path("dvc.yaml")) -> list[str]:
+    """Return the names of the graph's stages in an order in which they can run, that of the file where it is free.
+
+    Raises ConfigurationError where there is no graph here.
+    """
+    if not graph.exists():
+        raise ConfigurationError(f"{graph} does not exist. Run from the project's top folder.")
+    found: dict[str, dict[str, Any]] = yaml.safe_load(graph.read_text(encoding="utf-8"))["stages"]
+    makes = {name: paths(stage, "outs") + paths(stage, "metrics") for name, stage in found.items()}
+    order: TopologicalSorter[str] = TopologicalSorter()
+    for name, stage in found.items():
+        needs = paths(stage, "deps")
+        before = [
+            maker
+            for maker, outs in makes.items()
+            if any(need.is_relative_to(out) or out.is_relative_to(need) for need in needs for out in outs)
+        ]
+        order.add(name, *before)
+    return list(order.static_order())
+
+
+def paths(stage: Mapping[str, Any], key: str) -> list[PurePosixPath]:
+    """Return the paths under a key of a stage, each written as text or as a mapping with its options."""
+    entries = stage.get(key, [])
+    return [PurePosixPath(entry if isinstance(entry, str) else next(iter(entry))) for entry in entries]
+
+
+@contextmanager
+def only_writer() -> Iterator[None]:
+    """Hold this folder against other pipeline runs; the system lets go of it however this process ends.
+
+    Raises BusyError where another one holds it.
+    """
+    lock = Path(".dvc/tmp/sage.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BusyError("another pipeline run works in this folder. Wait for it and try again.") from error
+        yield
+
+
+def reproduce(
+    write: Write, stage: str | None = None, environment: Mapping[str, str] | None = None
+) -> dict[str, Outcome]:
+    """Bring all stages, or one of them alone, up to date; return what became of each.
+
+    `write` receives what DVC and the stages print, as it comes; `environment` is added to theirs. Raises BusyError
+    where another process has the lock, SageError where a stage fails. Whatever ends this call ends the stages.
+    """
+    target = [] if stage is None else ["--single-item", stage]
+    output = Output(write)
+    code = _run(["repro", *target], environment or {}, output)
+    if code and any(map(_BUSY.search, output.lines)):
+        raise BusyError("DVC is at work in this folder already. Wait for it and try again.")
+    if code:
+        # A stage says "error:", DVC says "ERROR:", the first of them says why.
+        said = [line for line in output.lines if line.lower().startswith("error: ")]
+        reason = said[0][len("error: ") :] if said else f"dvc ended with code {code}"
+        raise SageError(
+            f"stage {output.current or stage or '?'} failed: {reason}\n"
+            "Mend the cause and run again; finished stages are not repeated."
+        )
+    return output.outcomes()
+
+
+class Output:
+    """What `dvc repro` prints, passed on as it comes and read for what became of each stage."""
+
+    def __init__(self, write: Write) -> None:
+        """`write` receives every piece of text."""
+        self._write = write
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+        self._seen: dict[str, tuple[State, float]] = {}
+        self._line = ""
+        self.lines: deque[str] = deque(maxlen=200)  # the last ones, for the reason of a failure
+        self.current: str | None = None
+
+    def feed(self, piece: bytes) -> None:
+        """Take the next bytes."""
+        text = self._decode(piece)
+        self._write(text)
+        *whole, rest = (self._line + text).split("\n")
+        self._line = rest[-_LONGEST_LINE:]  # a bar redraws one line for hours
+        for line in whole:
+            self.lines.append(line)
+            if match := _LINE.search(line):
+                self.current = match["stage"]
+                # A stage starts at its own line and ends at that of the next.
+                self._seen[self.current] = _STATES[match["what"]], time.monotonic()
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """Return what became of each stage so far."""
+        starts = [start for _, start in self._seen.values()]
+        ends = [*starts[1:], time.monotonic()]
+        return {
+            name: Outcome(state, end - start)
+            for (name, (state, start)), end in zip(self._seen.items(), ends, strict=True)
+        }
+
+
+def _run(arguments: list[str], environment: Mapping[str, str], output: Output) -> int:
+    """Run dvc with its stages in a session of their own; return its exit code."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dvc", *arguments],
+        env=_environment() | dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    try:
+        while piece := os.read(process.stdout.fileno(), 65536):
+            output.feed(piece)
+        return process.wait()
+    finally:
+        # Nothing is left to end after a normal return; after an interruption dvc, its shell and the stage are.
+        _end_group(process)
+        process.stdout.close()
+
+
+def _environment() -> dict[str, str]:
+    """Return an environment in which `python` in a stage's command is this one, and bars reach the terminal."""
+    environment = dict(os.environ)
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+    environment["DVC_NO_ANALYTICS"] = "true"
+    if sys.stderr.isatty():
+        # Stages write into a pipe; rich would take it for no terminal.
+        environment["TTY_COMPATIBLE"] = "1"
+        environment["COLUMNS"] = str(os.get_terminal_size(sys.stderr.fileno()).columns)
+    return environment
+
+
+def _end_group(process: "subprocess.Popen[bytes]") -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        end = time.monotonic() + _GRACE
+        while time.monotonic() < end and _alive(process):
+            time.sleep(0.05)
+    process.wait()
+
+
+def _alive(process: "subprocess.Popen[bytes]") -> bool:
+    """Return whether any process of the group is left; the leader is reaped, or its remains would count."""
+    process.poll()
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
