@@ -1,25 +1,28 @@
-"""Resumable training state on disk: complete, hashed, and never a pickle.
+"""Resumable training state on disk: one file a checkpoint, named by its hash, and never a pickle.
 
-Each checkpoint is a folder `step-00000123` with `state.safetensors` and `manifest.json`, renamed into place when both
-are synced. A checkpoint whose hash does not fit is passed over for the one before it.
+`step-00000123.<SHA-256>.safetensors` holds named tensors and, in the header's metadata, a JSON manifest. The file
+appears under its name whole or not at all, and its bytes are hashed before any of them is parsed. A damaged one is
+passed over for the one before it.
 """
 
 import hashlib
 import json
 import logging
-import shutil
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load, save_file
+import safetensors.torch
 from torch import Tensor
 
 from sage.errors import CheckpointError
-from sage.files import new_folder, sha256, write_json
+from sage.files import new_file
 
 log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-[0-9]{8}\.[0-9a-f]{64}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,25 @@ def save(
     identity: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write a checkpoint, then remove all but the newest `keep`; return its folder.
+    """Write a checkpoint, then remove all but it and the `keep` - 1 before it; return its path.
 
-    `identity` is the configuration that the state belongs to; only the same one can load it.
+    `identity` is the configuration that the state belongs to; only the same one can load it. Raises ValueError where
+    `state` or `identity` is not JSON, OSError with the path where it cannot be written; the older ones then stand.
     """
-    path = folder / f"step-{step:08d}"
-    with new_folder(path) as temporary:
-        weights = temporary / "state.safetensors"
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, weights)
-        manifest = {"step": step, "sha256": sha256(weights), "state": dict(state), "identity": dict(identity)}
-        write_json(temporary / "manifest.json", manifest)
-    for old in _complete(folder)[keep:]:
-        shutil.rmtree(old)
+    manifest = json.dumps({"step": step, "state": dict(state), "identity": dict(identity)}, allow_nan=False)
+    data = safetensors.torch.save(
+        {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, {"manifest": manifest}
+    )
+    path = folder / f"step-{step:08d}.{hashlib.sha256(data).hexdigest()}.safetensors"
+    with new_file(path) as temporary:
+        temporary.write_bytes(data)
+    # One of a later step was passed over as damaged, or this one would not have been made.
+    older = [other for other in complete(folder) if _step(other) < step]
+    for other in complete(folder):
+        if other not in [path, *older[: keep - 1]]:
+            other.unlink()
+    for left in folder.glob(".step-*"):  # by a writer that was killed
+        left.unlink()
     return path
 
 
@@ -60,45 +70,33 @@ def latest(folder: Path, identity: Mapping[str, Any]) -> Checkpoint | None:
 
     Raises CheckpointError where it belongs to another configuration, naming the differences.
     """
-    for path in _complete(folder):
-        try:
-            return _load(path, identity)
-        except _Damaged as damage:
-            log.warning("checkpoint %s is damaged (%s); trying the one before it", path, damage)
+    for path in complete(folder):
+        data = path.read_bytes()
+        found, named = hashlib.sha256(data).hexdigest(), path.name.split(".")[1]
+        if found == named:
+            return _parse(path, data, identity)
+        log.warning("checkpoint %s is damaged (SHA-256 %s); trying the one before it", path, found)
     return None
 
 
-class _Damaged(Exception):
-    pass
+def complete(folder: Path) -> list[Path]:
+    """Return the checkpoints that were written whole, newest first; their hashes are not yet checked."""
+    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), reverse=True)
 
 
-def _complete(folder: Path) -> list[Path]:
-    """Return the checkpoint folders, newest first."""
-    return sorted(folder.glob("step-????????"), reverse=True)
+def _step(path: Path) -> int:
+    return int(path.name[5:13])
 
 
-def _load(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        # Hash and parse the same bytes: a file read twice could change between.
-        data = (path / "state.safetensors").read_bytes()
-    except (OSError, ValueError) as error:
-        raise _Damaged(str(error)) from error
-    _check_hash(data, manifest)
-    _check_identity(path, manifest["identity"], dict(identity))
-    return Checkpoint(path, manifest["step"], load(data), manifest["state"])
-
-
-def _check_hash(data: bytes, manifest: Any) -> None:
-    if not isinstance(manifest, dict) or not {"step", "sha256", "state", "identity"} <= manifest.keys():
-        raise _Damaged("its manifest lacks keys")
-    found = hashlib.sha256(data).hexdigest()
-    if found != manifest["sha256"]:
-        raise _Damaged(f"SHA-256 {found[:12]}, expected {str(manifest['sha256'])[:12]}")
+def _parse(path: Path, data: bytes, identity: Mapping[str, Any]) -> Checkpoint:
+    # The format: eight bytes of length, little endian, then so many bytes of JSON, then the tensors.
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    manifest = json.loads(header["__metadata__"]["manifest"])
+    _check_identity(path, manifest["identity"], json.loads(json.dumps(dict(identity))))
+    return Checkpoint(path, manifest["step"], safetensors.torch.load(data), manifest["state"])
 
 
 def _check_identity(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    saved, wanted = (json.loads(json.dumps(value)) for value in (saved, wanted))
     different = [key for key in sorted(saved.keys() | wanted.keys()) if saved.get(key) != wanted.get(key)]
     if different:
         changes = "; ".join(f"{key}: saved {saved.get(key)!r}, now {wanted.get(key)!r}" for key in different)

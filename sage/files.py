@@ -1,5 +1,6 @@
 """Writing that a crash cannot halve: temporary name, fsync, rename; and the hashes to check what was written."""
 
+import glob
 import hashlib
 import json
 import os
@@ -28,56 +29,45 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
-
-
-def _sweep(path: Path) -> None:
-    """Remove what killed writers of the same path left behind."""
-    for left in path.parent.glob(f".{path.name}.tmp-*"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-
-
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write; on success it is synced and takes the place of `path`, on failure it goes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
-    temporary = _temporary(path)
-    try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Yield a temporary path to write; on success it is synced and takes the place of `path`, on failure it goes.
+
+    Raises OSError with the name of `path` where it cannot be written; what stood there before stands unchanged.
+    """
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        temporary = _beside(path, "tmp")
+        try:
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill; on success it is synced and takes the place of `path`, on failure it goes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
-    temporary = _temporary(path)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for item in [*temporary.rglob("*"), temporary]:
-            _sync(item)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-        _sync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """Yield a temporary folder to fill; on success it is synced and takes the place of `path`, on failure it goes.
+
+    Raises OSError with the name of `path` where it cannot be written; what stood there before stands unchanged. Only
+    a kill between its two renames leaves no folder of this name; half a folder never.
+    """
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        temporary = _beside(path, "tmp")
+        temporary.mkdir()
+        try:
+            yield temporary
+            for item in [*temporary.rglob("*"), temporary]:
+                _sync(item)
+            _replace(path, temporary)
+            _sync(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -89,3 +79,47 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all; a NaN or an infinity is refused with ValueError."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _replace(path: Path, new: Path) -> None:
+    """Put the folder `new` in the place of `path`; a folder cannot be renamed over one that is not empty."""
+    if not path.exists():
+        new.rename(path)
+        return
+    old = _beside(path, "old")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _beside(path: Path, use: str) -> Path:
+    return path.with_name(f".{path.name}.{use}-{os.getpid()}")
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed writers of the same path left behind."""
+    for use in ("tmp", "old"):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.{use}-*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Give an error without a path, as a full disk raises it, the path that was to be written."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise

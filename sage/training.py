@@ -5,7 +5,7 @@ the same build and thread count.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,10 @@ def fit(
 ) -> dict[str, float]:
     """Train `network` in place and leave it with its averaged (EMA) weights; return the last step's losses.
 
-    `loss(step)` returns named scalars, of which "loss" is minimised. `work` keeps resumable state; `identity` names
-    the configuration it belongs to. Raises DivergedError within a step of a loss or gradient that is not finite.
+    `loss(step)` returns named scalars, of which "loss" is minimised. `work` keeps resumable state, written every
+    `schedule.checkpoint_every` steps and at the end; `identity` names the configuration that it belongs to.
+    `on_step(done, values)` follows each step, in a resumed run those after the checkpoint.
+    Raises DivergedError at the first loss or gradient that is not finite, before the weights that gave it are stored.
     """
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     # fused: one kernel for all parameters, several times faster than the loop on a CPU.
@@ -63,18 +65,30 @@ def fit(
     )
     ema = {name: p.detach().clone() for name, p in parameters.items()}
     start, values = _resume(work, identity, parameters, ema, optimizer)
+
+    def save(step: int) -> None:
+        tensors = _tensors(parameters, ema, optimizer)
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            raise _diverged(step, "the weights or their averages", work)
+        checkpoint.save(work, step, tensors, {"losses": values}, identity)
+
     network.train()
     for step in range(start, schedule.steps):
+        found = _gradient(loss(step), parameters.values(), schedule.max_norm, step, work)
+        # The state after `step` steps is stored only now that it gave a finite loss: what lies on disk is good.
+        if step > start and step % schedule.checkpoint_every == 0:
+            save(step)
         for settings in optimizer.param_groups:
             settings["lr"] = schedule.rate(step)
-        values = _step(network, loss(step), optimizer, schedule.max_norm, step, work)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         # A short run's average must not remember the start: the decay grows with the step (as in EMA of diffusers).
         decay = min(schedule.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(ema.values()), [p.detach() for p in parameters.values()], 1 - decay)
-        done = step + 1
-        if done % schedule.checkpoint_every == 0 or done == schedule.steps:
-            checkpoint.save(work, done, _tensors(parameters, ema, optimizer), {"losses": values}, identity)
-        on_step(done, values)
+        values = found
+        on_step(step + 1, values)
+    if start < schedule.steps:
+        save(schedule.steps)
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(ema[name])
@@ -82,19 +96,22 @@ def fit(
     return values
 
 
-def _step(
-    network: nn.Module, losses: Losses, optimizer: torch.optim.Optimizer, max_norm: float, step: int, work: Path
+def _gradient(
+    losses: Losses, parameters: Iterable[nn.Parameter], max_norm: float, step: int, work: Path
 ) -> dict[str, float]:
-    losses["loss"].backward()
-    norm = nn.utils.clip_grad_norm_([p for p in network.parameters() if p.grad is not None], max_norm)
+    """Leave the clipped gradient in the parameters; return the losses and the gradient's norm as numbers."""
+    torch.autograd.backward(losses["loss"])
+    norm = nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], max_norm)
     values = {name: float(value.detach()) for name, value in losses.items()} | {"gradient_norm": float(norm)}
     if not all(map(math.isfinite, values.values())):
-        raise DivergedError(
-            f"step {step}: not finite: {values}. Lower the learning rate; the last checkpoints are in {work}."
-        )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        raise _diverged(step, ", ".join(f"{name} {value:.4g}" for name, value in values.items()), work)
     return values
+
+
+def _diverged(step: int, what: str, work: Path) -> DivergedError:
+    saved = checkpoint.complete(work)
+    good = f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
+    return DivergedError(f"step {step}: not finite: {what}. Lower the learning rate; {good}.")
 
 
 def _tensors(
@@ -123,5 +140,5 @@ def _resume(
             ema[name].copy_(saved.tensors[f"ema.{name}"])
             prefix = f"optimizer.{name}."
             state = {key.removeprefix(prefix): value for key, value in saved.tensors.items() if key.startswith(prefix)}
-            optimizer.state[p].update(state)
+            optimizer.state[p].update({key: value.to(p.device) for key, value in state.items()})
     return saved.step, dict(saved.state["losses"])
