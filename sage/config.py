@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from sage.errors import ConfigurationError
 
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+HeldOut = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -26,8 +27,8 @@ class Prepare(Section):
 
     source: Literal["twemoji", "folder"]
     image_size: Annotated[int, Field(ge=8, le=2048)]
-    validation: Share
-    test: Share
+    validation: HeldOut
+    test: HeldOut
     seed: Seed
 
     @model_validator(mode="after")

@@ -1,7 +1,6 @@
-"""Image folders with captions: read, check, split, write, iterate.
+"""Captioned pictures as the stages share them: one ImageFolder (Hugging Face's form) a split.
 
-The form is Hugging Face's ImageFolder: pictures beside a `metadata.jsonl` whose lines have `file_name` and `text`.
-A prepared folder holds one ImageFolder per split and `accounting.jsonl`, one line for every input row.
+A prepared folder also holds `accounting.jsonl`, a line for every input row; sage.preparation writes both.
 """
 
 import hashlib
@@ -16,16 +15,7 @@ import numpy as np
 from PIL import Image
 
 SPLITS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One input picture with its caption, not yet checked; rows of one family are variants of each other."""
-
-    id: str
-    path: Path
-    text: str
-    family: str | None = None
+SMALL_FAMILY = 4  # pictures; of a family with fewer, none is held out
 
 
 @dataclass(frozen=True)
@@ -38,20 +28,6 @@ class Example:
     family: str
 
 
-def compose(picture: Image.Image, size: int) -> Image.Image:
-    """Return the picture over white as RGB, its larger side scaled to `size`, centred on a white square."""
-    rgba = picture.convert("RGBA")
-    rgba.thumbnail((size, size), Image.Resampling.LANCZOS)
-    square = Image.new("RGBA", (size, size), "white")
-    square.alpha_composite(rgba, ((size - rgba.width) // 2, (size - rgba.height) // 2))
-    return square.convert("RGB")
-
-
-def pixel_hash(picture: Image.Image) -> str:
-    """Return the SHA-256 of the pixels, the same whatever file they came from."""
-    return hashlib.sha256(np.asarray(picture.convert("RGB")).tobytes()).hexdigest()
-
-
 def assign_splits(
     families: Sequence[str | None], pictures: Sequence[str], validation: float, test: float, seed: int
 ) -> list[str]:
@@ -61,19 +37,23 @@ def assign_splits(
     or more are held out by a seeded hash; without families, rows are drawn from the whole set as from one family.
     `pictures` are pixel hashes; `validation` and `test` are shares of a family's pictures.
     """
-    members: dict[str, set[str]] = defaultdict(set)
-    family_of: dict[str, str] = {}
+    families_of: dict[str, set[str]] = defaultdict(set)
     for family, picture in zip(families, pictures, strict=True):
-        members[family_of.setdefault(picture, family or "")].add(picture)
-    split_of = {}
+        families_of[picture].add(family or "")
+    members: dict[str, list[str]] = defaultdict(list)
+    for picture, names in families_of.items():
+        # A picture of several families is trained on: drawn for one of them, it could be all that another has.
+        if len(names) == 1:
+            members[min(names)].append(picture)
+    split_of = dict.fromkeys(families_of, "train")
     for group in members.values():
+        if len(group) < SMALL_FAMILY:
+            continue
         order = sorted(group, key=lambda picture: hashlib.sha256(f"{seed}:{picture}".encode()).digest())
         n_test, n_validation = (math.floor(share * len(order) + 0.5) for share in (test, validation))
-        if len(order) < 4:
-            n_test = n_validation = 0
-        for place, picture in enumerate(order):
-            held_out = "test" if place < n_test else "validation" if place < n_test + n_validation else "train"
-            split_of[picture] = held_out
+        # Rounding up both shares must not take the last member from training.
+        held_out = ["test"] * n_test + ["validation"] * n_validation
+        split_of |= dict(zip(order[:-1], held_out, strict=False))
     return [split_of[picture] for picture in pictures]
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
+from sage.rows import Row
+
 LICENCE = "Twemoji graphics, copyright Twitter, Inc and other contributors, CC-BY 4.0"
 
 # What varies inside a family: "woman pilot: dark skin tone" and "man pilot" are the same thing drawn differently.
@@ -33,3 +35,8 @@ def pictures() -> Iterator[tuple[Path, str]]:
     for path in sorted(folder.glob("*.png")):
         if path.stem in names:
             yield path, names[path.stem].strip(":").replace("_", " ")
+
+
+def rows() -> list[Row]:
+    """Return every named Twemoji picture as an input row, its id the code points of the emoji."""
+    return [Row(path.stem, path, text, family(text), file=path.name) for path, text in pictures()]

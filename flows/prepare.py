@@ -1,0 +1,75 @@
+"""Stage `prepare`: pictures and captions to a checked, split image folder."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.table import Column, Table
+
+from flows.terminal import progress, run
+from flows.tracking import stage_run
+from sage import twemoji
+from sage.config import load_params
+from sage.data import load_pixels, read_split
+from sage.files import write_json
+from sage.imagefolder import read_folder
+from sage.pictures import contact_sheet
+from sage.preparation import prepare
+
+_SHEET_COLUMNS = 8
+
+
+def main(
+    raw: Annotated[Path, typer.Option(help="Your own pictures; read where prepare.source is `folder`.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: one image folder a split, and the accounting.")],
+    metrics: Annotated[Path, typer.Option(help="File to write: what became of the rows.")],
+) -> None:
+    """Check every picture and caption, hold some out, and say what became of each row."""
+    params = load_params().prepare
+    rows = twemoji.rows() if params.source == "twemoji" else read_folder(raw)
+    with stage_run("prepare", params.model_dump()) as record:
+        with progress(len(rows), "prepare") as advance:
+            found = prepare(
+                rows,
+                out,
+                size=params.image_size,
+                validation=params.validation,
+                test=params.test,
+                seed=params.seed,
+                advance=advance,
+            )
+        licence = {"licence": twemoji.LICENCE} if params.source == "twemoji" else {}
+        write_json(metrics, {"run_id": record.id, "source": params.source} | licence | found)
+        record.metrics(_figures(found))
+        record.dataset("prepared", found["digest"], params.source)
+        record.image(_sheet(out), "training_samples")
+    Console().print(_table(found))
+
+
+def _figures(found: dict[str, Any]) -> dict[str, float]:
+    """Return the counts under names that a tracker takes."""
+    counts = {key: value for key, value in found.items() if isinstance(value, int)}
+    return counts | {f"{key}.{name}": n for key in ("splits", "reasons") for name, n in found[key].items()}
+
+
+def _sheet(out: Path) -> Image.Image:
+    """Return 64 training pictures, evenly spread over the split."""
+    examples = read_split(out, "train")
+    chosen = examples[:: max(1, len(examples) // _SHEET_COLUMNS**2)][: _SHEET_COLUMNS**2]
+    return contact_sheet([Image.fromarray(pixels) for pixels in load_pixels(chosen)], _SHEET_COLUMNS)
+
+
+def _table(found: dict[str, Any]) -> Table:
+    table = Table("rows", Column("count", justify="right"), title="prepare")
+    lines = {f"kept for {split}": count for split, count in found["splits"].items()}
+    lines |= {f"rejected: {reason}": count for reason, count in found["reasons"].items()}
+    lines |= {"duplicate": found["duplicates"], "input rows": found["rows"]}
+    for name, count in lines.items():
+        table.add_row(name, str(count), end_section=name == "duplicate")
+    return table
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,33 @@
+"""Captions as they come, and what is kept of them."""
+
+import re
+import unicodedata
+
+from sage.rows import Rejected
+
+# Written and invisible: zero-width space and joins, directional marks and overrides, byte-order mark, annotations, soft
+# hyphen. The zero-width joiner and non-joiner stay: emoji, Persian and Indic scripts are spelt with them.
+_INVISIBLE = re.compile(
+    "[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb]"
+)
+
+
+def clean_caption(text: object) -> str:
+    """Return a caption in Unicode form NFC, without control and invisible characters, single spaces between words.
+
+    Raises Rejected: `no_caption` for anything but text and for text without a visible character, `bad_text` for text
+    with a NUL or half a surrogate pair.
+    """
+    if not isinstance(text, str):
+        raise Rejected("no_caption", f"the caption is {'missing' if text is None else type(text).__name__}, not text")
+    if broken := re.search("[\0\ud800-\udfff]", text):
+        raise Rejected("bad_text", f"the caption has U+{ord(broken[0]):04X} at {broken.start()}")
+    visible = "".join(
+        character
+        for character in _INVISIBLE.sub("", text)
+        if character.isspace() or unicodedata.category(character) != "Cc"
+    )
+    words = " ".join(unicodedata.normalize("NFC", visible).split())
+    if not any(unicodedata.category(character)[0] in "LNPS" for character in words):
+        raise Rejected("no_caption", "the caption has no visible character")
+    return words

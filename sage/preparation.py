@@ -1,0 +1,153 @@
+"""Input rows to a prepared folder: every picture and caption checked, every row accounted for, some held out."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sage.captions import clean_caption
+from sage.data import SMALL_FAMILY, SPLITS, assign_splits
+from sage.errors import DataError
+from sage.files import new_folder, sha256_tree
+from sage.pictures import compose, decode, pixel_hash
+from sage.rows import Rejected, Row
+
+ACCOUNTING = "accounting.jsonl"
+MAX_BYTES = 200_000_000  # of a picture file
+
+
+def prepare(
+    rows: Sequence[Row],
+    folder: Path,
+    *,
+    size: int,
+    validation: float,
+    test: float,
+    seed: int,
+    advance: Callable[[int], None] = lambda n: None,
+) -> dict[str, Any]:
+    """Write a prepared folder of pictures `size` pixels wide, whole or not at all; return what became of the rows.
+
+    Every row is kept, rejected with a reason, or a duplicate: the same pixels and the same caption as a row before it.
+    Raises DataError where no row can be used or a split would be empty.
+    """
+    with new_folder(folder) as temporary:
+        entries = _screen(rows, temporary, size, advance)
+        kept = [entry for entry in entries if entry["status"] == "kept"]
+        if not kept:
+            raise DataError(_nothing_kept(rows, entries))
+        pixels = [entry["pixels"] for entry in kept]
+        splits = assign_splits([entry["family"] for entry in kept], pixels, validation, test, seed)
+        counts = {split: splits.count(split) for split in SPLITS}
+        if not all(counts.values()):
+            raise DataError(_empty_split(counts, validation, test))
+        for entry, split in zip(kept, splits, strict=True):
+            entry["split"] = split
+        for split in SPLITS:
+            _write_split(temporary, split, [entry for entry in kept if entry["split"] == split])
+        _write_lines(temporary / ACCOUNTING, entries)
+    return _summary(entries, counts) | {"digest": sha256_tree(folder)}
+
+
+def _screen(rows: Sequence[Row], folder: Path, size: int, advance: Callable[[int], None]) -> list[dict[str, Any]]:
+    """Return the accounting of each row, and write the pictures that are kept into `folder`."""
+    entries: list[dict[str, Any]] = []
+    first: dict[tuple[str, str], str] = {}
+    for row in rows:
+        entry: dict[str, Any] = {"id": row.id, "file": row.file}
+        try:
+            square, found = _check(row, size)
+        except Rejected as rejected:
+            entry |= {"status": "rejected", "reason": rejected.reason, "detail": rejected.detail}
+        else:
+            key = (found["pixels"], found["text"])
+            if key in first:
+                entry |= {"status": "duplicate", "of": first[key]}
+            else:
+                first[key] = row.id
+                entry |= {"status": "kept"} | found
+                square.save(folder / f"{row.id}.png")
+        entries.append(entry)
+        advance(1)
+    return entries
+
+
+def _check(row: Row, size: int) -> tuple[Image.Image, dict[str, Any]]:
+    """Return a row's picture, and what is to be known of it; raise Rejected for what cannot be used."""
+    if row.rejected is not None:
+        raise row.rejected
+    text = clean_caption(row.text)
+    data = row.read(MAX_BYTES)
+    # Hash and decode the same bytes: a file read twice could change between.
+    if row.sha256 is not None and row.sha256 != (digest := hashlib.sha256(data).hexdigest()):
+        raise Rejected("hash_mismatch", f"SHA-256 {digest}, expected {row.sha256!r}")
+    decoded = decode(data)
+    square = compose(decoded.picture, size)
+    found: dict[str, Any] = {"text": text, "family": row.family, "pixels": pixel_hash(square), "mode": decoded.mode}
+    if decoded.animated:
+        found["animated"] = True
+    if text != row.text:
+        found["original_text"] = row.text
+    return square, found
+
+
+def _write_split(folder: Path, split: str, entries: Sequence[dict[str, Any]]) -> None:
+    (folder / split).mkdir()
+    lines = []
+    for entry in entries:
+        name = f"{entry['id']}.png"
+        (folder / name).rename(folder / split / name)
+        lines.append({"file_name": name, "text": entry["text"], "id": entry["id"], "family": entry["family"] or ""})
+    _write_lines(folder / split / "metadata.jsonl", lines)
+
+
+def _write_lines(path: Path, values: Sequence[dict[str, Any]]) -> None:
+    # ASCII, because the original of a rejected text may be something that UTF-8 cannot hold.
+    path.write_text("".join(f"{json.dumps(value)}\n" for value in values), encoding="ascii")
+
+
+def _summary(entries: Sequence[dict[str, Any]], splits: dict[str, int]) -> dict[str, Any]:
+    status = Counter(entry["status"] for entry in entries)
+    kept = [entry for entry in entries if entry["status"] == "kept"]
+    return {
+        "rows": len(entries),
+        "kept": status["kept"],
+        "rejected": status["rejected"],
+        "duplicates": status["duplicate"],
+        "reasons": _counts(entry["reason"] for entry in entries if entry["status"] == "rejected"),
+        "splits": splits,
+        "modes": _counts(entry["mode"] for entry in kept),
+        "animated": sum("animated" in entry for entry in kept),
+        "cleaned_captions": sum("original_text" in entry for entry in kept),
+        # The same picture under another caption, and the same caption on another picture: both are kept.
+        "repeated_pictures": len(kept) - len({entry["pixels"] for entry in kept}),
+        "repeated_captions": len(kept) - len({entry["text"] for entry in kept}),
+    }
+
+
+def _counts(values: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(values).items()))
+
+
+def _nothing_kept(rows: Sequence[Row], entries: Sequence[dict[str, Any]]) -> str:
+    """Return the message for a set without a usable row: each reason, how often, and one example."""
+    lines = [f"none of the {len(rows)} rows can be used:"]
+    reasons = _counts(entry["reason"] for entry in entries)
+    for reason, count in reasons.items():
+        place = next(place for place, entry in enumerate(entries) if entry["reason"] == reason)
+        # !a: a name is the user's, and may hold what a terminal obeys.
+        lines.append(f"  {reason}: {count}, for example {str(rows[place].path)!a} ({entries[place]['detail']})")
+    return "\n".join([*lines, "Correct these, or set prepare.source to twemoji in params.yaml."])
+
+
+def _empty_split(counts: dict[str, int], validation: float, test: float) -> str:
+    found = ", ".join(f"{count} {split}" for split, count in counts.items())
+    return (
+        f"{sum(counts.values())} kept rows split into {found}; each split needs one at least. "
+        f"Add pictures (of a family of fewer than {SMALL_FAMILY} none is held out), "
+        f"or raise prepare.validation ({validation}) or prepare.test ({test}) in params.yaml."
+    )
