@@ -1,0 +1,1 @@
+"""The shell around the library: files in, sage, files out; one file for each outside tool."""

@@ -2,6 +2,7 @@
 
 import codecs
 import fcntl
+import json
 import os
 import re
 import signal
@@ -119,6 +120,15 @@ def reproduce(
             "Mend the cause and run again; finished stages are not repeated."
         )
     return output.outcomes()
+
+
+def stale() -> list[str]:
+    """Return the stages that are not up to date; raise SageError where DVC cannot say."""
+    command = [sys.executable, "-m", "dvc", "status", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
+    if done.returncode:
+        raise SageError(done.stderr.strip().removeprefix("ERROR: "))
+    return [name for name in stages() if name in json.loads(done.stdout)]
 
 
 class Output:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from flows.versioning import revision
 from sage.errors import SageError
@@ -61,6 +62,11 @@ def experiment(tracker: Any, uri: str) -> str:
             f"tracking at {uri} does not answer: {error.message}\n"
             "Start it, correct SAGE_TRACKING_URI, or set SAGE_TRACKING_URI=off to record nothing."
         ) from error
+
+
+def check(uri: str) -> None:
+    """Raise SageError where the address does not answer."""
+    experiment(client(uri), uri)
 
 
 class Run:
@@ -128,7 +134,7 @@ def stage_run(stage: str, params: Mapping[str, Any]) -> Iterator[Run]:
     home = experiment(tracker, uri)
     tags = {"sage.stage": stage, "mlflow.source.git.commit": revision()}
     if pipeline := os.environ.get(PIPELINE):
-        tags["mlflow.parentRunId"] = find_parent(tracker, home, pipeline) or _new_parent(tracker, home, pipeline)
+        tags["mlflow.parentRunId"] = _find_parent(tracker, home, pipeline) or _new_parent(tracker, home, pipeline)
     run = Run(tracker, tracker.create_run(home, run_name=stage, tags=tags).info.run_id)
     with ending(run, tracker):
         run.params(params)
@@ -146,14 +152,64 @@ def ending(run: Run, tracker: Any) -> Iterator[None]:
     tracker.set_terminated(run.id, "FINISHED")
 
 
-def find_parent(tracker: Any, home: str, pipeline: str) -> str | None:
-    """Return the id of a pipeline's run, or None where no stage has executed in it."""
+class Pipeline:
+    """One run of the whole graph; the runs of its stages are children of its own run.
+
+    The first stage that executes makes that run, so a pipeline with nothing to do leaves none.
+    """
+
+    def __init__(self) -> None:
+        """Choose an id; nothing is recorded yet."""
+        self._id = uuid4().hex
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Return what the stages' processes need to find their parent."""
+        return {PIPELINE: self._id}
+
+    def finish(self, status: str, metrics: Path | None = None) -> None:
+        """End the pipeline's run, where there is one; `metrics`, the folder of results, is recorded in it."""
+        uri = address()
+        if uri is None:
+            return
+        tracker = client(uri)
+        parent = _find_parent(tracker, experiment(tracker, uri), self._id)
+        if parent is None:
+            return
+        if metrics is not None:
+            run = Run(tracker, parent)
+            run.artifact(metrics, "metrics")
+            run.metrics(headline(json.loads((metrics / "evaluate.json").read_text(encoding="utf-8"))))
+        tracker.set_terminated(parent, status)
+
+
+@contextmanager
+def pipeline_run() -> Iterator[Pipeline]:
+    """Yield a pipeline; where the block fails, its run ends as failed. Calling `finish` is the caller's, at success."""
+    pipeline = Pipeline()
+    try:
+        yield pipeline
+    except BaseException:
+        pipeline.finish("FAILED")
+        raise
+
+
+def headline(evaluate: Mapping[str, Any]) -> dict[str, float]:
+    """Return each arm's figures by "arm/metric", those that were measured."""
+    return {
+        f"{arm}/{metric}": figure["value"]
+        for arm, figures in evaluate["arms"].items()
+        for metric, figure in figures.items()
+        if figure["value"] is not None
+    }
+
+
+def _find_parent(tracker: Any, home: str, pipeline: str) -> str | None:
     found = tracker.search_runs([home], filter_string=f"tags.`sage.pipeline` = '{pipeline}'", max_results=1)
     return found[0].info.run_id if found else None
 
 
 def _new_parent(tracker: Any, home: str, pipeline: str) -> str:
-    """Make the pipeline's run: the first stage that executes does, so a pipeline with nothing to do leaves none."""
     tags = {"sage.pipeline": pipeline, "mlflow.source.git.commit": revision()}
     return str(tracker.create_run(home, run_name="pipeline", tags=tags).info.run_id)
 

