@@ -6,17 +6,34 @@ Notation
     t        timestep, 0 (clean) to T - 1       v   = alpha_t eps - sigma_t x_0   (Salimans & Ho, 2022, appendix D)
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
+
+from sage.errors import UnsupportedError
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
 def noise_levels(scheduler: Any) -> tuple[Tensor, Tensor]:
-    """Return (alpha, sigma), each of shape (T,), of a variance-preserving diffusers scheduler."""
+    """Return (alpha, sigma), each of shape (T,), of a variance-preserving diffusers scheduler.
+
+    Raises UnsupportedError for a scheduler of another kind, such as flow matching.
+    """
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise UnsupportedError(
+            f"{type(scheduler).__name__} has no alphas_cumprod; use a variance-preserving scheduler."
+        )
     alphas_cumprod = scheduler.alphas_cumprod.double()
     return alphas_cumprod.sqrt().float(), (1 - alphas_cumprod).sqrt().float()
+
+
+def prediction_type(scheduler: Any) -> PredictionType:
+    """Return what a network of this scheduler predicts; raise UnsupportedError for a kind that is not known here."""
+    kind: PredictionType = scheduler.config.prediction_type
+    if kind not in get_args(PredictionType):
+        raise UnsupportedError(f"prediction type {kind!r} is not one of {', '.join(get_args(PredictionType))}.")
+    return kind
 
 
 def spread(level: Tensor, like: Tensor) -> Tensor:
@@ -39,7 +56,10 @@ def target(kind: PredictionType, x_0: Tensor, eps: Tensor, alpha: Tensor, sigma:
 
 
 def implied_noise(x_t: Tensor, x_0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Return eps = (x_t - alpha x_0) / sigma, the noise that a deterministic sampler sees between x_t and x_0."""
+    """Return eps = (x_t - alpha x_0) / sigma, the noise that a deterministic sampler sees between x_t and x_0.
+
+    Finite for sigma > 0; an x_0 other than the one in x_t makes it grow as 1 / sigma.
+    """
     return (x_t - spread(alpha, x_0) * x_0) / spread(sigma, x_0)
 
 

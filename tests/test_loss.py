@@ -1,0 +1,235 @@
+import sage.torchvision_ops  # noqa: F401
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch.nn import functional as F
+
+from sage import base, diffusion, loss
+
+KINDS = ("epsilon", "v_prediction", "sample")
+SHAPE = (2, 4, 4)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def scheduler_of(kind):
+    return DDIMScheduler.from_config(base.new_scheduler().config, prediction_type=kind)
+
+
+def process_of(kind):
+    return loss.Process(kind, *diffusion.noise_levels(scheduler_of(kind)))
+
+
+@pytest.fixture
+def group():
+    """Three items of one group of three and one of two, padded: latents (4, 3, ...) and who is present."""
+    z = randn(4, 3, *SHAPE)
+    z[:3] = z[0]
+    present = torch.ones(4, 3, dtype=torch.bool)
+    present[3, 2] = False
+    z[3, 2] = 1e3  # padding must count nothing, whatever it holds
+    return z, present
+
+
+def test_posterior_is_the_mean_at_pure_noise_and_the_member_without_noise(group):
+    z, present = group
+    process = process_of("v_prediction")
+    mean = loss.member_weights("mean", z[:, 0], z, present, *process.at(torch.tensor([500] * 4)))
+    assert mean[3].tolist() == [0.5, 0.5, 0] and mean[0].tolist() == pytest.approx([1 / 3] * 3)
+
+    alpha, sigma = process.at(torch.full((4,), 999))
+    torch.testing.assert_close(loss.member_weights("posterior", randn(4, *SHAPE), z, present, alpha, sigma), mean)
+
+    alpha, sigma = process.at(torch.full((4,), 0))
+    x_t = diffusion.add_noise(z[:, 1], randn(4, *SHAPE), alpha, sigma)
+    weights = loss.member_weights("posterior", x_t, z, present, alpha, sigma)
+    assert weights[:, 1].tolist() == [1, 1, 1, 1]
+
+
+def test_posterior_is_bayes_rule(group):
+    z, present = group
+    process = process_of("v_prediction")
+    t = torch.tensor([300, 600, 900, 800])
+    alpha, sigma = process.at(t)
+    x_t = diffusion.add_noise(z[:, 0], randn(4, *SHAPE, seed=1), alpha, sigma)
+    weights = loss.member_weights("posterior", x_t, z, present, alpha, sigma)
+    for i in range(4):
+        likelihood = [
+            torch.distributions.Normal(alpha[i] * z[i, n], sigma[i]).log_prob(x_t[i]).double().sum()
+            if present[i, n]
+            else torch.tensor(-torch.inf, dtype=torch.float64)
+            for n in range(3)
+        ]
+        expected = torch.stack(likelihood).softmax(0)
+        torch.testing.assert_close(weights[i].double(), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_are_finite_from_no_noise_to_no_signal(kind):
+    process = process_of(kind)
+    t = torch.tensor([0, 1, 500, 998, 999])
+    x_t, x_0 = randn(5, *SHAPE), randn(5, *SHAPE, seed=1)
+    answer = process.answer(x_t, x_0, t)
+    assert answer.isfinite().all()
+    # But for eps at pure noise, where it says nothing, the answer means the x_0 asked for.
+    some = slice(0, 3) if kind == "epsilon" else slice(None)
+    found = diffusion.predicted_sample(kind, answer, x_t, *process.at(t))
+    torch.testing.assert_close(found[some], x_0[some], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("soft", ["mean", "posterior"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_shared_phase_of_one_member_is_plain_diffusion(kind, soft):
+    process, t = process_of(kind), torch.tensor([0, 400, 999])
+    z, c, eps = randn(3, *SHAPE), randn(3, 5, 8), randn(3, *SHAPE, seed=1)
+    alone = loss.shared_query(process, soft, z, z[:, None], torch.ones(3, 1, dtype=torch.bool), c, t, eps)
+    plain = loss.diffusion_query(process, z, c, t, eps)
+    assert torch.equal(alone.x_t, plain.x_t) and torch.equal(alone.condition, plain.condition)
+    torch.testing.assert_close(alone.answer, plain.answer, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("soft", ["mean", "posterior"])
+def test_shared_phase_answers_with_the_soft_target(soft, group):
+    z, present = group
+    process, t = process_of("sample"), torch.tensor([500, 700, 900, 800])
+    query = loss.shared_query(process, soft, z[:, 0], z, present, randn(4, 5, 8), t, randn(4, *SHAPE, seed=1))
+    weights = loss.member_weights(soft, query.x_t, z, present, *process.at(t))
+    expected = torch.stack([sum(weights[i, n] * z[i, n] for n in range(3)) for i in range(4)])
+    torch.testing.assert_close(query.answer, expected)
+
+
+@pytest.mark.parametrize("steps", [2, 5, 8, 20, 50])
+def test_branch_time_is_where_the_sampler_stands(steps):
+    scheduler = base.new_scheduler()
+    scheduler.set_timesteps(steps)
+    ratios = torch.arange(steps) / steps
+    assert loss.branch_time(ratios, 1000).tolist() == scheduler.timesteps.tolist()
+
+
+def test_branch_time_ends_at_the_first_and_last_timestep():
+    assert loss.branch_time(torch.tensor([0, 0.4, 0.9999]), 1000).tolist() == [999, 599, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [1, 3, 7])
+def test_deterministic_sampler_walks_the_bridge_and_reaches_the_member(kind, share):
+    process, scheduler = process_of(kind), scheduler_of(kind)
+    scheduler.set_timesteps(8)
+    z, c, x = randn(3, *SHAPE), randn(3, 5, 8), randn(3, *SHAPE, seed=1)
+    x_star, t_star = x, scheduler.timesteps[share].repeat(3)
+    for t in scheduler.timesteps[share:]:
+        query = loss.branch_query(process, z, c, t.repeat(3), x_star, t_star)
+        torch.testing.assert_close(query.x_t, x, rtol=1e-4, atol=1e-4)
+        x = scheduler.step(query.answer, t, x).prev_sample
+    torch.testing.assert_close(x, z, rtol=1e-3, atol=1e-3)
+
+
+def test_bridge_from_pure_noise_is_plain_diffusion():
+    process = process_of("v_prediction")
+    z, c, eps, t = randn(3, *SHAPE), randn(3, 5, 8), randn(3, *SHAPE, seed=1), torch.tensor([0, 500, 999])
+    bridge = loss.branch_query(process, z, c, t, eps, torch.full((3,), 999))
+    plain = loss.diffusion_query(process, z, c, t, eps)
+    assert torch.equal(bridge.x_t, plain.x_t) and torch.equal(bridge.answer, plain.answer)
+
+
+def test_mean_target_leads_the_sampler_to_the_branch_start(group):
+    z, present = group
+    process, scheduler = process_of("v_prediction"), scheduler_of("v_prediction")
+    scheduler.set_timesteps(8)
+    mean = torch.stack([z[i, present[i]].mean(0) for i in range(4)])
+    eps = x = randn(4, *SHAPE, seed=1)
+    for t in scheduler.timesteps[:3]:
+        x = scheduler.step(process.answer(x, mean, t.repeat(4)), t, x).prev_sample
+    start = loss.branch_start(process, "mean", z[:, 0], z, present, scheduler.timesteps[3].repeat(4), eps)
+    torch.testing.assert_close(start, x, rtol=1e-4, atol=1e-4)
+
+
+def test_posterior_target_leads_the_sampler_to_noised_members():
+    process, scheduler = process_of("v_prediction"), scheduler_of("v_prediction")
+    scheduler.set_timesteps(200)
+    n = 4000
+    z, present = torch.tensor([-2.0, 1.0, 1.5]).expand(n, 3)[..., None], torch.ones(n, 3, dtype=torch.bool)
+    eps = x = randn(n, 1)
+    for t in scheduler.timesteps[:120]:
+        weights = loss.member_weights("posterior", x, z, present, *process.at(t.repeat(n)))
+        x = scheduler.step(process.answer(x, (weights[..., None] * z).sum(1), t.repeat(n)), t, x).prev_sample
+    member = torch.randint(3, (n,), generator=torch.Generator().manual_seed(2))
+    t_star = scheduler.timesteps[120].repeat(n)
+    start = loss.branch_start(process, "posterior", z[torch.arange(n), member], z, present, t_star, randn(n, 1, seed=3))
+    shares = torch.linspace(0.05, 0.95, 19)
+    torch.testing.assert_close(x.flatten().quantile(shares), start.flatten().quantile(shares), rtol=0, atol=0.15)
+    # The mean's branch start, one bump between the members, is another distribution.
+    mean = loss.branch_start(process, "mean", z[:, 0], z, present, t_star, eps)
+    assert (x.flatten().quantile(shares) - mean.flatten().quantile(shares)).abs().max() > 0.4
+
+
+class Counted(torch.nn.Module):
+    """A small real network of (x_t, t, condition) that counts the rows that it is asked for."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.mix, self.text, self.calls, self.rows = torch.nn.Conv2d(2, 2, 3, padding=1), torch.nn.Linear(8, 2), 0, 0
+
+    def forward(self, x_t, t, condition):
+        self.calls, self.rows = self.calls + 1, self.rows + len(x_t)
+        return torch.tanh(
+            self.mix(x_t) + self.text(condition.mean(1))[:, :, None, None] + (t / 1000)[:, None, None, None]
+        )
+
+
+@pytest.fixture
+def queries():
+    process = process_of("v_prediction")
+    return {
+        name: loss.diffusion_query(
+            process, randn(n, *SHAPE), randn(n, 5, 8), torch.arange(n) * 90, randn(n, *SHAPE, seed=n)
+        )
+        for n, name in ((4, "diffusion"), (3, "shared"), (2, "branch"))
+    }
+
+
+def test_terms_are_unreduced_squared_errors_of_one_evaluation(queries):
+    network = Counted(0)
+    values = loss.terms(network, queries, {})
+    assert (network.calls, network.rows) == (1, 9)
+    assert {name: tuple(value.shape) for name, value in values.items()} == {
+        "diffusion": (4,),
+        "shared": (3,),
+        "branch": (2,),
+    }
+    for name, query in queries.items():
+        output = network(query.x_t, query.t, query.condition)
+        expected = torch.stack([F.mse_loss(output[i], query.answer[i]) for i in range(len(output))])
+        torch.testing.assert_close(values[name], expected)
+
+
+def test_consistency_is_zero_at_the_base_and_pulls_back_to_it(queries):
+    network, other = Counted(0), Counted(1)
+    asked = {"diffusion": queries["diffusion"]}
+    anchors = {"diffusion": loss.anchor(network, asked["diffusion"])}
+    assert loss.terms(network, asked, anchors)["consistency"].abs().max() < 1e-12
+    values = loss.terms(other, asked, anchors)
+    assert (values["consistency"] > 0).all()
+    loss.total(values, {"diffusion": 0.0, "consistency": 1.0}).backward()
+    assert other.mix.weight.grad.abs().sum() > 0 and network.mix.weight.grad is None
+
+
+def test_shared_anchor_is_the_mean_of_the_base_under_each_member(queries):
+    base_network, query = Counted(0), queries["shared"]
+    c, present = randn(3, 4, 5, 8), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]]).bool()
+    found = loss.shared_anchor(base_network, query, c, present)
+    assert base_network.rows == 9 and not found.requires_grad
+    for i in range(3):
+        members = [
+            base_network(query.x_t[i : i + 1], query.t[i : i + 1], c[i : i + 1, n]) for n in range(4) if present[i, n]
+        ]
+        torch.testing.assert_close(found[i], torch.cat(members).mean(0))
+
+
+def test_total_is_the_weighted_sum_of_means():
+    values = {"diffusion": torch.tensor([1.0, 3.0]), "shared": torch.tensor([5.0]), "branch": torch.tensor([0.0, 1.0])}
+    assert loss.total(values, {"diffusion": 1, "shared": 2, "branch": 4, "consistency": 0}) == 2 + 10 + 2
