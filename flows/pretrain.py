@@ -1,21 +1,20 @@
 """`sage pretrain`: train the base model from scratch on the training split; no stage of the graph, run once."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import sage.torchvision_ops  # noqa: F401
+
 import torch
 import typer
 from diffusers import AutoencoderKL
-from PIL import Image
 from torch import Tensor
 
 from flows.terminal import progress
 from sage import base, files, pretraining
-from sage.config import Autoencoder, Denoiser, Network, Params, load_params
-from sage.data import Example, load_pixels, read_split
+from sage.config import Network, load_params
+from sage.data import load_pixels, read_split
 from sage.metrics import alignment
 from sage.training import Schedule, fit
 
@@ -39,7 +38,7 @@ def autoencoder(
         network, pictures, batch_size=settings.batch_size, kl_weight=settings.kl_weight, seed=settings.seed
     )
     _fit(network, loss, settings, work / "autoencoder", data)
-    network.register_to_config(scaling_factor=1 / pretraining.encode_pictures(network, pictures).std().item())
+    pretraining.normalise_latents(network, pictures)
     with files.new_folder(out) as temporary:
         network.save_pretrained(temporary)
     unseen = _pictures(data, "validation")

@@ -24,7 +24,7 @@ _INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "vae": ["diffusers", "AutoencoderKL"],
     "text_encoder": ["transformers", "BertModel"],
-    "tokenizer": ["transformers", "AutoTokenizer"],
+    "tokenizer": ["transformers", "BertTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
     "scheduler": ["diffusers", "DDIMScheduler"],
     "safety_checker": [None, None],
@@ -41,7 +41,7 @@ def minilm_folder() -> Path:
 def text_parts() -> tuple[PreTrainedTokenizerBase, BertModel]:
     """Return tokenizer and text encoder in the form that Stable Diffusion's pipeline calls them."""
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder(), model_max_length=MAX_TOKENS, local_files_only=True)
-    encoder = BertModel.from_pretrained(minilm_folder(), add_pooling_layer=False, local_files_only=True)
+    encoder = BertModel.from_pretrained(minilm_folder(), local_files_only=True)
     # Read by StableDiffusionPipeline.encode_prompt: padding tokens are then masked inside the encoder.
     encoder.config.use_attention_mask = True
     return tokenizer, encoder.requires_grad_(False).eval()
@@ -88,7 +88,7 @@ def new_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
-        steps_offset=0,
+        steps_offset=1,
     )
 
 
@@ -130,6 +130,6 @@ def load(folder: Path) -> StableDiffusionPipeline:
             f"{folder} is no base model: it lacks {', '.join(missing)}. Run `sage pretrain` or restore models/."
         )
     return assemble(
-        AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval(),
-        UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32).eval(),
+        AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).eval(),
+        UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32).eval(),
     )

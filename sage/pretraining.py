@@ -68,6 +68,25 @@ def encode_pictures(autoencoder: AutoencoderKL, pictures: Tensor, batch_size: in
 
 
 @torch.no_grad()
+def normalise_latents(autoencoder: AutoencoderKL, pictures: Tensor) -> None:
+    """Give the latents of uint8 pictures mean 0 and deviation 1 in every channel, and change no reconstruction.
+
+    The shift and scale go into the 1x1 convolutions on either side of the latents, so stock pipelines need no more than
+    `scaling_factor`, which becomes 1.
+    """
+    latents = encode_pictures(autoencoder, pictures)
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    into, out = autoencoder.quant_conv, autoencoder.post_quant_conv
+    # quant_conv answers means, then log variances.
+    into.weight[: len(std)] /= std[:, None, None, None]
+    into.bias[: len(std)].sub_(mean).div_(std)
+    into.bias[len(std) :] -= 2 * std.log()
+    out.bias += out.weight[:, :, 0, 0] @ mean
+    out.weight *= std[None, :, None, None]
+    autoencoder.register_to_config(scaling_factor=1.0)
+
+
+@torch.no_grad()
 def encode_texts(texts: Sequence[str], batch_size: int = 64) -> Tensor:
     """Return the text states of prompts, float32 of shape (n, tokens, width), as the base pipeline computes them."""
     tokenizer, encoder = text_parts()
