@@ -1,0 +1,145 @@
+import itertools
+import math
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sage import grouping
+from sage.errors import PlanError
+from sage.plan import Block, Cluster, Plan, clusters, plan_for_budget, shared_steps
+
+
+def nfe_by_definition(plan: Plan, guidance: bool) -> int:
+    """The formula of the module's head, word for word."""
+    return (2 if guidance else 1) * sum(len(plan.partition(step)) for step in range(plan.steps))
+
+
+@st.composite
+def plans(draw):
+    count = draw(st.integers(1, 12))
+    steps = draw(st.integers(1, 10))
+    order = draw(st.permutations(range(count)))
+
+    def nodes(members, start):
+        if len(members) < 2 or start >= steps - 1 or draw(st.booleans()):
+            return list(members)
+        cut = draw(st.integers(1, len(members) - 1))
+        until = draw(st.integers(start + 1, steps - 1))
+        return [Block(until, (*nodes(members[:cut], until), *nodes(members[cut:], until)))]
+
+    return Plan(steps, tuple(nodes(order, 0)))
+
+
+@given(plans())
+@settings(deadline=None)
+def test_counts_equal_the_formula_and_partitions_refine(plan):
+    for guidance in (False, True):
+        assert plan.nfe(guidance) == nfe_by_definition(plan, guidance)
+    before = [list(range(plan.prompts))]
+    for step in range(plan.steps):
+        blocks = plan.partition(step)
+        assert sorted(itertools.chain(*blocks)) == list(range(plan.prompts))
+        assert all(any(set(block) <= set(above) for above in before) for block in blocks)
+        before = blocks
+    assert all(len(block) == 1 for block in before)
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=10), st.integers(1, 60), st.floats(0, 0.999))
+def test_one_level_saves_beta_times_one_minus_k_over_m(sizes, steps, ratio):
+    edges = np.cumsum([0, *sizes])
+    groups = [list(range(a, b)) for a, b in itertools.pairwise(edges)]
+    plan = Plan.shared(groups, steps, ratio)
+    beta = shared_steps(ratio, steps) / steps
+    assert plan.saving == pytest.approx(beta * (1 - len(groups) / edges[-1]))
+    assert beta <= ratio + 1e-9
+
+
+def test_independent_is_shared_at_ratio_0():
+    assert Plan.shared([[0, 2], [1]], 7, 0.0) == Plan.independent(3, 7)
+    assert Plan.independent(3, 7).nfe(guidance=True) == 42
+
+
+def test_share_ratio_rounds_down_but_not_below_what_was_meant():
+    assert shared_steps(0.29, 100) == 29
+    assert shared_steps(0.4, 8) == 3
+    assert shared_steps(0.999, 2) == 1
+
+
+def test_a_ratio_for_each_group():
+    plan = Plan.shared([[0, 1], [2, 3]], 10, [0.2, 0.5])
+    assert plan.partition(1) == [[0, 1], [2, 3]]
+    assert plan.partition(2) == [[0], [1], [2, 3]]
+    assert plan.partition(5) == [[0], [1], [2], [3]]
+
+
+def test_repeated_images_share_with_others_but_not_with_themselves():
+    plan = Plan.shared([[0, 1]], 10, 0.5).repeat(2)
+    assert plan.partition(0) == [[0, 2], [1, 3]]
+    assert plan.saving == Plan.shared([[0, 1]], 10, 0.5).saving
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Plan.shared([[0, 1]], 10, 1.0), r"share ratio 1.0 is outside \[0, 1\)"),
+        (lambda: Plan.shared([[0, 1]], 10, -0.1), "share ratio -0.1"),
+        (lambda: Plan.shared([[0, 1]], 10, math.nan), "share ratio nan"),
+        (lambda: Plan.shared([[0, 1]], 10, [0.1, 0.2]), "2 share ratios were given for 1 groups"),
+        (lambda: Plan.shared([[0, 1], [1]], 10, 0.5), r"names every prompt from 0 on once; this one has \[0, 1, 1\]"),
+        (lambda: Plan.shared([[0, 2]], 10, 0.5), r"\[0, 2\]"),
+        (lambda: Plan.shared([], 10, 0.5), "at least 1 prompt"),
+        (lambda: Plan.independent(2, 0), "at least 1 step, not 0"),
+        (lambda: Plan(10, (Block(12, (0, 1)),)), "starts at step 0 and branches at step 12 of 10"),
+        (lambda: Plan(10, (Block(5, (0, Block(5, (1, 2)))),)), "starts at step 5 and branches at step 5"),
+        (lambda: Plan(10, (Block(5, (0,)),)), "1 children"),
+    ],
+)
+def test_an_impossible_plan_says_why(make, says):
+    with pytest.raises(PlanError, match=says):
+        make()
+
+
+def test_a_hundred_thousand_prompts_over_a_thousand_steps_cost_little():
+    groups = [list(range(i, i + 4)) for i in range(0, 100_000, 4)]
+    start = time.perf_counter()
+    plan = Plan.shared(groups, 1000, [i % 1000 / 1000 for i in range(len(groups))])
+    assert plan.nfe(guidance=True) < 200_000_000
+    assert time.perf_counter() - start < 5
+
+
+def test_a_tree_shares_longer_where_prompts_are_closer():
+    nested = clusters(4, [(0, 1, 0.9), (2, 3, 0.8), (4, 5, 0.5)])
+    plan = Plan.nested(nested, 10, lambda similarity: similarity - 0.3)
+    assert plan == Plan(10, (Block(2, (Block(6, (0, 1)), Block(5, (2, 3)))),))
+    # An outer cluster that shares as long as the inner one is one block with it.
+    assert Plan.nested(nested, 10, lambda similarity: 0.5) == Plan(10, (Block(5, (0, 1, 2, 3)),))
+    assert Plan.nested(nested, 10, lambda similarity: 0.0) == Plan.independent(4, 10)
+
+
+def test_a_budget_is_met_at_the_highest_threshold_that_meets_it():
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(8, 16)).repeat(5, axis=0)
+    tree = grouping.tree(centres + 0.3 * generator.normal(size=(40, 16)), 0.0, 40)
+    nested = clusters(tree.size, tree.merges)
+    for saving in (0.1, 0.4, 0.6):
+        budget = plan_for_budget(nested, 50, saving)
+        assert saving <= budget.plan.saving < saving + 0.03
+        assert all(similarity > budget.threshold for similarity, _, _ in budget.merges)
+    assert plan_for_budget(nested, 50, 0.1).threshold > plan_for_budget(nested, 50, 0.6).threshold
+
+
+def test_a_budget_from_flat_groups_branches_each_by_its_tightness():
+    nested = [Cluster(0.95, (0, 1, 2)), Cluster(0.75, (3, 4)), 5]
+    budget = plan_for_budget(nested, 100, 0.3)
+    assert budget.plan.saving >= 0.3
+    assert [(similarity, prompts) for similarity, _, prompts in budget.merges] == [(0.75, 2), (0.95, 3)]
+    loose, tight = (share for _, share, _ in budget.merges)
+    assert loose < tight
+
+
+def test_a_budget_out_of_reach_says_what_is_in_reach():
+    with pytest.raises(PlanError, match=r"save at most 22.5% .* less than the 40.0% asked"):
+        plan_for_budget([Cluster(0.9, (0, 1)), 2, 3], 100, 0.4)

@@ -1,0 +1,288 @@
+"""The loop on a small network of real layers, for every scheduler: what must hold whatever the model family."""
+
+import itertools
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+
+from sage import sampling
+from sage.errors import PlanError, UnsupportedError
+from sage.plan import Block, Plan
+
+# diffusers 0.42's set_timesteps converts tensors as numpy 2 no longer likes.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SCHEDULERS = {
+    "ddim": lambda: DDIMScheduler(**BETAS, clip_sample=False),
+    "ddim zero snr": lambda: DDIMScheduler(
+        **BETAS, rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"
+    ),
+    "ddpm": lambda: DDPMScheduler(**BETAS, clip_sample=False),
+    "euler": lambda: EulerDiscreteScheduler(**BETAS),
+    "euler ancestral": lambda: EulerAncestralDiscreteScheduler(**BETAS),
+    "heun": lambda: HeunDiscreteScheduler(**BETAS),
+    "dpm multistep": lambda: DPMSolverMultistepScheduler(**BETAS, solver_order=3, use_karras_sigmas=True),
+    "dpm sde": lambda: DPMSolverMultistepScheduler(**BETAS, algorithm_type="sde-dpmsolver++"),
+    "dpm single": lambda: DPMSolverSinglestepScheduler(**BETAS),
+    "unipc": lambda: UniPCMultistepScheduler(**BETAS),
+    "lms": lambda: LMSDiscreteScheduler(**BETAS),
+    "pndm": lambda: PNDMScheduler(**BETAS),
+    "plms": lambda: PNDMScheduler(**BETAS, skip_prk_steps=True),
+    "flow": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "flow stochastic": lambda: FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+}
+SHAPE = (2, 4, 4)
+# A batch of another size rounds differently.
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+class Network(torch.nn.Module):
+    """Latents and a condition of width 8 to a prediction; counts the rows that it evaluates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix = torch.nn.Conv2d(2, 2, 3, padding=1)
+        self.shift = torch.nn.Linear(8, 2)
+        self.rows, self.calls = 0, []
+
+    def forward(self, x, t, condition):
+        self.rows += len(x)
+        self.calls.append(len(x))
+        return torch.tanh(self.mix(x) + self.shift(condition["states"])[:, :, None, None] + t.float() / 1000)
+
+
+CONDITIONS = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
+
+
+def run(
+    scheduler,
+    plan,
+    seeds=None,
+    prompts=None,
+    batch_size=32,
+    kwargs=None,
+    order=None,
+    on_step=None,
+    medoid=False,
+    network=None,
+):
+    """Return latents by prompt; prompt i has condition `prompts[i]` and seed `seeds[i]`."""
+    seeds = list(seeds or range(100, 100 + plan.prompts))
+    prompts = list(prompts or range(plan.prompts))
+    network = network or Network()
+    found = sampling.sample(
+        plan,
+        scheduler,
+        predict=network,
+        encode=lambda rows: {"states": CONDITIONS[[prompts[row] for row in rows]][:, None]},
+        noise=lambda rows, generators: (
+            torch.cat([torch.randn(1, *SHAPE, generator=g) for g in generators])
+            * getattr(scheduler, "init_noise_sigma", 1)
+        ),
+        generator=lambda row: torch.Generator().manual_seed(seeds[row]),
+        rank=lambda row: (seeds[row], prompts[row], row),
+        batch_size=batch_size,
+        step_kwargs=kwargs,
+        medoid=medoid,
+        **({"on_step": on_step} if on_step else {}),
+    )
+    latents = {}
+    for indices, rows in found:
+        assert not set(indices) & set(latents)
+        latents.update(zip(indices, rows, strict=True))
+    assert sorted(latents) == list(range(plan.prompts))
+    result = torch.stack([latents[i] for i in range(plan.prompts)])
+    assert result.isfinite().all()
+    return result
+
+
+@pytest.fixture(params=list(SCHEDULERS))
+def scheduler(request):
+    made = SCHEDULERS[request.param]()
+    made.set_timesteps(6)
+    return made
+
+
+def steps(scheduler):
+    return len(scheduler.timesteps)
+
+
+def test_alone_is_the_plain_loop(scheduler):
+    """What diffusers' own loop gives for one image, bit for bit: draws and history included."""
+    network, generator = Network(), torch.Generator().manual_seed(5)
+    fresh = type(scheduler).from_config(scheduler.config)
+    fresh.set_timesteps(6)
+    latents = torch.randn(1, *SHAPE, generator=generator) * getattr(fresh, "init_noise_sigma", 1)
+    takes = "generator" in fresh.step.__code__.co_varnames
+    with torch.no_grad():
+        for t in fresh.timesteps:
+            x = fresh.scale_model_input(latents, t) if hasattr(fresh, "scale_model_input") else latents
+            output = network(x, t, {"states": CONDITIONS[3:4]})
+            kwargs = {"generator": generator} if takes else {}
+            latents = fresh.step(output, t, latents, **kwargs, return_dict=False)[0]
+    assert torch.equal(run(scheduler, Plan.independent(1, steps(scheduler)), [5], [3]), latents)
+
+
+def test_equal_prompts_in_a_group_are_exactly_their_independent_image(scheduler):
+    for until in range(1, steps(scheduler)):
+        plan = Plan(steps(scheduler), (Block(until, (0, 1, 2)), 3))
+        shared = run(scheduler, plan, [7, 7, 7, 8], [4, 4, 4, 5])
+        alone = run(scheduler, Plan.independent(4, steps(scheduler)), [7, 7, 7, 8], [4, 4, 4, 5])
+        torch.testing.assert_close(shared, alone, rtol=0, atol=2e-6)
+
+
+def test_equal_prompts_of_other_seeds_start_as_their_leader():
+    scheduler = SCHEDULERS["unipc"]()
+    scheduler.set_timesteps(6)
+    shared = run(scheduler, Plan(6, (Block(3, (0, 1)),)), [9, 7], [4, 4])
+    alone = run(scheduler, Plan.independent(1, 6), [7], [4])
+    torch.testing.assert_close(shared, alone.expand(2, *SHAPE), rtol=0, atol=2e-6)
+
+
+TREE = ((0, 1, 2), (3, 4), 5)
+
+
+def tree(scheduler):
+    """Branches at three different steps, nested and not."""
+    n = steps(scheduler)
+    return Plan(n, (Block(n // 3, (0, Block(n - 1, (1, 2)))), Block(n // 2, (3, 4)), 5))
+
+
+def test_order_company_and_batch_size_change_nothing(scheduler):
+    plan = tree(scheduler)
+    whole = run(scheduler, plan)
+    for batch_size in (1, 2, 3, 5):
+        torch.testing.assert_close(run(scheduler, plan, batch_size=batch_size), whole, **TOLERANCE)
+    order = [4, 2, 5, 0, 3, 1]  # prompt i stands at place order[i]
+
+    def moved(node):
+        return order[node] if isinstance(node, int) else Block(node.until, tuple(map(moved, node.children)))
+
+    shuffled = Plan(plan.steps, tuple(map(moved, reversed(plan.roots))))
+    seeds, prompts = [0] * 6, [0] * 6
+    for i in range(6):
+        seeds[order[i]], prompts[order[i]] = 100 + i, i
+    torch.testing.assert_close(run(scheduler, shuffled, seeds, prompts)[order], whole, **TOLERANCE)
+    # Without the others: the group of 3 and 4, and 5 alone.
+    pair = Plan(plan.steps, (Block(steps(scheduler) // 2, (0, 1)),))
+    torch.testing.assert_close(run(scheduler, pair, [103, 104], [3, 4]), whole[3:5], **TOLERANCE)
+    alone = run(scheduler, Plan.independent(1, plan.steps), [105], [5])
+    torch.testing.assert_close(alone[0], whole[5], **TOLERANCE)
+
+
+def test_calls_counted_equal_the_formula(scheduler):
+    for plan, batch_size in itertools.product((tree(scheduler), Plan.independent(6, steps(scheduler))), (1, 4, 32)):
+        network = Network()
+        run(scheduler, plan, batch_size=batch_size, network=network)
+        assert network.rows == plan.nfe(guidance=False)
+        assert max(network.calls) <= batch_size
+
+
+def test_draws_are_a_groups_before_the_branch_and_a_prompts_after():
+    for name in ("ddpm", "euler ancestral", "dpm sde", "flow stochastic"):
+        scheduler = SCHEDULERS[name]()
+        scheduler.set_timesteps(6)
+        # Equal prompts: what differs after the branch is the draws of their seeds.
+        a, b = run(scheduler, Plan(6, (Block(4, (0, 1)),)), [7, 8], [4, 4])
+        alone = run(scheduler, Plan.independent(1, 6), [7], [4])[0]
+        torch.testing.assert_close(a, alone, **TOLERANCE)
+        assert (b - a).abs().max() > 1e-3
+        # The members' own draws are all that the groups' steps leave open.
+        again = run(scheduler, Plan(6, (Block(4, (0, 1)),)), [7, 9], [4, 4])
+        torch.testing.assert_close(again[0], a, rtol=0, atol=0)
+        assert (again[1] - b).abs().max() > 1e-3
+
+
+def test_eta_reaches_the_scheduler():
+    scheduler = SCHEDULERS["ddim"]()
+    scheduler.set_timesteps(6)
+    plan = Plan.independent(2, 6)
+    assert not torch.equal(run(scheduler, plan, kwargs={"eta": 1.0}), run(scheduler, plan))
+
+
+def test_a_shared_block_sees_the_mean_of_its_members():
+    seen = []
+    network = Network()
+    network.register_forward_pre_hook(lambda module, args: seen.append(args[2]["states"]))
+    scheduler = SCHEDULERS["ddim"]()
+    scheduler.set_timesteps(2)
+    run(scheduler, Plan(2, (Block(1, (0, 1, 2)), 3)), network=network)
+    torch.testing.assert_close(seen[0], torch.stack([CONDITIONS[:3].mean(0), CONDITIONS[3]]))
+    torch.testing.assert_close(seen[1], CONDITIONS[:4])
+
+
+def test_merging_equal_members_is_exact_and_padding_does_not_count():
+    rows = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0)).half()
+    for n in (2, 3, 7):
+        assert torch.equal(sampling.merge({"states": rows.expand(n, 2, 5, 8)})["states"], rows)
+    states = torch.tensor([[[[1.0], [2.0], [9.0]]], [[[3.0], [9.0], [9.0]]]])
+    mask = torch.tensor([[[1, 1, 0]], [[1, 0, 0]]])
+    merged = sampling.merge({"states": states, "mask": mask})
+    assert merged["mask"].tolist() == [[[1, 1, 0]]]
+    assert merged["states"][0, 0, :2, 0].tolist() == [2.0, 2.0]
+
+
+def test_the_medoid_is_a_member():
+    rows = torch.tensor([[[0.0]], [[1.0]], [[5.0]]])
+    assert sampling.merge({"states": rows}, medoid=True)["states"].item() == 1.0
+    scheduler = SCHEDULERS["ddim"]()
+    scheduler.set_timesteps(4)
+    plan = Plan(4, (Block(2, (0, 1, 2)),))
+    assert not torch.equal(run(scheduler, plan, medoid=True), run(scheduler, plan))
+
+
+def test_memory_is_that_of_a_few_batches_and_images_leave_early():
+    scheduler = SCHEDULERS["dpm multistep"]()
+    scheduler.set_timesteps(4)
+    network = Network()
+    # A group of 3 and many of 1, in calls of 8: the first images must not wait for the last prompts.
+    plan = Plan(4, (*range(997), Block(2, (997, 998, 999))))
+    sample = sampling.sample(
+        plan,
+        scheduler,
+        predict=network,
+        encode=lambda rows: {"states": CONDITIONS[[row % 32 for row in rows]][:, None]},
+        noise=lambda rows, generators: torch.zeros(len(rows), *SHAPE),
+        generator=lambda row: torch.Generator().manual_seed(row),
+        rank=lambda row: row,
+        batch_size=8,
+    )
+    next(sample)
+    assert network.rows <= 8 * (2 * 4)
+    rest = sum(len(indices) for indices, _ in sample)
+    assert network.rows == plan.nfe(guidance=False)
+    assert rest > 900
+    # Packed well: as few calls as hold all rows, and a few for the ends.
+    assert len(network.calls) < plan.nfe(guidance=False) / 8 + 12
+
+
+def test_an_unsupported_scheduler_is_named_with_those_that_are():
+    scheduler = LCMScheduler()
+    scheduler.set_timesteps(4)
+    with pytest.raises(UnsupportedError, match=r"LCMScheduler cannot be shared; use one of DDIMScheduler, .*UniPC"):
+        run(scheduler, Plan.independent(1, 4))
+
+
+def test_a_plan_for_other_steps_is_refused():
+    scheduler = SCHEDULERS["heun"]()
+    scheduler.set_timesteps(6)
+    with pytest.raises(
+        PlanError, match="the plan has 6 steps, but HeunDiscreteScheduler evaluates the network 11 times"
+    ):
+        run(scheduler, Plan.independent(1, 6))
