@@ -1,0 +1,13 @@
+"""What every test shares: nothing is recorded, downloaded or reported unless a test asks for it."""
+
+import os
+
+# Before any library reads them.
+os.environ |= {
+    "SAGE_TRACKING_URI": "off",
+    "HF_HUB_OFFLINE": "1",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "DVC_NO_ANALYTICS": "true",
+}

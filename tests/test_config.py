@@ -1,0 +1,121 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sage.config import Params, load_params
+from sage.errors import ConfigurationError
+
+SHIPPED = Path(__file__).parents[1] / "params.yaml"
+# A value that says: this key is to go.
+GONE = object()
+
+
+def changed(folder: Path, **changes: object) -> Path:
+    """Return the shipped file with changes, each named by its path with "__" between the keys."""
+    values = yaml.safe_load(SHIPPED.read_text())
+    for path, value in changes.items():
+        place = values
+        *parents, last = path.split("__")
+        for key in parents:
+            place = place[int(key) if key.isdigit() else key]
+        if value is GONE:
+            del place[last]
+        else:
+            place[last] = value
+    target = folder / "params.yaml"
+    target.write_text(yaml.safe_dump(values))
+    return target
+
+
+def test_the_shipped_file_is_valid_and_frozen():
+    params = load_params(SHIPPED)
+    with pytest.raises(ValueError, match="frozen"):
+        params.group.threshold = 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sample": {}}, ["sample: unknown key; allowed are", "prepare, "]),
+        ({"group__treshold": 0.8}, ["group.treshold: unknown key; allowed are threshold, max_size"]),
+        ({"finetune__weights__diffsion": 1.0}, ["finetune.weights.diffsion: unknown key; allowed are diffusion, shared"]),
+        ({"evaluate__gates__0__metrik": "x"}, ["evaluate.gates.0.metrik: unknown key; allowed are metric, reference"]),
+        ({"prepare__seed": GONE}, ["prepare.seed: Field required"]),
+        ({"evaluate": GONE}, ["evaluate: Field required"]),
+        ({"group": None}, ["group: ", "found None"]),
+        ({"prepare__source": "imagenet"}, ["prepare.source: ", "'twemoji' or 'folder'", "found 'imagenet'"]),
+        ({"prepare__image_size": "64"}, ["prepare.image_size: ", "valid integer", "found '64'"]),
+        ({"prepare__image_size": 4}, ["prepare.image_size: ", "greater than or equal to 8"]),
+        ({"prepare__test": 1.0}, ["prepare.test: ", "less than 1"]),
+        ({"prepare__test": float("nan")}, ["prepare.test: "]),
+        ({"prepare__test": 0.6, "prepare__validation": 0.4}, ["prepare: ", "leave nothing to train on"]),
+        ({"finetune__steps": True}, ["finetune.steps: ", "valid integer", "found True"]),
+        ({"finetune__learning_rate": float("inf")}, ["finetune.learning_rate: "]),
+        ({"finetune__learning_rate": -1.0}, ["finetune.learning_rate: ", "greater than 0"]),
+        ({"finetune__soft_target": "median"}, ["finetune.soft_target: ", "'mean' or 'posterior'"]),
+        (
+            {f"finetune__weights__{name}": 0.0 for name in ("diffusion", "shared", "branch", "consistency")},
+            ["finetune.weights: ", "nothing to train"],
+        ),
+        ({"generate__seeds": [1, 1]}, ["generate: ", "seeds [1, 1] repeat"]),
+        ({"generate__seeds": []}, ["generate.seeds: "]),
+        ({"generate__split": "train"}, ["generate.split: ", "'validation' or 'test'"]),
+        ({"generate__steps": 1_000_000_000}, ["generate.steps: ", "less than or equal to 1000"]),
+        ({"evaluate__gates": []}, ["evaluate.gates: "]),
+        ({"evaluate__gates__0__metric": "fid"}, ["evaluate.gates.0.metric: ", "'kernel_distance'"]),
+        ({"evaluate__confidence": 1.0}, ["evaluate.confidence: "]),
+    ],
+)
+def test_a_bad_value_is_named_by_its_path(tmp_path, changes, said):
+    with pytest.raises(ConfigurationError) as caught:
+        load_params(changed(tmp_path, **changes))
+    assert all(part in str(caught.value) for part in said), caught.value
+    assert "has 1 problem(s)" in str(caught.value)
+
+
+def test_all_problems_are_said_at_once(tmp_path):
+    path = changed(tmp_path, group__treshold=1, prepare__source="x", generate__steps="many", evaluate__seed=-1)
+    with pytest.raises(ConfigurationError) as caught:
+        load_params(path)
+    lines = str(caught.value).splitlines()
+    assert "has 4 problem(s)" in lines[0]
+    assert {line.split(":")[0].strip() for line in lines[1:]} == {
+        "group.treshold",
+        "prepare.source",
+        "generate.steps",
+        "evaluate.seed",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("group: [", "is not YAML"),
+        ("", "(top): "),
+        ("- 1", "(top): "),
+        ("prepare: !!python/object/apply:os.system ['touch executed']", "is not YAML"),
+    ],
+)
+def test_a_file_of_another_form_is_refused_and_never_executed(tmp_path, monkeypatch, text, said):
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(text)
+    with pytest.raises(ConfigurationError, match=said.replace("(", r"\(").replace(")", r"\)")):
+        load_params()
+    assert not Path("executed").exists()
+
+
+def test_a_missing_file_says_where_to_stand(tmp_path):
+    with pytest.raises(ConfigurationError, match="top folder"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_no_value_hides_in_the_code():
+    """A default would be a parameter outside params.yaml, which DVC does not see change."""
+    models = [Params]
+    for model in models:
+        for name, field in model.model_fields.items():
+            assert field.is_required(), f"{model.__name__}.{name} has a default"
+            kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+            models += [kind for kind in kinds if hasattr(kind, "model_fields")]
+    assert len(models) > 8

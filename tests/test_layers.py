@@ -1,0 +1,79 @@
+"""Who may import whom, read from the sources: also inside functions, also under TYPE_CHECKING."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows import versioning
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted([*ROOT.glob("sage/**/*.py"), *ROOT.glob("flows/**/*.py")])
+# Each outside tool, and the only place that imports it.
+ONLY_IN = {"prefect": ("flows/pipeline.py",), "mlflow": ("flows/tracking/",), "dvc": ()}
+# Takes plain arguments: no configuration, no command line.
+MATHEMATICS = ("diffusion", "plan", "sampling", "loss", "metrics", "gates", "grouping")
+STAGES = versioning.stages(ROOT / "dvc.yaml")
+
+
+def imports(path: Path) -> set[str]:
+    """Return the dotted names that a file imports, `from a import b` as "a.b"."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def top(module: str) -> str:
+    return module.split(".")[0]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_an_outside_tool_is_imported_in_one_place(path):
+    for module in imports(path):
+        if top(module) in ONLY_IN:
+            assert name(path).startswith(ONLY_IN[top(module)] or ("nowhere",)), f"{name(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if name(path).startswith("sage/")], ids=name)
+def test_the_library_knows_no_shell(path):
+    assert not {top(module) for module in imports(path)} & {"flows", "prefect", "mlflow", "dvc", "typer", "rich"}
+
+
+@pytest.mark.parametrize("noun", MATHEMATICS)
+def test_mathematics_takes_plain_arguments(noun):
+    files = [path for path in SOURCES if name(path) == f"sage/{noun}.py" or name(path).startswith(f"sage/{noun}/")]
+    assert files, f"sage/{noun} is gone; correct this test"
+    for path in files:
+        assert not any(module.startswith("sage.config") for module in imports(path)), name(path)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_imports_the_library_and_what_records_and_shows(stage):
+    shell = {module for module in imports(ROOT / f"flows/{stage}.py") if top(module) == "flows"}
+    assert {".".join(module.split(".")[:2]) for module in shell} <= {"flows.tracking", "flows.terminal"}
+
+
+@pytest.mark.parametrize(
+    ("module", "never"),
+    [
+        ("flows.pipeline", {"torch", "mlflow", "diffusers"}),
+        ("flows.cli", {"torch", "mlflow", "prefect", "dvc", "diffusers", "transformers", "pydantic", "numpy"}),
+        ("flows.tracking", {"torch", "mlflow", "prefect"}),
+        ("sage", {"torch", "diffusers"}),
+    ],
+)
+def test_an_import_stays_light(module, never):
+    code = f"import sys, {module}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not never & set(loaded.stdout.split())
