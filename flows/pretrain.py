@@ -11,14 +11,16 @@ import typer
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from flows.terminal import progress
+from flows.terminal import guard, progress
 from sage import base, files, pretraining
 from sage.config import Network, load_params
 from sage.data import load_pixels, read_split
 from sage.metrics import alignment
 from sage.training import Schedule, fit
 
-app = typer.Typer(no_args_is_help=True, help="Train the parts that models/ holds; each command resumes where it was killed.")
+app = typer.Typer(
+    no_args_is_help=True, help="Train the parts that models/ holds; a killed command resumes when called again."
+)
 
 Data = Annotated[Path, typer.Option(help="Prepared data: `dvc repro prepare` makes it.")]
 Work = Annotated[Path, typer.Option(help="Where resumable state lives.")]
@@ -114,4 +116,4 @@ def _fit(
 
 
 if __name__ == "__main__":
-    app()
+    guard(app)
