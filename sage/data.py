@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sage.errors import DataError
+
 SPLITS = ("train", "validation", "test")
 SMALL_FAMILY = 4  # pictures; of a family with fewer, none is held out
 
@@ -58,8 +60,15 @@ def assign_splits(
 
 
 def read_split(folder: Path, split: str) -> list[Example]:
-    """Return the examples of one split of a prepared folder, in its order."""
-    lines = (folder / split / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    """Return the examples of one split of a prepared folder, in its order.
+
+    Raises DataError where the folder is not prepared.
+    """
+    metadata = folder / split / "metadata.jsonl"
+    if not metadata.is_file():
+        raise DataError(f"{metadata} does not exist. Run `dvc repro prepare`.")
+    # Not splitlines: it also ends lines where Unicode does and JSON does not.
+    lines = metadata.read_text(encoding="utf-8").rstrip("\n").split("\n")
     rows = (json.loads(line) for line in lines)
     return [Example(row["id"], folder / split / row["file_name"], row["text"], row["family"]) for row in rows]
 

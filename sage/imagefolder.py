@@ -42,10 +42,10 @@ def read_folder(root: Path) -> list[Row]:
     names = sorted(_walk(root), key=str)
     rows = [row for name in names if name.name == METADATA for row in _listed(root, name)]
     listed = {row.file for row in rows}
-    captions = {name.with_suffix(""): name for name in names if name.suffix.lower() == ".txt"}
+    captions = {_stem(str(name)): name for name in names if name.suffix.lower() == ".txt"}
     pictures = [name for name in names if _is_picture(root, name)]
-    rows += [_beside(root, name, captions.get(name.with_suffix(""))) for name in pictures if str(name) not in listed]
-    answered = {name.with_suffix("") for name in pictures} | {PurePosixPath(file).with_suffix("") for file in listed}
+    rows += [_beside(root, name, captions.get(_stem(str(name)))) for name in pictures if str(name) not in listed]
+    answered = {_stem(file) for file in [*map(str, pictures), *listed]}
     lone = Rejected("missing_file", "a caption without a picture")
     rows += [_row(root, str(name), None, rejected=lone) for stem, name in captions.items() if stem not in answered]
     if not rows:
@@ -54,6 +54,10 @@ def read_folder(root: Path) -> list[Row]:
             "or set prepare.source to twemoji in params.yaml."
         )
     return _with_distinct_ids(_without_collisions(rows))
+
+
+def _stem(file: str) -> str:
+    return file.removesuffix(PurePosixPath(file).suffix)
 
 
 def _walk(root: Path) -> Iterator[PurePosixPath]:

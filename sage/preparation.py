@@ -80,8 +80,8 @@ def _check(row: Row, size: int) -> tuple[Image.Image, dict[str, Any]]:
     """Return a row's picture, and what is to be known of it; raise Rejected for what cannot be used."""
     if row.rejected is not None:
         raise row.rejected
-    text = clean_caption(row.text)
     data = row.read(MAX_BYTES)
+    text = clean_caption(row.text)
     # Hash and decode the same bytes: a file read twice could change between.
     if row.sha256 is not None and row.sha256 != (digest := hashlib.sha256(data).hexdigest()):
         raise Rejected("hash_mismatch", f"SHA-256 {digest}, expected {row.sha256!r}")

@@ -54,7 +54,7 @@ def read_below(root: Path, name: PurePosixPath, limit: int) -> bytes:
         if not stat.S_ISREG(found.st_mode):
             raise Rejected("unsafe_path", f"{name} is no regular file")
         if found.st_size > limit:
-            raise Rejected("too_large", f"{found.st_size} bytes, above {limit}")
+            raise Rejected("too_large", f"{name} has {found.st_size} bytes, above {limit}")
         # Should it become a link or a pipe between the look and the opening, that is neither followed nor waited for.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             return file.read(limit)

@@ -1,0 +1,245 @@
+"""What becomes of every kind of picture file: accepted and how, or the exact reason why not."""
+
+import struct
+import zlib
+from collections.abc import Callable
+from functools import cache
+from io import BytesIO
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from sage.pictures import compose, contact_sheet, decode, pixel_hash
+from sage.rows import Rejected
+
+RED, GREEN = (255, 0, 0), (0, 255, 0)
+
+
+def encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
+    file = BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def drawing() -> Image.Image:
+    """32x16, red on the left, green on the right."""
+    picture = Image.new("RGB", (32, 16), RED)
+    picture.paste(GREEN, (16, 0, 32, 16))
+    return picture
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
+    """Return a PNG written by hand: of kinds that Pillow reads but does not write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def text_bomb() -> bytes:
+    """Return a small PNG with a compressed comment of 20 MB."""
+    data = b"Comment\0\0" + zlib.compress(b"\0" * 20_000_000)
+    comment = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
+    whole = encoded(drawing(), "PNG")
+    return whole[:33] + comment + whole[33:]
+
+
+def noise() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+REJECTED: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (lambda: b"", "decode_error"),
+    "text": (lambda: b"this is no picture", "decode_error"),
+    "zeros": (lambda: bytes(100), "decode_error"),
+    "truncated JPEG": (lambda: cut(encoded(noise(), "JPEG")), "decode_error"),
+    "truncated PNG": (lambda: cut(encoded(noise(), "PNG")), "decode_error"),
+    "truncated GIF": (lambda: cut(encoded(noise(), "GIF")), "decode_error"),
+    "truncated WebP": (lambda: cut(encoded(noise(), "WEBP")), "decode_error"),
+    "truncated BMP": (lambda: cut(encoded(noise(), "BMP")), "decode_error"),
+    "truncated TIFF": (lambda: cut(encoded(noise(), "TIFF")), "decode_error"),
+    "PNG magic only": (lambda: b"\x89PNG\r\n\x1a\n", "decode_error"),
+    "JPEG magic only": (lambda: b"\xff\xd8\xff", "decode_error"),
+    "PNG with a bit flipped": (lambda: encoded(noise(), "PNG").replace(b"IDAT", b"IDAU"), "decode_error"),
+    "RIFF of sound": (lambda: b"RIFF\x24\0\0\0WAVEfmt ", "decode_error"),
+    "compressed comment": (text_bomb, "decode_error"),
+    "EPS": (lambda: encoded(drawing(), "EPS"), "format_not_allowed"),
+    "PSD": (lambda: b"8BPS\0\1" + bytes(40), "format_not_allowed"),
+    "FITS": (lambda: b"SIMPLE  =                    T".ljust(2880), "format_not_allowed"),
+    "SVG": (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "format_not_allowed"),
+    "SVG with declaration": (lambda: b"<?xml version='1.0'?><svg/>", "format_not_allowed"),
+    "HTML": (lambda: b"<!DOCTYPE html><p>404</p>", "format_not_allowed"),
+    "PDF": (lambda: encoded(drawing(), "PDF"), "format_not_allowed"),
+    "ICO": (lambda: encoded(drawing(), "ICO"), "format_not_allowed"),
+    "PPM": (lambda: encoded(drawing(), "PPM"), "format_not_allowed"),
+    "HEIC": (lambda: b"\0\0\0\x18ftypheic" + bytes(12), "format_not_allowed"),
+    "ZIP": (lambda: b"PK\3\4" + bytes(26), "format_not_allowed"),
+    "32-bit float TIFF": (lambda: encoded(Image.new("F", (16, 16)), "TIFF"), "format_not_allowed"),
+    "32-bit integer TIFF": (lambda: encoded(Image.new("I", (16, 16)), "TIFF"), "format_not_allowed"),
+    "bomb": (lambda: encoded(Image.new("1", (10_000, 10_000)), "PNG"), "too_large"),
+    # No pixel is there: only who looks at the header first can say that there would be too many.
+    "bomb without pixels": (lambda: png(10_000, 8_000, 8, 2, b""), "too_large"),
+    "bomb that Pillow refuses": (lambda: png(60_000, 60_000, 8, 2, b""), "too_large"),
+    "bomb of a GIF frame": (
+        lambda: b"GIF89a\x10\0\x10\0\0\0\0,\0\0\0\0\xff\xff\xff\xff\0\2\2D\1\0;",
+        "too_large",
+    ),
+    "1x1": (lambda: encoded(Image.new("RGB", (1, 1)), "PNG"), "too_small"),
+    "7x20": (lambda: encoded(Image.new("RGB", (7, 20)), "PNG"), "too_small"),
+    "20000x4": (lambda: encoded(Image.new("RGB", (20_000, 4)), "PNG"), "aspect"),
+    "8x65": (lambda: encoded(Image.new("RGB", (8, 65)), "PNG"), "aspect"),
+}
+
+
+@cache
+def rejected_file(name: str) -> bytes:
+    return REJECTED[name][0]()
+
+
+@pytest.mark.parametrize("name", REJECTED)
+def test_a_bad_picture_gets_its_exact_reason(name: str) -> None:
+    data, reason = rejected_file(name), REJECTED[name][1]
+    details = set()
+    for _ in range(2):
+        with pytest.raises(Rejected) as rejected:
+            decode(data)
+        assert rejected.value.reason == reason, rejected.value.detail
+        details.add(rejected.value.detail)
+    assert len(details) == 1  # no address in memory, no time
+
+
+@pytest.mark.parametrize(("width", "height"), [(8, 8), (8, 64), (64, 8), (10_000, 5_000)])
+def test_the_limits_themselves_are_accepted(width: int, height: int) -> None:
+    assert decode(encoded(Image.new("1", (width, height)), "PNG")).picture.size == (width, height)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_every_accepted_format_looks_the_same(kind: str) -> None:
+    options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+    decoded = decode(encoded(drawing(), kind, **options))
+    pixels = np.asarray(decoded.picture.convert("RGB")).astype(int)
+    assert np.abs(pixels - np.asarray(drawing())).max() <= 3
+    assert not decoded.animated
+
+
+def palette_with_alpha() -> Image.Image:
+    picture = Image.new("P", (16, 16), 0)
+    picture.putpalette([*RED, *GREEN])
+    picture.paste(1, (8, 0, 16, 16))
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("data", "mode", "left", "right"),
+    [
+        (encoded(palette_with_alpha(), "PNG", transparency=0), "P", (255, 255, 255), GREEN),
+        (encoded(palette_with_alpha(), "PNG", transparency=b"\x80\xff"), "P", (255, 127, 127), GREEN),
+        (encoded(Image.new("LA", (16, 16), (0, 128)), "PNG"), "LA", (127, 127, 127), (127, 127, 127)),
+        (encoded(Image.new("RGBA", (16, 16), (0, 0, 0, 0)), "PNG"), "RGBA", (255, 255, 255), (255, 255, 255)),
+        (encoded(Image.new("1", (16, 16), 1), "PNG"), "1", (255, 255, 255), (255, 255, 255)),
+        (encoded(Image.new("L", (16, 16), 7), "PNG"), "L", (7, 7, 7), (7, 7, 7)),
+        (encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "TIFF"), "CMYK", RED, RED),
+        (encoded(Image.new("CMYK", (16, 16), (255, 0, 255, 0)), "JPEG", quality=100), "CMYK", GREEN, GREEN),
+    ],
+)
+def test_every_mode_becomes_rgb_over_white(
+    data: bytes, mode: str, left: tuple[int, ...], right: tuple[int, ...]
+) -> None:
+    decoded = decode(data)
+    assert decoded.mode == mode
+    square = np.asarray(compose(decoded.picture, 16)).astype(int)
+    assert square.shape == (16, 16, 3)
+    assert np.abs(square[8, 2] - left).max() <= 2
+    assert np.abs(square[8, 13] - right).max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled_and_never_clipped(kind: str) -> None:
+    samples = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)
+    decoded = decode(encoded(Image.fromarray(samples), kind))
+    assert decoded.mode.startswith("I;16")
+    square = np.asarray(compose(decoded.picture, 16))[..., 0]
+    assert np.array_equal(square, np.round(samples / 257).astype(np.uint8))
+
+
+def test_16_bit_colour_keeps_its_upper_byte() -> None:
+    values = np.linspace(0, 65535, 16 * 16 * 3, dtype=np.uint16).reshape(16, 16, 3)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    square = np.asarray(compose(decode(png(16, 16, 16, 2, rows)).picture, 16)).astype(int)
+    assert np.abs(square - values / 257).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_applied_once(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by a quarter: what is left comes to the top
+    options = {} if kind == "TIFF" else {"quality": 100}
+    picture = decode(encoded(drawing(), kind, exif=exif, **options)).picture.convert("RGB")
+    assert picture.size == (16, 32)
+    top, bottom = picture.getpixel((8, 4)), picture.getpixel((8, 28))
+    assert top[0] > 200 > 60 > top[1]
+    assert bottom[1] > 200 > 60 > bottom[0]
+    square = np.asarray(compose(picture, 32))
+    assert square[4, 16, 0] > 200 > square[28, 16, 0]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_of_an_animation_the_first_frame_is_taken(kind: str) -> None:
+    others = [Image.new("RGB", (16, 16), colour) for colour in (GREEN, (0, 0, 255))]
+    data = encoded(Image.new("RGB", (16, 16), RED), kind, save_all=True, append_images=others)
+    decoded = decode(data)
+    assert decoded.animated
+    assert np.abs(np.asarray(decoded.picture.convert("RGB")).astype(int) - RED).max() <= 2
+
+
+WHOLE = {kind: encoded(noise(), kind) for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")}
+
+
+@given(st.sampled_from(sorted(WHOLE)), st.lists(st.tuples(st.integers(0, 300), st.integers(0, 255)), max_size=4))
+def test_damage_is_rejected_or_harmless_but_never_an_error(kind: str, flips: list[tuple[int, int]]) -> None:
+    data = bytearray(WHOLE[kind])
+    for place, value in flips:
+        data[place % len(data)] = value
+    try:
+        decoded = decode(bytes(data))
+    except Rejected as rejected:
+        assert rejected.reason in {"decode_error", "format_not_allowed", "too_large", "too_small", "aspect"}
+    else:
+        assert compose(decoded.picture, 8).size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("size", "inner"), [((100, 50), (32, 16)), ((16, 16), (32, 32)), ((8, 64), (4, 32)), ((32, 32), (32, 32))]
+)
+def test_compose_fills_the_square_and_centres(size: tuple[int, int], inner: tuple[int, int]) -> None:
+    square = np.asarray(compose(Image.new("RGB", size, (0, 0, 0)), 32))
+    dark = np.argwhere(square[..., 0] < 128)
+    (top, left), (bottom, right) = dark.min(0), dark.max(0)
+    assert (right - left + 1, bottom - top + 1) == inner
+    assert (left, top) == ((32 - inner[0]) // 2, (32 - inner[1]) // 2)
+
+
+def test_pixel_hash_sees_pixels_only() -> None:
+    picture = drawing()
+    assert pixel_hash(picture) == pixel_hash(picture.convert("RGBA"))
+    assert pixel_hash(picture) == pixel_hash(decode(encoded(picture, "BMP")).picture)
+    other = picture.copy()
+    other.putpixel((0, 0), (254, 0, 0))
+    assert pixel_hash(picture) != pixel_hash(other)
+
+
+def test_contact_sheet_places_row_by_row() -> None:
+    colours = [(value, 0, 0) for value in (10, 20, 30)]
+    sheet = contact_sheet([Image.new("RGB", (4, 4), colour) for colour in colours], columns=2)
+    assert sheet.size == (8, 8)
+    assert [sheet.getpixel(place) for place in ((1, 1), (5, 1), (1, 5))] == colours
+    assert sheet.getpixel((5, 5)) == (255, 255, 255)
