@@ -11,15 +11,20 @@ an order of their own first, so nothing depends on the order of the prompts.
 | M, K | prompts and groups: one level of sharing at share ratio beta saves beta (1 - K / M) |
 """
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 
 from sage.errors import ConfigurationError, DataError
-from sage.neighbours import similar_pairs
+from sage.linkage import Link, agglomerate, pack, scramble
 
 Groups = list[list[int]]
+_PART = 16384
 
 
 @dataclass(frozen=True)
@@ -35,34 +40,39 @@ class Tree:
     merges: list[tuple[int, int, float]]
 
 
-def group(embeddings: np.ndarray, threshold: float, max_size: int) -> Groups:
+def group(embeddings: np.ndarray, threshold: float, max_size: int, upper: float = math.inf) -> Groups:
     """Return groups of rows, a partition: every pair has at least this cosine, no group more than `max_size` rows.
 
     `embeddings` has shape (n, d), of any length but zero; a row that is zero or not finite is alone. Members ascend,
-    groups are ordered by their first member. Raises ConfigurationError for a threshold outside [-1, 1] or a cap below
-    1, DataError for what is no matrix.
+    groups are ordered by their first member. No pair of a group reaches `upper`: prompts so alike would give the same
+    picture twice, so copies of a prompt go to different groups, each of which has its own seed.
+
+    Raises ConfigurationError for a threshold outside [-1, 1] or a cap below 1, DataError for what is no matrix.
     """
-    return cut(tree(embeddings, threshold, max_size), threshold)
+    matrix = _matrix(embeddings)
+    links = _links(pack, matrix, threshold, max_size, upper)
+    ends = np.array([link[:2] for link in links], np.int64).reshape(-1, 2)
+    pairs = csr_array((np.ones(len(ends), np.int8), (ends[:, 0], ends[:, 1])), shape=(len(matrix), len(matrix)))
+    count, label = connected_components(pairs, directed=False)
+    members = np.argsort(label, kind="stable")
+    first = np.cumsum(np.bincount(label, minlength=count))[:-1]
+    return sorted(part.tolist() for part in np.split(members, first)) if count else []
 
 
-def tree(embeddings: np.ndarray, threshold: float, max_size: int) -> Tree:
-    """Return the merges down to a threshold; `cut` at any height above gives what `group` gives there.
+def tree(embeddings: np.ndarray, threshold: float, max_size: int, upper: float = math.inf) -> Tree:
+    """Return nested groups down to a threshold, each level of which `cut` gives; arguments and errors are `group`'s.
 
-    Arguments and errors are those of `group`.
+    A level has a few more groups than `group` finds at its height, for that may take groups apart.
     """
-    if not -1 <= threshold <= 1:
-        raise ConfigurationError(f"threshold is {threshold}, but a cosine lies in [-1, 1]")
-    if max_size < 1:
-        raise ConfigurationError(f"max_size is {max_size}, but a group has at least 1 member")
-    rows, index = _canonical(embeddings)
-    merges = _agglomerate(rows, threshold, max_size)
+    matrix = _matrix(embeddings)
+    links = _links(agglomerate, matrix, threshold, max_size, upper)
     # Name the clusters as scipy does: a merge's number instead of a member.
-    name = {row: int(index[row]) for pair in merges for row in pair[:2]}
-    named = []
-    for k, (a, b, similarity) in enumerate(sorted(merges, key=lambda merge: -merge[2])):
-        named.append((min(name[a], name[b]), max(name[a], name[b]), similarity))
-        name[a] = name[b] = len(embeddings) + k
-    return Tree(len(embeddings), named)
+    name = list(range(len(matrix)))
+    merges = []
+    for k, (a, b, similarity) in enumerate(sorted(links, key=lambda link: -link[2])):
+        merges.append((min(name[a], name[b]), max(name[a], name[b]), similarity))
+        name[a] = name[b] = len(matrix) + k
+    return Tree(len(matrix), merges)
 
 
 def cut(tree: Tree, threshold: float) -> Groups:
@@ -76,21 +86,29 @@ def cut(tree: Tree, threshold: float) -> Groups:
 
 def usable(embeddings: np.ndarray) -> np.ndarray:
     """Return which rows have a direction, shape (n,): all but those that are zero or not finite."""
-    return np.isfinite(embeddings).all(axis=1) & (embeddings != 0).any(axis=1)
+    matrix = _matrix(embeddings)
+    # A row's largest magnitude says both, and needs no second matrix: NaN and infinity survive max and min.
+    if not matrix.size:
+        return np.zeros(len(matrix), bool)
+    largest = np.maximum(matrix.max(axis=1), -matrix.min(axis=1))
+    found: np.ndarray = np.isfinite(largest) & (largest > 0)
+    return found
 
 
 def worst_similarity(embeddings: np.ndarray, groups: Sequence[Sequence[int]]) -> list[float]:
     """Return for each group the cosine of its least similar pair; 1 for a single."""
+    matrix = _matrix(embeddings)
     worst = []
     for members in groups:
-        rows = _unit(_matrix(embeddings)[list(members)]) if len(members) > 1 else np.ones((1, 1), np.float32)
+        rows = _unit_rows(matrix, np.asarray(members)) if len(members) > 1 else np.ones((1, 1), np.float32)
         worst.append(min(1.0, float((rows @ rows.T).min())))
     return worst
 
 
 def _matrix(embeddings: np.ndarray) -> np.ndarray:
     try:
-        matrix = np.asarray(embeddings, np.float32)
+        with np.errstate(over="ignore"):  # too large for a float32 becomes infinite, and that prompt is alone
+            matrix = np.asarray(embeddings, np.float32)
     except (ValueError, TypeError) as error:
         raise DataError(f"embeddings are no matrix of numbers: {error}. Give every prompt the same width.") from error
     if matrix.ndim != 2:
@@ -98,93 +116,65 @@ def _matrix(embeddings: np.ndarray) -> np.ndarray:
     return matrix
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
-    """Return the rows at length 1; scaled twice, so that neither tiny nor huge ones lose their direction."""
-    rows = rows / np.abs(rows).max(axis=1, keepdims=True)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True) + np.float32(0)  # -0.0 becomes 0.0
+def _unit_rows(matrix: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Return the rows at `index`, each of length 1; a part at a time, so that memory holds them once."""
+    rows = np.empty((len(index), matrix.shape[1]), np.float32)
+    for start in range(0, len(index), _PART):
+        part = matrix[index[start : start + _PART]]
+        # Scaled twice, so that neither tiny nor huge rows lose their direction.
+        part /= np.abs(part).max(axis=1, keepdims=True)
+        rows[start : start + _PART] = part / np.linalg.norm(part, axis=1, keepdims=True)
+    return rows
 
 
-def _canonical(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the usable rows at length 1 in an order that depends on their values alone, and where each came from."""
-    matrix = _matrix(embeddings)
+def _canonical(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the usable rows in an order that depends on their values alone, and where in it each value begins."""
     index = np.flatnonzero(usable(matrix))
-    rows = _unit(matrix[index])
     # A 64-bit hash of each row: sums of its bits times odd constants, modulo 2^64.
-    words = rows.view(np.uint32)
-    factors = _scramble(np.arange(rows.shape[1], dtype=np.uint64)) | np.uint64(1)
-    keys = np.zeros(len(rows), np.uint64)
-    for column, factor in zip(words.T, factors, strict=True):
-        keys += column.astype(np.uint64) * factor
-    order = np.argsort(_scramble(keys), kind="stable")
-    return np.ascontiguousarray(rows[order]), index[order]
+    factors = scramble(np.arange(matrix.shape[1], dtype=np.uint64)) | np.uint64(1)
+    keys = np.empty(len(index), np.uint64)
+    for start in range(0, len(index), _PART):
+        bits = (matrix[index[start : start + _PART]] + np.float32(0)).view(np.uint32)  # -0.0 becomes 0.0
+        keys[start : start + _PART] = bits.astype(np.uint64) @ factors
+    order = np.argsort(scramble(keys), kind="stable")
+    index, keys = index[order], keys[order]
+    new = np.ones(len(index), bool)
+    alike = np.flatnonzero(keys[1:] == keys[:-1])
+    new[alike + 1] = (matrix[index[alike + 1]] != matrix[index[alike]]).any(axis=1)
+    return index, np.flatnonzero(new)
 
 
-def _scramble(x: np.ndarray) -> np.ndarray:
-    """Return 64-bit numbers that look random and depend on x alone (splitmix64)."""
-    x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _agglomerate(rows: np.ndarray, threshold: float, max_size: int) -> list[tuple[int, int, float]]:
-    """Return the merges (a, b, similarity) of canonical rows; a cluster is named by its smallest row.
-
-    All pairs of clusters that are each other's most similar merge at once. Complete linkage only ever lowers a
-    similarity, so this gives the tree that merging one best pair at a time gives.
-    """
-    n = len(rows)
-    if n < 2 or max_size < 2:
-        return []
-    a, b, similarity = similar_pairs(rows, threshold)
-    sizes = np.ones(n, np.int64)
-    merges: list[tuple[int, int, float]] = []
-    while len(a):
-        chosen = _mutual_best(a, b, similarity, n)
-        kept, gone = a[chosen], b[chosen]
-        merges += zip(kept.tolist(), gone.tolist(), similarity[chosen].tolist(), strict=True)
-        sizes[kept] += sizes[gone]
-        name = np.arange(n)
-        name[gone] = kept
-        merged = np.zeros(n, bool)
-        merged[kept] = True
-        a, b, similarity = _join(name[a], name[b], similarity, merged, sizes, max_size)
-    return merges
-
-
-def _mutual_best(a: np.ndarray, b: np.ndarray, similarity: np.ndarray, n: int) -> np.ndarray:
-    """Return the pairs, at least one, in which each is the other's most similar; ties go by a hash."""
-    best = np.full(n, -np.inf, np.float32)
-    np.maximum.at(best, a, similarity)
-    np.maximum.at(best, b, similarity)
-    tied = np.flatnonzero((similarity == best[a]) & (similarity == best[b]))
-    # By a hash and not by name: among n equal pairs of pairs, names in order would let one merge at a time.
-    lot = _scramble(a[tied].astype(np.uint64) * np.uint64(n) + b[tied].astype(np.uint64))
-    first = np.full(n, np.iinfo(np.uint64).max, np.uint64)
-    np.minimum.at(first, a[tied], lot)
-    np.minimum.at(first, b[tied], lot)
-    return tied[(lot == first[a[tied]]) & (lot == first[b[tied]])]
-
-
-def _join(
-    a: np.ndarray, b: np.ndarray, similarity: np.ndarray, merged: np.ndarray, sizes: np.ndarray, max_size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the pairs between renamed clusters: both sides' least similarity, where all their pairs are known."""
-    fits = (a != b) & (sizes[a] + sizes[b] <= max_size)
-    a, b, similarity = np.minimum(a, b)[fits], np.maximum(a, b)[fits], similarity[fits]
-    touched = merged[a] | merged[b]
-    code = a[touched] * len(merged) + b[touched]
-    order = np.argsort(code, kind="stable")
-    code = code[order]
-    start = np.flatnonzero(np.diff(code, prepend=-1))
-    if not len(start):
-        return a[~touched], b[~touched], similarity[~touched]
-    least = np.minimum.reduceat(similarity[touched][order], start)
-    first, second = np.divmod(code[start], len(merged))
-    # Each side had two names before if it merged now: all two or four pairs must reach the threshold.
-    whole = np.diff(start, append=len(code)) == (1 + merged[first]) * (1 + merged[second])
-    return (
-        np.concatenate([a[~touched], first[whole]]),
-        np.concatenate([b[~touched], second[whole]]),
-        np.concatenate([similarity[~touched], least[whole]]),
-    )
+def _links(
+    find: Callable[[np.ndarray, np.ndarray, float, float, int], list[Link]],
+    matrix: np.ndarray,
+    threshold: float,
+    max_size: int,
+    upper: float,
+) -> list[Link]:
+    """Return what `find` links among the different rows of a matrix, and the links of their copies."""
+    if not -1 <= threshold <= 1:
+        raise ConfigurationError(f"threshold is {threshold}, but a cosine lies in [-1, 1]")
+    if max_size < 1:
+        raise ConfigurationError(f"max_size is {max_size}, but a group has at least 1 member")
+    index, first = _canonical(matrix)
+    copies = np.diff(first, append=len(index))
+    links: list[Link] = []
+    if upper > 1:  # copies of a row fill groups of their own; what is left of them joins others
+        for row in np.flatnonzero(copies > 1):
+            for begin in range(0, copies[row], max_size):
+                head = first[row] + begin
+                links += [(head, head + k, 1.0) for k in range(1, min(max_size, copies[row] - begin))]
+        left = copies % max_size
+        layers = [(np.flatnonzero(left), copies - left, 1)]
+    else:  # all first copies among each other, all second ones, ...: those of the same rows group alike
+        left = np.ones_like(copies)
+        counts = [0, *np.unique(copies)]
+        layers = [
+            (np.flatnonzero(copies > done), np.full_like(copies, done), count - done)
+            for done, count in itertools.pairwise(counts)
+        ]
+    for some, begin, repeats in layers:
+        place = (first + begin)[some]
+        for a, b, similarity in find(_unit_rows(matrix, index[place]), left[some], threshold, upper, max_size):
+            links += [(place[a] + repeat, place[b] + repeat, similarity) for repeat in range(repeats)]
+    return [(int(index[a]), int(index[b]), similarity) for a, b, similarity in links]

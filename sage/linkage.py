@@ -1,0 +1,170 @@
+"""Complete linkage with a cap on a graph of similar rows, and the pass that dissolves what it leaves small.
+
+| symbol | meaning |
+|---|---|
+| a, b | rows, or clusters named by their smallest row |
+| sizes | how many equal prompts a row stands for |
+| link | (a, b, similarity): these belong together |
+"""
+
+import itertools
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from sage.neighbours import ALL_PAIRS, Pairs, cosines, similar_pairs
+
+Link = tuple[int, int, float]
+
+
+def pack(rows: np.ndarray, sizes: np.ndarray, threshold: float, upper: float, max_size: int) -> list[Link]:
+    """Return links of groups: agglomerate, then dissolve groups whose every row fits into another, smallest first.
+
+    Agglomeration alone leaves pairs and singles beside groups with room; moving those saves 1 to 5 % more of the steps
+    at the same threshold (docs/grouping.md).
+    """
+    pairs = similar_pairs(rows, threshold, upper)
+    members = {row: [row] for row in range(len(rows))}
+    for a, b, _ in _merge(rows, sizes, pairs, threshold, upper, max_size):
+        members[a] += members.pop(b)
+    home = np.empty(len(rows), np.int64)
+    for name, group in members.items():
+        home[group] = name
+    weight = np.bincount(home, weights=sizes, minlength=len(rows)).astype(np.int64)
+    ends = np.stack(pairs[:2])
+    both = (ends.ravel(), ends[::-1].ravel())
+    near = csr_array((np.ones(ends.size, np.int8), both), shape=(len(rows), len(rows)))
+
+    def refuge(row: int, guests: dict[int, list[int]]) -> int | None:
+        """Return the group with room that stays most alike with this row, given the guests that it has already."""
+        found = []
+        for target in set(home[near.indices[near.indptr[row] : near.indptr[row + 1]]].tolist()) - {home[row]}:
+            extra = guests.get(target, [])
+            if weight[target] + sizes[extra].sum() + sizes[row] <= max_size:
+                cosine = rows[members[target] + extra] @ rows[row]
+                if cosine.min() >= threshold and cosine.max() < upper:
+                    found.append((cosine.min(), -target))
+        return -max(found)[1] if found else None
+
+    for name in sorted(members, key=lambda name: (weight[name], name)):
+        guests: dict[int, list[int]] = {}
+        for row in members[name]:
+            target = refuge(row, guests)
+            if target is None:
+                break
+            guests.setdefault(target, []).append(row)
+        else:
+            del members[name]
+            for target, moved in guests.items():
+                members[target] += moved
+                home[moved] = target
+                weight[target] += sizes[moved].sum()
+    return [(group[0], row, threshold) for group in members.values() for row in group[1:]]
+
+
+def agglomerate(rows: np.ndarray, sizes: np.ndarray, threshold: float, upper: float, max_size: int) -> list[Link]:
+    """Return the merges (a, b, similarity) of all rows."""
+    return _merge(rows, sizes, similar_pairs(rows, threshold, upper), threshold, upper, max_size)
+
+
+def _merge(
+    rows: np.ndarray, sizes: np.ndarray, pairs: Pairs, threshold: float, upper: float, max_size: int
+) -> list[Link]:
+    """Return the merges (a, b, similarity) of canonical rows, where row i stands for sizes[i] equal prompts.
+
+    All pairs of clusters that are each other's most similar merge at once, named by their smaller row. Complete linkage
+    only ever lowers a similarity, so this gives the tree that merging one best pair at a time gives.
+    """
+    a, b, similarity = pairs
+    sizes = sizes.copy()
+    # The cluster of each row. In a large set a pair of clusters may lack pairs of rows: those are then looked up.
+    cluster = None if len(rows) <= ALL_PAIRS else np.arange(len(rows))
+    merges: list[Link] = []
+    fits = sizes[a] + sizes[b] <= max_size
+    a, b, similarity = a[fits], b[fits], similarity[fits]
+    while len(a):
+        chosen = _mutual_best(a, b, similarity, len(rows))
+        kept, gone = a[chosen], b[chosen]
+        merges += zip(kept.tolist(), gone.tolist(), similarity[chosen].tolist(), strict=True)
+        sizes[kept] += sizes[gone]
+        name = np.arange(len(rows))
+        name[gone] = kept
+        merged = np.zeros(len(rows), bool)
+        merged[kept] = True
+        a, b = name[a], name[b]
+        fits = (a != b) & (sizes[a] + sizes[b] <= max_size)
+        a, b, similarity, known = _join(a[fits], b[fits], similarity[fits], merged)
+        if cluster is not None:
+            cluster = name[cluster]
+            similarity[~known] = _linkage(rows, cluster, a[~known], b[~known], upper)
+            known = similarity >= threshold
+        a, b, similarity = a[known], b[known], similarity[known]
+    return merges
+
+
+def _mutual_best(a: np.ndarray, b: np.ndarray, similarity: np.ndarray, n: int) -> np.ndarray:
+    """Return the pairs, at least one, in which each is the other's most similar; ties go by a hash."""
+    best = np.full(n, -np.inf, np.float32)
+    np.maximum.at(best, a, similarity)
+    np.maximum.at(best, b, similarity)
+    tied = np.flatnonzero((similarity == best[a]) & (similarity == best[b]))
+    # By a hash and not by name: among n equal pairs of pairs, names in order would let one merge at a time.
+    lot = scramble(a[tied].astype(np.uint64) * np.uint64(n) + b[tied].astype(np.uint64))
+    first = np.full(n, np.iinfo(np.uint64).max, np.uint64)
+    np.minimum.at(first, a[tied], lot)
+    np.minimum.at(first, b[tied], lot)
+    drawn: np.ndarray = (lot == first[a[tied]]) & (lot == first[b[tied]])
+    return tied[drawn]
+
+
+def _join(
+    a: np.ndarray, b: np.ndarray, similarity: np.ndarray, merged: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return each pair of renamed clusters once: (a, b, least similarity, whether all pairs it joins are known)."""
+    a, b = np.minimum(a, b), np.maximum(a, b)
+    touched = merged[a] | merged[b]
+    code = a[touched] * len(merged) + b[touched]
+    order = np.argsort(code, kind="stable")
+    code = code[order]
+    start = np.flatnonzero(np.diff(code, prepend=-1))
+    first, second = np.divmod(code[start], len(merged))
+    least = np.minimum.reduceat(similarity[touched][order], start) if len(start) else similarity[:0]
+    # A side that merged in this round had two names before: two or four pairs become one.
+    whole = np.diff(start, append=len(code)) == (1 + merged[first]) * (1 + merged[second])
+    return (
+        np.concatenate([a[~touched], first]),
+        np.concatenate([b[~touched], second]),
+        np.concatenate([similarity[~touched], least]),
+        np.concatenate([np.ones((~touched).sum(), bool), whole]),
+    )
+
+
+def _linkage(rows: np.ndarray, cluster: np.ndarray, a: np.ndarray, b: np.ndarray, upper: float) -> np.ndarray:
+    """Return the least similarity of the rows of cluster a[i] to those of b[i]; -inf where one reaches `upper`."""
+    members = np.argsort(cluster, kind="stable")
+    counts = np.bincount(cluster, minlength=len(rows))
+    first = np.cumsum(counts) - counts
+    result = np.empty(len(a), np.float32)
+    pairs = counts[a] * counts[b]
+    # A million pairs of rows at a time.
+    part = np.cumsum(pairs) // 2**20
+    for start, stop in itertools.pairwise([*np.flatnonzero(np.diff(part, prepend=-1)), len(a)]):
+        n = pairs[start:stop]
+        begin = np.cumsum(n) - n
+        place = np.arange(n.sum()) - np.repeat(begin, n)
+        left, right = np.repeat(a[start:stop], n), np.repeat(b[start:stop], n)
+        cosine = cosines(
+            rows, members[first[left] + place // counts[right]], members[first[right] + place % counts[right]]
+        )
+        least = np.minimum.reduceat(cosine, begin)
+        result[start:stop] = np.where(np.maximum.reduceat(cosine, begin) < upper, least, -np.inf)
+    return result
+
+
+def scramble(x: np.ndarray) -> np.ndarray:
+    """Return 64-bit numbers that look random and depend on x alone (splitmix64)."""
+    x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
