@@ -75,7 +75,9 @@ def stable_diffusion(folder: Path) -> StableDiffusionPipeline:
         text_encoder=CLIPTextModel(clip_config()).eval(),
         tokenizer=clip_tokenizer(folder),
         unet=unet(),
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False),
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -1,0 +1,209 @@
+"""Stage generate: every arm's pictures of the held-out prompts, from the same seeds, with the evaluations counted.
+
+| arm | model | steps | shares |
+|---|---|---|---|
+| independent | base | all | nothing |
+| independent_same_nfe | base | as few as cost what sharing costs, rounded up | nothing |
+| shared | base | all | the groups' first steps |
+| sage | fine-tuned | all | the groups' first steps |
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import sage.torchvision_ops  # noqa: F401
+
+import torch
+import typer
+from PIL import Image
+
+from flows.terminal import progress, run
+from flows.tracking import stage_run
+from sage.config import Generate, load_params
+from sage.data import Example, read_split
+from sage.errors import DataError, PlanError
+from sage.files import new_folder, sha256, sha256_tree, write_json
+from sage.pipeline import SharedSamplingPipeline, prompt_seed
+from sage.plan import Plan
+
+GRID_COLUMNS = 12
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to make the pictures; two arms with equal `made` are the same pictures."""
+
+    name: str
+    model: Path
+    model_hash: str
+    plan: Plan
+    share_ratio: float
+
+    @property
+    def made(self) -> tuple[str, Plan]:
+        """What decides the pictures."""
+        return self.model_hash, self.plan
+
+
+def main(
+    base: Annotated[Path, typer.Option(help="The base model.")],
+    model: Annotated[Path, typer.Option(help="The fine-tuned model.")],
+    data: Annotated[Path, typer.Option(help="Prepared data.")],
+    groups: Annotated[Path, typer.Option(help="One JSON file of groups a split.")],
+    out: Annotated[Path, typer.Option(help="Where the pictures go: ARM/seed-SEED/ID.png and manifest.jsonl.")],
+    metrics: Annotated[Path, typer.Option(help="Where the figures go.")],
+) -> None:
+    """Make every arm's pictures and say what each arm cost."""
+    settings = load_params().generate
+    examples = read_split(data, settings.split)
+    members = read_groups(groups / f"{settings.split}.json", examples)
+    arms = plan_arms(base, model, members, settings)
+    made: dict[tuple[str, Plan], dict[str, Any]] = {}
+    first: dict[tuple[str, Plan], str] = {}
+    figures = {}
+    images = len(examples) * len(settings.seeds)
+    different = len({arm.made for arm in arms})
+
+    with stage_run("generate", settings.model_dump()) as record, new_folder(out) as folder:
+        record.dataset("prepared", sha256_tree(data), "generation")
+        with progress(images * different, "generating") as advance:
+            for arm in arms:
+                if arm.made in made:
+                    shutil.copytree(folder / first[arm.made], folder / arm.name)
+                else:
+                    made[arm.made] = make(arm, examples, settings, folder / arm.name, advance)
+                    first[arm.made] = arm.name
+                figures[arm.name] = {
+                    "model": str(arm.model),
+                    "steps": arm.plan.steps,
+                    "share_ratio": arm.share_ratio,
+                    "prompts": len(examples),
+                    "images": images,
+                    **made[arm.made],
+                }
+        write_manifest(folder, [arm.name for arm in arms], examples, members, settings.seeds)
+        for arm in arms:
+            record.metrics(
+                {f"{arm.name}.{name}": v for name, v in figures[arm.name].items() if isinstance(v, (int, float))}
+            )
+        record.image(grid(folder, [arm.name for arm in arms], examples, members, settings.seeds[0]), "arms")
+        write_json(metrics, {"arms": figures, "split": settings.split, "seeds": settings.seeds, "run_id": record.id})
+
+
+def read_groups(path: Path, examples: list[Example]) -> list[list[int]]:
+    """Return the groups as places in `examples`; raise DataError where they are of another set of prompts."""
+    place = {example.id: number for number, example in enumerate(examples)}
+    groups = [group["ids"] for group in json.loads(path.read_text(encoding="utf-8"))["groups"]]
+    ids = [id for group in groups for id in group]
+    if sorted(ids) != sorted(place):
+        odd = sorted(set(ids) ^ set(place))[:3] or "an id twice"
+        raise DataError(
+            f"{path} groups {len(ids)} prompts, but the split has {len(place)}; they differ in {odd}. Group again."
+        )
+    return [[place[id] for id in group] for group in groups]
+
+
+def plan_arms(base: Path, model: Path, groups: list[list[int]], settings: Generate) -> list[Arm]:
+    """Return the four arms; plans count network evaluations as DDIM does, one a step."""
+    count = sum(map(len, groups))
+    whole = Plan.independent(count, settings.steps)
+    shared = Plan.shared(groups, settings.steps, settings.share_ratio)
+    # Rounded up: the baseline never gets less than sharing.
+    fewer = Plan.independent(count, math.ceil(shared.nfe(guidance=False) / count))
+    base_hash, model_hash = sha256_tree(base), sha256_tree(model)
+    return [
+        Arm("independent", base, base_hash, whole, 0.0),
+        Arm("independent_same_nfe", base, base_hash, fewer, 0.0),
+        Arm("shared", base, base_hash, shared, settings.share_ratio),
+        Arm("sage", model, model_hash, shared, settings.share_ratio),
+    ]
+
+
+def make(
+    arm: Arm, examples: list[Example], settings: Generate, folder: Path, advance: Callable[[int], None]
+) -> dict[str, Any]:
+    """Write one arm's pictures and return its cost; raise PlanError where the network ran more or less than planned."""
+    pipe: Any = SharedSamplingPipeline.from_pretrained(arm.model)
+    pipe.to(device())
+    pipe.set_progress_bar_config(disable=True)
+    seconds = 0.0
+    with counted(pipe.unet) as evaluations:
+        for seed in settings.seeds:
+            (folder / f"seed-{seed}").mkdir(parents=True)
+            stream = pipe.stream(
+                [example.text for example in examples],
+                plan=arm.plan,
+                num_inference_steps=arm.plan.steps,
+                guidance_scale=settings.guidance_scale,
+                # A function of the run's seed and the prompt's id: the same in every arm, whatever else is made.
+                seed=[prompt_seed(seed, example.id) for example in examples],
+                batch_size=settings.batch_size,
+            )
+            for result in stream:
+                result.image.save(folder / f"seed-{seed}" / f"{examples[result.index].id}.png")
+                advance(1)
+            seconds += stream.cost.seconds
+    images = len(examples) * len(settings.seeds)
+    nfe = len(settings.seeds) * arm.plan.nfe(settings.guidance_scale > 1)
+    if sum(evaluations) != nfe:
+        raise PlanError(f"arm {arm.name} evaluated the network {sum(evaluations)} times, but its plan says {nfe}")
+    return {
+        "nfe": nfe,
+        "nfe_per_image": nfe / images,
+        "saving": arm.plan.saving,
+        "seconds": round(seconds, 3),
+        "seconds_per_image": round(seconds / images, 6),
+    }
+
+
+@contextmanager
+def counted(network: torch.nn.Module) -> Iterator[list[int]]:
+    """Yield a list that grows by the rows of every call of a network."""
+    rows: list[int] = []
+    handle = network.register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+def device() -> str:
+    """Return where to compute: SAGE_DEVICE, or the accelerator if there is one."""
+    return os.environ.get("SAGE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def write_manifest(
+    folder: Path, arms: list[str], examples: list[Example], groups: list[list[int]], seeds: list[int]
+) -> None:
+    """Write one line for every picture: arm, seed, id, number of the group, hash of the file."""
+    group_of = {member: number for number, group in enumerate(groups) for member in group}
+    with (folder / "manifest.jsonl").open("w", encoding="utf-8") as file:
+        for arm in arms:
+            for seed in seeds:
+                for number, example in enumerate(examples):
+                    digest = sha256(folder / arm / f"seed-{seed}" / f"{example.id}.png")
+                    line = {"arm": arm, "seed": seed, "id": example.id, "group": group_of[number], "sha256": digest}
+                    file.write(json.dumps(line) + "\n")
+
+
+def grid(folder: Path, arms: list[str], examples: list[Example], groups: list[list[int]], seed: int) -> Image.Image:
+    """Return one picture: a row an arm, columns the members of the largest groups."""
+    chosen = [member for group in sorted(groups, key=len, reverse=True) for member in group][:GRID_COLUMNS]
+    rows = [[Image.open(folder / arm / f"seed-{seed}" / f"{examples[i].id}.png") for i in chosen] for arm in arms]
+    width, height = rows[0][0].size
+    picture = Image.new("RGB", (width * len(chosen), height * len(arms)))
+    for y, row in enumerate(rows):
+        for x, tile in enumerate(row):
+            picture.paste(tile, (x * width, y * height))
+    return picture
+
+
+if __name__ == "__main__":
+    run(main)
