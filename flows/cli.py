@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -46,7 +47,7 @@ _REPORT = Path("report/index.html")
 
 def main() -> None:
     """Run the `sage` command."""
-    guard(app)
+    guard(partial(app, prog_name="sage"))
 
 
 @app.command(rich_help_panel="The main job")
@@ -87,6 +88,13 @@ def flow() -> None:
 
     Without PREFECT_API_URL a temporary server is started, which takes some 15 seconds.
     """
+    from flows import versioning
+    from sage.config import load_params
+
+    # Before a server is started for nothing.
+    load_params()
+    versioning.stages()
+
     from flows.pipeline import sage_pipeline
 
     sage_pipeline()
@@ -139,9 +147,10 @@ def promote(
 ) -> None:
     """Make the challenger champion, unless it is damaged, failed a gate, or is worse than the champion."""
     from flows import tracking
+    from sage.errors import ConfigurationError
 
     if rollback and version:
-        raise typer.BadParameter("--rollback goes to the champion before, so it takes no version")
+        raise ConfigurationError("--rollback goes to the champion before, so it takes no version.")
     champion = tracking.rollback() if rollback else tracking.promote(version)
     typer.echo(f"version {champion} is champion")
 

@@ -18,11 +18,11 @@ from flows.versioning import revision
 from sage.config import Params
 from sage.errors import RegistryError
 from sage.files import digest, sha256_tree
+from sage.gates import HIGHER_IS_BETTER, JUDGED
 
 MODEL = "sage"
 CHALLENGER = "challenger"
 CHAMPION = "champion"
-ARM = "sage"
 
 # Tags of a version. Values are text of at most 5,000 characters, names start with "sage.".
 _MODEL_HASH = "sage.model_sha256"
@@ -32,8 +32,6 @@ _SET = "sage.heldout_set"
 _GATES = "sage.gates"
 _REPLACED = "sage.replaced"
 _METRIC = "sage.metric."
-# Where more is better; of everything else less is.
-_MORE_IS_BETTER = {"alignment", "group_diversity", "seed_diversity"}
 
 
 @dataclass(frozen=True)
@@ -164,7 +162,7 @@ def _tags(model: Path, results: Mapping[str, dict[str, Any]], params: Params) ->
         "sage.revision": revision(),
         "sage.params": params.model_dump_json(exclude={"pretrain"}),
     }
-    return tags | {_METRIC + name: json.dumps(figure) for name, figure in evaluate["arms"].get(ARM, {}).items()}
+    return tags | {_METRIC + name: json.dumps(figure) for name, figure in evaluate["arms"].get(JUDGED, {}).items()}
 
 
 def _failures(evaluate: Mapping[str, Any], params: Params) -> list[str]:
@@ -310,7 +308,7 @@ def _check_against(candidate: Any, champion: Any) -> None:
     worse = []
     for metric in sorted({gate["metric"] for gate in json.loads(candidate.tags[_GATES])}):
         new, old = (json.loads(version.tags[_METRIC + metric]) for version in (candidate, champion))
-        more = metric in _MORE_IS_BETTER
+        more = metric in HIGHER_IS_BETTER
         # Written so that a figure that is not a number refuses.
         if not (new["high"] >= old["low"] if more else new["low"] <= old["high"]):
             interval = f"[{new['low']:.4g}, {new['high']:.4g}]"
