@@ -30,9 +30,10 @@ def noise_levels(scheduler: Any) -> tuple[Tensor, Tensor]:
 
 def prediction_type(scheduler: Any) -> PredictionType:
     """Return what a network of this scheduler predicts; raise UnsupportedError for a kind that is not known here."""
-    kind: PredictionType = scheduler.config.prediction_type
+    kind: PredictionType = scheduler.config.get("prediction_type")
     if kind not in get_args(PredictionType):
-        raise UnsupportedError(f"prediction type {kind!r} is not one of {', '.join(get_args(PredictionType))}.")
+        known = ", ".join(get_args(PredictionType))
+        raise UnsupportedError(f"{type(scheduler).__name__} has prediction type {kind!r}, which is not one of {known}.")
     return kind
 
 

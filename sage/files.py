@@ -87,12 +87,12 @@ def _replace(path: Path, new: Path) -> None:
         new.rename(path)
         return
     old = _beside(path, "old")
-    path.rename(old)
     try:
+        path.rename(old)
         new.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
+    finally:
+        if not path.exists():
+            old.rename(path)
     shutil.rmtree(old)
 
 

@@ -4,6 +4,7 @@ The loss of step k draws order and noise from (seed, k) alone, so a resumed run 
 the same build and thread count.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,12 @@ class Schedule:
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         fall = min(1.0, (self.steps - step) / self.decay) if self.decay else 1.0
         return self.learning_rate * min(rise, fall)
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """Return the source of all randomness that belongs to a key, such as (seed, step); another key, another stream."""
+    # Hashed, for torch's generator of the CPU reads only the low 32 bits of a seed: `seed << 32` would change nothing.
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4]))
 
 
 def fit(

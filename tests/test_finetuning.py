@@ -1,0 +1,327 @@
+import functools
+from collections import Counter
+
+import sage.torchvision_ops  # noqa: F401
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from torch.nn import functional as F
+
+from sage import base, diffusion, sampling
+from sage.errors import DataError, UnsupportedError
+from sage.finetuning import Batches, TrainingSet, endless, finetuning_loss, spaced
+from sage.training import Schedule, fit
+
+ALL = {"diffusion": 1.0, "shared": 1.0, "branch": 1.0, "consistency": 0.1}
+GROUPS = ((0, 1, 2), (3,), (4, 5), (6, 7, 8, 9), (10,), (11,))
+
+
+def weights(**given):
+    return dict.fromkeys(ALL, 0.0) | given
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@functools.cache
+def data(groups=GROUPS):
+    n = sum(map(len, groups))
+    return TrainingSet(randn(n, 4, 8, 8), randn(n + 1, 5, 16, seed=1), groups)
+
+
+def unet(seed=0):
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+
+
+def loss_of(network, batches, training_set=None, **changes):
+    settings = {
+        "share_ratios": (0.4, 0.4),
+        "soft_target": "mean",
+        "branch_noise": "bridge",
+        "drop_text": 0.0,
+        "seed": 0,
+    }
+    return finetuning_loss(network, base.new_scheduler(), training_set or data(), batches, **settings | changes)
+
+
+@pytest.fixture
+def asked():
+    """Every evaluation of a U-Net: (x_t, t, condition, output, whether it is trained)."""
+    calls = []
+
+    def record(module, args, output):
+        if isinstance(module, UNet2DConditionModel):
+            calls.append((*args, output.sample.float(), output.sample.requires_grad))
+
+    handle = torch.nn.modules.module.register_module_forward_hook(record)
+    yield calls
+    handle.remove()
+
+
+# Which rows
+
+
+def test_an_endless_order_is_a_permutation_each_epoch_with_groups_side_by_side():
+    shareable = [group for group in GROUPS if len(group) > 1]
+    rows = torch.cat([endless(shareable, 5 * step, 5, seed=3) for step in range(36)]).tolist()
+    epochs = [rows[start : start + 9] for start in range(0, 180, 9)]
+    for epoch in epochs:
+        assert sorted(epoch) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+        for group in shareable:
+            place = epoch.index(group[0])
+            assert tuple(epoch[place : place + len(group)]) == group
+    assert len({tuple(epoch) for epoch in epochs}) == 6  # all orders of three groups
+    assert rows != torch.cat([endless(shareable, 5 * step, 5, seed=4) for step in range(36)]).tolist()
+
+
+CHOICES = [ALL, *(weights(**{term: 1.0}) for term in ALL)]
+CHOICES += [weights(shared=1, branch=1), weights(diffusion=1, branch=1), weights(diffusion=1, consistency=1)]
+
+
+@pytest.mark.parametrize("groups", [GROUPS, ((0,), (1,)), ((0, 1),), (tuple(range(40)),)])
+@pytest.mark.parametrize("evaluations", [3, 7, 16])
+@pytest.mark.parametrize("chosen", CHOICES)
+def test_every_step_costs_the_same_whatever_the_groups(chosen, evaluations, groups):
+    if not any(len(group) > 1 for group in groups) and not chosen["diffusion"] + chosen["consistency"]:
+        with pytest.raises(DataError, match="no two training prompts are in one group"):
+            Batches(groups, chosen, evaluations, 0)
+        return
+    batches = Batches(groups, chosen, evaluations, 0)
+    shareable = {row for group in groups if len(group) > 1 for row in group}
+    for step in range(12):
+        rows = batches.rows(step)
+        assert sum(map(len, rows.values())) == evaluations == batches.cost(step)[0]
+        assert (
+            set(rows.get("shared", torch.empty(0)).tolist()) | set(rows.get("branch", torch.empty(0)).tolist())
+            <= shareable
+        )
+        needed = {"diffusion"} if chosen["diffusion"] + chosen["consistency"] else set()
+        if shareable:
+            needed |= {term for term in ("shared", "branch") if chosen[term]}
+            needed |= {"shared"} if chosen["consistency"] else set()
+        assert set(rows) == needed
+
+
+def test_whatever_the_weights_the_same_pictures_are_seen():
+    def seen(chosen):
+        batches = Batches(GROUPS, chosen, 15, 0)
+        return [Counter(torch.cat(list(batches.rows(step).values())).tolist()) for step in range(20)]
+
+    with_diffusion = [chosen for chosen in CHOICES if chosen["diffusion"] + chosen["consistency"]]
+    assert len(with_diffusion) > 4 and all(seen(chosen) == seen(ALL) for chosen in with_diffusion)
+    assert sum(seen(ALL), Counter()).keys() == set(range(12))
+
+
+def test_rows_depend_on_seed_and_step_alone():
+    def rows(step, seed=0):
+        return {term: rows.tolist() for term, rows in Batches(GROUPS, ALL, 15, seed).rows(step).items()}
+
+    assert rows(3) == rows(3) != rows(4)
+    assert rows(3) != rows(3, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("latents", "states", "groups", "message"),
+    [
+        (0, 1, (), "no pictures"),
+        (2, 2, ((0, 1),), "2 pictures need 3 text states"),
+        (2, 3, ((0,),), "no partition"),
+        (2, 3, ((0, 1), (1,)), "no partition"),
+        (2, 3, ((0, 2),), "no partition"),
+    ],
+)
+def test_a_training_set_that_does_not_fit_is_refused(latents, states, groups, message):
+    with pytest.raises(DataError, match=message):
+        TrainingSet(randn(latents, 4, 8, 8), randn(states, 5, 16), groups)
+
+
+def test_times_are_spread_and_stay_below_one():
+    u = spaced(64, torch.Generator().manual_seed(0))
+    assert sorted((u * 64).long().tolist()) == list(range(64)) and u.max() < 1
+    assert (u * 64).long().tolist() != list(range(64))
+
+
+# The loss
+
+
+def test_plain_diffusion_alone_is_the_loss_of_pretraining(asked):
+    """The formula of sage.pretraining.denoiser_loss on the same draws, with its numbers."""
+    network = unet()
+    batches = Batches(GROUPS, weights(diffusion=1), 16, 0)
+    values = loss_of(network, batches)(5)
+    [(x_t, t, condition, output, trained)] = asked
+    rows = batches.rows(5)["diffusion"]
+    assert trained and torch.equal(condition, data().states[rows])
+    alphas, sigmas = diffusion.noise_levels(base.new_scheduler())
+    x_0 = data().latents[rows]
+    eps = diffusion.implied_noise(x_t, x_0, alphas[t], sigmas[t])
+    assert abs(eps.mean()) < 0.05 and abs(eps.std() - 1) < 0.05
+    expected = F.mse_loss(output, diffusion.target("v_prediction", x_0, eps, alphas[t], sigmas[t]))
+    assert values.keys() == {"loss", "diffusion"}
+    torch.testing.assert_close(values["loss"], expected)
+
+
+def test_captions_are_dropped_from_plain_diffusion_alone(asked):
+    loss_of(unet(), Batches(GROUPS, weights(diffusion=1, branch=1), 48, 0), drop_text=0.5)(0)
+    empty = (asked[0][2] == data().states[-1]).flatten(1).all(1)
+    assert 8 < empty[:32].sum() < 24 and not empty[32:].any()
+
+
+@pytest.mark.parametrize("chosen", CHOICES)
+@pytest.mark.parametrize("groups", [GROUPS, ((0,), (1,), (2,)), (tuple(range(20)),)])
+def test_evaluations_counted_equal_the_formula(chosen, groups, asked):
+    if len(groups) == 3 and not chosen["diffusion"] + chosen["consistency"]:
+        pytest.skip("refused: nothing to train")
+    batches = Batches(groups, chosen, 15, 0)
+    step_loss = loss_of(unet(), batches, data(groups))
+    for step in range(2):
+        asked.clear()
+        values = step_loss(step)
+        counted = tuple(sum(len(call[0]) for call in asked if call[4] == trained) for trained in (True, False))
+        assert counted == batches.cost(step)
+        assert counted[0] == 15 and sum(call[4] for call in asked) == 1
+        total = sum(chosen[name] * value for name, value in values.items() if name != "loss")
+        torch.testing.assert_close(values["loss"], total)
+        assert values["loss"].isfinite()
+
+
+def test_the_shared_phase_lies_above_the_branch_time_under_the_groups_condition(asked):
+    batches = Batches(GROUPS, weights(shared=1), 60, 0)
+    loss_of(unet(), batches)(0)
+    [(_, t, condition, *_)] = asked
+    assert t.min() > 599 and t.max() <= 999 and t.min() < 620 and t.max() > 980
+    for row, found in zip(batches.rows(0)["shared"].tolist(), condition, strict=True):
+        members = next(group for group in GROUPS if row in group)
+        merged = sampling.merge({"text": data().states[list(members)][:, None]})["text"][0, 0]
+        torch.testing.assert_close(found, merged)  # what the sampler gives the block
+
+
+@pytest.mark.parametrize("soft", ["mean", "posterior"])
+def test_siblings_in_a_batch_branch_off_one_shared_latent(soft, asked):
+    batches = Batches(GROUPS, weights(branch=1), 27, 0)
+    loss_of(unet(), batches, soft_target=soft)(0)
+    [(x_t, t, condition, *_)] = asked
+    rows = batches.rows(0)["branch"]
+    assert torch.equal(condition, data().states[rows]) and t.max() <= 599 and t.max() > 560
+    alphas, sigmas = diffusion.noise_levels(base.new_scheduler())
+    z = data().latents[rows]
+    eps = diffusion.implied_noise(x_t, z, alphas[t], sigmas[t])
+    x_star = alphas[599] * z + sigmas[599] * eps
+    for group in (group for group in GROUPS if len(group) > 1):
+        mine = torch.tensor([row in group for row in rows.tolist()])
+        stars = x_star[mine]
+        assert len(stars) > 3
+        torch.testing.assert_close(stars, stars[:1].expand_as(stars), rtol=1e-3, atol=1e-3)
+        # It is a latent of the group: noise of variance one around the mean, or around a member.
+        centres = data().latents[list(group)]
+        centres = centres.mean(0, keepdim=True) if soft == "mean" else centres
+        noise = (stars[0] - alphas[599] * centres) / sigmas[599]
+        assert min(abs(one.std() - 1) for one in noise) < 0.12
+    between = torch.stack([x_star[[row in group for row in rows.tolist()]][0] for group in GROUPS if len(group) > 1])
+    assert (between[0] - between[1]).abs().mean() > 0.5
+
+
+def test_plain_branch_noise_is_fresh_for_every_sibling(asked):
+    loss_of(unet(), Batches(((0, 1),), weights(branch=1), 8, 0), data(((0, 1),)), branch_noise="plain")(0)
+    [(_, t, *_)] = asked
+    assert t.max() <= 599
+    asked.clear()
+    network = unet()
+    batches = Batches(GROUPS, weights(branch=1), 27, 0)
+    bridge, plain = (loss_of(network, batches, branch_noise=noise)(0)["branch"] for noise in ("bridge", "plain"))
+    assert bridge != plain
+
+
+def test_one_model_serves_a_range_of_share_ratios(asked):
+    step_loss = loss_of(unet(), Batches(GROUPS, weights(shared=1, branch=1), 40, 0), share_ratios=(0.1, 0.7))
+    for step in range(8):
+        step_loss(step)
+    shared, branch = (torch.cat([part(call[1]) for call in asked]) for part in (lambda t: t[:20], lambda t: t[20:]))
+    assert 299 < shared.min() < 500 and branch.max() > 700
+
+
+@pytest.mark.parametrize("share_ratios", [(0.0, 0.0), (0.999, 0.999)])
+@pytest.mark.parametrize("soft", ["mean", "posterior"])
+def test_the_ends_of_the_schedule_are_finite(share_ratios, soft):
+    values = loss_of(unet(), Batches(GROUPS, ALL, 30, 0), share_ratios=share_ratios, soft_target=soft)(0)
+    assert all(value.isfinite() for value in values.values())
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_every_prediction_type_can_be_tuned(kind):
+    scheduler = DDIMScheduler(prediction_type=kind)
+    settings = {
+        "share_ratios": (0.2, 0.6),
+        "soft_target": "mean",
+        "branch_noise": "bridge",
+        "drop_text": 0.1,
+        "seed": 0,
+    }
+    network = unet()
+    values = finetuning_loss(network, scheduler, data(), Batches(GROUPS, ALL, 30, 0), **settings)(0)
+    values["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
+    # The base agrees with itself; in the shared phase but for the difference of c_bar from c_n.
+    assert values["consistency"] < 1e-3 < values["diffusion"]
+
+
+def test_consistency_is_measured_from_the_base_not_from_what_it_became():
+    network = unet()
+    step_loss = loss_of(network, Batches(GROUPS, weights(diffusion=1, consistency=1), 12, 0))
+    before = step_loss(0)["consistency"]
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.05)
+    assert step_loss(0)["consistency"] > before + 1e-4
+
+
+def test_a_base_that_does_not_fit_is_refused():
+    with pytest.raises(UnsupportedError, match="text states 16 wide, but its text encoder gives 8"):
+        loss_of(unet(), Batches(((0, 1),), ALL, 6, 0), TrainingSet(randn(2, 4, 8, 8), randn(3, 5, 8), ((0, 1),)))
+    settings = {
+        "share_ratios": (0.4, 0.4),
+        "soft_target": "mean",
+        "branch_noise": "bridge",
+        "drop_text": 0.1,
+        "seed": 0,
+    }
+    with pytest.raises(UnsupportedError, match="FlowMatch"):
+        finetuning_loss(unet(), FlowMatchEulerDiscreteScheduler(), data(), Batches(GROUPS, ALL, 6, 0), **settings)
+
+
+def test_it_learns_and_resumes_bit_for_bit(tmp_path):
+    def train(folder, stop=None):
+        network = unet()
+        batches = Batches(GROUPS, ALL, 24, 0)
+        seen = {}
+
+        def on_step(step, values):
+            seen[step] = values["loss"]
+            if step == stop:
+                raise KeyboardInterrupt
+
+        schedule = Schedule(12, 3e-3, warmup=1, ema=0.9, checkpoint_every=4)
+        fit(network, loss_of(network, batches), schedule, work=folder, identity={}, on_step=on_step)
+        return network, seen
+
+    whole, seen = train(tmp_path / "whole")
+    assert sum(seen[step] for step in range(9, 13)) < sum(seen[step] for step in range(1, 5))
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", stop=6)
+    resumed, again = train(tmp_path / "parts")
+    assert list(again) == list(range(5, 13)) and all(again[step] == seen[step] for step in again)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
