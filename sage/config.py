@@ -13,6 +13,7 @@ HeldOut = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Cosine = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -71,11 +72,35 @@ class Pretrain(Section):
     denoiser: Denoiser
 
 
-class Group(Section):
-    """How similar the prompts of a group are, and how many they may be."""
+class Damage(Section):
+    """What sharing at a similarity was measured to cost."""
 
-    threshold: Annotated[float, Field(ge=-1, le=1)]
+    similarity: Cosine
+    damage: Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Quality(Section):
+    """A bound on what sharing may cost, and the measurements that tell its threshold."""
+
+    damage_at_most: Annotated[float, Field(allow_inf_nan=False)]
+    measured: Annotated[list[Damage], Field(min_length=2)]
+
+
+class Group(Section):
+    """How similar the prompts of a group are, by threshold, budget or quality bound, and how many they may be."""
+
+    threshold: Cosine | None = None
+    saving: Annotated[float, Field(gt=0, lt=1)] | None = None
+    quality: Quality | None = None
     max_size: Count
+    near_duplicate: Cosine
+
+    @model_validator(mode="after")
+    def _one_of_three(self) -> "Group":
+        given = [name for name in ("threshold", "saving", "quality") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of threshold, saving and quality says how alike; given: {given or 'none'}")
+        return self
 
 
 class Weights(Section):
@@ -99,12 +124,27 @@ class Finetune(Section):
     steps: Count
     learning_rate: Positive
     warmup: Annotated[int, Field(ge=0)]
-    evaluations: Count
-    share_ratio: Share
+    decay: Annotated[int, Field(ge=0)]
+    # Three terms share them.
+    evaluations: Annotated[int, Field(ge=3)]
+    share_ratios: Annotated[list[Share], Field(min_length=2, max_length=2)]
     soft_target: Literal["mean", "posterior"]
+    branch_noise: Literal["bridge", "plain"]
     weights: Weights
+    drop_text: Share
     ema: Share
     seed: Seed
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Finetune":
+        low, high = self.share_ratios
+        if low > high:
+            raise ValueError(f"share_ratios {self.share_ratios} are not in order; the lower comes first")
+        if high == 0 and self.weights.shared > 0:
+            raise ValueError("share_ratios end at 0, so no step is shared; raise them or set weights.shared to 0")
+        if self.warmup + self.decay > self.steps:
+            raise ValueError(f"warmup {self.warmup} + decay {self.decay} are more than the {self.steps} steps")
+        return self
 
 
 class Generate(Section):
@@ -127,7 +167,7 @@ class Generate(Section):
 class Gate(Section):
     """One condition that a model must meet: "no worse than the reference arm by more than this"."""
 
-    metric: Literal["kernel_distance", "frechet_distance", "alignment", "group_diversity", "nfe_per_image"]
+    metric: Literal["kernel_distance", "alignment", "group_diversity", "seed_diversity", "nfe_per_image"]
     reference: Literal["independent", "independent_same_nfe", "shared"]
     worse_by_at_most: Annotated[float, Field(allow_inf_nan=False)]
     relative: bool
