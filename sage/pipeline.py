@@ -37,6 +37,9 @@ from sage.sampling import Condition
 # Stock class and the module with its family.
 FAMILIES = {
     "StableDiffusionPipeline": "sage.families.stable_diffusion",
+    "StableDiffusionXLPipeline": "sage.families.stable_diffusion_xl",
+    "StableDiffusion3Pipeline": "sage.families.stable_diffusion_3",
+    "PixArtAlphaPipeline": "sage.families.pixart_alpha",
 }
 THRESHOLD = 0.7
 MAX_GROUP_SIZE = 6
@@ -210,7 +213,12 @@ class SharedSamplingPipeline:
         if extra := sorted(set(callback_on_step_end_tensor_inputs) - {"latents"}):
             raise ConfigurationError(f"a callback can be given latents only, not {', '.join(extra)}")
         sampling.check_scheduler(self.scheduler)
-        height, width = self._size(height, width)
+        if self._network.config.get("time_cond_proj_dim") is not None:
+            raise UnsupportedError(
+                "this network takes the guidance scale as an input (a consistency model); use another"
+            )
+        options = {**self._options, **options}
+        height, width = options["size"] = self._size(height, width, options)
         self._set_timesteps(num_inference_steps, height, width)
 
         count = len(prompts) if prompts is not None else len(given["prompt_embeds"])
@@ -234,7 +242,6 @@ class SharedSamplingPipeline:
             negatives=_negatives(negative_prompt, count),
             images=num_images_per_prompt,
             guidance_scale=self._default_guidance if guidance_scale is None else guidance_scale,
-            size=(height, width),
             seed=seed,
             generator=generator,
             latents=latents,
@@ -242,7 +249,7 @@ class SharedSamplingPipeline:
             medoid=group_condition == "medoid",
             output_type=output_type,
             callback=callback_on_step_end,
-            options={**self._options, **options},
+            options=options,
         )
 
     # What a family says.
@@ -295,7 +302,7 @@ class SharedSamplingPipeline:
         self._evaluations += len(output)
         return output
 
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+    def _size(self, height: int | None, width: int | None, options: dict[str, Any]) -> tuple[int, int]:
         default = self._network.config.sample_size
         default = (default, default) if isinstance(default, int) else default
         size = (height or default[0] * self.vae_scale_factor, width or default[1] * self.vae_scale_factor)
@@ -366,7 +373,6 @@ class Stream:
         negatives: list[str] | None,
         images: int,
         guidance_scale: float,
-        size: tuple[int, int],
         seed: int | Sequence[int] | None,
         generator: Generator | Sequence[Generator] | None,
         latents: Tensor | None,
@@ -383,7 +389,7 @@ class Stream:
         self._output_type, self._callback, self._options = output_type, callback, options
         self._guided = guidance_scale > 1
         self._device, self._dtype = pipe._execution_device, pipe._network.dtype
-        self._shape = (pipe._network.config.in_channels, *size)
+        self._shape = (pipe._network.config.in_channels, *options["size"])
         self._scheduler = pipe.scheduler
         self._latents = latents
         self._keys = [_key(prompts, given, number) for number in range(plan.prompts // images) for _ in range(images)]
@@ -569,6 +575,13 @@ def _key(prompts: list[str] | None, given: dict[str, Tensor], number: int) -> st
 
 def _bad_rows(rows: Tensor) -> list[int]:
     return torch.nonzero(~torch.isfinite(rows).flatten(1).all(1)).flatten().tolist()
+
+
+def stacked(without: Condition | None, with_text: Condition) -> Condition:
+    """Return conditions (n, ...) as (n, g, ...): without and with text under guidance, else with text alone."""
+    if without is None:
+        return {name: rows[:, None] for name, rows in with_text.items()}
+    return {name: torch.stack([without[name], rows], dim=1) for name, rows in with_text.items()}
 
 
 def guided(output: Tensor, rows: int, scale: float, rescale: float = 0.0) -> Tensor:

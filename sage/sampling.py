@@ -167,7 +167,10 @@ def _start(
     parent = task.parent
     if parent is None:
         generators = [generator(leader) for leader in leaders]
-        return _Pack(task.nodes, leaders, 0, noise(leaders, generators), branched(scheduler, None), generators)
+        fresh = branched(scheduler, None)
+        if hasattr(fresh, "set_begin_index"):
+            fresh.set_begin_index(0)  # else it is looked up on the device, which waits for it
+        return _Pack(task.nodes, leaders, 0, noise(leaders, generators), fresh, generators)
     rows = torch.tensor(task.rows, device=parent.latents.device)
     generators = []
     for leader, row in zip(leaders, task.rows, strict=True):

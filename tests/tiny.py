@@ -7,8 +7,31 @@ from typing import Any
 import sage.torchvision_ops  # noqa: F401
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PROMPTS = ["red cat", "red dog", "blue cat", "a tall tree", "tall trees"]
@@ -51,7 +74,7 @@ def clip_config(**kwargs: Any) -> CLIPTextConfig:
 
 
 def unet(**kwargs: Any) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
+    network = UNet2DConditionModel(
         **{
             "sample_size": 8,
             "in_channels": 4,
@@ -66,6 +89,11 @@ def unet(**kwargs: Any) -> UNet2DConditionModel:
             **kwargs,
         }
     ).eval()
+    # Untrained, a prompt would hardly change the picture.
+    for name, weight in network.named_parameters():
+        if "attn2.to_out.0.weight" in name:
+            weight.data.mul_(20)
+    return network
 
 
 def stable_diffusion(folder: Path) -> StableDiffusionPipeline:
@@ -82,5 +110,109 @@ def stable_diffusion(folder: Path) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def t5_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a letter and an end; padding as T5 has it."""
+    tokens = ["<pad>", "</s>", "<unk>", *LETTERS]
+    tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def t5() -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0, eos_token_id=1
+    )
+    return T5EncoderModel(config).eval()
+
+
+def projected_clip() -> CLIPTextModelWithProjection:
+    return CLIPTextModelWithProjection(clip_config(projection_dim=16, hidden_act="gelu")).eval()
+
+
+def stable_diffusion_xl(folder: Path) -> StableDiffusionXLPipeline:
+    torch.manual_seed(0)
+    return StableDiffusionXLPipeline(
+        vae=autoencoder(),
+        text_encoder=CLIPTextModel(clip_config()).eval(),
+        text_encoder_2=projected_clip(),
+        tokenizer=clip_tokenizer(folder),
+        tokenizer_2=clip_tokenizer(folder),
+        unet=unet(
+            cross_attention_dim=32,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 16,
+            transformer_layers_per_block=(1, 1),
+            use_linear_projection=True,
+        ),
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1),
+    )
+
+
+def stable_diffusion_3(folder: Path) -> StableDiffusion3Pipeline:
+    torch.manual_seed(0)
+    return StableDiffusion3Pipeline(
+        vae=autoencoder(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=projected_clip(),
+        text_encoder_2=projected_clip(),
+        text_encoder_3=t5(),
+        tokenizer=clip_tokenizer(folder),
+        tokenizer_2=clip_tokenizer(folder),
+        tokenizer_3=t5_tokenizer(),
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=16,
+            pooled_projection_dim=32,
+            out_channels=4,
+            pos_embed_max_size=8,
+        ).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def pixart_alpha(folder: Path) -> PixArtAlphaPipeline:
+    torch.manual_seed(0)
+    return PixArtAlphaPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5(),
+        vae=autoencoder(),
+        transformer=PixArtTransformer2DModel(
+            sample_size=8,
+            num_layers=2,
+            patch_size=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            caption_channels=32,
+            in_channels=4,
+            cross_attention_dim=16,
+            out_channels=8,
+        ).eval(),
+        scheduler=DPMSolverMultistepScheduler(),
+    )
+
+
+FAMILIES = {make.__name__: make for make in (stable_diffusion, stable_diffusion_xl, stable_diffusion_3, pixart_alpha)}
+# What a family's stock pipeline needs to be told at this size.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "stable_diffusion_3": {"max_sequence_length": 20},
+    "pixart_alpha": {"use_resolution_binning": False, "max_sequence_length": 20},
+}
+
+
+def pipeline(family: str, folder: Path) -> DiffusionPipeline:
+    pipe = FAMILIES[family](folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -35,7 +35,7 @@ class SharedStableDiffusionPipeline(pipeline.SharedSamplingPipeline, StableDiffu
             clip_skip=options["clip_skip"],
             **given,
         )
-        return {"states": torch.stack([without, with_text], dim=1) if guided else with_text[:, None]}
+        return pipeline.stacked({"states": without} if guided else None, {"states": with_text})
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition, scale: float, options: dict[str, Any]) -> Tensor:
         states = condition["states"]

@@ -1,0 +1,92 @@
+"""PixArt-alpha: T5 states with a mask of their tokens, and a transformer that also predicts a variance."""
+
+from typing import Any, ClassVar
+
+import sage.torchvision_ops  # noqa: F401
+
+import torch
+from diffusers import PixArtAlphaPipeline
+from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha as stock
+from torch import Tensor
+
+from sage import pipeline
+from sage.sampling import Condition
+
+# A model made for one size draws any shape of about that size, at the nearest of these.
+_SHAPES = {128: stock.ASPECT_RATIO_1024_BIN, 64: stock.ASPECT_RATIO_512_BIN, 32: stock.ASPECT_RATIO_256_BIN}
+
+
+class SharedPixArtAlphaPipeline(pipeline.SharedSamplingPipeline, PixArtAlphaPipeline):  # type: ignore[misc]
+    """A PixArt-alpha pipeline whose similar prompts share their early steps."""
+
+    _default_guidance: ClassVar = 4.5
+    _options: ClassVar = {
+        "eta": 0.0,
+        "clean_caption": False,
+        "max_sequence_length": 120,
+        "use_resolution_binning": True,
+    }
+    _embeddings: ClassVar = (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "prompt_attention_mask",
+        "negative_prompt_attention_mask",
+    )
+
+    def _size(self, height: int | None, width: int | None, options: dict[str, Any]) -> tuple[int, int]:
+        size = super()._size(height, width, options)
+        shapes = _SHAPES.get(self.transformer.config.sample_size)
+        if options["use_resolution_binning"] and shapes is not None:
+            options["asked_size"] = size
+            size = self.image_processor.classify_height_width_bin(*size, ratios=shapes)
+        return size
+
+    def _max_tokens(self, options: dict[str, Any]) -> int:
+        return int(options["max_sequence_length"])
+
+    def _encode(
+        self,
+        prompts: list[str] | None,
+        negatives: list[str] | None,
+        guided: bool,
+        given: dict[str, Tensor],
+        options: dict[str, Any],
+    ) -> Condition:
+        with_text, mask, without, mask_without = self.encode_prompt(
+            prompts,
+            guided,
+            negative_prompt=negatives or "",
+            device=self._execution_device,
+            num_images_per_prompt=1,
+            clean_caption=options["clean_caption"],
+            max_sequence_length=options["max_sequence_length"],
+            **given,
+        )
+        return pipeline.stacked(
+            {"states": without, "mask": mask_without} if guided else None, {"states": with_text, "mask": mask}
+        )
+
+    def _predict(self, x: Tensor, t: Tensor, condition: Condition, scale: float, options: dict[str, Any]) -> Tensor:
+        states = condition["states"]
+        extra: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if self.transformer.config.sample_size == 128:
+            height, width = options["size"]
+            extra["resolution"] = states.new_tensor([[height, width]]).expand(len(states), -1)
+            extra["aspect_ratio"] = states.new_tensor([[height / width]]).expand(len(states), -1)
+        output = self._evaluate(
+            torch.cat([x] * (len(states) // len(x))),
+            encoder_hidden_states=states,
+            encoder_attention_mask=condition["mask"],
+            timestep=t.to(x.device).expand(len(states)),
+            added_cond_kwargs=extra,
+        )
+        prediction = pipeline.guided(output, len(x), scale)
+        # The second half is the variance, which no scheduler here asks for.
+        return prediction[:, : x.shape[1]]
+
+    def _decode(self, latents: Tensor, output_type: str, options: dict[str, Any]) -> tuple[Any, None]:
+        images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        if "asked_size" in options:
+            height, width = options["asked_size"]
+            images = self.image_processor.resize_and_crop_tensor(images, width, height)
+        return self.image_processor.postprocess(images, output_type=output_type), None

@@ -1,0 +1,77 @@
+"""Stable Diffusion 3: three text encoders and a transformer that predicts the flow from noise to picture."""
+
+from typing import Any, ClassVar
+
+import sage.torchvision_ops  # noqa: F401
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+from torch import Tensor
+
+from sage import pipeline
+from sage.sampling import Condition
+
+
+class SharedStableDiffusion3Pipeline(pipeline.SharedSamplingPipeline, StableDiffusion3Pipeline):  # type: ignore[misc]
+    """A Stable Diffusion 3 pipeline whose similar prompts share their early steps."""
+
+    _default_guidance: ClassVar = 7.0
+    _options: ClassVar = {"clip_skip": None, "joint_attention_kwargs": None, "max_sequence_length": 256}
+    _embeddings: ClassVar = (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    )
+
+    def _set_timesteps(self, steps: int, height: int, width: int) -> None:
+        shift = {}
+        config = self.scheduler.config
+        if config.get("use_dynamic_shifting"):
+            patch = self.vae_scale_factor * self.transformer.config.patch_size
+            limits = ("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.16)
+            length = (height // patch) * (width // patch)
+            shift["mu"] = calculate_shift(length, *(config.get(name, default) for name, default in limits))
+        self.scheduler.set_timesteps(steps, device=self._execution_device, **shift)
+
+    def _encode(
+        self,
+        prompts: list[str] | None,
+        negatives: list[str] | None,
+        guided: bool,
+        given: dict[str, Tensor],
+        options: dict[str, Any],
+    ) -> Condition:
+        with_text, without, pooled, pooled_without = self.encode_prompt(
+            prompts,
+            prompt_2=None,
+            prompt_3=None,
+            device=self._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+            negative_prompt=negatives,
+            clip_skip=options["clip_skip"],
+            max_sequence_length=options["max_sequence_length"],
+            lora_scale=(options["joint_attention_kwargs"] or {}).get("scale"),
+            **given,
+        )
+        return pipeline.stacked(
+            {"states": without, "pooled": pooled_without} if guided else None, {"states": with_text, "pooled": pooled}
+        )
+
+    def _predict(self, x: Tensor, t: Tensor, condition: Condition, scale: float, options: dict[str, Any]) -> Tensor:
+        states = condition["states"]
+        output = self._evaluate(
+            hidden_states=torch.cat([x] * (len(states) // len(x))),
+            timestep=t.expand(len(states)),
+            encoder_hidden_states=states,
+            pooled_projections=condition["pooled"],
+            joint_attention_kwargs=options["joint_attention_kwargs"],
+        )
+        return pipeline.guided(output, len(x), scale)
+
+    def _decode(self, latents: Tensor, output_type: str, options: dict[str, Any]) -> tuple[Any, None]:
+        latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        images = self.vae.decode(latents, return_dict=False)[0]
+        return self.image_processor.postprocess(images, output_type=output_type), None

@@ -1,0 +1,93 @@
+"""Stable Diffusion XL: two text encoders, a pooled text state and the picture's size as conditions of a U-Net."""
+
+from typing import Any, ClassVar
+
+import sage.torchvision_ops  # noqa: F401
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+
+from sage import pipeline
+from sage.sampling import Condition
+
+
+class SharedStableDiffusionXLPipeline(pipeline.SharedSamplingPipeline, StableDiffusionXLPipeline):  # type: ignore[misc]
+    """A Stable Diffusion XL pipeline whose similar prompts share their early steps."""
+
+    _default_guidance: ClassVar = 5.0
+    _options: ClassVar = {
+        "eta": 0.0,
+        "guidance_rescale": 0.0,
+        "clip_skip": None,
+        "cross_attention_kwargs": None,
+        "original_size": None,
+        "crops_coords_top_left": (0, 0),
+        "target_size": None,
+    }
+    _embeddings: ClassVar = (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    )
+
+    def _encode(
+        self,
+        prompts: list[str] | None,
+        negatives: list[str] | None,
+        guided: bool,
+        given: dict[str, Tensor],
+        options: dict[str, Any],
+    ) -> Condition:
+        with_text, without, pooled, pooled_without = self.encode_prompt(
+            prompts,
+            device=self._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+            negative_prompt=negatives,
+            lora_scale=(options["cross_attention_kwargs"] or {}).get("scale"),
+            clip_skip=options["clip_skip"],
+            **given,
+        )
+        sizes = self._get_add_time_ids(
+            options["original_size"] or options["size"],
+            options["crops_coords_top_left"],
+            options["target_size"] or options["size"],
+            dtype=with_text.dtype,
+            text_encoder_projection_dim=pooled.shape[-1],
+        )
+        sizes = sizes.to(with_text.device).expand(len(with_text), -1)
+        return pipeline.stacked(
+            {"states": without, "pooled": pooled_without, "sizes": sizes} if guided else None,
+            {"states": with_text, "pooled": pooled, "sizes": sizes},
+        )
+
+    def _predict(self, x: Tensor, t: Tensor, condition: Condition, scale: float, options: dict[str, Any]) -> Tensor:
+        output = self._evaluate(
+            torch.cat([x] * (len(condition["states"]) // len(x))),
+            t,
+            encoder_hidden_states=condition["states"],
+            cross_attention_kwargs=options["cross_attention_kwargs"],
+            added_cond_kwargs={"text_embeds": condition["pooled"], "time_ids": condition["sizes"]},
+        )
+        return pipeline.guided(output, len(x), scale, options["guidance_rescale"])
+
+    def _decode(self, latents: Tensor, output_type: str, options: dict[str, Any]) -> tuple[Any, None]:
+        # Its autoencoder overflows in half precision.
+        upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
+        if upcast:
+            self.vae.to(dtype=torch.float32)
+        latents = latents.to(self.vae.dtype)
+        mean, deviation = self.vae.config.get("latents_mean"), self.vae.config.get("latents_std")
+        if mean is not None and deviation is not None:
+            mean, deviation = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, deviation))
+            latents = latents * deviation / self.vae.config.scaling_factor + mean
+        else:
+            latents = latents / self.vae.config.scaling_factor
+        images = self.vae.decode(latents, return_dict=False)[0]
+        if upcast:
+            self.vae.to(dtype=torch.float16)
+        if self.watermark is not None:
+            images = self.watermark.apply_watermark(images)
+        return self.image_processor.postprocess(images, output_type=output_type), None

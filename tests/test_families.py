@@ -1,0 +1,200 @@
+"""What must hold for every model family, against the stock pipeline on the same random weights."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+
+from sage.pipeline import SharedSamplingPipeline
+from sage.plan import Block, Plan
+
+# diffusers 0.42's set_timesteps converts tensors as numpy 2 no longer likes.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+STEPS = 6
+# A batch of another size rounds differently; pictures are in [0, 1].
+TOLERANCE = {"rtol": 0, "atol": 2e-3}
+
+
+@pytest.fixture(scope="module", params=list(tiny.FAMILIES))
+def pair(request, tmp_path_factory):
+    """A stock pipeline, the shared one on its parts, and the family's options."""
+    stock = tiny.pipeline(request.param, tmp_path_factory.mktemp(request.param))
+    options = tiny.OPTIONS.get(request.param, {}) | {
+        "num_inference_steps": STEPS,
+        "guidance_scale": 4.0,
+        "output_type": "np",
+    }
+    return stock, SharedSamplingPipeline.from_pipe(stock), options
+
+
+def generators(seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+SEEDS = [11, 12, 13, 14, 15]
+
+
+def steps(pipe):
+    pipe._set_timesteps(STEPS, 16, 16)
+    return len(pipe.scheduler.timesteps)
+
+
+def test_share_ratio_0_is_the_stock_pipeline_bit_for_bit(pair):
+    stock, shared, options = pair
+    for scale in (4.0, 1.0):
+        call = {**options, "guidance_scale": scale}
+        expected = stock(tiny.PROMPTS, generator=generators(SEEDS), **call).images
+        found = shared(tiny.PROMPTS, generator=generators(SEEDS), share_ratio=0, **call)
+        assert np.array_equal(found.images, expected)
+        assert expected.std() > 0.02
+        assert found.cost.network_evaluations == (2 if scale > 1 else 1) * STEPS * 5
+
+
+def test_negative_prompts_and_several_images_are_the_stock_pipelines(pair):
+    stock, shared, options = pair
+    call = {**options, "num_images_per_prompt": 2}
+    shares = {"share_ratio": 0, "batch_size": 16}
+    negatives = ["dog", "tree", "", "cat", "red"]
+    seeds = range(10)
+    expected = stock(tiny.PROMPTS, negative_prompt=negatives, generator=generators(seeds), **call).images
+    found = shared(tiny.PROMPTS, negative_prompt=negatives, generator=generators(seeds), **shares, **call)
+    assert np.array_equal(found.images, expected)
+
+
+def test_latents_in_and_out_are_the_stock_pipelines(pair):
+    stock, shared, options = pair
+    latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    call = {**options, "output_type": "latent", "latents": latents}
+    expected = stock(tiny.PROMPTS, generator=generators(SEEDS), **call).images
+    found = shared(tiny.PROMPTS, generator=generators(SEEDS), share_ratio=0, **call).images
+    assert torch.equal(found, expected)
+
+
+def named(*names):
+    return lambda values: dict(zip(names, values, strict=True))
+
+
+WITH_POOLED = named("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+WITH_MASK = named("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+EMBEDDINGS = {
+    "StableDiffusionPipeline": lambda pipe: named("prompt_embeds", "negative_prompt_embeds")(
+        pipe.encode_prompt(tiny.PROMPTS, "cpu", 1, True)
+    ),
+    "StableDiffusionXLPipeline": lambda pipe: WITH_POOLED(pipe.encode_prompt(tiny.PROMPTS)),
+    "StableDiffusion3Pipeline": lambda pipe: WITH_POOLED(
+        pipe.encode_prompt(tiny.PROMPTS, None, None, max_sequence_length=20)
+    ),
+    "PixArtAlphaPipeline": lambda pipe: WITH_MASK(pipe.encode_prompt(tiny.PROMPTS, max_sequence_length=20)),
+}
+
+
+def test_embeddings_in_place_of_prompts(pair):
+    stock, shared, options = pair
+    expected = shared(tiny.PROMPTS, seed=SEEDS, groups=tiny.GROUPS, share_ratio=0.5, **options).images
+    given = EMBEDDINGS[type(stock).__name__](stock)
+    # Who leads a group is decided by the seeds, which differ.
+    found = shared(**given, seed=SEEDS, groups=tiny.GROUPS, share_ratio=0.5, **options).images
+    np.testing.assert_allclose(found, expected, **TOLERANCE)
+
+
+def test_sharing_changes_grouped_images_and_no_others(pair):
+    _, shared, options = pair
+    alone = shared(tiny.PROMPTS, seed=SEEDS, share_ratio=0, **options)
+    plan = Plan(steps(shared), (Block(3, (0, 1, 2)), 3, 4))
+    found = shared(tiny.PROMPTS, seed=SEEDS, plan=plan, **options)
+    np.testing.assert_allclose(found.images[3:], alone.images[3:], **TOLERANCE)
+    assert all(np.abs(found.images[i] - alone.images[i]).max() > 0.01 for i in (0, 1, 2))
+    assert found.cost.network_evaluations == plan.nfe(guidance=True) == 2 * (3 * 3 + 3 * 5)
+    assert found.cost.saving == pytest.approx(1 - 48 / 60)
+
+
+def test_network_calls_equal_the_formula_and_their_limit(pair):
+    _, shared, options = pair
+    rows = []
+    handle = shared._network.register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
+    plan = Plan(steps(shared), (Block(2, (0, Block(4, (1, 2)))), Block(3, (3, 4))))
+    for scale, batch_size in ((4.0, 2), (1.0, 8)):
+        rows.clear()
+        call = {**options, "guidance_scale": scale, "batch_size": batch_size}
+        found = shared(tiny.PROMPTS, seed=0, plan=plan, **call)
+        factor = 2 if scale > 1 else 1
+        assert sum(rows) == plan.nfe(scale > 1) == found.cost.formula
+        assert max(rows) <= factor * batch_size
+        # Guidance is part of the same call.
+        assert all(count % factor == 0 for count in rows)
+    handle.remove()
+
+
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+SCHEDULERS = {
+    "its own": None,
+    "ddim": lambda: DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False),
+    "dpm": lambda: DPMSolverMultistepScheduler(**BETAS),
+    "unipc": lambda: UniPCMultistepScheduler(**BETAS),
+    "pndm": lambda: PNDMScheduler(**BETAS, skip_prk_steps=True),
+    "heun": lambda: HeunDiscreteScheduler(**BETAS),
+    "euler ancestral": lambda: EulerAncestralDiscreteScheduler(**BETAS),
+}
+
+
+@pytest.mark.parametrize("scheduler", list(SCHEDULERS))
+def test_identical_prompts_in_a_group_and_a_group_of_one_are_the_stock_image(pair, scheduler):
+    stock, shared, options = pair
+    if SCHEDULERS[scheduler] is not None:
+        if type(stock).__name__ == "StableDiffusion3Pipeline":
+            pytest.skip("flow matching has its own scheduler")
+        stock = type(stock).from_pipe(stock, scheduler=SCHEDULERS[scheduler]())
+        stock.set_progress_bar_config(disable=True)
+        shared = SharedSamplingPipeline.from_pipe(stock)
+    expected = stock(["red cat", "tall tree"], generator=generators([7, 8]), **options).images
+    plan = Plan(steps(shared), (Block(steps(shared) // 2, (0, 1, 2)), 3))
+    found = shared(["red cat"] * 3 + ["tall tree"], seed=[7, 7, 7, 8], plan=plan, batch_size=2, **options).images
+    np.testing.assert_allclose(found, expected[[0, 0, 0, 1]], **TOLERANCE)
+    assert np.abs(expected[0] - expected[1]).max() > 0.01
+
+
+def test_permuting_prompts_permutes_images_and_company_changes_nothing(pair):
+    _, shared, options = pair
+    call = {**options, "share_ratio": 0.5, "seed": 4}
+    found = shared(tiny.PROMPTS, groups=tiny.GROUPS, **call).images
+    order = [3, 0, 4, 2, 1]
+    groups = [[order.index(member) for member in group] for group in reversed(tiny.GROUPS)]
+    moved = shared([tiny.PROMPTS[i] for i in order], groups=groups, **call).images
+    np.testing.assert_allclose(moved, found[order], **TOLERANCE)
+    fewer = shared(tiny.PROMPTS[3:], groups=[[0, 1]], batch_size=1, **call).images
+    np.testing.assert_allclose(fewer, found[3:], **TOLERANCE)
+
+
+def test_what_is_saved_is_a_stock_folder_that_gives_the_same(pair, tmp_path):
+    stock, shared, options = pair
+    shared.save_pretrained(tmp_path)
+    again = SharedSamplingPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    call = {**options, "share_ratio": 0.5, "seed": 4, "groups": tiny.GROUPS}
+    assert np.array_equal(again(tiny.PROMPTS, **call).images, shared(tiny.PROMPTS, **call).images)
+    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is type(stock)
+    assert type(again) is type(shared)
+    assert isinstance(again, type(stock))
+
+
+def test_images_are_those_of_the_same_run_in_half_precision(pair):
+    """bfloat16 runs, and stays near single precision."""
+    _, shared, options = pair
+    call = {**options, "share_ratio": 0.5, "seed": 4, "groups": tiny.GROUPS, "output_type": "latent"}
+    whole = shared(tiny.PROMPTS, **call).images
+    shared.to(torch.bfloat16)
+    half = shared(tiny.PROMPTS, **call).images
+    shared.to(torch.float32)
+    assert half.dtype == torch.bfloat16
+    assert half.isfinite().all()
+    assert (half.float() - whole).abs().mean() < 0.5 * whole.std()
