@@ -1,0 +1,162 @@
+"""How well a picture fits its prompt: a small dual encoder, trained on real pictures only.
+
+Two linear maps bring image features and sentence embeddings into one space; alignment is the cosine there. They are
+trained to tell each picture's own caption from the others of its batch (contrastive, as CLIP: Radford et al., 2021).
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sage.data import Example
+from sage.embedding import embed
+from sage.errors import CheckpointError
+from sage.files import new_folder, sha256, write_json
+from sage.metrics.extractors import EfficientNetLite0, read_pictures
+
+TEXTS = "all-MiniLM-L6-v2"
+
+
+class DualEncoder(nn.Module):
+    """Image features and sentence embeddings to unit vectors of one space."""
+
+    def __init__(self, image_width: int, text_width: int, width: int) -> None:
+        """Make untrained linear maps between the given numbers of features."""
+        super().__init__()
+        self.image = nn.Linear(image_width, width)
+        self.text = nn.Linear(text_width, width)
+
+    @torch.no_grad()
+    def images(self, features: np.ndarray) -> np.ndarray:
+        """Return unit vectors of shape (..., width) for image features of shape (..., image width)."""
+        return F.normalize(self.image(torch.from_numpy(features)), dim=-1).numpy()
+
+    @torch.no_grad()
+    def texts(self, embeddings: np.ndarray) -> np.ndarray:
+        """Return unit vectors of shape (n, width) for sentence embeddings of shape (n, text width)."""
+        return F.normalize(self.text(torch.from_numpy(embeddings)), dim=-1).numpy()
+
+
+def cosines(model: DualEncoder, features: np.ndarray, embeddings: np.ndarray) -> np.ndarray:
+    """Return the alignment of each picture with its prompt: (prompts, seeds) for features (prompts, seeds, width)."""
+    return np.asarray((model.images(features) * model.texts(embeddings)[:, None]).sum(-1))
+
+
+def train(
+    features: np.ndarray,
+    embeddings: np.ndarray,
+    seed: int,
+    *,
+    width: int = 128,
+    steps: int = 500,
+    batch_size: int = 512,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.1,
+    dropout: float = 0.2,
+    temperature: float = 0.07,
+) -> DualEncoder:
+    """Return a dual encoder trained on pairs: float32 features (n, image width) and embeddings (n, text width).
+
+    All randomness comes from `seed`, so the same build and thread count give the same weights.
+    """
+    random = torch.Generator().manual_seed(seed)
+    raw, e = torch.from_numpy(features), torch.from_numpy(embeddings)
+    mean, deviation = raw.mean(0), raw.std(0) + 1e-3
+    x = (raw - mean) / deviation
+    e = e * math.sqrt(e.shape[1])  # unit vectors to about unit variance a number
+    model = DualEncoder(x.shape[1], e.shape[1], width)
+    for parameter in model.parameters():
+        bound = 1 / math.sqrt(parameter.shape[-1])
+        nn.init.uniform_(parameter, -bound, bound, generator=random)
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    for _ in range(steps):
+        rows = torch.randperm(len(x), generator=random)[:batch_size]
+        images = F.normalize(model.image(_drop(x[rows], dropout, random)), dim=-1)
+        texts = F.normalize(model.text(_drop(e[rows], dropout, random)), dim=-1)
+        logits, own = images @ texts.T / temperature, torch.arange(len(rows))
+        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    # Fold the scaling of the inputs into the maps, so that the saved model takes them as they come.
+    with torch.no_grad():
+        model.image.weight /= deviation
+        model.image.bias.copy_(model.image.bias - model.image.weight @ mean)
+        model.text.weight *= math.sqrt(e.shape[1])
+    return model.requires_grad_(False)
+
+
+def _drop(x: Tensor, share: float, random: torch.Generator) -> Tensor:
+    """Return x with a share of its numbers at zero and the others scaled up; torch's own dropout takes no generator."""
+    return x * (torch.rand(x.shape, generator=random) >= share) / (1 - share)
+
+
+def train_alignment(
+    examples: Sequence[Example], seed: int, on_batch: Callable[[int], None] = lambda n: None
+) -> DualEncoder:
+    """Return a dual encoder trained on real pictures and captions; `on_batch(k)` is told of k more pictures."""
+    extract = EfficientNetLite0()
+    features = extract(read_pictures(example.path for example in examples), on_batch)
+    return train(features, embed([example.text for example in examples]), seed)
+
+
+def retrieval(model: DualEncoder, features: np.ndarray, embeddings: np.ndarray, k: int) -> tuple[float, float]:
+    """Return the share of pictures with their own caption among the k nearest, and of captions with their picture."""
+    similarity = model.images(features) @ model.texts(embeddings).T
+    own = np.diag(similarity)
+    better_captions = (similarity > own[:, None]).sum(1)
+    better_pictures = (similarity > own[None, :]).sum(0)
+    return float((better_captions < k).mean()), float((better_pictures < k).mean())
+
+
+def save(model: DualEncoder, folder: Path) -> None:
+    """Write weights and what they were made for, whole or not at all; a model card already there stays."""
+    card = folder / "README.md"
+    with new_folder(folder) as temporary:
+        weights = temporary / "model.safetensors"
+        save_file(model.state_dict(), weights)
+        weights.chmod(0o644)  # safetensors writes for the owner alone
+        if card.exists():
+            shutil.copyfile(card, temporary / card.name)
+        config = {
+            "image_features": EfficientNetLite0.name,
+            "sentence_embeddings": TEXTS,
+            "image_width": model.image.in_features,
+            "text_width": model.text.in_features,
+            "width": model.image.out_features,
+            "sha256": sha256(weights),
+        }
+        write_json(temporary / "config.json", config)
+
+
+def load_alignment(folder: Path) -> DualEncoder:
+    """Return a saved dual encoder; raise CheckpointError where it is missing, damaged, or made for other features."""
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    missing = [path.name for path in (weights, config) if not path.is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}. Run `sage pretrain alignment` or restore models/.")
+    facts = json.loads(config.read_text(encoding="utf-8"))
+    # Hash and parse the same bytes: nothing can change in between.
+    content = weights.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != facts["sha256"]:
+        raise CheckpointError(f"{weights} has SHA-256 {found}, but {config} says {facts['sha256']}: it is damaged.")
+    if (facts["image_features"], facts["sentence_embeddings"]) != (EfficientNetLite0.name, TEXTS):
+        raise CheckpointError(
+            f"{folder} was trained on {facts['image_features']} and {facts['sentence_embeddings']}, but pictures are "
+            f"judged by {EfficientNetLite0.name} and {TEXTS}. Run `sage pretrain alignment`."
+        )
+    model = DualEncoder(facts["image_width"], facts["text_width"], facts["width"])
+    model.load_state_dict(load(content))
+    return model.requires_grad_(False)

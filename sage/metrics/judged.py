@@ -1,0 +1,135 @@
+"""Which pictures are judged: read from disk and checked, so that no figure rests on a wrong or a missing one."""
+
+import json
+from collections import Counter, defaultdict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sage.data import Example, read_split
+from sage.errors import MetricError
+from sage.files import digest, sha256
+
+MANIFEST = "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Held-out pictures, the groups of their prompts as row numbers, and each arm's files by [prompt][seed]."""
+
+    examples: list[Example]
+    groups: list[list[int]]
+    similarity: list[float]
+    seeds: list[int]
+    arms: dict[str, list[list[Path]]]
+    set: dict[str, Any]
+
+
+def read_judged(data: Path, groups: Path, generated: Path, split: str, seeds: Sequence[int]) -> Judged:
+    """Return what is to be judged, after reading every generated picture and comparing its hash with the manifest.
+
+    `set` names it: a digest of prompts, real pictures, groups and seeds, and the hash of the manifest. Raises
+    MetricError where groups are no partition of the split, or pictures are missing, double, foreign or altered.
+    """
+    examples = read_split(data, split)
+    if not examples:
+        raise MetricError(f"split {split} of {data} is empty, so there is nothing to judge; hold some pictures out.")
+    partition, similarity = _read_groups(groups / f"{split}.json", [example.id for example in examples])
+    arms = _read_arms(generated, [example.id for example in examples], partition, seeds)
+    prompts = [[example.id, example.text, sha256(example.path)] for example in examples]
+    ids = [[examples[row].id for row in group] for group in partition]
+    identity = {
+        "digest": digest({"prompts": prompts, "groups": ids, "seeds": list(seeds)}),
+        "generated": sha256(generated / MANIFEST),
+        "n_real": len(examples),
+        "n_prompts": len(examples),
+        "seeds": list(seeds),
+    }
+    return Judged(examples, partition, similarity, list(seeds), arms, identity)
+
+
+def siblings(held_out: Sequence[Example], training: Sequence[Example]) -> list[Example]:
+    """Return another real picture for each held-out one: from training, of its family while there are some, each once.
+
+    Fewer than held out where training has fewer: then for the first of them.
+    """
+    families: dict[str, deque[Example]] = defaultdict(deque)
+    for example in training:
+        families[example.family].append(example)
+    wanted = held_out[: len(training)]
+    found = [families[example.family].popleft() if families[example.family] else None for example in wanted]
+    spare = iter([example for family in families.values() for example in family])
+    return [example or next(spare) for example in found]
+
+
+def _read_groups(path: Path, ids: Sequence[str]) -> tuple[list[list[int]], list[float]]:
+    groups = json.loads(path.read_text(encoding="utf-8"))["groups"]
+    found = Counter(id for group in groups for id in group["ids"])
+    if found != Counter(ids):
+        missing, foreign = sorted(set(ids) - set(found)), sorted(set(found) - set(ids))
+        double = sorted(id for id, times in found.items() if times > 1)
+        raise MetricError(
+            f"{path} is no partition of the split's {len(ids)} prompts: {_some('missing', missing)}, "
+            f"{_some('foreign', foreign)}, {_some('double', double)}. Run `dvc repro group`."
+        )
+    row = {id: number for number, id in enumerate(ids)}
+    return [[row[id] for id in group["ids"]] for group in groups], [float(group["similarity"]) for group in groups]
+
+
+def _read_arms(
+    folder: Path, ids: Sequence[str], groups: Sequence[Sequence[int]], seeds: Sequence[int]
+) -> dict[str, list[list[Path]]]:
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise MetricError(f"{manifest} is missing. Run `dvc repro generate`.")
+    lines = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+    arms = list(dict.fromkeys(line["arm"] for line in lines))
+    found = Counter((line["arm"], line["seed"], line["id"]) for line in lines)
+    expected = Counter((arm, seed, id) for arm in arms for seed in seeds for id in ids)
+    if found != expected:
+        missing, foreign = sorted(expected - found), sorted(found - expected)
+        raise MetricError(
+            f"{manifest} names {len(lines)} pictures, expected {len(ids)} prompts x {len(seeds)} seeds for each of "
+            f"{len(arms)} arms: {_some('missing', missing)}, {_some('foreign or double', foreign)}. "
+            "Run `dvc repro generate`."
+        )
+    _check_groups(lines, [[ids[row] for row in group] for group in groups], manifest)
+    paths = {arm: [[folder / arm / f"seed-{seed}" / f"{id}.png" for seed in seeds] for id in ids] for arm in arms}
+    listed = {path for rows in paths.values() for row in rows for path in row}
+    extra = sorted(str(path.relative_to(folder)) for path in set(folder.rglob("*.png")) - listed)
+    altered = sorted(
+        f"{line['arm']}/seed-{line['seed']}/{line['id']}"
+        for line in lines
+        if not _intact(folder / line["arm"] / f"seed-{line['seed']}" / f"{line['id']}.png", line["sha256"])
+    )
+    if extra or altered:
+        raise MetricError(
+            f"{folder} is not what its manifest says: {_some('missing or altered', altered)}, "
+            f"{_some('not listed', extra)}. Run `dvc repro --force generate`."
+        )
+    return paths
+
+
+def _check_groups(lines: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[str]], manifest: Path) -> None:
+    """Raise MetricError where pictures were made with other groups; an arm that shares nothing may name none."""
+    labelled: dict[tuple[str, int], dict[Any, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for line in lines:
+        if line["group"] is not None:
+            labelled[line["arm"], line["seed"]][line["group"]].add(line["id"])
+    expected = {frozenset(group) for group in groups}
+    for (arm, seed), found in labelled.items():
+        if {frozenset(group) for group in found.values()} != expected:
+            raise MetricError(
+                f"{manifest}: arm {arm}, seed {seed} was made with other groups than the ones at hand. "
+                "Run `dvc repro generate`."
+            )
+
+
+def _intact(path: Path, expected: str) -> bool:
+    return path.is_file() and sha256(path) == expected
+
+
+def _some(what: str, items: Sequence[object]) -> str:
+    shown = ", ".join(str(item) for item in items[:3]) + (", ..." if len(items) > 3 else "")
+    return f"{len(items)} {what}" + (f" ({shown})" if items else "")
