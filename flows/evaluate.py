@@ -1,0 +1,167 @@
+"""Stage evaluate: figures with intervals for every arm, verdicts of the gates, and the report page."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import sage.torchvision_ops  # noqa: F401
+
+import numpy as np
+import torch
+import typer
+
+from flows import report as page
+from flows.terminal import progress, run
+from flows.tracking import stage_run
+from sage import gates
+from sage.config import Evaluate, load_params
+from sage.data import read_split
+from sage.embedding import embed
+from sage.errors import MetricError
+from sage.files import new_folder, sha256_tree, write_json
+from sage.metrics import judging
+from sage.metrics.alignment import DualEncoder, cosines, load_alignment
+from sage.metrics.extractors import EfficientNetLite0, read_pictures
+from sage.metrics.judged import Judged, read_judged, siblings
+
+COSTS = ("nfe_per_image", "seconds_per_image")
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Prepared data.")],
+    groups: Annotated[Path, typer.Option(help="Groups of each split.")],
+    generated: Annotated[Path, typer.Option(help="The pictures of every arm, with their manifest.")],
+    costs: Annotated[Path, typer.Option(help="What the pictures cost: the figures of stage generate.")],
+    alignment: Annotated[Path, typer.Option(help="The dual encoder.")],
+    report: Annotated[Path, typer.Option(help="Folder of the report page.")],
+    metrics: Annotated[Path, typer.Option(help="Where the figures go.")],
+) -> None:
+    """Judge every arm on the same held-out prompts and seeds; write figures, verdicts and the report."""
+    params = load_params()
+    settings = params.evaluate
+    judged = read_judged(data, groups, generated, params.generate.split, params.generate.seeds)
+    cost = read_costs(costs, judged)
+    with stage_run("evaluate", settings.model_dump()) as record:
+        record.dataset("prepared", sha256_tree(data), "evaluation")
+        real, arms, others = measure(judged, data, load_alignment(alignment))
+        results = judge(judged, real, arms, others, cost, settings)
+        rows = page.group_rows(judged, results["saving"], alignment_lost(judged, arms))
+        with new_folder(report) as folder:
+            (folder / "index.html").write_text(page.build(results | {"run_id": record.id}, rows), encoding="utf-8")
+        record.metrics(flat(results))
+        for step, row in enumerate(rows.across):
+            record.image(page.sheet(row), "groups", step)
+        record.artifact(report / "index.html", "report")
+        record.tags({"gates": "passed" if results["passed"] else "failed"})
+        write_json(metrics, results | {"run_id": record.id})
+
+
+def read_costs(path: Path, judged: Judged) -> dict[str, dict[str, float]]:
+    """Return what an image of each arm cost; raise MetricError where that was not counted on the judged pictures."""
+    arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
+    if list(arms) != list(judged.arms):
+        raise MetricError(
+            f"{path} counts arms {', '.join(arms)}, but there are pictures of {', '.join(judged.arms)}. "
+            "Run `dvc repro generate`."
+        )
+    images = len(judged.examples) * len(judged.seeds)
+    for arm, figures in arms.items():
+        if figures["images"] != images or not all(math.isfinite(figures[name]) for name in COSTS):
+            raise MetricError(
+                f"{path}: arm {arm} counts {figures['images']} images at {figures['nfe_per_image']} evaluations each, "
+                f"expected {images} images and finite costs. Run `dvc repro generate`."
+            )
+    return {arm: {name: figures[name] for name in COSTS} for arm, figures in arms.items()}
+
+
+def measure(
+    judged: Judged, data: Path, encoder: DualEncoder
+) -> tuple[judging.Pictures, dict[str, judging.Pictures], np.ndarray]:
+    """Return what the extractors see: the real pictures, each arm's, and the features of the real ones' siblings."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    extract = EfficientNetLite0(os.environ.get("SAGE_DEVICE", default))
+    others = siblings(judged.examples, read_split(data, "train"))
+    prompts, seeds = len(judged.examples), len(judged.seeds)
+    texts = embed([example.text for example in judged.examples])
+    total = prompts * (1 + seeds * len(judged.arms)) + len(others)
+    with progress(total, "extracting features") as advance:
+
+        def see(paths: Sequence[Sequence[Path]]) -> judging.Pictures:
+            features = extract(read_pictures(path for row in paths for path in row), advance)
+            features = features.reshape(prompts, -1, features.shape[-1])
+            return judging.Pictures(features, cosines(encoder, features, texts))
+
+        real = see([[example.path] for example in judged.examples])
+        arms = {arm: see(paths) for arm, paths in judged.arms.items()}
+        return real, arms, extract(read_pictures(example.path for example in others), advance)
+
+
+def judge(
+    judged: Judged,
+    real: judging.Pictures,
+    arms: Mapping[str, judging.Pictures],
+    others: np.ndarray,
+    cost: Mapping[str, Mapping[str, float]],
+    settings: Evaluate,
+) -> dict[str, Any]:
+    """Return all figures and verdicts, in the form of metrics/evaluate.json."""
+    groups, n = judged.groups, len(judged.examples) * len(judged.seeds)
+    bootstrap = judging.Bootstrap.over(groups, settings.resamples, settings.confidence, settings.seed)
+    measured = {arm: judging.statistics(real, pictures, groups) for arm, pictures in arms.items()}
+    figures = {arm: judging.arm_figures(measured[arm], arms[arm], bootstrap) for arm in arms}
+    for arm, values in figures.items():
+        nfe, seconds = (cost[arm][name] for name in COSTS)
+        # Evaluations are counted, so their interval is a point; seconds were timed once, so they have none.
+        values |= {"nfe_per_image": judging.figure(nfe, nfe, nfe, n)}
+        values |= {"seconds_per_image": judging.figure(seconds, None, None, n)}
+    floor = judging.floor(real.features[:, 0], others, groups, bootstrap)
+    worse = {}
+    for reference in (arm for arm in arms if gates.JUDGED in arms and arm != gates.JUDGED):
+        least = float(floor["kernel_distance"]["high"] or 0)
+        worse[reference] = judging.worse_by(measured[gates.JUDGED], measured[reference], bootstrap, n, least)
+        pair = cost[gates.JUDGED]["nfe_per_image"], cost[reference]["nfe_per_image"]
+        worse[reference]["nfe_per_image"] = judging.cost_worse_by(*pair, n)
+    saving = -worse["independent"]["nfe_per_image"]["relative"]["value"] if "independent" in worse else 0.0
+    results: dict[str, Any] = {
+        "features": EfficientNetLite0.name,
+        "confidence": settings.confidence,
+        "resamples": settings.resamples,
+        "set": judged.set,
+        "saving": saving,
+        "arms": figures,
+        "real": judging.real_figures(real, groups, bootstrap),
+        "floor": floor,
+        "worse_by": worse,
+        "by_similarity": judging.by_similarity(
+            measured, groups, judged.similarity, bootstrap, len(judged.seeds), saving
+        ),
+    }
+    verdicts = gates.judge(results, judged.set, [gate.model_dump() for gate in settings.gates])
+    return results | {"gates": [asdict(verdict) for verdict in verdicts], "passed": gates.passed(verdicts)}
+
+
+def alignment_lost(judged: Judged, arms: Mapping[str, judging.Pictures]) -> list[float]:
+    """Return for each group by how much sharing lowered its alignment; 0 where there is nothing to compare."""
+    if not {"independent", gates.JUDGED} <= set(arms):
+        return [0.0] * len(judged.groups)
+    lost = (arms["independent"].alignment - arms[gates.JUDGED].alignment).mean(1)
+    return [float(lost[group].mean()) for group in judged.groups]
+
+
+def flat(results: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures of the arms under dotted names, as a tracker takes them: value, low and high."""
+    return {
+        f"{arm}.{metric}" + ("" if end == "value" else f".{end}"): figure[end]
+        for arm, figures in results["arms"].items()
+        for metric, figure in figures.items()
+        for end in ("value", "low", "high")
+        if figure[end] is not None
+    }
+
+
+if __name__ == "__main__":
+    run(main)

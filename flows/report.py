@@ -1,0 +1,229 @@
+"""report/index.html: one self-contained page to look at, with nothing loaded from outside and no script."""
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image, ImageDraw
+
+from sage.gates import JUDGED
+from sage.metrics.judged import Judged
+
+NAMES = {
+    "real": "Real",
+    "independent": "Independent",
+    "independent_same_nfe": "Independent, same NFE",
+    "shared": "Shared",
+    "sage": "SAGE",
+}
+METRICS = {
+    "nfe_per_image": ("Evaluations an image", "lower is cheaper"),
+    "seconds_per_image": ("Seconds an image", "lower is cheaper"),
+    "kernel_distance": ("Kernel distance", "lower is better"),
+    "alignment": ("Alignment", "higher is better"),
+    "group_diversity": ("Diversity in groups", "higher is better"),
+    "seed_diversity": ("Diversity over seeds", "higher is better"),
+    "frechet_distance": ("Fréchet distance", "lower is better"),
+}
+SPLIT = ("kernel_distance", "alignment", "group_diversity")  # also shown by similarity
+_ACROSS, _HARDEST = 24, 6  # groups shown
+_DASH = "\N{EN DASH}"
+_THUMBNAIL = 128  # pixels at most
+# Colours of the plots, replaced by the page's own so that they follow light and dark.
+_INK, _SOFT, _PAPER = "#010203", "#040506", "#070809"
+_ARM_COLOURS = {"independent": "#0a0b01", "independent_same_nfe": "#0a0b02", "shared": "#0a0b03", "sage": "#0a0b04"}
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """One group as the page shows it: for each prompt its caption and one picture a column, real first."""
+
+    similarity: float
+    saving: float
+    lost: float
+    columns: list[str]
+    prompts: list[tuple[str, list[Image.Image]]]
+
+
+@dataclass(frozen=True)
+class GroupRows:
+    """The groups shown: a sample from the loosest to the tightest, those that lose most, and all sizes counted."""
+
+    across: list[GroupRow]
+    hardest: list[GroupRow]
+    sizes: list[dict[str, float]]
+    seed: int
+    shareable: int
+
+
+def group_rows(judged: Judged, saving: float, lost: Sequence[float]) -> GroupRows:
+    """Return the groups to show, chosen by rule: every k-th by similarity, and those that lose most alignment.
+
+    `saving` is the whole set's; `lost` is each group's loss of alignment against independent sampling.
+    """
+    sizes = [len(group) for group in judged.groups]
+    shareable = 1 - len(sizes) / sum(sizes)
+    ratio = saving / shareable if shareable > 0 else 0.0
+    several = sorted((k for k, size in enumerate(sizes) if size > 1), key=lambda k: judged.similarity[k])
+    step = max(len(several) - 1, 1) / max(_ACROSS - 1, 1)
+    across = sorted({round(place * step) for place in range(_ACROSS)} & set(range(len(several))))
+    hardest = sorted(several, key=lambda k: -lost[k])[:_HARDEST]
+    columns = ["real", *judged.arms]
+
+    def row(k: int) -> GroupRow:
+        members = judged.groups[k]
+        pictures = [
+            (judged.examples[m].text, [_open(judged.examples[m].path), *(_open(p[m][0]) for p in judged.arms.values())])
+            for m in members
+        ]
+        return GroupRow(judged.similarity[k], ratio * (1 - 1 / len(members)), lost[k], columns, pictures)
+
+    by_size = [
+        {"size": size, "groups": groups, "prompts": size * groups, "saving": ratio * (1 - 1 / size)}
+        for size, groups in sorted(Counter(sizes).items())
+    ]
+    return GroupRows(
+        [row(several[place]) for place in across], [row(k) for k in hardest], by_size, judged.seeds[0], len(several)
+    )
+
+
+def build(results: Mapping[str, Any], rows: GroupRows) -> str:
+    """Return the page for the figures of metrics/evaluate.json; all text in it is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"number": number, "percent": percent, "picture": data_uri, "arm": arm_name}
+    return environment.get_template("report.html.j2").render(
+        r=results,
+        rows=rows,
+        metrics=METRICS,
+        judged=JUDGED,
+        headline=headline(results),
+        comparison=comparison(results),
+        plots=[quality_plot(results, metric) for metric in SPLIT],
+        split=SPLIT,
+    )
+
+
+def headline(results: Mapping[str, Any]) -> str:
+    """Return the result in one sentence."""
+    failed = [gate for gate in results["gates"] if not gate["passed"]]
+    cost = f"{abs(results['saving']):.0%} {'fewer' if results['saving'] >= 0 else 'more'} network evaluations"
+    if results["passed"]:
+        return f"SAGE draws these pictures with {cost}, and passes every gate."
+    names = ", ".join(dict.fromkeys(METRICS[gate["metric"]][0].lower() for gate in failed))
+    return f"SAGE draws these pictures with {cost}, but fails {len(failed)} of {len(results['gates'])} gates: {names}."
+
+
+def comparison(results: Mapping[str, Any]) -> str | None:
+    """Return what a user would ask next: whether plain sampling at the same cost does as well."""
+    figure = results["worse_by"].get("independent_same_nfe", {}).get("kernel_distance")
+    if figure is None or figure["high"] is None:
+        return None
+    against = "independent sampling cut to the same number of evaluations"
+    if figure["high"] < 0:
+        return f"By kernel distance it is better than {against}."
+    if figure["low"] > 0:
+        return f"By kernel distance it is worse than {against}: fewer steps would have served better."
+    return f"By kernel distance it cannot be told from {against}."
+
+
+def number(value: float | None) -> str:
+    """Return a figure with three digits that count, or a dash."""
+    if value is None:
+        return _DASH
+    size = abs(value)
+    digits = 1 if size >= 100 else 2 if size >= 1 else 3 if size >= 0.1 else 4
+    return _typeset(f"{value:.{digits}f}")
+
+
+def percent(value: float | None) -> str:
+    """Return a share as percent, or a dash."""
+    return _DASH if value is None else _typeset(f"{value:.0%}")
+
+
+def _typeset(text: str) -> str:
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def arm_name(arm: str) -> str:
+    """Return how an arm is called on the page."""
+    return NAMES.get(arm, arm.replace("_", " "))
+
+
+def data_uri(picture: Image.Image) -> str:
+    """Return a picture, no larger than a thumbnail, as a data URI without loss."""
+    content = io.BytesIO()
+    picture.save(content, "WEBP", lossless=True, quality=60, method=4)
+    return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def sheet(row: GroupRow, scale: int = 2, gap: int = 6, head: int = 18) -> Image.Image:
+    """Return a group as one picture: a line for each prompt, a column for real and each arm."""
+    width, height = (side * scale for side in row.prompts[0][1][0].size)
+    size = (len(row.columns) * (width + gap) + gap, head + len(row.prompts) * (height + gap) + gap)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, arm in enumerate(row.columns):
+        draw.text((gap + column * (width + gap), 4), arm_name(arm), fill="black")
+        for line, (_, pictures) in enumerate(row.prompts):
+            large = pictures[column].resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(large, (gap + column * (width + gap), head + gap + line * (height + gap)))
+    return canvas
+
+
+def quality_plot(results: Mapping[str, Any], metric: str) -> Markup:
+    """Return a metric against cost as SVG: a point with its interval for each arm, a band for the real pictures."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure as Canvas
+
+    settings = {"svg.fonttype": "none", "svg.hashsalt": metric, "font.size": 9, "font.family": "sans-serif"}
+    settings |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
+    mark = (results["real"] | results["floor"])[metric]
+    with mpl.rc_context(settings):
+        canvas = Canvas(figsize=(3.9, 2.9), layout="constrained")
+        _draw(canvas.subplots(), metric, results["arms"], mark)
+        content = io.StringIO()
+        canvas.savefig(content, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = content.getvalue()
+    svg = svg[svg.index("<svg") :]
+    colours = {_INK: "var(--ink)", _SOFT: "var(--line)", _PAPER: "var(--soft)"}
+    colours |= {colour: f"var(--{arm.replace('_', '-')})" for arm, colour in _ARM_COLOURS.items()}
+    for placeholder, colour in colours.items():
+        svg = svg.replace(placeholder, colour)
+    return Markup(svg)  # noqa: S704 - drawn here from numbers and the names of METRICS; no caption is in it
+
+
+def _draw(axes: Any, metric: str, arms: Mapping[str, Any], mark: Mapping[str, Any]) -> None:
+    name, direction = METRICS[metric]
+    axes.set_title(f"{name} ({direction})", fontsize=10, loc="left")
+    axes.set_xlabel("network evaluations an image")
+    axes.grid(color=_SOFT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(color=_SOFT)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_SOFT)
+    if mark["low"] is not None:
+        axes.axhspan(mark["low"], mark["high"], color=_PAPER, linewidth=0)
+    for arm, figures in arms.items():
+        figure = figures[metric]
+        if figure["low"] is None:
+            continue
+        x, colour = figures["nfe_per_image"]["value"], _ARM_COLOURS.get(arm, _INK)
+        axes.vlines(x, figure["low"], figure["high"], color=colour, linewidth=1.6)
+        marker = "D" if arm == JUDGED else "o"
+        axes.plot(x, figure["value"], marker, color=colour, markersize=7, linestyle="none")
+    axes.margins(x=0.25)
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        small = picture.convert("RGB")
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return small
