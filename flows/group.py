@@ -4,17 +4,21 @@ import os
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from flows.terminal import progress, run
 from flows.tracking import stage_run
-from sage.config import load_params
+from sage.config import Group, load_params
 from sage.data import SPLITS, read_split
 from sage.embedding import embed
 from sage.files import new_folder, sha256_tree, write_json
-from sage.grouping import Groups, group, worst_similarity
+from sage.grouping import Groups, group, tree, usable, worst_similarity
+from sage.thresholds import damage_curve, threshold_for_damage, threshold_for_saving
 
 ENCODER = "minilm"
+# A budget takes no pair below: unrelated prompts of MiniLM lie around 0.
+FLOOR = 0.0
 
 
 def main(
@@ -23,21 +27,23 @@ def main(
     metrics: Annotated[Path, typer.Option(help="Where the figures go.")],
 ) -> None:
     """Group the prompts of every split and write groups and figures."""
-    settings = load_params().group
+    params = load_params()
+    settings = params.group
     results = {}
-    with stage_run("group", settings.model_dump()) as record, new_folder(out) as folder:
+    with stage_run("group", settings.model_dump(exclude_none=True)) as record, new_folder(out) as folder:
         record.dataset("prepared", sha256_tree(data), "grouping")
         for split in SPLITS:
             examples = read_split(data, split)
             with progress(len(examples), f"embedding {split}") as advance:
                 embeddings = embed([example.text for example in examples], ENCODER, cache=cache(), progress=advance)
-            groups = group(embeddings, settings.threshold, settings.max_size)
+            threshold = choose_threshold(settings, embeddings, params.generate.share_ratio)
+            groups = group(embeddings, threshold, settings.max_size, settings.near_duplicate)
             worst = worst_similarity(embeddings, groups)
             write_json(
                 folder / f"{split}.json",
                 {
                     "encoder": ENCODER,
-                    "threshold": settings.threshold,
+                    "threshold": threshold,
                     "max_size": settings.max_size,
                     # Rounded: the encoder's last bits depend on which prompts it met together.
                     "groups": [
@@ -46,7 +52,7 @@ def main(
                     ],
                 },
             )
-            results[split] = _figures(groups, worst)
+            results[split] = figures(groups, worst) | {"unusable": int((~usable(embeddings)).sum())}
         flat = {f"{split}.{name}": value for split, values in results.items() for name, value in values.items()}
         record.metrics(flat)
         write_json(metrics, results | {"run_id": record.id})
@@ -57,7 +63,21 @@ def cache() -> Path:
     return Path(os.environ.get("SAGE_CACHE", "work/cache")) / "embeddings.sqlite"
 
 
-def _figures(groups: Groups, worst: list[float]) -> dict[str, float]:
+def choose_threshold(settings: Group, embeddings: np.ndarray, share_ratio: float) -> float:
+    """Return the threshold that the settings give, or that their budget or their bound on damage asks for."""
+    if settings.saving is not None:
+        nested = tree(embeddings, FLOOR, settings.max_size, settings.near_duplicate)
+        return threshold_for_saving(nested, settings.saving, share_ratio)
+    if settings.quality is not None:
+        measured = settings.quality.measured
+        curve = damage_curve([point.similarity for point in measured], [point.damage for point in measured])
+        return threshold_for_damage(curve, settings.quality.damage_at_most)
+    assert settings.threshold is not None  # the configuration has exactly one of the three
+    return settings.threshold
+
+
+def figures(groups: Groups, worst: list[float]) -> dict[str, float]:
+    """Return how many groups of what size, how unlike inside, and the saving at share ratio 1."""
     prompts = sum(map(len, groups))
     return {
         "prompts": prompts,

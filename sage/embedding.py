@@ -6,11 +6,8 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
-import sage.torchvision_ops  # noqa: F401
-
 import numpy as np
 
-from sage.base import minilm_folder
 from sage.files import sha256_tree
 
 # Far more than any sentence encoder reads (MiniLM: 256 tokens), and little enough that a tokenizer never chokes on it.
@@ -61,15 +58,27 @@ def _clean(prompt: str) -> str:
 
 
 def _load(encoder: str):  # type: ignore[no-untyped-def]
+    # Late: this takes seconds, and what is in the cache needs no model.
+    import sage.torchvision_ops  # noqa: F401
+
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(str(minilm_folder()) if encoder == "minilm" else encoder, device="cpu")
+    return SentenceTransformer(str(_folder(encoder) or encoder), device="cpu")
+
+
+def _folder(encoder: str) -> Path | None:
+    """Return where an encoder's files lie, or None for a name that is found elsewhere."""
+    if encoder == "minilm":
+        from sage.base import minilm_folder
+
+        return minilm_folder()
+    return Path(encoder) if Path(encoder).is_dir() else None
 
 
 def _identity(encoder: str) -> str:
     """Return what names an encoder in the cache: the hash of its files where it lies on disk, else its name."""
-    folder = minilm_folder() if encoder == "minilm" else Path(encoder)
-    return sha256_tree(folder) if folder.is_dir() else encoder
+    folder = _folder(encoder)
+    return sha256_tree(folder) if folder else encoder
 
 
 def _key(identity: str, text: str) -> bytes:

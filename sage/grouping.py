@@ -174,6 +174,8 @@ def _links(
             for done, count in itertools.pairwise(counts)
         ]
     for some, begin, repeats in layers:
+        if len(some) < 2 or max_size < 2:
+            continue
         place = (first + begin)[some]
         for a, b, similarity in find(_unit_rows(matrix, index[place]), left[some], threshold, upper, max_size):
             links += [(place[a] + repeat, place[b] + repeat, similarity) for repeat in range(repeats)]

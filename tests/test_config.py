@@ -38,7 +38,7 @@ def test_the_shipped_file_is_valid_and_frozen():
     ("changes", "said"),
     [
         ({"sample": {}}, ["sample: unknown key; allowed are", "prepare, "]),
-        ({"group__treshold": 0.8}, ["group.treshold: unknown key; allowed are threshold, max_size"]),
+        ({"group__treshold": 0.8}, ["group.treshold: unknown key; allowed are threshold, saving, quality, max_size, near_duplicate"]),
         ({"finetune__weights__diffsion": 1.0}, ["finetune.weights.diffsion: unknown key; allowed are diffusion, shared"]),
         ({"evaluate__gates__0__metrik": "x"}, ["evaluate.gates.0.metrik: unknown key; allowed are metric, reference"]),
         ({"prepare__seed": GONE}, ["prepare.seed: Field required"]),

@@ -1,0 +1,93 @@
+"""`sage group PROMPTS`: a table of what sharing can save on a list of prompts, and a page with their map."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.group import ENCODER, cache, choose_threshold, figures
+from flows.groups_page import groups_page
+from flows.terminal import progress, run
+from sage.config import load_params
+from sage.embedding import embed
+from sage.errors import DataError
+from sage.files import write_text
+from sage.grouping import group, usable, worst_similarity
+
+_RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6)
+_WIDEST = 5
+
+
+def main(
+    prompts: Annotated[Path, typer.Argument(help="A text file, one prompt a line; empty lines are passed over.")],
+    page: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("work/groups.html"),
+    threshold: Annotated[float | None, typer.Option(help="Instead of what params.yaml asks for.")] = None,
+    max_size: Annotated[int | None, typer.Option(help="Instead of what params.yaml asks for.")] = None,
+) -> None:
+    """Say how prompts group, what sharing would save, and which groups are the widest; draw them."""
+    params = load_params()
+    texts = read_prompts(prompts)
+    with progress(len(texts), "embedding") as advance:
+        embeddings = embed(texts, ENCODER, cache=cache(), progress=advance)
+    if threshold is None:
+        threshold = choose_threshold(params.group, embeddings, params.generate.share_ratio)
+    most = params.group.max_size if max_size is None else max_size
+    groups = group(embeddings, threshold, most, params.group.near_duplicate)
+    worst = worst_similarity(embeddings, groups)
+    values = figures(groups, worst)
+    summary = (
+        f"{values['prompts']} prompts in {values['groups']} groups at cosine {threshold:.4g} "
+        f"(mean size {values['mean_size']:.2f}, worst pair {values['worst_similarity']:.3f})"
+    )
+    typer.echo(summary)
+    if alone := int((~usable(embeddings)).sum()):
+        typer.echo(f"{alone} without a usable embedding: alone")
+    _tables(texts, groups, worst, values["saving"])
+    write_text(page, groups_page("Groups of prompts", summary, texts, embeddings, groups, worst))
+    typer.echo(f"wrote {page}")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a text file; bytes that are no UTF-8 become replacement characters.
+
+    Raises DataError where there is no file or no prompt.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DataError(f"{path} is no file; give a text file with one prompt a line") from error
+    # Only line feeds end a line: str.splitlines would also split a prompt at a form feed or U+2028.
+    found = [line.strip() for line in text.split("\n") if line.strip()]
+    if not found:
+        raise DataError(f"{path} has no prompt; give one a line")
+    return found
+
+
+def _tables(texts: list[str], groups: list[list[int]], worst: list[float], saving: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    savings = Table("share ratio", *(f"{ratio:g}" for ratio in _RATIOS), title="network evaluations saved")
+    savings.add_row("saving", *(f"{ratio * saving:.1%}" for ratio in _RATIOS))
+    console.print(savings)
+    sizes = Table("prompts a group", "groups", title="sizes")
+    counts: dict[int, int] = {}
+    for members in groups:
+        counts[len(members)] = counts.get(len(members), 0) + 1
+    for size in sorted(counts):
+        sizes.add_row(str(size), str(counts[size]))
+    console.print(sizes)
+    shared = sorted((value, members) for value, members in zip(worst, groups, strict=True) if len(members) > 1)
+    if shared:
+        widest = Table("worst pair", "prompts", title="the widest groups")
+        for value, members in shared[:_WIDEST]:
+            # Text, not markup: a prompt may hold brackets, and control characters belong to nobody's terminal.
+            lines = ("".join(c if c.isprintable() else " " for c in texts[member][:100]) for member in members)
+            widest.add_row(f"{value:.3f}", Text("\n".join(lines)))
+        console.print(widest)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,105 @@
+"""A page with a map of prompts: near means alike, colours are groups, a pointer shows the text. Loads nothing."""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from jinja2 import Environment
+
+# t-SNE keeps neighbours together but takes a minute for more; beyond, two principal axes.
+_NEIGHBOUR_MAP = 3000
+
+_PAGE = Environment(autoescape=True).from_string("""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
+<style>
+ body { font: 15px system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em; color: #222 }
+ canvas { width: 100%; border: 1px solid #ccc; cursor: crosshair }
+ #text { min-height: 6em; white-space: pre-wrap; overflow-wrap: anywhere }
+</style>
+<h1>{{ title }}</h1>
+<p>{{ summary }}</p>
+{{ map }}
+</html>
+""")
+
+_MAP = """<canvas id="map" width="1400" height="900"></canvas><div id="text">Point at a prompt.</div>
+<script type="application/json" id="prompts">%s</script>
+<script>
+"use strict";
+const { x, y, group, text, similarity } = JSON.parse(document.getElementById("prompts").textContent);
+const canvas = document.getElementById("map"), pen = canvas.getContext("2d"), shown = document.getElementById("text");
+const size = {}; for (const g of group) size[g] = (size[g] || 0) + 1;
+const at = i => [20 + x[i] * (canvas.width - 40), 20 + y[i] * (canvas.height - 40)];
+function draw(chosen) {
+  pen.clearRect(0, 0, canvas.width, canvas.height);
+  for (let i = 0; i < x.length; i++) {
+    const [a, b] = at(i);
+    pen.fillStyle = size[group[i]] < 2 ? "#bbb" : `hsl(${group[i] * 137.508 %% 360} 65%% 45%%)`;
+    pen.beginPath(); pen.arc(a, b, group[i] === chosen ? 10 : 4, 0, 7); pen.fill();
+  }
+}
+canvas.addEventListener("pointermove", event => {
+  const box = canvas.getBoundingClientRect(), scale = canvas.width / box.width;
+  const a = (event.clientX - box.left) * scale, b = (event.clientY - box.top) * scale;
+  let near = 0, best = Infinity;
+  for (let i = 0; i < x.length; i++) {
+    const [c, d] = at(i), distance = (a - c) ** 2 + (b - d) ** 2;
+    if (distance < best) { best = distance; near = i; }
+  }
+  const members = text.filter((_, i) => group[i] === group[near] && i !== near);
+  const told = `group of ${size[group[near]]}, worst pair ${similarity[group[near]]}`;
+  shown.textContent = [text[near], told, ...members].join("\\n");
+  draw(group[near]);
+});
+draw(-1);
+</script>"""
+
+
+def groups_page(
+    title: str,
+    summary: str,
+    prompts: Sequence[str],
+    embeddings: np.ndarray,
+    groups: Sequence[Sequence[int]],
+    worst: Sequence[float],
+) -> str:
+    """Return the page as HTML."""
+    from markupsafe import Markup
+
+    drawn = Markup(groups_map(prompts, embeddings, groups, worst))  # noqa: S704 prompts in it cannot end their element
+    return _PAGE.render(title=title, summary=summary, map=drawn)
+
+
+def groups_map(
+    prompts: Sequence[str], embeddings: np.ndarray, groups: Sequence[Sequence[int]], worst: Sequence[float]
+) -> str:
+    """Return the map alone, as a piece of HTML for a page of one's own."""
+    number = np.empty(len(prompts), np.int64)
+    for g, members in enumerate(groups):
+        number[list(members)] = g
+    places = positions(embeddings)
+    data = {
+        "x": places[:, 0].round(4).tolist(),
+        "y": places[:, 1].round(4).tolist(),
+        "group": number.tolist(),
+        "text": [prompt[:300].encode("utf-8", "replace").decode("utf-8") for prompt in prompts],
+        "similarity": [round(value, 3) for value in worst],
+    }
+    # No "<" may reach the page: a prompt could close the element and open one of its own.
+    return _MAP % json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+
+
+def positions(embeddings: np.ndarray) -> np.ndarray:
+    """Return where each prompt lies on the map, shape (n, 2) in [0, 1]; the same for the same embeddings."""
+    n = len(embeddings)
+    centred = np.nan_to_num(embeddings, posinf=0, neginf=0) - np.nan_to_num(embeddings, posinf=0, neginf=0).mean(axis=0)
+    if 10 <= n <= _NEIGHBOUR_MAP and np.ptp(centred) > 0:
+        from sklearn.manifold import TSNE
+
+        places = TSNE(perplexity=min(30, n / 4), init="random", random_state=0).fit_transform(centred)
+    else:
+        _, _, axes = np.linalg.svd(centred[:: max(1, n // _NEIGHBOUR_MAP)], full_matrices=False)
+        places = centred @ axes[:2].T
+        places = np.pad(places, ((0, 0), (0, 2 - places.shape[1])))
+    low, high = places.min(axis=0), places.max(axis=0)
+    return np.asarray((places - low) / np.where(high > low, high - low, 1))

@@ -1,0 +1,111 @@
+"""Stage group on a small prepared folder, with threshold, budget and bound."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows.group import main
+from sage.data import SPLITS
+from sage.errors import ConfigurationError
+
+ROOT = Path(__file__).parents[1]
+TEXTS = [
+    "woman pilot dark skin tone",
+    "woman pilot light skin tone",
+    "man pilot",
+    "green apple",
+    "red apple",
+    "flag of Chile",
+]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    for number, split in enumerate(SPLITS):
+        folder = tmp_path / "prepared" / split
+        folder.mkdir(parents=True)
+        rows = [
+            {"file_name": f"{k}.png", "text": text, "id": f"{split}-{k}", "family": "x"}
+            for k, text in enumerate(TEXTS[number:])
+        ]
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAGE_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def configure(folder, **group):
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["group"] = {"max_size": 6, "near_duplicate": 0.999} | group
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+def stage(folder):
+    main(folder / "prepared", folder / "groups", folder / "metrics" / "group.json")
+    groups = {split: json.loads((folder / "groups" / f"{split}.json").read_text()) for split in SPLITS}
+    return groups, json.loads((folder / "metrics" / "group.json").read_text())
+
+
+def test_the_stage_writes_a_partition_of_every_split_and_its_figures(project):
+    configure(project, threshold=0.6)
+    groups, metrics = stage(project)
+    for number, split in enumerate(SPLITS):
+        found = groups[split]
+        ids = [id for members in found["groups"] for id in members["ids"]]
+        assert sorted(ids) == [f"{split}-{k}" for k in range(len(TEXTS) - number)]
+        assert (found["encoder"], found["threshold"], found["max_size"]) == ("minilm", 0.6, 6)
+        assert all(1 >= members["similarity"] >= 0.6 for members in found["groups"])
+        figures = metrics[split]
+        assert figures["prompts"] == len(ids) and figures["groups"] == len(found["groups"])
+        assert figures["saving"] == pytest.approx(1 - len(found["groups"]) / len(ids), abs=1e-4)
+        assert figures["worst_similarity"] == min(members["similarity"] for members in found["groups"])
+    assert metrics["run_id"] is None
+    together = {tuple(sorted(members["ids"])) for members in groups["train"]["groups"]}
+    assert ("train-3", "train-4") in together and ("train-5",) in together
+
+
+def test_the_same_input_gives_the_same_bytes(project):
+    configure(project, threshold=0.6)
+    stage(project)
+    first = {path.name: path.read_bytes() for path in (project / "groups").iterdir()}
+    stage(project)
+    assert first == {path.name: path.read_bytes() for path in (project / "groups").iterdir()}
+
+
+def test_a_budget_is_met_and_a_bound_kept(project):
+    configure(project, saving=0.1)
+    ratio = yaml.safe_load((ROOT / "params.yaml").read_text())["generate"]["share_ratio"]
+    _, metrics = stage(project)
+    assert all(ratio * metrics[split]["saving"] >= 0.1 for split in SPLITS)
+    measured = [{"similarity": 0.5, "damage": 0.3}, {"similarity": 0.9, "damage": 0.1}]
+    configure(project, quality={"damage_at_most": 0.2, "measured": measured})
+    groups, _ = stage(project)
+    assert groups["test"]["threshold"] == pytest.approx(0.7)
+
+
+def test_an_impossible_budget_leaves_the_old_groups(project):
+    configure(project, threshold=0.6)
+    groups, _ = stage(project)
+    configure(project, saving=0.39)
+    with pytest.raises(ConfigurationError, match="these prompts allow"):
+        stage(project)
+    assert json.loads((project / "groups" / "train.json").read_text()) == groups["train"]
+
+
+@pytest.mark.parametrize("group", [{}, {"threshold": 0.5, "saving": 0.2}, {"threshold": 1.5}, {"saving": 0.0}])
+def test_how_alike_is_said_exactly_once(project, group):
+    configure(project, **group)
+    with pytest.raises(ConfigurationError, match="group"):
+        stage(project)
+
+
+def test_as_a_command_a_fault_is_one_message(project):
+    configure(project, threshold=7)
+    command = [sys.executable, "-m", "flows.group", "--data", "prepared", "--out", "groups", "--metrics", "m.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "group.threshold" in done.stderr and "Traceback" not in done.stderr
