@@ -182,6 +182,7 @@ class SharedSamplingPipeline:
         width: int | None = None,
         batch_size: int = BATCH_SIZE,
         group_condition: Literal["mean", "medoid"] = "mean",
+        branch_noise: float = 0.0,
         output_type: str = "pil",
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -193,7 +194,8 @@ class SharedSamplingPipeline:
         goes beyond both and `share_ratio`. `batch_size` is how many latents a network call takes (twice as many rows
         under guidance, `guidance_scale` > 1). `seed` gives every image its own noise, a function of seed, prompt and
         how often the prompt came before; a list of seeds or generators has one for each image. `group_condition`:
-        what a block's network sees, the mean of its members' text states or the member nearest to it. A callback is
+        what a block's network sees, the mean of its members' text states or the member nearest to it. `branch_noise`
+        in [0, 1] makes the members of a group differ more (see `sage.sampling`). A callback is
         called after each step of each batch. Embeddings (`prompt_embeds`, ...) and what else the family's stock
         pipeline takes are `options`.
         Raises ConfigurationError, DataError, PlanError or UnsupportedError before anything is generated.
@@ -212,7 +214,7 @@ class SharedSamplingPipeline:
             )
         if extra := sorted(set(callback_on_step_end_tensor_inputs) - {"latents"}):
             raise ConfigurationError(f"a callback can be given latents only, not {', '.join(extra)}")
-        sampling.check_scheduler(self.scheduler)
+        sampling.check_scheduler(self.scheduler, branch_noise)
         if self._network.config.get("time_cond_proj_dim") is not None:
             raise UnsupportedError(
                 "this network takes the guidance scale as an input (a consistency model); use another"
@@ -247,6 +249,7 @@ class SharedSamplingPipeline:
             latents=latents,
             batch_size=batch_size,
             medoid=group_condition == "medoid",
+            branch_noise=branch_noise,
             output_type=output_type,
             callback=callback_on_step_end,
             options=options,
@@ -378,6 +381,7 @@ class Stream:
         latents: Tensor | None,
         batch_size: int,
         medoid: bool,
+        branch_noise: float,
         output_type: str,
         callback: Any,
         options: dict[str, Any],
@@ -385,7 +389,8 @@ class Stream:
         """Take what `SharedSamplingPipeline.stream` has checked; `plan` is over images, `images` of each prompt."""
         self.plan = plan
         self._pipe, self._prompts, self._given, self._negatives = pipe, prompts, given, negatives
-        self._images, self._scale, self._batch_size, self._medoid = images, guidance_scale, batch_size, medoid
+        self._images, self._scale, self._batch_size = images, guidance_scale, batch_size
+        self._medoid, self._branch_noise = medoid, branch_noise
         self._output_type, self._callback, self._options = output_type, callback, options
         self._guided = guidance_scale > 1
         self._device, self._dtype = pipe._execution_device, pipe._network.dtype
@@ -439,6 +444,7 @@ class Stream:
                 rank=lambda image: (self.seeds[image], self._keys[image], image),
                 batch_size=self._batch_size,
                 medoid=self._medoid,
+                branch_noise=self._branch_noise,
                 step_kwargs={"eta": self._options["eta"]} if accepts_eta and "eta" in self._options else {},
                 on_step=self._on_step,
                 interrupted=lambda: pipe._interrupt,

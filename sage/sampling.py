@@ -10,6 +10,10 @@ Where the draws come from, so that an image depends on its own prompt, seed and 
 - At a branch, a child led by the same member, or by one of the same seed, goes on in that stream; any other
   child begins its own, of which nothing was used. So a prompt alone, and equal prompts of equal seed, are exactly the
   independent image, also with schedulers that draw.
+
+Branch noise s, off at 0, makes children differ more: with x_0 what the block predicts at its branch, and
+x = alpha x_0 + sigma eps, each child goes on from eps' = sqrt(1 - s^2) eps + s xi, its own draw xi: as much noise as
+before, turned by arcsin(s).
 """
 
 import copy
@@ -22,7 +26,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from sage.errors import PlanError, UnsupportedError
+from sage.errors import ConfigurationError, PlanError, UnsupportedError
 from sage.plan import Block, Node, Plan, leaves_of
 
 # A network's conditions by name, each of shape (rows, g, ...): g = 2, without and with text, under guidance, else 1.
@@ -43,10 +47,27 @@ HISTORY: dict[str, tuple[str, ...]] = {
     "FlowMatchEulerDiscreteScheduler": (),
 }
 
+# Those that remember no noise, or only predicted pictures, which branch noise leaves as they are.
+TURNABLE = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+)
 
-def check_scheduler(scheduler: Any) -> None:
-    """Raise UnsupportedError, naming what is supported, for a scheduler whose memory cannot be branched."""
+
+def check_scheduler(scheduler: Any, branch_noise: float = 0.0) -> None:
+    """Raise UnsupportedError, naming what is supported, for a scheduler that cannot be branched like this.
+
+    Raises ConfigurationError for branch noise outside [0, 1].
+    """
     name = type(scheduler).__name__
+    if not 0 <= branch_noise <= 1:
+        raise ConfigurationError(f"branch_noise {branch_noise} is outside [0, 1]; 0 adds none, 1 replaces all noise")
+    if branch_noise and (name not in TURNABLE or "++" not in scheduler.config.get("algorithm_type", "++")):
+        raise UnsupportedError(f"branch noise needs one of {', '.join(TURNABLE)} (dpmsolver++), not {name}")
     if name not in HISTORY or scheduler.config.get("solver_p") is not None:
         raise UnsupportedError(
             f"{name}{' with solver_p' if name in HISTORY else ''} cannot be shared; use one of "
@@ -64,6 +85,7 @@ class _Pack:
     latents: Tensor
     scheduler: Any
     generators: list[Generator]
+    clean: Tensor | None = None
 
 
 @dataclass
@@ -87,6 +109,7 @@ def sample(
     rank: Callable[[int], Any],
     batch_size: int,
     medoid: bool = False,
+    branch_noise: float = 0.0,
     step_kwargs: dict[str, Any] | None = None,
     on_step: Callable[[int, Tensor, Tensor], Tensor] = lambda step, t, latents: latents,
     interrupted: Callable[[], bool] = lambda: False,
@@ -100,7 +123,7 @@ def sample(
     `interrupted()` is true no further step is made.
     Raises PlanError when plan and scheduler disagree about the steps, UnsupportedError for an unknown scheduler.
     """
-    check_scheduler(scheduler)
+    check_scheduler(scheduler, branch_noise)
     timesteps = scheduler.timesteps
     if len(timesteps) != plan.steps:
         raise PlanError(
@@ -114,7 +137,7 @@ def sample(
     roots = sorted(plan.roots, key=lambda node: node.until if isinstance(node, Block) else plan.steps)
     waiting = [_Waiting([roots[i] for i in rows]) for rows in reversed(_packs(len(roots), batch_size))]
     while waiting:
-        pack = _start(waiting.pop(), scheduler, noise, generator, rank)
+        pack = _start(waiting.pop(), scheduler, noise, generator, rank, branch_noise)
         condition = _condition(pack.nodes, encode, rank, batch_size, medoid)
         kwargs = dict(step_kwargs or {}) | ({"generator": pack.generators} if takes_generator else {})
         end = min(node.until if isinstance(node, Block) else plan.steps for node in pack.nodes)
@@ -125,8 +148,10 @@ def sample(
             t = timesteps[step]
             x = pack.scheduler.scale_model_input(pack.latents, t) if scales else pack.latents
             output = predict(x, t, condition)
-            pack.latents = pack.scheduler.step(output, t, pack.latents, **kwargs, return_dict=False)[0]
-            pack.latents = on_step(step, t, pack.latents)
+            stepped = pack.scheduler.step(output, t, pack.latents, **kwargs, return_dict=False)
+            if branch_noise and step == end - 1 < plan.steps - 1:
+                pack.clean = _predicted(pack.scheduler, stepped, step, pack.latents, output)
+            pack.latents = on_step(step, t, stepped[0])
         pack.step = end
 
         if end == plan.steps:
@@ -161,6 +186,7 @@ def _start(
     noise: Callable[[list[int], list[Generator]], Tensor],
     generator: Callable[[int], Generator],
     rank: Callable[[int], Any],
+    branch_noise: float,
 ) -> _Pack:
     """Return the blocks ready to run: fresh from noise, or from the rows of the pack that they branch from."""
     leaders = [min(leaves_of((node,)), key=rank) for node in task.nodes]
@@ -178,7 +204,41 @@ def _start(
         same = leader == parent.leaders[row] or own.initial_seed() == before.initial_seed()
         generators.append(before.clone_state() if same else own)
     latents = parent.latents.index_select(0, rows)
+    if parent.clean is not None:
+        for i, (node, row) in enumerate(zip(task.nodes, task.rows, strict=True)):
+            if node is not parent.nodes[row]:
+                xi = torch.randn(latents.shape[1:], generator=generators[i], device=generators[i].device).to(latents)
+                latents[i] = _turned(parent.scheduler, parent.step, latents[i], parent.clean[row], xi, branch_noise)
     return _Pack(task.nodes, leaders, parent.step, latents, branched(parent.scheduler, rows), generators)
+
+
+def _predicted(scheduler: Any, stepped: tuple[Tensor, ...], step: int, x: Tensor, output: Tensor) -> Tensor:
+    """Return the x_0 that a step predicted, from what it returned and what went in."""
+    name = type(scheduler).__name__
+    if name == "FlowMatchEulerDiscreteScheduler":
+        return x - float(scheduler.sigmas[step]) * output
+    clean: Tensor = scheduler.model_outputs[-1] if name == "DPMSolverMultistepScheduler" else stepped[1]
+    return clean
+
+
+def _turned(scheduler: Any, step: int, x: Tensor, x_0: Tensor, xi: Tensor, s: float) -> Tensor:
+    """Return latents with their noise turned towards xi, as they enter a step."""
+    alpha, sigma = (float(level) for level in _levels(scheduler, step))
+    eps = (x - alpha * x_0) / sigma
+    turned: Tensor = alpha * x_0 + sigma * ((1 - s**2) ** 0.5 * eps + s * xi)
+    return turned.to(x.dtype)
+
+
+def _levels(scheduler: Any, step: int) -> tuple[Any, Any]:
+    """Return alpha and sigma, the levels of signal and noise of the latents that enter a step."""
+    name = type(scheduler).__name__
+    if name in ("DDIMScheduler", "DDPMScheduler"):
+        signal = scheduler.alphas_cumprod[int(scheduler.timesteps[step])]
+        return signal.sqrt(), (1 - signal).sqrt()
+    sigma = scheduler.sigmas[step]
+    if name == "FlowMatchEulerDiscreteScheduler":
+        return 1 - sigma, sigma
+    return scheduler._sigma_to_alpha_sigma_t(sigma) if name == "DPMSolverMultistepScheduler" else (1.0, sigma)
 
 
 def branched(scheduler: Any, rows: Tensor | None) -> Any:

@@ -20,7 +20,7 @@ from diffusers import (
 )
 
 from sage import sampling
-from sage.errors import PlanError, UnsupportedError
+from sage.errors import ConfigurationError, PlanError, UnsupportedError
 from sage.plan import Block, Plan
 
 # diffusers 0.42's set_timesteps converts tensors as numpy 2 no longer likes.
@@ -70,18 +70,7 @@ class Network(torch.nn.Module):
 CONDITIONS = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
 
 
-def run(
-    scheduler,
-    plan,
-    seeds=None,
-    prompts=None,
-    batch_size=32,
-    kwargs=None,
-    order=None,
-    on_step=None,
-    medoid=False,
-    network=None,
-):
+def run(scheduler, plan, seeds=None, prompts=None, batch_size=32, kwargs=None, network=None, **more):
     """Return latents by prompt; prompt i has condition `prompts[i]` and seed `seeds[i]`."""
     seeds = list(seeds or range(100, 100 + plan.prompts))
     prompts = list(prompts or range(plan.prompts))
@@ -99,8 +88,7 @@ def run(
         rank=lambda row: (seeds[row], prompts[row], row),
         batch_size=batch_size,
         step_kwargs=kwargs,
-        medoid=medoid,
-        **({"on_step": on_step} if on_step else {}),
+        **more,
     )
     latents = {}
     for indices, rows in found:
@@ -245,6 +233,55 @@ def test_the_medoid_is_a_member():
     scheduler.set_timesteps(4)
     plan = Plan(4, (Block(2, (0, 1, 2)),))
     assert not torch.equal(run(scheduler, plan, medoid=True), run(scheduler, plan))
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "euler ancestral", "dpm multistep", "flow"])
+def test_branch_noise_parts_equal_prompts_by_the_level_of_noise_at_the_branch(name):
+    scheduler = SCHEDULERS[name]()
+    scheduler.set_timesteps(20)
+    plan = Plan(20, (Block(8, tuple(range(16))),))
+    if name == "flow":
+        sigma = scheduler.sigmas[8]
+    else:
+        reference = SCHEDULERS["ddim"]()
+        sigma = (1 - reference.alphas_cumprod[int(scheduler.timesteps[8])]).sqrt()
+    for s in (0.0, 0.3, 1.0):
+        entering = []
+        network = Network()
+        network.register_forward_pre_hook(lambda module, args, entering=entering: entering.append(args[0]))
+        run(scheduler, plan, range(16), [4] * 16, branch_noise=s, network=network)
+        assert len(entering[7]) == 1
+        spread = entering[8].std(0).square().mean().sqrt()
+        assert spread == pytest.approx(float(s * sigma), rel=0.1, abs=1e-6)
+
+
+def test_branch_noise_keeps_the_variance_of_noise():
+    scheduler = SCHEDULERS["ddim"]()
+    scheduler.set_timesteps(20)
+    alpha = scheduler.alphas_cumprod[scheduler.timesteps[8]].sqrt()
+    sigma = (1 - alpha**2).sqrt()
+    x_0, eps, xi = torch.randn(3, 20_000, generator=torch.Generator().manual_seed(0))
+    turned = sampling._turned(scheduler, 8, alpha * x_0 + sigma * eps, x_0, xi, 0.6)
+    noise = (turned - alpha * x_0) / sigma
+    assert noise.std() == pytest.approx(1, abs=0.02)
+    assert (noise * eps).mean() == pytest.approx(0.8, abs=0.02)
+
+
+def test_branch_noise_leaves_those_who_do_not_branch():
+    scheduler = SCHEDULERS["ddim"]()
+    scheduler.set_timesteps(6)
+    plan = Plan(6, (Block(2, (0, 1)), Block(4, (2, 3)), 4))
+    quiet, noisy = (run(scheduler, plan, on_step=lambda step, t, x: x, branch_noise=s)[4] for s in (0.0, 0.5))
+    torch.testing.assert_close(quiet, noisy, **TOLERANCE)
+
+
+def test_branch_noise_is_refused_where_history_remembers_noise():
+    scheduler = SCHEDULERS["pndm"]()
+    scheduler.set_timesteps(6)
+    with pytest.raises(UnsupportedError, match=r"branch noise needs one of DDIM.* not PNDMScheduler"):
+        run(scheduler, Plan.independent(1, len(scheduler.timesteps)), branch_noise=0.1)
+    with pytest.raises(ConfigurationError, match=r"branch_noise 1.5 is outside \[0, 1\]"):
+        run(SCHEDULERS["ddim"](), Plan.independent(1, 6), branch_noise=1.5)
 
 
 def test_memory_is_that_of_a_few_batches_and_images_leave_early():
