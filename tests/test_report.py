@@ -1,0 +1,166 @@
+"""The page is parsed as a browser would: hostile text stays text, nothing is loaded, every picture is inside."""
+
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from flows import report
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='alert(1)",
+    "</p></main><iframe src=javascript:alert(1)>",
+    "{{ 7 * 7 }} {% raw %}",
+    "</style><svg onload=alert(1)>",
+    "\u202egnp.exe &lt;b&gt; \x07",
+]
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attributes]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def figure(value, low=None, high=None, n=8):
+    return {"value": value, "low": low, "high": high, "n": n}
+
+
+def arm(value, nfe):
+    names = ("kernel_distance", "frechet_distance", "alignment", "group_diversity", "seed_diversity")
+    figures = {name: figure(value, value - 0.01, value + 0.01) for name in names}
+    return figures | {"nfe_per_image": figure(nfe, nfe, nfe), "seconds_per_image": figure(0.1)}
+
+
+def worse(value, low, high):
+    return figure(value, low, high) | {"relative": {"value": value, "low": low, "high": high}}
+
+
+def results(passed=True, against_same_nfe=(-0.02, 0.02)):
+    arms = {"independent": arm(0.5, 16), "independent_same_nfe": arm(0.4, 12), "shared": arm(0.3, 12)}
+    arms["sage"] = arm(0.45, 12)
+    part = {name: arms["sage"][name] for name in ("kernel_distance", "alignment", "group_diversity")}
+    gate = {"metric": "kernel_distance", "passed": passed, "reason": "Kernel distance: 5.0% worse <b>."}
+    differences = {name: worse(0.05, 0.01, 0.09) for name in part}
+    return {
+        "features": "efficientnet_lite0",
+        "confidence": 0.95,
+        "resamples": 1000,
+        "set": {"digest": "d" * 64, "generated": "m" * 64, "n_real": 4, "n_prompts": 4, "seeds": [0, 1]},
+        "saving": 0.25,
+        "arms": arms,
+        "real": {"alignment": figure(0.8, 0.79, 0.81), "group_diversity": figure(0.5, 0.4, 0.6)},
+        "floor": {"kernel_distance": figure(0.01, 0.0, 0.02), "frechet_distance": figure(40.0, 39.0, 41.0)},
+        "worse_by": {
+            "independent": differences,
+            "independent_same_nfe": {"kernel_distance": worse(0.0, *against_same_nfe)},
+        },
+        "by_similarity": [
+            {
+                "part": "tightest third",
+                "similarity": [0.8, 0.9],
+                "groups": 1,
+                "prompts": 2,
+                "saving": 0.3,
+                "arms": {"sage": part | {"group_diversity": figure(None)}},
+            }
+        ],
+        "gates": [gate],
+        "passed": passed,
+        "run_id": None,
+    }
+
+
+def rows(captions):
+    columns = ["real", "independent", "independent_same_nfe", "shared", "sage"]
+    prompts = [(caption, [Image.new("RGB", (8, 8), (k, 0, 0)) for k in range(5)]) for caption in captions]
+    row = report.GroupRow(0.85, 0.3, 0.01, columns, prompts)
+    sizes = [{"size": 2, "groups": 1, "prompts": 2, "saving": 0.3}]
+    return report.GroupRows([row], [row], sizes, 0, 1)
+
+
+@pytest.fixture(scope="module")
+def page():
+    return Page(report.build(results(), rows(HOSTILE)))
+
+
+def test_hostile_captions_end_up_as_text(page):
+    text = "".join(page.text)
+    assert all(caption in text for caption in HOSTILE)
+    assert not {"script", "iframe", "object", "embed", "form", "link", "base"} & set(page.tags)
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert "Kernel distance: 5.0% worse <b>." in text and report.comparison(results()) in text
+    captions = {value for tag, name, value in page.attributes if (tag, name) == ("img", "alt")}
+    assert f"SAGE: {HOSTILE[1]}" in captions
+
+
+def test_nothing_is_loaded_from_outside(page):
+    sources = [value for tag, name, value in page.attributes if name == "src"]
+    assert len(sources) == 2 * 5 * len(HOSTILE)
+    assert all(source.startswith("data:image/webp;base64,") for source in sources)
+    links = [value for _, name, value in page.attributes if name in ("href", "xlink:href", "action", "srcset")]
+    assert links and all(link.startswith("#") for link in links)  # marks inside the plots
+    assert not [text for text in page.text if "@import" in text or "url(http" in text]
+    policies = [value for tag, name, value in page.attributes if (tag, name) == ("meta", "content")]
+    assert any(policy.startswith("default-src 'none'") for policy in policies)
+
+
+def test_the_plots_follow_the_colours_of_the_page_and_share_no_ids(page):
+    assert page.tags.count("svg") == 3
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    references = [value[1:] for _, name, value in page.attributes if name == "xlink:href"]
+    assert set(references) <= set(ids)
+    marks = [value for value in ids if value in references]
+    assert len(marks) == len(set(marks))
+    styles = "".join(value for tag, name, value in page.attributes if name == "style")
+    assert "var(--sage)" in styles and "var(--ink)" in styles
+    assert not any(colour in styles for colour in ("#0a0b0", "#010203", "#040506", "#070809"))
+
+
+def test_the_headline_says_what_passed_and_what_failed():
+    assert (
+        report.headline(results())
+        == "SAGE draws these pictures with 25% fewer network evaluations, and passes every gate."
+    )
+    assert report.headline(results(passed=False)).endswith("but fails 1 of 1 gates: kernel distance.")
+
+
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [((-0.02, -0.01), "better than"), ((0.01, 0.02), "worse than"), ((-0.01, 0.01), "cannot be told")],
+)
+def test_the_page_compares_with_what_the_same_cost_buys_without_sharing(ends, words):
+    assert words in report.comparison(results(against_same_nfe=ends))
+
+
+def test_figures_that_are_missing_are_dashes_and_the_page_still_stands():
+    found = results()
+    found["arms"]["sage"]["group_diversity"] = figure(None)
+    found["worse_by"]["independent"]["group_diversity"] = worse(None, None, None)
+    found["worse_by"].pop("independent_same_nfe")
+    assert "SAGE draws" in report.build(found, rows(["a"]))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "\N{EN DASH}"), (134.53, "134.5"), (9.876, "9.88"), (0.1237, "0.124"), (-0.00123, "\N{MINUS SIGN}0.0012")],
+)
+def test_numbers_keep_three_digits_that_count(value, text):
+    assert report.number(value) == text
+
+
+def test_a_sheet_has_a_line_for_each_prompt_and_a_column_for_each_arm():
+    row = rows(["a", "b"]).across[0]
+    sheet = report.sheet(row, scale=2, gap=6, head=18)
+    assert sheet.size == (5 * 22 + 6, 18 + 2 * 22 + 6)
+    assert sheet.getpixel((6 + 4 * 22 + 8, 18 + 6 + 22 + 8)) == (4, 0, 0)
