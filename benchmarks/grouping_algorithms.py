@@ -3,7 +3,6 @@
 Each takes a graph (row -> {similar row: cosine}) and a cap, and returns groups whose pairs are all in the graph.
 """
 
-import itertools
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -21,7 +20,7 @@ def graph_of(size: int, a: np.ndarray, b: np.ndarray, cosine: np.ndarray) -> Gra
 
 
 def greedy_cliques(graph: Graph, max_size: int) -> Groups:
-    """Start a clique at the free row with fewest neighbours, and add the row that keeps it most alike, while one fits."""
+    """Start a clique at the free row with fewest neighbours, and add whatever keeps it most alike, while one fits."""
     free = set(range(len(graph)))
     groups = []
     for row in sorted(free, key=lambda row: (len(graph[row]), row)):
@@ -86,11 +85,8 @@ def scikit_learn(embeddings: np.ndarray, threshold: float, repair: Callable[[Ite
     model = AgglomerativeClustering(None, metric="cosine", linkage="complete", distance_threshold=1 - threshold)
     labels = model.fit_predict(embeddings)
     order = np.argsort(labels, kind="stable")
-    return [
-        group
-        for _, members in itertools.groupby(order.tolist(), key=lambda row: labels[row])
-        for group in repair(members)
-    ]
+    found = np.split(order, np.cumsum(np.bincount(labels))[:-1])
+    return [group for members in found for group in repair(members.tolist())]
 
 
 def dissolve(groups: Groups, graph: Graph, max_size: int) -> Groups:

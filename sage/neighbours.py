@@ -19,6 +19,8 @@ NEAREST = 32
 EXACT = 16384
 PROBES = 32
 _BLOCK = 1024
+# Pairs are sought from a little below the threshold: a search rounds otherwise than `cosines`, which has the last word.
+_SLACK = 1e-3
 
 
 def similar_pairs(rows: np.ndarray, threshold: float, upper: float = math.inf) -> Pairs:
@@ -43,10 +45,6 @@ def cosines(rows: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.minimum(result, 1, out=result)
 
 
-# A little below the threshold: whoever found a pair rounded otherwise than `cosines`, which has the last word.
-_SLACK = 1e-3
-
-
 def _all(rows: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     found = []
     for start in range(0, len(rows), _BLOCK):
@@ -57,7 +55,7 @@ def _all(rows: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _nearest(rows: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    index = _flat(rows) if len(rows) <= EXACT else _inverted_file(rows)
+    index = _flat(rows) if len(rows) <= EXACT else inverted_file(rows)
     codes = []
     for start in range(0, len(rows), _BLOCK * 16):
         similarity, other = index.search(rows[start : start + _BLOCK * 16], NEAREST + 1)
@@ -75,7 +73,8 @@ def _flat(rows: np.ndarray) -> faiss.Index:
     return index
 
 
-def _inverted_file(rows: np.ndarray) -> faiss.Index:
+def inverted_file(rows: np.ndarray) -> faiss.Index:
+    """Return the index of large sets, which gives the same answers whatever the threads that build and ask it."""
     n, d = rows.shape
     centroids = faiss.IndexFlatIP(d)
     files = round(2 * math.sqrt(n))

@@ -1,0 +1,302 @@
+"""The figures of docs/grouping.md: `python -m benchmarks.grouping COMMAND`; embeddings are kept and runs resume."""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import sage.torchvision_ops  # noqa: F401
+
+import numpy as np
+import typer
+
+from benchmarks import grouping_algorithms as others
+from benchmarks.ambiguous import CONFUSED, MOVED, SAME
+from benchmarks.captions import captions
+from flows.group_prompts import read_prompts
+from flows.terminal import guard as command
+from flows.terminal import progress
+from sage import ambiguity, neighbours
+from sage.data import read_split
+from sage.embedding import embed
+from sage.files import new_file, write_json
+from sage.grouping import Groups, cut, group, tree, worst_similarity
+from sage.neighbours import NEAREST, PROBES, similar_pairs
+from sage.streaming import replay
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+WORK = Path("work/grouping")
+CHUNK = 10_000
+MAX_SIZE = 6
+
+Prompts = Annotated[Path | None, typer.Option(help="Your own list, one prompt a line, instead of composed captions.")]
+Threshold = Annotated[float, typer.Option(help="Cosine that every pair of a group reaches.")]
+Sizes = Annotated[str, typer.Option(help="Numbers of prompts, with commas.")]
+
+
+@app.command()
+def speed(sizes: Sizes = "10000", threshold: Threshold = 0.8, prompts: Prompts = None) -> None:
+    """Time from embeddings to groups and peak memory, each size in a process of its own."""
+    rows = []
+    for size in _sizes(sizes):
+        embeddings(size, prompts)  # made and kept before anything is timed
+        rows.append(_alone("measure", size, threshold, prompts))
+        _row(rows[-1])
+        if len(rows) > 1:
+            one, other = rows[-2:]
+            growth = np.log(other["seconds"] / one["seconds"]) / np.log(other["prompts"] / one["prompts"])
+            typer.echo(f"  grows as n^{growth:.2f}")
+
+
+@app.command()
+def rivals(sizes: Sizes = "10000", threshold: Threshold = 0.8, prompts: Prompts = None) -> None:
+    """Compare time and saving with sentence-transformers' community detection and scikit-learn's agglomeration."""
+    for size in _sizes(sizes):
+        embeddings(size, prompts)
+        for name in ("measure", "measure-communities", "measure-scikit-learn"):
+            _row(_alone(name, size, threshold, prompts))
+
+
+@app.command()
+def recall(sizes: Sizes = "20000", threshold: Threshold = 0.8, prompts: Prompts = None) -> None:
+    """Say which neighbours the index misses, and what that costs in saving."""
+    for size in _sizes(sizes):
+        x = embeddings(size, prompts)
+        a, b, _ = similar_pairs(x, threshold)
+        saving = _saving(group(x, threshold, MAX_SIZE), size)
+        neighbours.EXACT = size
+        exact_a, exact_b, _ = similar_pairs(x, threshold)
+        exact_saving = _saving(group(x, threshold, MAX_SIZE), size)
+        found = len(np.intersect1d(a * np.int64(size) + b, exact_a * np.int64(size) + exact_b)) / max(len(exact_a), 1)
+        _row({"prompts": size, "threshold": threshold, "nearest": NEAREST, "probes": PROBES, "recall": found,
+              "saving": saving, "exact saving": exact_saving})  # fmt: skip
+
+
+@app.command()
+def algorithms(
+    data: Annotated[Path | None, typer.Option(help="Prepared data: its validation and training captions.")] = None,
+    size: Annotated[int, typer.Option(help="How many composed captions.")] = 4000,
+    prompts: Prompts = None,
+) -> None:
+    """Compare ways to group: saving at the same worst pair, and how alike groups stay."""
+    sets = {"composed": embeddings(size, prompts)}
+    for split in ("validation", "train") if data else ():
+        assert data is not None
+        texts = [example.text for example in read_split(data, split)]
+        sets[split] = embed(texts, cache=WORK / "cache.sqlite")
+    for name, x in sets.items():
+        for threshold in (0.6, 0.7, 0.8):
+            _compare(name, x, threshold)
+
+
+def _compare(name: str, x: np.ndarray, threshold: float) -> None:
+    graph = others.graph_of(len(x), *similar_pairs(x, threshold))
+    repair = _repair(x, threshold)
+    greedy = others.greedy_cliques(graph, MAX_SIZE)
+    runs: dict[str, Callable[[], Groups]] = {
+        "sage.grouping": lambda: group(x, threshold, MAX_SIZE),
+        "complete linkage": lambda: _tree_cut(x, threshold),
+        "greedy cliques": lambda: greedy,
+        "greedy cliques, dissolved": lambda: others.dissolve(greedy, graph, MAX_SIZE),
+        "colouring of the complement": lambda: others.colouring(graph, MAX_SIZE),
+        "Leiden, repaired": lambda: others.leiden(graph, MAX_SIZE, repair),
+        "community detection, repaired": lambda: others.communities(x, threshold, repair),
+        "scikit-learn, repaired": lambda: others.scikit_learn(x, threshold, repair),
+    }
+    for algorithm, run in runs.items():
+        groups = run()
+        worst = worst_similarity(x, groups)
+        shared = [value for value, members in zip(worst, groups, strict=True) if len(members) > 1]
+        _row({"prompts": f"{name} {len(x)}", "threshold": threshold, "algorithm": algorithm,
+              "saving": _saving(groups, len(x)), "worst": min(worst),
+              "mean worst": float(np.mean(shared))})  # fmt: skip
+
+
+@app.command()
+def index(size: int = 10000, threshold: Threshold = 0.8, prompts: Prompts = None) -> None:
+    """Compare indexes: seconds to build and to search for all, and how much of what a search should find it finds."""
+    x = embeddings(size, prompts)
+    asked = np.random.default_rng(0).choice(size, min(size, 1000), replace=False)
+    cosine = x[asked] @ x.T
+    cosine[np.arange(len(asked)), asked] = -1
+    nearest = np.argsort(-cosine, axis=1)[:, :NEAREST]
+    wanted = np.take_along_axis(cosine, nearest, axis=1) >= threshold
+    for name, build in _INDEXES.items():
+        start = time.perf_counter()
+        search = build(x)
+        built = time.perf_counter()
+        found = search(x[asked])
+        searched = (time.perf_counter() - built) * size / len(asked)
+        hits = (nearest[:, :, None] == found[:, None, :]).any(axis=2)
+        _row({"index": name, "prompts": size, "build s": built - start, "search s": searched,
+              "recall": float(hits[wanted].mean()), "recall of 10": float(hits[:, :10].mean())})  # fmt: skip
+
+
+@app.command()
+def ambiguous(threshold: Threshold = 0.72) -> None:
+    """Say how often the encoder takes different prompts for alike, and what the guard catches and costs."""
+    kinds = {**CONFUSED, "the same, reworded": SAME, "the same, clauses moved": MOVED}
+    texts = sorted({text for pairs in kinds.values() for pair in pairs for text in pair})
+    row = dict(zip(texts, embed(texts, cache=WORK / "cache.sqlite"), strict=True))
+    for kind, pairs in kinds.items():
+        cosine = np.array([row[first] @ row[second] for first, second in pairs])
+        alike = cosine >= threshold
+        told = np.array([bool(ambiguity.differences(*pair)) for pair in pairs])
+        _row({"kind": kind, "pairs": len(pairs), "mean cosine": float(cosine.mean()), "grouped": float(alike.mean()),
+              "split by the guard": float((alike & told).sum() / max(alike.sum(), 1))})  # fmt: skip
+
+
+@app.command()
+def guarded(data: Annotated[Path, typer.Option(help="Prepared data.")], threshold: Threshold = 0.72) -> None:
+    """Say what the guard costs in saving on real captions."""
+    texts = [example.text for example in read_split(data, "validation")]
+    groups = group(embed(texts, cache=WORK / "cache.sqlite"), threshold, MAX_SIZE)
+    for kinds in [(kind,) for kind in ambiguity.KINDS] + [ambiguity.KINDS]:
+        parts = ambiguity.guard(texts, groups, kinds)
+        saving, without = _saving(parts, len(texts)), _saving(groups, len(texts))
+        _row({"guard": ", ".join(kinds), "saving": saving, "without": without})
+
+
+@app.command()
+def streaming(size: int = 2000, threshold: Threshold = 0.7, prompts: Prompts = None, seed: int = 0) -> None:
+    """Compare the saving of a stream, in random order, one prompt a second, with that of the whole set."""
+    x = embeddings(size, prompts)[np.random.default_rng(seed).permutation(size)]
+    for window in (16, 64, 256, 1024, size):
+        start = time.perf_counter()
+        _, streamed, whole = replay(x, range(size), threshold, MAX_SIZE, wait=float(size), window=window)
+        _row({"prompts": size, "window": window, "saving": streamed, "whole set": whole,
+              "ms a prompt": 1000 * (time.perf_counter() - start) / size})  # fmt: skip
+
+
+def _inverted_file(probes: int) -> Callable[[np.ndarray], Callable[[np.ndarray], np.ndarray]]:
+    def build(x: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        index = neighbours.inverted_file(x)
+        index.nprobe = probes
+        return lambda asked: index.search(asked, NEAREST + 1)[1]
+
+    return build
+
+
+def _faiss_graph(x: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    import faiss
+
+    index = faiss.IndexHNSWFlat(x.shape[1], 16, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction, index.hnsw.efSearch = 40, 32
+    index.add(x)
+    return lambda asked: index.search(asked, NEAREST + 1)[1]
+
+
+def _usearch(x: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    from usearch.index import Index
+
+    index = Index(ndim=x.shape[1], metric="ip", dtype="f16", connectivity=16, expansion_add=40, expansion_search=32)
+    index.add(np.arange(len(x)), x)
+    return lambda asked: index.search(asked, NEAREST + 1).keys.astype(np.int64)
+
+
+_INDEXES = {
+    "faiss inverted file, 8 probes": _inverted_file(8),
+    "faiss inverted file, 32 probes": _inverted_file(32),
+    "faiss HNSW": _faiss_graph,
+    "usearch HNSW": _usearch,
+}
+
+
+@app.command(hidden=True)
+def measure(
+    out: Path, name: str, size: int, threshold: float, prompts: Annotated[Path | None, typer.Option()] = None
+) -> None:
+    """Measure one way once, in this process."""
+    x = embeddings(size, prompts)
+    before = time.perf_counter()
+    groups = {"measure": _ours, "measure-communities": _communities, "measure-scikit-learn": _agglomeration}[name](
+        x, threshold
+    )
+    seconds = time.perf_counter() - before
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    if name != "measure":  # not timed: a fair saving needs groups of the same cap and the same worst pair
+        repair = _repair(x, threshold)
+        groups = [part for members in groups for part in repair(members)]
+    write_json(out, {"algorithm": {"measure": "sage.grouping", "measure-communities": "community_detection",
+                                   "measure-scikit-learn": "AgglomerativeClustering"}[name],
+                     "prompts": size, "threshold": threshold, "seconds": seconds, "peak GiB": peak,
+                     "saving": _saving(groups, size)})  # fmt: skip
+
+
+def embeddings(size: int, prompts: Path | None) -> np.ndarray:
+    """Return embeddings of composed captions, or of the first prompts of a list; kept in parts, so a kill costs one."""
+    texts = read_prompts(prompts)[:size] if prompts else list(captions(size))
+    if len(texts) < size:
+        raise typer.BadParameter(f"{prompts} has {len(texts)} prompts, fewer than {size}")
+    folder = WORK / (prompts.stem if prompts else "composed")
+    parts = []
+    with progress(size, "embeddings") as advance:
+        for start in range(0, size, CHUNK):
+            path = folder / f"{start // CHUNK:05d}.npy"
+            part = texts[start : start + CHUNK]
+            if not path.exists() or len(np.load(path, mmap_mode="r")) < len(part):
+                with new_file(path) as temporary, temporary.open("wb") as file:
+                    np.save(file, embed(part))
+            parts.append(path)
+            advance(len(part))
+    rows = np.empty((size, np.load(parts[0], mmap_mode="r").shape[1]), np.float32)
+    for start, path in zip(range(0, size, CHUNK), parts, strict=True):
+        rows[start : start + CHUNK] = np.load(path, mmap_mode="r")[: size - start]
+    return rows
+
+
+def _ours(x: np.ndarray, threshold: float) -> Groups:
+    return group(x, threshold, MAX_SIZE)
+
+
+def _communities(x: np.ndarray, threshold: float) -> Groups:
+    return others.communities(x, threshold, lambda members: [list(members)])
+
+
+def _agglomeration(x: np.ndarray, threshold: float) -> Groups:
+    return others.scikit_learn(x, threshold, lambda members: [list(members)])
+
+
+def _tree_cut(x: np.ndarray, threshold: float) -> Groups:
+    return cut(tree(x, threshold, MAX_SIZE), threshold)
+
+
+def _repair(x: np.ndarray, threshold: float) -> Callable[[Any], Groups]:
+    """Return what splits any set of rows into groups of the threshold and the cap."""
+
+    def repair(members: Any) -> Groups:
+        rows = sorted(members)
+        return [[rows[place] for place in part] for part in group(x[rows], threshold, MAX_SIZE)]
+
+    return repair
+
+
+def _alone(name: str, size: int, threshold: float, prompts: Path | None) -> dict[str, Any]:
+    out = WORK / "result.json"
+    arguments = [sys.executable, "-m", "benchmarks.grouping", "measure", str(out), name, str(size), str(threshold)]
+    subprocess.run([*arguments, *(["--prompts", str(prompts)] if prompts else [])], check=True)
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+def _saving(groups: Groups, size: int) -> float:
+    return 1 - len(groups) / size
+
+
+def _sizes(text: str) -> list[int]:
+    return [int(size) for size in text.split(",")]
+
+
+def _row(values: dict[str, Any]) -> None:
+    """Print a row, ready for a table."""
+    typer.echo(
+        "| " + " | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()) + " |"
+    )
+
+
+if __name__ == "__main__":
+    command(app)
