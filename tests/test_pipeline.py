@@ -1,0 +1,342 @@
+"""What somebody used to diffusers expects of the pipeline, on a tiny Stable Diffusion."""
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    LCMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor
+
+from sage import base
+from sage.errors import ConfigurationError, DataError, PlanError, SageError, UnsupportedError
+from sage.families import stable_diffusion
+from sage.pipeline import SharedSamplingPipeline, prompt_seed
+from sage.plan import Block, Plan
+
+TOLERANCE = {"rtol": 0, "atol": 2e-3}
+CALL = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    return tiny.pipeline("stable_diffusion", tmp_path_factory.mktemp("stock"))
+
+
+@pytest.fixture
+def pipe(stock):
+    return SharedSamplingPipeline.from_pipe(stock)
+
+
+def test_five_lines(pipe):
+    out = pipe(tiny.PROMPTS, num_inference_steps=10, guidance_scale=7.5, share_ratio=0.4, seed=0)
+    assert all(isinstance(image, Image.Image) for image in out.images)
+    # "a tall tree" and "tall trees", "red cat" and "red dog": MiniLM finds them alike.
+    assert out.plan.partition(3) == [[0, 1], [2], [3, 4]]
+    assert out.cost.network_evaluations == out.cost.formula == 2 * (4 * 3 + 6 * 5)
+    assert out.cost.independent == 100
+    assert out.cost.saving == pytest.approx(0.16)
+    assert 0 < out.cost.seconds < 60
+    assert pipe(tiny.PROMPTS[0], seed=0, **CALL | {"output_type": "pil"}, return_dict=False)[0][0].size == (16, 16)
+
+
+def test_a_seed_gives_every_image_noise_of_its_own_whatever_the_order(pipe, stock):
+    prompts = ["red cat", "red cat", "blue dog"]
+    out = pipe(prompts, seed=5, share_ratio=0, **CALL)
+    assert out.seeds == [prompt_seed(5, "0:red cat"), prompt_seed(5, "1:red cat"), prompt_seed(5, "0:blue dog")]
+    assert len(set(out.seeds)) == 3
+    assert all(0 <= seed < 2**63 for seed in out.seeds)
+    moved = pipe(prompts[::-1], seed=5, share_ratio=0, **CALL)
+    assert moved.seeds[0] == out.seeds[2]
+    for image, prompt, seed in zip(out.images, prompts, out.seeds, strict=True):
+        alone = stock(prompt, generator=torch.Generator().manual_seed(seed), **CALL).images[0]
+        np.testing.assert_allclose(image, alone, **TOLERANCE)
+    assert pipe(prompts, seed=6, share_ratio=0, **CALL).seeds != out.seeds
+    torch.manual_seed(1)
+    first = pipe(prompts, share_ratio=0, **CALL).seeds
+    torch.manual_seed(1)
+    assert pipe(prompts, share_ratio=0, **CALL).seeds == first != pipe(prompts, share_ratio=0, **CALL).seeds
+
+
+def test_one_generator_draws_all_noise_at_once_as_in_diffusers(pipe, stock):
+    expected = stock(tiny.PROMPTS, generator=torch.Generator().manual_seed(2), **CALL).images
+    found = pipe(tiny.PROMPTS, generator=torch.Generator().manual_seed(2), share_ratio=0, **CALL).images
+    assert np.array_equal(found, expected)
+
+
+def test_images_of_one_prompt_differ_and_share_with_other_prompts(pipe):
+    out = pipe(["red cat", "red dog"], groups=[[0, 1]], share_ratio=0.5, num_images_per_prompt=3, seed=1, **CALL)
+    assert out.images.shape == (6, 16, 16, 3)
+    assert out.plan.partition(0) == [[0, 3], [1, 4], [2, 5]]
+    assert all(np.abs(out.images[a] - out.images[b]).max() > 0.01 for a, b in itertools.combinations(range(3), 2))
+
+
+def test_a_repeated_prompt_is_grouped_with_others_and_not_with_itself(pipe):
+    out = pipe(["tall tree", "red cat", "tall trees", "tall tree"], share_ratio=0.5, seed=1, **CALL)
+    assert out.plan.partition(0) == [[0, 2], [1], [3]]
+    sixtyfour = pipe(["red cat"] * 64, share_ratio=0.5, seed=1, **CALL | {"num_inference_steps": 2})
+    assert len({image.tobytes() for image in sixtyfour.images}) == 64
+
+
+def test_the_order_of_equal_seeds_is_that_of_their_prompts(pipe):
+    first = pipe(["red cat", "red dog"], groups=[[0, 1]], share_ratio=0.5, seed=[1, 1], **CALL).images
+    second = pipe(["red dog", "red cat"], groups=[[0, 1]], share_ratio=0.5, seed=[1, 1], **CALL).images
+    np.testing.assert_allclose(first, second[::-1], **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "check"),
+    [
+        ("pil", lambda images: isinstance(images, list) and images[0].size == (16, 16)),
+        ("np", lambda images: images.shape == (5, 16, 16, 3) and 0 <= images.min() <= images.max() <= 1),
+        ("pt", lambda images: images.shape == (5, 3, 16, 16)),
+        ("latent", lambda images: images.shape == (5, 4, 8, 8)),
+    ],
+)
+def test_output_types(pipe, kind, check):
+    assert check(pipe(tiny.PROMPTS, groups=tiny.GROUPS, seed=0, **CALL | {"output_type": kind}).images)
+
+
+def test_another_size(pipe, stock):
+    call = CALL | {"height": 32, "width": 24}
+    expected = stock("red cat", generator=torch.Generator().manual_seed(1), **call).images
+    assert np.array_equal(pipe("red cat", seed=[1], **call).images, expected)
+
+
+def test_a_callback_sees_every_step_and_can_change_latents(pipe, stock):
+    seen = []
+
+    def keep(pipeline, step, timestep, tensors):
+        seen.append((step, int(timestep), tensors["latents"].shape[0]))
+        return tensors
+
+    plan = Plan(4, (Block(2, (0, 1, 2)), 3))
+    pipe(tiny.PROMPTS[:4], plan=plan, seed=0, callback_on_step_end=keep, **CALL)
+    assert [(step, rows) for step, _, rows in seen] == [(0, 2), (1, 2), (2, 4), (3, 4)]
+    assert [t for _, t, _ in seen] == pipe.scheduler.timesteps.tolist()
+
+    def halve(pipeline, step, timestep, tensors):
+        return {"latents": tensors["latents"] / 2}
+
+    call = CALL | {"callback_on_step_end": halve}
+    expected = stock("red cat", generator=torch.Generator().manual_seed(1), **call).images
+    assert np.array_equal(pipe("red cat", seed=[1], **call).images, expected)
+
+
+def test_an_interrupted_call_returns_what_it_has(pipe, stock):
+    def stop(pipeline, step, timestep, tensors):
+        pipeline._interrupt = step == 1
+        return tensors
+
+    call = CALL | {"callback_on_step_end": stop}
+    expected = stock("red cat", generator=torch.Generator().manual_seed(1), **call).images
+    out = pipe("red cat", seed=[1], **call)
+    assert np.array_equal(out.images, expected)
+    assert out.cost.network_evaluations == 2 * 2 < out.cost.formula
+
+
+def test_progress_counts_what_the_network_evaluates(pipe, capsys):
+    pipe.set_progress_bar_config(disable=False)
+    pipe(tiny.PROMPTS, groups=tiny.GROUPS, share_ratio=0.5, seed=0, **CALL)
+    assert "14/14" in capsys.readouterr().err
+
+
+def test_images_stream_out_as_they_are_ready(pipe):
+    whole = pipe(tiny.PROMPTS, groups=tiny.GROUPS, share_ratio=0.5, seed=0, batch_size=2, **CALL)
+    stream = pipe.stream(tiny.PROMPTS, groups=tiny.GROUPS, share_ratio=0.5, seed=0, batch_size=2, **CALL)
+    assert stream.cost.network_evaluations == 0
+    first = next(stream)
+    assert 0 < stream.cost.network_evaluations < stream.cost.formula
+    results = [first, *stream]
+    assert sorted(result.index for result in results) == [0, 1, 2, 3, 4]
+    for result in results:
+        assert np.array_equal(result.image, whole.images[result.index])
+        assert result.seed == whole.seeds[result.index]
+    assert stream.cost.network_evaluations == stream.cost.formula == whole.cost.formula
+
+
+def test_two_streams_at_once_do_not_disturb_each_other(pipe):
+    call = {"groups": [[0, 1], [2]], "share_ratio": 0.5, "batch_size": 1, **CALL}
+    streams = [pipe.stream(["red cat", "red dog", "tree"], seed=seed, **call) for seed in (1, 2)]
+    mixed = [sorted(pair, key=lambda result: result.index) for pair in zip(*zip(*streams, strict=True), strict=True)]
+    for seed, results in zip((1, 2), mixed, strict=True):
+        alone = pipe(["red cat", "red dog", "tree"], seed=seed, **call)
+        assert all(np.array_equal(result.image, alone.images[result.index]) for result in results)
+
+
+def test_schedulers_are_swapped_as_in_diffusers(pipe, stock):
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    other = StableDiffusionPipeline(**stock.components | {"scheduler": pipe.scheduler}, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    expected = other("red cat", generator=torch.Generator().manual_seed(1), **CALL).images
+    assert np.array_equal(pipe("red cat", seed=[1], **CALL).images, expected)
+
+
+def test_stochastic_sampling_at_ratio_0_is_the_stock_pipelines(pipe, stock):
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    other = StableDiffusionPipeline(**stock.components | {"scheduler": pipe.scheduler}, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(5)]
+    expected = other(tiny.PROMPTS, generator=generators, **CALL).images
+    assert np.array_equal(pipe(tiny.PROMPTS, seed=range(5), share_ratio=0, **CALL).images, expected)
+
+
+@pytest.mark.parametrize("option", [{"clip_skip": 1}, {"guidance_rescale": 0.7}, {"eta": 0.5}])
+def test_options_of_the_stock_pipeline(pipe, stock, option):
+    generators = [torch.Generator().manual_seed(seed) for seed in range(5)]
+    expected = stock(tiny.PROMPTS, generator=generators, **CALL, **option).images
+    assert np.array_equal(pipe(tiny.PROMPTS, seed=range(5), share_ratio=0, **CALL, **option).images, expected)
+    plain = pipe(tiny.PROMPTS, seed=range(5), share_ratio=0, **CALL).images
+    assert np.abs(plain - expected).max() > 1e-4
+
+
+def test_lora_loads_as_into_the_stock_pipeline(tmp_path):
+    stock = tiny.pipeline("stable_diffusion", tmp_path)
+    plain = SharedSamplingPipeline.from_pipe(stock)("red cat", seed=[1], **CALL).images
+    torch.manual_seed(3)
+    stock.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    layers = get_peft_model_state_dict(stock.unet)
+    expected = stock("red cat", generator=torch.Generator().manual_seed(1), **CALL).images
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=layers)
+    fresh = SharedSamplingPipeline.from_pipe(tiny.pipeline("stable_diffusion", tmp_path))
+    fresh.load_lora_weights(tmp_path / "lora")
+    np.testing.assert_allclose(fresh("red cat", seed=[1], **CALL).images, expected, **TOLERANCE)
+    scaled = fresh("red cat", seed=[1], cross_attention_kwargs={"scale": 0.0}, **CALL).images
+    np.testing.assert_allclose(scaled, plain, **TOLERANCE)
+    assert np.abs(expected - plain).max() > 0.01
+
+
+def test_memory_options_change_only_the_arithmetic(tmp_path):
+    pipe = SharedSamplingPipeline.from_pipe(tiny.pipeline("stable_diffusion", tmp_path))
+    call = {"groups": tiny.GROUPS, "share_ratio": 0.5, "seed": 0, **CALL}
+    plain = pipe(tiny.PROMPTS, **call).images
+    pipe.enable_attention_slicing()
+    pipe.vae.enable_slicing()
+    pipe.vae.enable_tiling()
+    np.testing.assert_allclose(pipe(tiny.PROMPTS, **call).images, plain, **TOLERANCE)
+
+
+def test_a_safety_checker_is_asked_as_in_the_stock_pipeline(tmp_path):
+    stock = tiny.pipeline("stable_diffusion", tmp_path)
+    torch.manual_seed(0)
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = CLIPConfig(projection_dim=4, vision_config=vision | {"image_size": 16, "patch_size": 8})
+    checker = StableDiffusionSafetyChecker(config).eval()
+    checker.concept_embeds_weights.data.fill_(-0.2)
+    torch.nn.init.normal_(checker.concept_embeds)
+    parts = stock.components | {
+        "safety_checker": checker,
+        "feature_extractor": CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16),
+    }
+    checked = StableDiffusionPipeline(**parts)
+    checked.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(5)]
+    expected = checked(tiny.PROMPTS, generator=generators, **CALL)
+    found = SharedSamplingPipeline.from_pipe(checked)(tiny.PROMPTS, seed=range(5), share_ratio=0, **CALL)
+    assert any(expected.nsfw_content_detected)
+    assert found.nsfw_content_detected == expected.nsfw_content_detected
+    assert np.array_equal(found.images, expected.images)
+
+
+def test_it_loads_as_a_custom_pipeline(stock, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    stock.save_pretrained(tmp_path / "model")
+    file = Path(stable_diffusion.__file__)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "model", custom_pipeline=str(file), trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    expected = SharedSamplingPipeline.from_pipe(stock)("red cat", seed=[1], **CALL).images
+    assert np.array_equal(pipe("red cat", seed=[1], **CALL).images, expected)
+
+
+def test_the_projects_own_base_loads_without_its_text_encoder(tmp_path):
+    torch.manual_seed(0)
+    made = base.assemble(base.new_autoencoder(), base.new_unet())
+    base.save(made, tmp_path / "model")
+    pipe = SharedSamplingPipeline.from_pretrained(tmp_path / "model")
+    call = CALL | {"num_inference_steps": 2}
+    expected = base.load(tmp_path / "model")("red heart", generator=torch.Generator().manual_seed(1), **call).images
+    assert np.array_equal(pipe("red heart", seed=[1], **call).images, expected)
+    # 24 tokens are read, the first and the last of them marks.
+    out = pipe(["red heart", "heart " * 10_000], share_ratio=0, seed=0, **call)
+    assert out.truncated_tokens == [0, 10_002 - 24]
+
+
+def test_texts_of_every_kind_are_drawn_as_the_stock_pipeline_draws_them(pipe, stock):
+    prompts = ["", "\x00\x01\x1b[31m", "猫と犬", "🐈‍⬛", "abc\u202edef", "a" * 500, " \t\n "]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+    expected = stock(prompts, generator=generators, **CALL).images
+    out = pipe(prompts, seed=range(len(prompts)), share_ratio=0, **CALL)
+    assert np.array_equal(out.images, expected)
+    assert out.truncated_tokens[5] == 502 - tiny.TOKENS
+    grouped = pipe(prompts, seed=0, share_ratio=0.5, **CALL)
+    assert np.isfinite(grouped.images).all()
+
+
+BAD = [
+    ({"prompt": []}, DataError, "there are no prompts"),
+    ({"prompt": None}, ConfigurationError, "either prompts or prompt_embeds"),
+    ({"prompt": ["a", 3]}, DataError, "prompt 1 is int, not text: 3"),
+    ({"prompt": ["a", "b\ud800"]}, DataError, "prompt 1 is no valid Unicode at character 1"),
+    ({"share_ratio": 1.0, "groups": [[0, 1]]}, PlanError, r"share ratio 1.0 is outside \[0, 1\)"),
+    ({"share_ratio": -0.5, "groups": [[0, 1]]}, PlanError, "share ratio -0.5"),
+    ({"share_ratio": math.nan}, PlanError, "share ratio nan"),
+    ({"groups": [[0]]}, PlanError, "the plan is for 1 prompts, but 2 were given"),
+    ({"groups": [[0, 5]]}, PlanError, r"names every prompt from 0 on once; this one has \[0, 5\]"),
+    ({"plan": Plan.independent(3, 4)}, PlanError, "for 3 prompts, but 2 were given"),
+    ({"plan": Plan.independent(2, 30)}, PlanError, "has 30 steps, but DDIMScheduler evaluates the network 4 times"),
+    ({"seed": [1]}, ConfigurationError, "1 seeds were given for 2 images"),
+    ({"seed": 1, "generator": torch.Generator()}, ConfigurationError, "either seed or generator"),
+    ({"generator": [torch.Generator()] * 2}, ConfigurationError, "1 different generators were given for 2 images"),
+    ({"latents": torch.zeros(1, 4, 8, 8)}, ConfigurationError, "1 latents were given for 2 images"),
+    ({"negative_prompt": ["a"]}, ConfigurationError, "1 negative prompts were given for 2 prompts"),
+    ({"height": 15}, ConfigurationError, "height 15 and width 16 must be multiples of 2"),
+    ({"batch_size": 0}, ConfigurationError, "batch_size 0"),
+    ({"num_images_per_prompt": 0}, ConfigurationError, "num_images_per_prompt 0"),
+    ({"num_inference_steps": 0}, ConfigurationError, "num_inference_steps 0 must each be at least 1"),
+    ({"branch_noise": 2.0}, ConfigurationError, "branch_noise 2.0"),
+    ({"guidance": 3.0}, ConfigurationError, "takes no guidance; further options are clip_skip"),
+    ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, ConfigurationError, "latents only, not prompt_embeds"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "says"), BAD)
+def test_what_cannot_be_done_is_said_before_anything_is_drawn(pipe, arguments, error, says):
+    with pytest.raises(error, match=says):
+        pipe(**{"prompt": ["red cat", "tall tree"], **CALL, **arguments})
+
+
+def test_embeddings_that_are_not_finite_or_not_grouped_are_refused(pipe):
+    embeddings = torch.zeros(2, tiny.TOKENS, 16)
+    with pytest.raises(ConfigurationError, match="prompt_embeds cannot be grouped; give groups"):
+        pipe(prompt_embeds=embeddings, **CALL)
+    embeddings[1, 0, 0] = math.nan
+    with pytest.raises(DataError, match=r"prompt_embeds holds values that are not finite, in rows \[1\]"):
+        pipe(prompt_embeds=embeddings, share_ratio=0, **CALL)
+
+
+def test_an_unsupported_scheduler_or_pipeline_is_named(pipe, stock):
+    pipe.scheduler = LCMScheduler()
+    with pytest.raises(UnsupportedError, match=r"LCMScheduler cannot be shared; use one of DDIMScheduler"):
+        pipe("red cat", **CALL)
+    parts = {name: part for name, part in stock.components.items() if name != "image_encoder"}
+    other = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    with pytest.raises(UnsupportedError, match=r"StableDiffusionImg2ImgPipeline cannot share .* StableDiffusionXLP"):
+        SharedSamplingPipeline.from_pipe(other)
+
+
+def test_errors_are_of_one_tree():
+    assert all(issubclass(error, SageError) for _, error, _ in BAD)
