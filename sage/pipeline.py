@@ -41,8 +41,10 @@ FAMILIES = {
     "StableDiffusion3Pipeline": "sage.families.stable_diffusion_3",
     "PixArtAlphaPipeline": "sage.families.pixart_alpha",
 }
-THRESHOLD = 0.7
+# Prompts are grouped as params.yaml groups this project's.
+THRESHOLD = 0.72
 MAX_GROUP_SIZE = 6
+NEAR_DUPLICATE = 0.999
 SHARE_RATIO = 0.4
 BATCH_SIZE = 8
 
@@ -91,6 +93,16 @@ class SharedSamplingOutput(BaseOutput):  # type: ignore[misc]
 def prompt_seed(seed: int, key: str) -> int:
     """Return the seed of one image: 63 bits of the SHA-256 of a run's seed and what names the image in it."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode(errors="surrogatepass")).digest()[:8]) >> 1
+
+
+def image_seeds(seed: int, prompts: Sequence[str]) -> list[int]:
+    """Return a seed for each image of a run: a function of its prompt and of how often that came before."""
+    times: Counter[str] = Counter()
+    seeds = []
+    for prompt in prompts:
+        seeds.append(prompt_seed(seed, f"{times[prompt]}:{prompt}"))
+        times[prompt] += 1
+    return seeds
 
 
 class SharedSamplingPipeline:
@@ -338,10 +350,7 @@ class SharedSamplingPipeline:
     def _group(
         self, prompts: list[str] | None, count: int, share_ratio: float | Sequence[float]
     ) -> Sequence[Sequence[int]]:
-        """Return groups of similar prompts.
-
-        Who gives a prompt twice wants two images: the nth time a text comes it is grouped with others' nth times.
-        """
+        """Return groups of similar prompts; copies of a prompt share with others, not with each other."""
         if share_ratio == 0 or count == 1:
             return [[prompt] for prompt in range(count)]
         if prompts is None:
@@ -351,16 +360,7 @@ class SharedSamplingPipeline:
         from sage.embedding import embed
         from sage.grouping import group
 
-        places: dict[str, list[int]] = {}
-        for number, text in enumerate(prompts):
-            places.setdefault(text, []).append(number)
-        texts = list(places)
-        groups = []
-        for members in group(embed(texts), THRESHOLD, MAX_GROUP_SIZE):
-            for nth in range(max(len(places[texts[member]]) for member in members)):
-                found = [places[texts[member]] for member in members]
-                groups.append([numbers[nth] for numbers in found if nth < len(numbers)])
-        return groups
+        return group(embed(prompts), THRESHOLD, MAX_GROUP_SIZE, NEAR_DUPLICATE)
 
 
 class Stream:
@@ -531,12 +531,7 @@ class Stream:
             # As in diffusers, torch.manual_seed decides where nothing else does.
             seed = int(torch.randint(2**62, ()))
         if isinstance(seed, int):
-            times: Counter[str] = Counter()
-            seeds = []
-            for key in self._keys:
-                seeds.append(prompt_seed(seed, f"{times[key]}:{key}"))
-                times[key] += 1
-            return seeds
+            return image_seeds(seed, self._keys)
         if len(seed) != count:
             raise ConfigurationError(f"{len(seed)} seeds were given for {count} images; give one for each")
         return list(seed)

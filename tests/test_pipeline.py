@@ -87,7 +87,7 @@ def test_images_of_one_prompt_differ_and_share_with_other_prompts(pipe):
 
 def test_a_repeated_prompt_is_grouped_with_others_and_not_with_itself(pipe):
     out = pipe(["tall tree", "red cat", "tall trees", "tall tree"], share_ratio=0.5, seed=1, **CALL)
-    assert out.plan.partition(0) == [[0, 2], [1], [3]]
+    assert out.plan.partition(0) in ([[0, 2], [1], [3]], [[0], [1], [2, 3]])
     sixtyfour = pipe(["red cat"] * 64, share_ratio=0.5, seed=1, **CALL | {"num_inference_steps": 2})
     assert len({image.tobytes() for image in sixtyfour.images}) == 64
 

@@ -1,0 +1,287 @@
+"""`sage generate`: pictures for a list of prompts, similar ones sharing their early steps.
+
+    sage generate prompts.txt --out pictures          one prompt a line; also .jsonl, .csv, and - for standard input
+    sage generate prompts.txt --out pictures --plan   only say what it would cost
+
+Pictures carry their prompt, seed, group and plan; `manifest.jsonl` has a line for every prompt, drawn or refused, and
+`contact.png` shows them at a glance. Killed and started again it makes what is missing, to the same bytes: prompts are
+drawn in batches of whole groups that do not depend on what is there already.
+"""
+
+import csv
+import io
+import itertools
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import sage.torchvision_ops  # noqa: F401
+
+import torch
+import typer
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+
+from flows.group import ENCODER, cache, choose_threshold
+from flows.terminal import progress, run
+from sage.captions import clean_caption
+from sage.config import load_params
+from sage.embedding import embed
+from sage.errors import ConfigurationError, DataError
+from sage.files import digest, new_file, sha256, sha256_tree, write_json, write_text
+from sage.grouping import group
+from sage.pipeline import SharedSamplingPipeline, image_seeds
+from sage.plan import Plan
+from sage.rows import Rejected
+
+KEY = "sage"  # of the metadata in a picture
+TILE, TILES, COLUMNS = 128, 240, 12
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt of the list: its number or name, its text as drawn, or why it is not drawn."""
+
+    id: str
+    prompt: str
+    error: str | None = None
+
+
+def main(
+    prompts: Annotated[str, typer.Argument(help="A file of prompts: .txt, .jsonl, .csv, or - for standard input.")],
+    out: Annotated[Path, typer.Option(help="The folder for the pictures.")],
+    model: Annotated[str, typer.Option(help="A folder or hub name of a pipeline.")] = "models/sage",
+    plan: Annotated[bool, typer.Option("--plan", help="Only show groups and cost.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pictures.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Inference steps; else as in params.yaml.")] = None,
+    share_ratio: Annotated[float | None, typer.Option(help="Share of the steps that a group takes together.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, help="Above 1, every step costs two.")] = None,
+    negative_prompt: Annotated[str, typer.Option(help="What no picture shall show.")] = "",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Prompts a network call at most.")] = None,
+) -> None:
+    """Make pictures for a list of prompts, sharing early steps among similar ones; say what it saves first."""
+    params = load_params()
+    settings: dict[str, Any] = {
+        "steps": steps or params.generate.steps,
+        "share_ratio": params.generate.share_ratio if share_ratio is None else share_ratio,
+        "guidance_scale": params.generate.guidance_scale if guidance_scale is None else guidance_scale,
+        "negative_prompt": negative_prompt,
+        "batch_size": batch_size or params.generate.batch_size,
+        "seed": seed,
+        "group": params.group.model_dump(),
+    }
+    items = read_prompts(prompts)
+    texts = [item.prompt for item in items if item.error is None]
+    if not texts:
+        raise DataError(f"{prompts} has no prompt that can be drawn" + (f": {items[0].error}" if items else ""))
+    with progress(len(texts), "embedding") as advance:
+        embeddings = embed(texts, ENCODER, cache=cache(), progress=advance)
+    threshold = choose_threshold(params.group, embeddings, settings["share_ratio"])
+    groups = group(embeddings, threshold, params.group.max_size, params.group.near_duplicate)
+    pipe: Any = SharedSamplingPipeline.from_pretrained(model)
+    pipe.to(os.environ.get("SAGE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler.set_timesteps(settings["steps"])
+    whole = Plan.shared(groups, len(pipe.scheduler.timesteps), settings["share_ratio"])
+    typer.echo(cost_line(whole, len(groups), settings["guidance_scale"] > 1))
+    refused = [item for item in items if item.error is not None]
+    for item in refused:
+        typer.echo(f"not drawn: {item.id}: {item.error}", err=True)
+    if plan:
+        return
+
+    identity = settings | {"model": sha256_tree(Path(model)) if Path(model).is_dir() else model}
+    identity |= {"prompts": digest([asdict(item) for item in items]), "device": str(pipe.device)}
+    begin(out, identity)
+    draw(pipe, [item for item in items if item.error is None], groups, whole.steps, settings, identity["model"], out)
+    manifest(out, items)
+    contact_sheet(out, [item.id for item in items if item.error is None], groups)
+    typer.echo(f"{len(texts)} pictures in {out}" + (f"; {len(refused)} prompts were not drawn" if refused else ""))
+
+
+def read_prompts(source: str) -> list[Item]:
+    """Return the prompts of a file, in order; blank lines of a text are no prompts, bad rows are items with an error.
+
+    Raises DataError for a file that is missing or of another kind, and for names that are unsafe or used twice.
+    """
+    path = Path(source)
+    if source != "-" and not path.is_file():
+        raise DataError(f"{source} is no file; give a .txt, .jsonl or .csv file, or - for standard input")
+    data = sys.stdin.buffer.read() if source == "-" else path.read_bytes()
+    kind = ".txt" if source == "-" else path.suffix.lower()
+    readers = {".txt": _lines, ".jsonl": _json_lines, ".csv": _table}
+    if kind not in readers:
+        raise DataError(f"{source} ends in {kind or 'nothing'}; prompts are read from {', '.join(readers)} or -")
+    items = []
+    # Half a character stays one wrong prompt, not the end of all.
+    for number, (name, text) in enumerate(readers[kind](data.decode("utf-8-sig", "surrogateescape")), start=1):
+        id = f"{number:06d}" if name is None else str(name)
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", id):
+            raise DataError(f"prompt {number} is named {id!r}; names become files: use letters, digits, '.', '_', '-'")
+        try:
+            items.append(Item(id, clean_caption(text)))
+        except Rejected as error:
+            items.append(Item(id, "", f"{error.reason}: {error.detail}"))
+    names = sorted(item.id.lower() for item in items)
+    if twice := next((a for a, b in itertools.pairwise(names) if a == b), None):
+        raise DataError(f"two prompts are named {twice!r}; names become files: make each different")
+    return items
+
+
+def _lines(text: str) -> Iterator[tuple[None, object]]:
+    # str.splitlines would also split a prompt at a form feed or U+2028.
+    return ((None, line) for line in text.split("\n") if line.strip())
+
+
+def _json_lines(text: str) -> Iterator[tuple[object, object]]:
+    for line in filter(str.strip, text.split("\n")):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, str):
+            row = {"prompt": row}
+        yield _of(row if isinstance(row, dict) else {})
+
+
+def _table(text: str) -> Iterator[tuple[object, object]]:
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    if not {"prompt", "text"} & set(rows.fieldnames or ()):
+        raise DataError(f"the table has columns {rows.fieldnames}, but none named prompt or text")
+    return map(_of, rows)
+
+
+def _of(row: dict[str, object]) -> tuple[object, object]:
+    return row.get("id"), row.get("prompt", row.get("text"))
+
+
+def cost_line(plan: Plan, groups: int, guided: bool) -> str:
+    """Return what a plan costs, in words."""
+    alone = Plan.independent(plan.prompts, plan.steps).nfe(guided)
+    return (
+        f"{plan.prompts} prompts in {groups} groups; {plan.nfe(guided)} network evaluations instead of {alone}, "
+        f"{plan.saving:.1%} saved"
+    )
+
+
+def begin(out: Path, identity: dict[str, Any]) -> None:
+    """Claim a folder for one run, or go on with the same run; raise ConfigurationError for another run's folder."""
+    path = out / "run.json"
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if differ := sorted(name for name in identity if found.get(name) != identity[name]):
+            was = ", ".join(f"{name} {found.get(name)!r} (now {identity[name]!r})" for name in differ)
+            raise ConfigurationError(f"{out} holds pictures of another run, with {was}; choose another folder")
+        return
+    if out.exists() and any(out.iterdir()):
+        raise ConfigurationError(f"{out} is not empty and holds no run of sage generate; choose another folder")
+    write_json(path, identity)
+
+
+def draw(
+    pipe: Any,
+    items: Sequence[Item],
+    groups: Sequence[Sequence[int]],
+    steps: int,
+    settings: dict[str, Any],
+    model: str,
+    out: Path,
+) -> None:
+    """Make the pictures that are missing."""
+    seeds = image_seeds(settings["seed"], [item.prompt for item in items])
+    number = {member: place for place, group in enumerate(groups) for member in group}
+    with progress(len(items), "generating") as advance:
+        for batch in batches(groups, 4 * settings["batch_size"]):
+            members = [member for group in batch for member in group]
+            missing = {member for member in members if not (out / f"{items[member].id}.png").exists()}
+            advance(len(members) - len(missing))
+            if not missing:
+                continue
+            # The whole batch again: arithmetic depends on what is evaluated together.
+            place = {member: i for i, member in enumerate(members)}
+            stream = pipe.stream(
+                [items[member].prompt for member in members],
+                plan=Plan.shared([[place[m] for m in group] for group in batch], steps, settings["share_ratio"]),
+                num_inference_steps=settings["steps"],
+                guidance_scale=settings["guidance_scale"],
+                negative_prompt=settings["negative_prompt"] or None,
+                seed=[seeds[member] for member in members],
+                batch_size=settings["batch_size"],
+            )
+            for result in stream:
+                member = members[result.index]
+                if member not in missing:
+                    continue
+                item, company = items[member], groups[number[member]]
+                facts = {
+                    "id": item.id,
+                    "prompt": item.prompt,
+                    "negative_prompt": settings["negative_prompt"],
+                    "seed": result.seed,
+                    "group": number[member],
+                    "shared_with": [items[other].id for other in company if other != member],
+                    "plan": {"steps": steps, "share_ratio": settings["share_ratio"] if len(company) > 1 else 0.0},
+                    "guidance_scale": settings["guidance_scale"],
+                    "model": model,
+                    "truncated_tokens": stream.truncated_tokens[result.index],
+                }
+                save(result.image, facts, out / f"{item.id}.png")
+                advance(1)
+
+
+def batches(groups: Sequence[Sequence[int]], size: int) -> Iterator[list[Sequence[int]]]:
+    """Yield runs of whole groups of about `size` prompts, the same whatever is done already."""
+    batch: list[Sequence[int]] = []
+    for members in groups:
+        batch.append(members)
+        if sum(map(len, batch)) >= size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def save(picture: Image.Image, facts: dict[str, Any], path: Path) -> None:
+    """Write a PNG with its facts inside, whole or not at all."""
+    info = PngInfo()
+    info.add_itxt(KEY, json.dumps(facts, ensure_ascii=False))
+    with new_file(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=info)
+
+
+def manifest(out: Path, items: Sequence[Item]) -> None:
+    """Write one line for every prompt: a picture with its facts and hash, or an error."""
+    lines = []
+    for item in items:
+        if item.error is not None:
+            lines.append({"id": item.id, "error": item.error})
+            continue
+        path = out / f"{item.id}.png"
+        with Image.open(path) as picture:
+            facts = json.loads(picture.text[KEY])  # type: ignore[attr-defined]
+        lines.append({"file": path.name, "sha256": sha256(path), **facts})
+    write_text(out / "manifest.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def contact_sheet(out: Path, ids: Sequence[str], groups: Sequence[Sequence[int]]) -> None:
+    """Write a sheet of the first pictures, groups together, largest first, each with its name."""
+    order = [ids[member] for group in sorted(groups, key=len, reverse=True) for member in group][:TILES]
+    columns = min(COLUMNS, len(order))
+    sheet = Image.new("RGB", (columns * TILE, -(-len(order) // columns) * (TILE + 12)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, id in enumerate(order):
+        x, y = i % columns * TILE, i // columns * (TILE + 12)
+        with Image.open(out / f"{id}.png") as picture:
+            sheet.paste(picture.convert("RGB").resize((TILE, TILE)), (x, y))
+        pen.text((x + 2, y + TILE), id[:20], fill="black")
+    with new_file(out / "contact.png") as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+if __name__ == "__main__":
+    run(main)
