@@ -27,7 +27,7 @@ def resamples(groups: int, draws: int, seed: int) -> Array:
 
 def within(counts: Array, part: Array) -> Array:
     """Return counts with nothing outside a part of the groups; `part` is boolean of shape (groups,)."""
-    return counts * part
+    return np.asarray(counts * part)
 
 
 def ratio(sums: Array, numbers: Array) -> Statistic:
