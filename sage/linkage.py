@@ -113,8 +113,8 @@ def _mutual_best(a: np.ndarray, b: np.ndarray, similarity: np.ndarray, n: int) -
     first = np.full(n, np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(first, a[tied], lot)
     np.minimum.at(first, b[tied], lot)
-    drawn: np.ndarray = (lot == first[a[tied]]) & (lot == first[b[tied]])
-    return tied[drawn]
+    drawn: np.ndarray = tied[(lot == first[a[tied]]) & (lot == first[b[tied]])]
+    return drawn
 
 
 def _join(

@@ -24,16 +24,16 @@ def threshold_for_saving(tree: Tree, saving: float, share_ratio: float) -> float
     """
     if not 0 <= saving < 1:
         raise ConfigurationError(f"saving is {saving}, but a share of the network evaluations lies in [0, 1)")
-    # A hair less, or a saving that was computed as share_ratio * k / M would ask for k + 1 merges.
-    needed = math.ceil(saving / share_ratio * tree.size * (1 - 1e-9)) if share_ratio and tree.size else math.inf
     if saving == 0:
         return 1.0
-    if needed > len(tree.merges):
-        most = share_ratio * len(tree.merges) / max(tree.size, 1)
+    most = share_ratio * len(tree.merges) / max(tree.size, 1)
+    # A hair more, or a saving that was computed as share_ratio * k / M could ask for k + 1 merges.
+    if most * (1 + 1e-9) < saving:
         raise ConfigurationError(
             f"a saving of {saving} was asked for, but these prompts allow {most:.4f} at share ratio {share_ratio}; "
             "ask for less, or raise the share ratio or the size of a group"
         )
+    needed = math.ceil(saving / share_ratio * tree.size * (1 - 1e-9))
     return tree.merges[needed - 1][2]
 
 
