@@ -178,7 +178,8 @@ def begin(out: Path, identity: dict[str, Any]) -> None:
             was = ", ".join(f"{name} {found.get(name)!r} (now {identity[name]!r})" for name in differ)
             raise ConfigurationError(f"{out} holds pictures of another run, with {was}; choose another folder")
         return
-    if out.exists() and any(out.iterdir()):
+    # A kill may have left the unfinished run.json itself.
+    if out.exists() and any(not found.name.startswith(".run.json.") for found in out.iterdir()):
         raise ConfigurationError(f"{out} is not empty and holds no run of sage generate; choose another folder")
     write_json(path, identity)
 

@@ -1,0 +1,203 @@
+"""How fast the pipeline is: against the stock pipeline at its best batch size, and against what its plan promises.
+
+    python -m benchmarks.sampling                 this project's base model, 256 held-out prompts
+    python -m benchmarks.sampling --sd15          a U-Net of Stable Diffusion 1.5's size, random weights (accelerator)
+    python -m benchmarks.sampling --quick         a few prompts and steps, to see that it runs
+
+Arms are interleaved: every repetition runs each once, in another order; figures are medians over repetitions. Goals:
+ratio 0 within 2% of stock; speed-up at least 0.95 of the count's; at most 3% of the time outside the network.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import sage.torchvision_ops  # noqa: F401
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from sage import base
+from sage.data import read_split
+from sage.files import write_json
+from sage.pipeline import SharedSamplingPipeline
+from sage.plan import Plan
+
+
+class Clock:
+    """Seconds that a module's forward passes take, synchronising around each where there is an accelerator."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        """Start listening to a module."""
+        self.seconds, self._start = 0.0, 0.0
+        self._handles = [
+            module.register_forward_pre_hook(lambda *_: self._begin()),
+            module.register_forward_hook(lambda *_: self._end()),
+        ]
+
+    def _begin(self) -> None:
+        synchronise()
+        self._start = time.perf_counter()
+
+    def _end(self) -> None:
+        synchronise()
+        self.seconds += time.perf_counter() - self._start
+
+    def remove(self) -> None:
+        """Stop listening."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def synchronise() -> None:
+    """Wait for the accelerator, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def stable_diffusion_15(device: str) -> StableDiffusionPipeline:
+    """Return Stable Diffusion 1.5's networks with random weights, in half precision; text comes as embeddings."""
+    torch.manual_seed(0)
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=4,
+            layers_per_block=2,
+        ),
+        text_encoder=CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)),
+        tokenizer=None,
+        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return pipe.to(device, torch.float16)
+
+
+def conditions(stock: Any, count: int, data: Path) -> tuple[list[str] | None, dict[str, torch.Tensor]]:
+    """Return held-out prompts, or embeddings where there is no tokenizer."""
+    if stock.tokenizer is not None:
+        texts = [example.text for example in read_split(data, "test")]
+        return (texts * (count // len(texts) + 1))[:count], {}
+    rows = torch.randn(2, count, 77, 768, generator=torch.Generator().manual_seed(0)).to(stock.unet)
+    return None, {"prompt_embeds": rows[0], "negative_prompt_embeds": rows[1]}
+
+
+def groups_of(count: int, size: int) -> list[list[int]]:
+    """Return ragged groups of this mean size: of 1, of the double less 1, and of the size itself."""
+    sizes, groups, place = [size, 2 * size - 1, 1], [], 0
+    while place < count:
+        groups.append(list(range(place, min(count, place + sizes[len(groups) % 3]))))
+        place = groups[-1][-1] + 1
+    return groups
+
+
+def run_stock(
+    stock: Any, prompts: Any, given: dict[str, torch.Tensor], count: int, batch: int, call: dict[str, Any]
+) -> None:
+    """Do what a diffusers user does: one call for each batch."""
+    for start in range(0, count, batch):
+        rows = slice(start, min(count, start + batch))
+        generators = [torch.Generator().manual_seed(seed) for seed in range(rows.start, rows.stop)]
+        stock(
+            prompts[rows] if prompts else None,
+            generator=generators,
+            **{name: values[rows] for name, values in given.items()},
+            **call,
+        )
+
+
+def measure(
+    stock: Any, prompts: Any, given: dict[str, torch.Tensor], count: int, batches: list[int], ratios: list[float],
+    size: int, repetitions: int, call: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Return medians of seconds an image for stock at each batch size, then the pipeline at the best for each ratio."""
+    shared: Any = SharedSamplingPipeline.from_pipe(stock)
+    groups = groups_of(count, size)
+    stock_times = interleaved(
+        {str(b): (lambda b=b: run_stock(stock, prompts, given, count, b, call)) for b in batches},
+        stock.unet, repetitions,
+    )  # fmt: skip
+    best = min(batches, key=lambda b: stock_times[str(b)][0])
+    plans = {str(ratio): Plan.shared(groups, call["num_inference_steps"], ratio) for ratio in ratios}
+    options = {"seed": list(range(count)), "batch_size": best, **given, **call}
+    arms: dict[str, Callable[[], Any]] = {"stock": lambda: run_stock(stock, prompts, given, count, best, call)}
+    arms |= {name: (lambda plan=plan: shared(prompts, plan=plan, **options)) for name, plan in plans.items()}
+    times = interleaved(arms, stock.unet, repetitions)
+    alone = times["0.0"][0]
+    return {
+        "images": count,
+        "steps": call["num_inference_steps"],
+        "mean_group_size": count / len(groups),
+        "stock_batch": best,
+        "stock_by_batch": {batch: seconds / count for batch, (seconds, _) in stock_times.items()},
+        "stock_seconds_per_image": times["stock"][0] / count,
+        "stock_outside_network": times["stock"][1],
+        "ratio_0_over_stock": alone / times["stock"][0],
+        "ratios": {
+            name: {
+                "seconds_per_image": times[name][0] / count,
+                "saving": plan.saving,
+                "speed_up": alone / times[name][0],
+                "share_of_promise": alone / times[name][0] * (1 - plan.saving),
+                "outside_network": times[name][1],
+            }
+            for name, plan in plans.items()
+        },
+    }
+
+
+def interleaved(arms: dict[str, Callable[[], Any]], network: torch.nn.Module, repetitions: int) -> dict[str, Any]:
+    """Return each arm's median seconds and median share of them outside network and decoder, after one warm-up."""
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    for repetition in range(repetitions + 1):
+        for name in random.Random(repetition).sample(list(arms), len(arms)):
+            clock = Clock(network)
+            synchronise()
+            start = time.perf_counter()
+            arms[name]()
+            synchronise()
+            seconds = time.perf_counter() - start
+            clock.remove()
+            if repetition:
+                seen[name].append((seconds, 1 - clock.seconds / seconds))
+    return {name: tuple(statistics.median(values) for values in zip(*rows, strict=True)) for name, rows in seen.items()}
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sd15", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--model", type=Path, default=Path("models/base"))
+    parser.add_argument("--data", type=Path, default=Path("data/prepared"))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    stock = stable_diffusion_15(device) if options.sd15 else base.load(options.model).to(device)
+    stock.set_progress_bar_config(disable=True)
+    count = 8 if options.quick else 256
+    prompts, given = conditions(stock, count, options.data)
+    batches = [4, 8] if options.quick else [8, 16, 32] if options.sd15 else [16, 32, 64, 128]
+    steps = 2 if options.quick else 30 if options.sd15 else 8
+    # Latents out: the decoder is the same work in every arm and is no part of the question.
+    call = {"num_inference_steps": steps, "guidance_scale": 3.0, "output_type": "latent"}
+    ratios = [0.0, 0.5] if options.quick else [0.0, 0.25, 0.4, 0.5, 0.75]
+    figures = measure(stock, prompts, given, count, batches, ratios, 3, 1 if options.quick else 5, call)
+    figures |= {"model": "sd15" if options.sd15 else "base", "device": device, "threads": torch.get_num_threads()}
+    print(json.dumps(figures, indent=2))
+    if options.out:
+        write_json(options.out, figures)
+
+
+if __name__ == "__main__":
+    main()

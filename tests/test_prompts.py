@@ -1,0 +1,191 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from flows import prompts
+from sage.errors import ConfigurationError, DataError
+from sage.files import sha256, sha256_tree
+from sage.pipeline import SharedSamplingPipeline, image_seeds
+
+TEXTS = ["red cat", "tall tree", "red dog", "tall trees", "red cat", "blue house", "a big red cat"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny.pipeline("stable_diffusion", folder).save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+def write(folder, lines=TEXTS, name="prompts.txt"):
+    path = folder / name
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def generate(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SAGE_DEVICE", "cpu")
+
+    def call(source, out=tmp_path / "out", **more):
+        options = {"steps": 4, "share_ratio": 0.5, "guidance_scale": 3.0, "batch_size": 1, "seed": 0, "plan": False}
+        prompts.main(source, out, **{"model": model, "negative_prompt": "", **options, **more})
+        return out
+
+    return call
+
+
+def lines_of(out):
+    return [json.loads(line) for line in (out / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_each_prompt_becomes_one_picture_that_says_how_it_was_made(generate, tmp_path, model):
+    lines = lines_of(generate(write(tmp_path)))
+    assert [line["prompt"] for line in lines] == TEXTS
+    assert [line["file"] for line in lines] == [f"{i:06d}.png" for i in range(1, 8)]
+    assert [line["seed"] for line in lines] == image_seeds(0, TEXTS)
+    out = tmp_path / "out"
+    for line in lines:
+        assert sha256(out / line["file"]) == line["sha256"]
+        inside = json.loads(Image.open(out / line["file"]).text["sage"])
+        assert inside == {name: value for name, value in line.items() if name not in ("file", "sha256")}
+        assert inside["plan"] == {"steps": 4, "share_ratio": 0.5 if inside["shared_with"] else 0.0}
+        assert inside["model"] == sha256_tree(Path(model))
+    by_id = {line["id"]: line for line in lines}
+    assert by_id["000002"]["shared_with"] == ["000004"]
+    assert all(by_id[other]["group"] == line["group"] for line in lines for other in line["shared_with"])
+    assert Image.open(out / "contact.png").width == 7 * prompts.TILE
+
+
+def test_the_pictures_are_the_pipelines(generate, tmp_path, model):
+    out = generate(write(tmp_path))
+    pipe = SharedSamplingPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    alone = pipe("blue house", seed=[image_seeds(0, ["blue house"])[0]], num_inference_steps=4, guidance_scale=3.0)
+    assert np.abs(np.asarray(alone.images[0], int) - np.asarray(Image.open(out / "000006.png"), int)).max() <= 1
+
+
+def test_the_cost_is_shown_first_and_with_plan_nothing_else_happens(generate, tmp_path, capsys):
+    out = generate(write(tmp_path), plan=True)
+    shown = capsys.readouterr().out
+    assert "7 prompts in" in shown
+    assert "network evaluations instead of 56" in shown
+    assert not out.exists()
+
+
+def test_what_is_missing_is_made_again_to_the_same_bytes(generate, tmp_path):
+    source = write(tmp_path)
+    out = generate(source)
+    whole = sha256_tree(out)
+    # One picture of a group, and one alone.
+    for name in ("000004.png", "000006.png", "manifest.jsonl", "contact.png"):
+        (out / name).unlink()
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("0*.png")}
+    generate(source)
+    assert sha256_tree(out) == whole
+    assert all((out / name).stat().st_mtime_ns == when for name, when in kept.items())
+
+
+@pytest.mark.slow
+def test_killed_at_random_and_started_again_it_ends_as_if_never_killed(generate, tmp_path, model):
+    source = write(tmp_path, [f"{a} {b}" for a in ("red", "blue", "big") for b in ("cat", "dog", "tree", "house")])
+    whole = sha256_tree(generate(source, tmp_path / "whole"))
+    command = [sys.executable, "-m", "flows.prompts", source, "--out", str(tmp_path / "killed"), "--model", model]
+    command += ["--steps", "4", "--share-ratio", "0.5", "--guidance-scale", "3", "--batch-size", "1"]
+    kills = 0
+    for wanted in (1, 4, 7, 11, 12):
+        process = subprocess.Popen(command, env=os.environ | {"SAGE_DEVICE": "cpu"}, start_new_session=True)
+        while process.poll() is None and len(list((tmp_path / "killed").glob("0*.png"))) < wanted:
+            time.sleep(0.005)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 3
+    subprocess.run(command, env=os.environ | {"SAGE_DEVICE": "cpu"}, check=True)
+    assert sha256_tree(tmp_path / "killed") == whole
+
+
+def test_a_bad_prompt_costs_no_other_prompt(generate, tmp_path, capsys):
+    rows = [{"prompt": text} for text in TEXTS] + [{"prompt": "\ud800"}, {"prompt": "  "}, {"prompt": None}, {}]
+    source = write(tmp_path, [*map(json.dumps, rows), "{broken", '"a cat"'], "prompts.jsonl")
+    lines = lines_of(generate(source))
+    assert [line.get("error", "").split(":")[0] for line in lines] == [
+        *[""] * 7,
+        "bad_text",
+        "no_caption",
+        "no_caption",
+        "no_caption",
+        "no_caption",
+        "",
+    ]
+    assert lines[-1]["prompt"] == "a cat"
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 8
+    assert "not drawn: 000008: bad_text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "expected"),
+    [
+        (
+            "p.txt",
+            ["a cat", "", "  a  dog ", "\x1b[31mred\x0c sky"],
+            [("000001", "a cat"), ("000002", "a dog"), ("000003", "[31mred sky")],
+        ),
+        ("p.jsonl", ['{"id": "x", "text": "a cat"}', '{"prompt": "a dog"}'], [("x", "a cat"), ("000002", "a dog")]),
+        ("p.csv", ["id,prompt", 'x,"a cat, red"', "y,a dog"], [("x", "a cat, red"), ("y", "a dog")]),
+    ],
+)
+def test_every_form_of_list_is_read(tmp_path, name, lines, expected):
+    assert [(item.id, item.prompt) for item in prompts.read_prompts(write(tmp_path, lines, name))] == expected
+
+
+def test_standard_input_is_read(tmp_path):
+    code = "from flows.prompts import read_prompts; print([item.prompt for item in read_prompts('-')])"
+    done = subprocess.run([sys.executable, "-c", code], input=b"a cat\n\xff\na dog\n", capture_output=True, check=True)
+    assert done.stdout.decode().strip() == "['a cat', '', 'a dog']"
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "says"),
+    [
+        ("p.txt", [""], "has no prompt that can be drawn"),
+        ("p.jsonl", ['{"prompt": ""}'], "has no prompt that can be drawn: no_caption"),
+        ("p.pdf", ["a"], r"ends in .pdf; prompts are read from .txt, .jsonl, .csv or -"),
+        ("p.csv", ["a,b", "1,2"], "none named prompt or text"),
+        ("p.jsonl", ['{"id": "../x", "prompt": "a"}'], r"prompt 1 is named '../x'; names become files"),
+        ("p.jsonl", ['{"id": "A", "prompt": "a"}', '{"id": "a", "prompt": "b"}'], "two prompts are named 'a'"),
+    ],
+)
+def test_a_list_that_cannot_be_read_says_why(generate, tmp_path, name, lines, says):
+    with pytest.raises(DataError, match=says):
+        generate(write(tmp_path, lines, name))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_file_says_so(generate, tmp_path):
+    with pytest.raises(DataError, match=r"is no file; give a .txt, .jsonl or .csv"):
+        generate(str(tmp_path / "none.txt"))
+
+
+def test_another_runs_folder_is_not_mixed_with_this_one(generate, tmp_path):
+    source = write(tmp_path)
+    generate(source)
+    with pytest.raises(ConfigurationError, match=r"another run, with seed 0 \(now 1\); choose another folder"):
+        generate(source, seed=1)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine").write_text("x")
+    with pytest.raises(ConfigurationError, match="is not empty and holds no run"):
+        generate(source, full)
+    assert (full / "mine").read_text() == "x"
