@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.terminal import guard
+from flows.terminal import guard, quiet
 
 if TYPE_CHECKING:
     from flows.tracking import Registration
@@ -42,6 +42,7 @@ app = typer.Typer(
 _DELEGATE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 _MODEL = Path("models/sage")
 _METRICS = Path("metrics")
+_GROUPS = Path("data/groups")
 _REPORT = Path("report/index.html")
 
 
@@ -79,7 +80,7 @@ def run(
             if tracking.address() is None:
                 typer.echo("tracking is off, so nothing is registered")
             else:
-                _say(tracking.register(_MODEL, _METRICS, params))
+                _say(tracking.register(_MODEL, _METRICS, _GROUPS, params))
 
 
 @app.command(rich_help_panel="The main job")
@@ -137,7 +138,7 @@ def register() -> None:
     from flows import tracking
     from sage.config import load_params
 
-    _say(tracking.register(_MODEL, _METRICS, load_params()))
+    _say(tracking.register(_MODEL, _METRICS, _GROUPS, load_params()))
 
 
 @app.command(rich_help_panel="Models")
@@ -169,6 +170,7 @@ def compare() -> None:
 def _delegate(module: str, context: typer.Context) -> None:
     """Call a module's `app`, or its `main` as a command, with the arguments of this one."""
     found = import_module(module)
+    quiet()
     sub = getattr(found, "app", None)
     if sub is None:
         sub = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

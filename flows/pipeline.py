@@ -23,6 +23,7 @@ from sage.config import load_params
 
 MODEL = Path("models/sage")
 METRICS = Path("metrics")
+GROUPS = Path("data/groups")
 REPORT = Path("report/index.html")
 
 
@@ -38,7 +39,7 @@ def reproduce(stage: str, environment: dict[str, str]) -> dict[str, Any]:
 @task(cache_policy=NO_CACHE)
 def register() -> dict[str, Any]:
     """Register the model if it passed its gates, once."""
-    done = tracking.register(MODEL, METRICS, load_params())
+    done = tracking.register(MODEL, METRICS, GROUPS, load_params())
     return {"version": done.version, "new": done.new, "reasons": done.reasons}
 
 

@@ -32,7 +32,7 @@ def run(main: Callable[..., None]) -> None:
 
 def guard(app: Callable[..., Any]) -> None:
     """Call a command line quietly; what a person can mend becomes one message on stderr, never a traceback."""
-    _quiet()
+    quiet()
     # A termination request unwinds like an interruption, so that child processes and temporary files go.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(_EXIT_TERMINATED))
     try:
@@ -55,7 +55,8 @@ def _stop(message: object, code: int) -> None:
     raise SystemExit(code)
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """Keep the log to warnings, and what is imported so far from drawing bars of its own."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for name in ("transformers", "diffusers"):
         if module := sys.modules.get(name):

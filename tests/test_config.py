@@ -38,8 +38,14 @@ def test_the_shipped_file_is_valid_and_frozen():
     ("changes", "said"),
     [
         ({"sample": {}}, ["sample: unknown key; allowed are", "prepare, "]),
-        ({"group__treshold": 0.8}, ["group.treshold: unknown key; allowed are threshold, saving, quality, max_size, near_duplicate"]),
-        ({"finetune__weights__diffsion": 1.0}, ["finetune.weights.diffsion: unknown key; allowed are diffusion, shared"]),
+        (
+            {"group__treshold": 0.8},
+            ["group.treshold: unknown key; allowed are threshold, saving, quality, max_size, near_duplicate"],
+        ),
+        (
+            {"finetune__weights__diffsion": 1.0},
+            ["finetune.weights.diffsion: unknown key; allowed are diffusion, shared"],
+        ),
         ({"evaluate__gates__0__metrik": "x"}, ["evaluate.gates.0.metrik: unknown key; allowed are metric, reference"]),
         ({"prepare__seed": GONE}, ["prepare.seed: Field required"]),
         ({"evaluate": GONE}, ["evaluate: Field required"]),
@@ -111,11 +117,11 @@ def test_a_missing_file_says_where_to_stand(tmp_path):
 
 
 def test_no_value_hides_in_the_code():
-    """A default would be a parameter outside params.yaml, which DVC does not see change."""
+    """A default would be a parameter outside params.yaml, which DVC does not see change; None is the absence of one."""
     models = [Params]
     for model in models:
         for name, field in model.model_fields.items():
-            assert field.is_required(), f"{model.__name__}.{name} has a default"
+            assert field.is_required() or field.default is None, f"{model.__name__}.{name} has a default"
             kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
             models += [kind for kind in kinds if hasattr(kind, "model_fields")]
     assert len(models) > 8

@@ -5,8 +5,10 @@ the alias moves. A process killed between leaves files that nothing points to, o
 """
 
 import json
+import math
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import requires
@@ -43,11 +45,12 @@ class Registration:
     reasons: list[str]
 
 
-def register(model: Path, metrics: Path, params: Params) -> Registration:
+def register(model: Path, metrics: Path, groups: Path, params: Params) -> Registration:
     """Make a version of a model that passed its gates; of one that failed keep the reasons, and no version.
 
-    `metrics` is the folder with the stages' results. The same model with the same results is registered once.
-    Raises RegistryError where the results are not those of this model or tracking is off.
+    `metrics` and `groups` are the folders with the stages' results and with the groups that were judged. The same
+    model with the same results is registered once. Raises RegistryError where the results are not those of this model
+    or tracking is off.
     """
     tracker, home = _connect()
     results = {path.stem: _read(path) for path in sorted(metrics.glob("*.json"))}
@@ -58,7 +61,7 @@ def register(model: Path, metrics: Path, params: Params) -> Registration:
     version = _find(tracker, tags)
     new = version is None
     if version is None:
-        version = _create(tracker, home, model, metrics, params, tags)
+        version = _create(tracker, home, model, metrics, _sampling(groups, params), tags)
     if version != _aliases(tracker).get(CHAMPION):
         tracker.set_registered_model_alias(MODEL, CHALLENGER, version)
     return Registration(version, new, [])
@@ -73,18 +76,17 @@ def promote(version: str | None = None) -> str:
     tracker, _ = _connect()
     aliases = _aliases(tracker)
     candidate = _version(tracker, version or aliases.get(CHALLENGER))
-    champion = aliases.get(CHAMPION)
-    if candidate.version == champion:
-        return str(candidate.version)
-    _check(tracker, candidate)
-    if champion is not None:
-        _check_against(candidate, _version(tracker, champion))
-        # Remembered before the alias moves, so that a way back exists at every instant.
-        tracker.set_model_version_tag(MODEL, candidate.version, _REPLACED, champion)
-    tracker.set_registered_model_alias(MODEL, CHAMPION, candidate.version)
-    if aliases.get(CHALLENGER) == candidate.version:
+    number, champion = str(candidate.version), aliases.get(CHAMPION)
+    if number != champion:
+        _check(tracker, candidate)
+        if champion is not None:
+            _check_against(candidate, _version(tracker, champion))
+            # Remembered before the alias moves, so that a way back exists at every instant.
+            tracker.set_model_version_tag(MODEL, number, _REPLACED, champion)
+        tracker.set_registered_model_alias(MODEL, CHAMPION, number)
+    if aliases.get(CHALLENGER) == number:
         tracker.delete_registered_model_alias(MODEL, CHALLENGER)
-    return str(candidate.version)
+    return number
 
 
 def rollback() -> str:
@@ -155,7 +157,8 @@ def _tags(model: Path, results: Mapping[str, dict[str, Any]], params: Params) ->
     gates = [{key: gate[key] for key in ("metric", "reference", "passed")} for gate in evaluate["gates"]]
     tags = {
         _MODEL_HASH: found,
-        _METRICS_HASH: digest(evaluate),
+        # The run that recorded the figures is no part of them.
+        _METRICS_HASH: digest({key: value for key, value in evaluate.items() if key != "run_id"}),
         _SET: evaluate["set"]["digest"],
         _GATES: json.dumps(gates),
         "sage.data_digest": results["prepare"]["digest"],
@@ -199,7 +202,9 @@ def _record_failure(tracker: Any, home: str, tags: Mapping[str, str], reasons: l
     return True
 
 
-def _create(tracker: Any, home: str, model: Path, metrics: Path, params: Params, tags: dict[str, str]) -> str:
+def _create(
+    tracker: Any, home: str, model: Path, metrics: Path, sampling: Mapping[str, Any], tags: dict[str, str]
+) -> str:
     """Upload the files, then make the version with all its tags in one call."""
     run = _new_run(tracker, home, "passed", tags)
     with ending(run, tracker), tempfile.TemporaryDirectory() as temporary:
@@ -208,7 +213,7 @@ def _create(tracker: Any, home: str, model: Path, metrics: Path, params: Params,
         shutil.copytree(model, weights)
         if sha256_tree(weights) != tags[_MODEL_HASH]:
             raise RegistryError(f"{model} changed while it was being registered. Try again.")
-        _save(content, weights, params, tags[_MODEL_HASH])
+        _save(content, weights, {"model_sha256": tags[_MODEL_HASH], **sampling})
         tags = tags | {_FILES_HASH: sha256_tree(content)}
         run.artifact(metrics, "metrics")
         run.artifact(content, "model")
@@ -222,27 +227,38 @@ def _new_run(tracker: Any, home: str, verdict: str, tags: Mapping[str, str]) -> 
     return Run(tracker, tracker.create_run(home, run_name="register", tags={**tags, **own}).info.run_id)
 
 
-def _save(folder: Path, model: Path, params: Params, model_hash: str) -> None:
-    """Write the content of a version: the weights, how to sample, and code that loads them; no pickle."""
-    import mlflow.pyfunc
+def _sampling(groups: Path, params: Params) -> dict[str, Any]:
+    """Return how the judged pictures were made, for the version to make its own in the same way."""
+    generate = params.generate
+    judged = json.loads((groups / f"{generate.split}.json").read_text(encoding="utf-8"))
+    return {
+        "sampling": {
+            "num_inference_steps": generate.steps,
+            "guidance_scale": generate.guidance_scale,
+            "share_ratio": generate.share_ratio,
+            "batch_size": generate.batch_size,
+        },
+        # The threshold that was used, also where the parameters ask for a budget.
+        "group": [judged["threshold"], params.group.max_size, params.group.near_duplicate],
+    }
 
-    mlflow.pyfunc.save_model(
+
+def _save(folder: Path, model: Path, config: Mapping[str, Any]) -> None:
+    """Write the content of a version: the weights, how to sample, and code that loads them; no pickle."""
+    _pyfunc().save_model(
         str(folder),
         python_model=str(Path(__file__).with_name("served.py")),
         artifacts={"model": str(model)},
-        model_config={
-            "model_sha256": model_hash,
-            "sampling": {
-                "num_inference_steps": params.generate.steps,
-                "guidance_scale": params.generate.guidance_scale,
-                "share_ratio": params.generate.share_ratio,
-                "batch_size": params.generate.batch_size,
-                "threshold": params.group.threshold,
-                "max_group_size": params.group.max_size,
-            },
-        },
+        model_config=dict(config),
         pip_requirements=[line for line in requires("sage-diffusion") or [] if "extra ==" not in line],
     )
+
+
+def _pyfunc() -> Any:
+    """Return MLflow's module of generic models, without what it says of its own type hints while it is imported."""
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        import mlflow.pyfunc
+    return mlflow.pyfunc
 
 
 def _ensure_model(tracker: Any) -> None:
@@ -287,14 +303,12 @@ def _verified(tracker: Any, version: Any, folder: Path) -> Path:
 
 def _check(tracker: Any, version: Any) -> None:
     """Refuse a version that failed a gate, is damaged, or cannot draw a picture."""
-    import mlflow.pyfunc
-
     gates = json.loads(version.tags.get(_GATES, "[]"))
     if not gates or not all(gate["passed"] is True for gate in gates):
         raise RegistryError(f"version {version.version} has not passed its gates.")
     with tempfile.TemporaryDirectory() as temporary:
         files = _verified(tracker, version, Path(temporary))
-        answer = mlflow.pyfunc.load_model(str(files)).predict(["red heart"])
+        answer = _pyfunc().load_model(str(files)).predict(["red heart"])
         if len(answer) != 1:
             raise RegistryError(f"version {version.version} answered one prompt with {len(answer)} pictures.")
 
@@ -307,13 +321,21 @@ def _check_against(candidate: Any, champion: Any) -> None:
         )
     worse = []
     for metric in sorted({gate["metric"] for gate in json.loads(candidate.tags[_GATES])}):
-        new, old = (json.loads(version.tags[_METRIC + metric]) for version in (candidate, champion))
+        new, old = (_interval(version, metric) for version in (candidate, champion))
         more = metric in HIGHER_IS_BETTER
-        # Written so that a figure that is not a number refuses.
-        if not (new["high"] >= old["low"] if more else new["low"] <= old["high"]):
+        if new["high"] < old["low"] if more else new["low"] > old["high"]:
             interval = f"[{new['low']:.4g}, {new['high']:.4g}]"
             worse.append(f"{metric} {new['value']:.4g} {interval}, champion {old['value']:.4g}")
     if worse:
         raise RegistryError(
             f"version {candidate.version} is worse than champion {champion.version}:\n  " + "\n  ".join(worse)
         )
+
+
+def _interval(version: Any, metric: str) -> dict[str, float]:
+    """Return value, low and high of a version's metric; raise RegistryError where one is not a finite number."""
+    figure: dict[str, Any] = json.loads(version.tags.get(_METRIC + metric, "{}"))
+    ends = {key: figure.get(key) for key in ("value", "low", "high")}
+    if not all(isinstance(end, int | float) and math.isfinite(end) for end in ends.values()):
+        raise RegistryError(f"version {version.version} has no usable {metric}: {ends}.")
+    return figure

@@ -27,7 +27,11 @@ class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow
 
     def predict(self, context: PythonModelContext, model_input: list[str]) -> list[dict[str, str]]:
         """Return for each prompt its text and its picture, a PNG in base64."""
-        images = self._pipeline(model_input, seed=0, **context.model_config["sampling"]).images
+        from sage.embedding import embed
+        from sage.grouping import group
+
+        groups = group(embed(model_input), *context.model_config["group"])
+        images = self._pipeline(model_input, groups=groups, seed=0, **context.model_config["sampling"]).images
         return [{"prompt": prompt, "png": _png(image)} for prompt, image in zip(model_input, images, strict=True)]
 
 

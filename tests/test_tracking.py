@@ -1,0 +1,422 @@
+import itertools
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import sage.torchvision_ops  # noqa: F401
+
+import pytest
+import torch
+import yaml
+from faults import in_child, kill
+from mlflow import MlflowClient
+from PIL import Image
+
+from flows import tracking
+from flows.tracking import runs
+from sage import base
+from sage.config import Params, load_params
+from sage.errors import RegistryError, SageError
+from sage.files import sha256_tree, write_json
+
+SHIPPED = Path(__file__).parents[1] / "params.yaml"
+# What a version must carry the moment that anybody can see it.
+COMPLETE = {
+    "sage.model_sha256",
+    "sage.metrics_sha256",
+    "sage.files_sha256",
+    "sage.heldout_set",
+    "sage.gates",
+    "sage.data_digest",
+    "sage.revision",
+    "sage.params",
+    "sage.metric.alignment",
+    "sage.metric.kernel_distance",
+}
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    """An empty database; MLflow takes seconds to make one."""
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    runs.client(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A small random model of the form that the registry keeps."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("weights") / "sage"
+    base.save(base.assemble(base.new_autoencoder(), base.new_unet()), folder)
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path, database, monkeypatch):
+    """An empty folder with a database of its own."""
+    return enter(tmp_path, database, monkeypatch)
+
+
+def enter(folder: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("SAGE_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    shutil.copy(database, folder / "mlflow.db")
+    return folder
+
+
+def client() -> MlflowClient:
+    return runs.client(tracking.address())
+
+
+def params() -> Params:
+    """The shipped parameters, drawing in two steps."""
+    values = load_params(SHIPPED).model_dump()
+    values["generate"] |= {"steps": 2, "share_ratio": 0.5}
+    return Params.model_validate(values)
+
+
+def figure(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 0.05, "high": value + 0.05, "n": 96}
+
+
+def small_model(folder: Path, content: str = "weights") -> Path:
+    """A folder with something to hash where nothing loads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "weights.safetensors").write_text(content)
+    return folder
+
+
+def write_results(
+    model: Path, *, alignment: float = 0.5, held_out: str = "a" * 64, failed: str = "", **changes
+) -> Path:
+    """Write results of stages such that all gates pass but the one on the metric `failed`; return their folder."""
+    sage = {"kernel_distance": 0.1, "alignment": alignment, "group_diversity": 0.4, "nfe_per_image": 12.0}
+    gates = [
+        {
+            "metric": gate.metric,
+            "reference": gate.reference,
+            "passed": gate.metric != failed,
+            "reason": f"{gate.metric}!",
+        }
+        for gate in params().evaluate.gates
+    ]
+    evaluate = {
+        "run_id": "r",
+        "set": {"digest": held_out},
+        "arms": {"sage": {name: figure(value) for name, value in sage.items()}},
+        "gates": gates,
+        "passed": not failed,
+    }
+    folder = Path("metrics")
+    write_json(folder / "prepare.json", {"digest": "d" * 64})
+    write_json(folder / "finetune.json", {"model_sha256": sha256_tree(model)})
+    write_json(folder / "generate.json", {})
+    write_json(folder / "evaluate.json", evaluate | changes)
+    write_json(Path("groups/test.json"), {"threshold": 0.72, "groups": []})
+    return folder
+
+
+def register(model: Path, **changes) -> tracking.Registration:
+    return tracking.register(model, write_results(model, **changes), Path("groups"), params())
+
+
+def aliases() -> dict[str, str]:
+    found = client().search_registered_models("name = 'sage'")
+    return {alias: str(version) for model in found for alias, version in model.aliases.items()}
+
+
+# Runs
+
+
+def test_a_run_holds_what_the_stage_says(project):
+    with tracking.stage_run("group", {"threshold": 0.8, "weights": {"branch": 1}, "seeds": [0, 1]}) as run:
+        run.metrics({"loss": 3.0}, step=1)
+        run.metrics({"loss": 2.0}, step=2)
+        run.image(Image.new("RGB", (8, 8), "red"), "samples", step=2)
+        run.dataset("prepared", "e" * 64, "training")
+        run.tags({"verdict": "passed"})
+        Path("note.txt").write_text("note")
+        run.artifact(Path("note.txt"), "notes")
+    found = client().get_run(run.id)
+    assert found.info.status == "FINISHED"
+    assert found.data.params == {"threshold": "0.8", "weights.branch": "1", "seeds": "[0, 1]"}
+    assert [(point.step, point.value) for point in client().get_metric_history(run.id, "loss")] == [(1, 3.0), (2, 2.0)]
+    assert found.data.tags["verdict"] == "passed"
+    assert found.inputs.dataset_inputs[0].dataset.digest == "e" * 36
+    files = {file.path for file in client().list_artifacts(run.id, "notes")}
+    assert files == {"notes/note.txt"}
+    images = [file.path for file in client().list_artifacts(run.id, "images")]
+    assert any("samples" in path and "2" in path for path in images)
+
+
+@pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")])
+def test_a_run_ends_as_its_stage_does(project, error, status):
+    with pytest.raises(error), tracking.stage_run("group", {}) as run:
+        raise error
+    assert client().get_run(run.id).info.status == status
+
+
+def test_stages_of_a_pipeline_are_children_of_one_run(project, monkeypatch):
+    with tracking.pipeline_run() as pipeline:
+        monkeypatch.setenv(*pipeline.environment.popitem())
+        for stage in ("prepare", "group"):
+            with tracking.stage_run(stage, {}):
+                pass
+        pipeline.finish("FINISHED", write_results(small_model(project / "m")))
+    found = client().search_runs([client().get_experiment_by_name("sage").experiment_id])
+    parents = [run for run in found if "sage.pipeline" in run.data.tags]
+    children = {run.data.tags["sage.stage"]: run.data.tags["mlflow.parentRunId"] for run in found if run not in parents}
+    assert len(parents) == 1
+    assert set(children) == {"prepare", "group"}
+    assert set(children.values()) == {parents[0].info.run_id}
+    assert parents[0].info.status == "FINISHED"
+    assert parents[0].data.metrics["sage/nfe_per_image"] == 12.0
+
+
+def test_a_pipeline_with_nothing_to_do_leaves_no_run(project):
+    with tracking.pipeline_run():
+        pass
+    with pytest.raises(ValueError, match="early"), tracking.pipeline_run():
+        raise ValueError("early")
+    assert not client().search_runs([client().get_experiment_by_name("sage").experiment_id])
+
+
+def test_off_records_nothing_and_loads_nothing(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from flows.tracking import stage_run
+
+with stage_run("group", {"a": 1}) as run:
+    run.metrics({"loss": 1.0})
+    run.tags({"a": 1})
+    run.artifact(Path("none"))
+    run.image(None, "key")
+    run.dataset("a", "b", "c")
+assert run.id is None
+assert "mlflow" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dead_address_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAGE_TRACKING_URI", "http://127.0.0.1:9")
+    start = time.monotonic()
+    with (
+        pytest.raises(
+            SageError, match=r"tracking at http://127\.0\.0\.1:9 does not answer(.|\n)*SAGE_TRACKING_URI=off"
+        ),
+        tracking.stage_run("group", {}),
+    ):
+        pass
+    assert time.monotonic() - start < 30
+
+
+# Registry
+
+
+def test_a_model_that_passes_becomes_challenger_once(project, weights):
+    first = register(weights)
+    assert (first.version, first.new) == ("1", True)
+    again = register(weights, run_id="another")
+    assert (again.version, again.new) == ("1", False)
+    assert aliases() == {"challenger": "1"}
+    found = client().get_model_version("sage", "1")
+    assert found.tags.keys() >= COMPLETE
+    assert json.loads(found.tags["sage.params"])["generate"]["steps"] == 2
+    assert yaml.safe_load((tracking.fetch("challenger", project / "out").parents[1] / "MLmodel").read_text())["flavors"]
+    assert sha256_tree(project / "out" / "model" / "artifacts" / "model") == sha256_tree(weights)
+
+
+def test_a_version_holds_no_pickle_and_draws(project, weights):
+    import mlflow.pyfunc
+
+    register(weights)
+    files = tracking.fetch("challenger", project / "out").parents[1]
+    assert not [path for path in files.rglob("*") if path.suffix in {".pkl", ".pickle", ".pt", ".bin"}]
+    answer = mlflow.pyfunc.load_model(str(files)).predict(["red heart", "blue heart"])
+    assert [item["prompt"] for item in answer] == ["red heart", "blue heart"]
+    assert all(item["png"].startswith("iVBOR") for item in answer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"failed": "alignment"}, "alignment against independent: alignment!"),
+        ({"gates": []}, "alignment against independent: not judged"),
+        ({"passed": False}, "the evaluation as a whole did not pass"),
+        ({"passed": "yes"}, "the evaluation as a whole did not pass"),
+    ],
+)
+def test_a_model_that_fails_is_recorded_with_its_reasons_and_not_registered(project, changes, reason):
+    model = small_model(project / "m")
+    done = register(model, **changes)
+    assert done.version is None
+    assert reason in done.reasons
+    register(model, **changes)
+    assert not client().search_model_versions("name = 'sage'")
+    found = client().search_runs(
+        [client().get_experiment_by_name("sage").experiment_id], "tags.`sage.verdict` = 'failed'"
+    )
+    assert len(found) == 1
+    assert reason in found[0].data.tags.values()
+
+
+def test_results_of_another_model_register_nothing(project):
+    model = small_model(project / "m")
+    metrics = write_results(model)
+    small_model(model, "other weights")
+    with pytest.raises(RegistryError, match="but the results are of"):
+        tracking.register(model, metrics, Path("groups"), params())
+
+
+def test_missing_or_infinite_results_register_nothing(project):
+    model = small_model(project / "m")
+    metrics = write_results(model)
+    (metrics / "evaluate.json").write_text('{"passed": true, "gates": [], "arms": {"sage": {"alignment": NaN}}}')
+    with pytest.raises(RegistryError, match="NaN"):
+        tracking.register(model, metrics, Path("groups"), params())
+    (metrics / "evaluate.json").unlink()
+    with pytest.raises(RegistryError, match="no results of evaluate"):
+        tracking.register(model, metrics, Path("groups"), params())
+
+
+def test_promotion_moves_the_champion_and_rollback_moves_it_back(project, weights):
+    register(weights)
+    assert tracking.promote() == "1"
+    assert aliases() == {"champion": "1"}
+    register(weights, alignment=0.52)
+    assert aliases() == {"champion": "1", "challenger": "2"}
+    assert tracking.promote() == "2"
+    assert aliases() == {"champion": "2"}
+    assert tracking.rollback() == "1"
+    assert aliases() == {"champion": "1"}
+    with pytest.raises(RegistryError, match="replaced no champion"):
+        tracking.rollback()
+    rows = tracking.versions()
+    assert [(row["version"], row["alias"]) for row in rows] == [("2", ""), ("1", "champion")]
+    assert rows[0]["alignment"] == "0.52"
+
+
+def test_nothing_that_is_worse_foreign_or_unknown_is_promoted(project, weights):
+    with pytest.raises(RegistryError, match="there is no challenger"):
+        tracking.promote()
+    register(weights)
+    tracking.promote()
+    register(weights, alignment=0.3)
+    with pytest.raises(RegistryError, match=r"worse than champion 1:\n  alignment 0.3 \[0.25, 0.35\], champion 0.5"):
+        tracking.promote()
+    register(weights, held_out="b" * 64)
+    with pytest.raises(RegistryError, match="cannot be compared"):
+        tracking.promote("3")
+    with pytest.raises(RegistryError, match="there is no version 9"):
+        tracking.promote("9")
+    client().set_model_version_tag("sage", "3", "sage.gates", json.dumps([{"metric": "alignment", "passed": False}]))
+    with pytest.raises(RegistryError, match="has not passed its gates"):
+        tracking.promote("3")
+    assert aliases()["champion"] == "1"
+
+
+def test_a_version_that_was_altered_is_refused_before_it_is_loaded(project, weights):
+    register(weights)
+    source = Path(client().get_model_version("sage", "1").source.removeprefix("file://"))
+    code = next(source.glob("*.py"))
+    code.write_text(f"open({str(project / 'executed')!r}, 'w')\n" + code.read_text())
+    for attempt in (tracking.promote, lambda: tracking.fetch("challenger", project / "out")):
+        with pytest.raises(RegistryError, match="version 1 is damaged"):
+            attempt()
+    assert not (project / "executed").exists()
+    assert "champion" not in aliases()
+
+
+def before_call(number: int) -> None:
+    """Kill this process before the given call of MLflow's client, counted from 1."""
+    count = itertools.count(1)
+
+    def watched(method):
+        def call(*arguments, **options):
+            if next(count) == number:
+                kill()
+            return method(*arguments, **options)
+
+        return call
+
+    for name, method in list(vars(MlflowClient).items()):
+        if callable(method) and not name.startswith("_"):
+            setattr(MlflowClient, name, watched(method))
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_point_leaves_a_version_invisible_or_complete(tmp_path, database, monkeypatch):
+    for number in itertools.count(1):
+        enter(tmp_path / str(number), database, monkeypatch)
+        model = small_model(Path("models/sage"))
+
+        def work(number=number, model=model):
+            before_call(number)
+            register(model)
+
+        ended = in_child(work)
+        for version in client().search_model_versions("name = 'sage'"):
+            assert version.tags.keys() >= COMPLETE
+            tracking.fetch(str(version.version), Path("check"))
+        with sqlite3.connect("mlflow.db") as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert register(model).version == "1"
+        assert len(client().search_model_versions("name = 'sage'")) == 1
+        assert aliases() == {"challenger": "1"}
+        if ended == 0:
+            break
+        assert ended == -9
+    assert number > 8
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_point_of_a_promotion_leaves_a_champion(project, weights):
+    register(weights)
+    tracking.promote()
+    for number in itertools.count(1):
+        version = register(weights, alignment=0.5 + number / 10_000).version
+
+        def work(number=number):
+            before_call(number)
+            tracking.promote()
+
+        ended = in_child(work)
+        assert aliases()["champion"] in {version, str(int(version) - 1)}
+        assert tracking.promote(version) == version
+        assert aliases() == {"champion": version}
+        if ended == 0:
+            break
+        assert ended == -9
+    assert number > 5
+
+
+@pytest.mark.slow
+def test_processes_that_register_at_once_make_one_version_each(project):
+    processes, each = 4, 3
+
+    def work(process: int) -> None:
+        for number in range(each):
+            folder = project / f"{process}-{number}"
+            folder.mkdir()
+            os.chdir(folder)
+            assert register(small_model(Path("m"), folder.name)).new
+
+    with ThreadPoolExecutor(processes) as pool:
+        ended = list(pool.map(lambda process: in_child(lambda: work(process)), range(processes)))
+    assert ended == [0] * processes
+    versions = client().search_model_versions("name = 'sage'")
+    assert sorted(int(version.version) for version in versions) == list(range(1, processes * each + 1))
+    assert len({version.tags["sage.model_sha256"] for version in versions}) == processes * each
+    assert list(aliases()) == ["challenger"]
