@@ -1,1 +1,1 @@
-"""The shell around the library: files in, sage, files out; one file for each outside tool."""
+"""The shell around the library: stages, the `sage` command, tracking, versioning and the Prefect flow."""

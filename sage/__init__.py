@@ -1,1 +1,39 @@
-"""SAGE: semantic-aware shared sampling for text-to-image diffusion (arXiv 2509.15865)."""
+"""SAGE: semantic-aware shared sampling for text-to-image diffusion (arXiv 2509.15865).
+
+Names are imported when they are first used, so that `import sage` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sage.embedding import embed as embed
+    from sage.errors import SageError as SageError
+    from sage.grouping import group as group
+    from sage.pipeline import SharedSamplingPipeline as SharedSamplingPipeline
+    from sage.plan import Plan as Plan
+    from sage.plan import plan_for_budget as plan_for_budget
+    from sage.streaming import StreamingGrouper as StreamingGrouper
+
+_HOME = {
+    "Plan": "sage.plan",
+    "SageError": "sage.errors",
+    "SharedSamplingPipeline": "sage.pipeline",
+    "StreamingGrouper": "sage.streaming",
+    "embed": "sage.embedding",
+    "group": "sage.grouping",
+    "plan_for_budget": "sage.plan",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Return a public name from the module that it lives in."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'sage' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return __all__

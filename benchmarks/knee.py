@@ -1,0 +1,85 @@
+"""Where more steps stop to buy quality: the base model's distances against steps, on the validation split.
+
+    python -m benchmarks.knee --steps 2,3,4,5,6,8,10,12,16,20
+
+Chosen on validation, never on the held-out test split. State is kept, so a second call makes only what is missing.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import sage.torchvision_ops  # noqa: F401
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flows.terminal import progress, run
+from sage.data import Example, read_split
+from sage.embedding import embed
+from sage.files import new_file, sha256_tree
+from sage.metrics.alignment import cosines, load_alignment
+from sage.metrics.bootstrap import value
+from sage.metrics.distances import frechet_statistic, kernel_statistic
+from sage.metrics.extractors import EfficientNetLite0, read_pictures
+from sage.pipeline import SharedSamplingPipeline, prompt_seed
+from sage.plan import Plan
+
+SEEDS = (0, 1)
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="A model folder.")] = Path("models/base"),
+    data: Annotated[Path, typer.Option(help="Prepared data.")] = Path("data/prepared"),
+    alignment: Annotated[Path, typer.Option(help="The dual encoder.")] = Path("models/alignment"),
+    steps: Annotated[str, typer.Option(help="Numbers of steps.")] = "2,3,4,5,6,8,10,12,16,20",
+    guidance_scale: Annotated[float, typer.Option(help="Guidance scale.")] = 3.0,
+    work: Annotated[Path, typer.Option(help="Where features are kept.")] = Path("work/knee"),
+) -> None:
+    """Print kernel distance, Frechet distance and alignment of independent sampling for each number of steps."""
+    examples = read_split(data, "validation")
+    extract = EfficientNetLite0()
+    real = extract(read_pictures(example.path for example in examples))
+    texts = embed([example.text for example in examples])
+    encoder = load_alignment(alignment)
+    each = [[place] for place in range(len(examples))]
+    table = Table("steps", "kernel distance", f"frechet distance (n = {len(examples)})", "alignment")
+    digest = sha256_tree(model)[:16]
+    for count in map(int, steps.split(",")):
+        kept = work / f"{digest}-{guidance_scale}-{count}.npy"
+        if not kept.exists():
+            features = extract(sample(model, examples, count, guidance_scale))
+            with new_file(kept) as temporary, temporary.open("wb") as file:
+                np.save(file, features)
+        features = np.load(kept).reshape(len(examples), len(SEEDS), -1)
+        kernel, frechet = (
+            value(statistic(real, features, each), len(each)) for statistic in (kernel_statistic, frechet_statistic)
+        )
+        table.add_row(str(count), f"{kernel:.4g}", f"{frechet:.4g}", f"{cosines(encoder, features, texts).mean():.4f}")
+    Console().print(table)
+
+
+def sample(model: Path, examples: list[Example], steps: int, guidance_scale: float) -> list[np.ndarray]:
+    """Return pictures of shape (height, width, 3), prompt by prompt, every prompt's seeds together."""
+    pipe: Any = SharedSamplingPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    pictures: dict[tuple[int, int], np.ndarray] = {}
+    with progress(len(examples) * len(SEEDS), f"{steps} steps") as advance:
+        for seed in SEEDS:
+            stream = pipe.stream(
+                [example.text for example in examples],
+                plan=Plan.independent(len(examples), steps),
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                seed=[prompt_seed(seed, example.id) for example in examples],
+                batch_size=64,
+            )
+            for result in stream:
+                pictures[result.index, seed] = np.asarray(result.image)
+                advance(1)
+    return [pictures[place, seed] for place in range(len(examples)) for seed in SEEDS]
+
+
+if __name__ == "__main__":
+    run(main)
