@@ -105,7 +105,7 @@ def assemble(autoencoder: AutoencoderKL, unet: UNet2DConditionModel) -> StableDi
 
 
 def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """Write autoencoder, U-Net and scheduler in half precision, whole or not at all; the text encoder stays in its package."""
+    """Write autoencoder, U-Net and scheduler in half precision, whole or not at all, and no text encoder."""
     with new_folder(folder) as temporary:
         for name in ("vae", "unet"):
             half = copy.deepcopy(getattr(pipeline, name)).half()

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            for item in [*temporary.rglob("*"), temporary]:
-                _sync(item)
+            # Together: one after the other, thousands of small files take half a minute on a slow disk.
+            with ThreadPoolExecutor(16) as pool:
+                list(pool.map(_sync, [*temporary.rglob("*"), temporary]))
             _replace(path, temporary)
             _sync(path.parent)
         finally:
