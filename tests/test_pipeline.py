@@ -28,6 +28,9 @@ from sage.families import stable_diffusion
 from sage.pipeline import SharedSamplingPipeline, prompt_seed
 from sage.plan import Block, Plan
 
+# diffusers 0.42's set_timesteps converts tensors as numpy 2 no longer likes.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 TOLERANCE = {"rtol": 0, "atol": 2e-3}
 CALL = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}
 
@@ -45,8 +48,8 @@ def pipe(stock):
 def test_five_lines(pipe):
     out = pipe(tiny.PROMPTS, num_inference_steps=10, guidance_scale=7.5, share_ratio=0.4, seed=0)
     assert all(isinstance(image, Image.Image) for image in out.images)
-    # "a tall tree" and "tall trees", "red cat" and "red dog": MiniLM finds them alike.
-    assert out.plan.partition(3) == [[0, 1], [2], [3, 4]]
+    # MiniLM finds alike: the red and the blue cat, the tall tree and the tall trees.
+    assert out.plan.partition(3) == [[0, 2], [1], [3, 4]]
     assert out.cost.network_evaluations == out.cost.formula == 2 * (4 * 3 + 6 * 5)
     assert out.cost.independent == 100
     assert out.cost.saving == pytest.approx(0.16)
@@ -195,7 +198,7 @@ def test_stochastic_sampling_at_ratio_0_is_the_stock_pipelines(pipe, stock):
     assert np.array_equal(pipe(tiny.PROMPTS, seed=range(5), share_ratio=0, **CALL).images, expected)
 
 
-@pytest.mark.parametrize("option", [{"clip_skip": 1}, {"guidance_rescale": 0.7}, {"eta": 0.5}])
+@pytest.mark.parametrize("option", [{"guidance_rescale": 0.7}, {"eta": 0.5}])
 def test_options_of_the_stock_pipeline(pipe, stock, option):
     generators = [torch.Generator().manual_seed(seed) for seed in range(5)]
     expected = stock(tiny.PROMPTS, generator=generators, **CALL, **option).images
@@ -208,7 +211,7 @@ def test_lora_loads_as_into_the_stock_pipeline(tmp_path):
     stock = tiny.pipeline("stable_diffusion", tmp_path)
     plain = SharedSamplingPipeline.from_pipe(stock)("red cat", seed=[1], **CALL).images
     torch.manual_seed(3)
-    stock.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    stock.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
     layers = get_peft_model_state_dict(stock.unet)
     expected = stock("red cat", generator=torch.Generator().manual_seed(1), **CALL).images
     StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=layers)
