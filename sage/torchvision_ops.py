@@ -19,7 +19,7 @@ def _operators_load() -> bool:
         return True  # no torchvision, nothing to mend
     for library in Path(spec.origin).parent.glob("_C.*"):
         try:
-            torch.ops.load_library(library)
+            torch.ops.load_library(library)  # type: ignore[no-untyped-call]
         except OSError:
             return False
     return hasattr(torch.ops.torchvision, "nms")
@@ -28,6 +28,6 @@ def _operators_load() -> bool:
 # The library must stay referenced: its declarations go when it does.
 _library: torch.library.Library | None = None
 if not _operators_load():
-    _library = torch.library.Library("torchvision", "DEF")
+    _library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for _name in ("nms", "qnms"):
-        _library.define(_name + _SCHEMA)
+        _library.define(_name + _SCHEMA)  # type: ignore[no-untyped-call]
