@@ -30,8 +30,9 @@ from sage.config import Generate, load_params
 from sage.data import Example, read_split
 from sage.errors import DataError, PlanError
 from sage.files import new_folder, sha256, sha256_tree, write_json
-from sage.pipeline import SharedSamplingPipeline, prompt_seed
+from sage.pipeline import SharedSamplingPipeline
 from sage.plan import Plan
+from sage.stream import prompt_seed
 
 GRID_COLUMNS = 12
 

@@ -35,9 +35,10 @@ from sage.embedding import embed
 from sage.errors import ConfigurationError, DataError
 from sage.files import digest, new_file, sha256, sha256_tree, write_json, write_text
 from sage.grouping import group
-from sage.pipeline import SharedSamplingPipeline, image_seeds
+from sage.pipeline import SharedSamplingPipeline
 from sage.plan import Plan
 from sage.rows import Rejected
+from sage.stream import image_seeds
 
 KEY = "sage"  # of the metadata in a picture
 TILE, TILES, COLUMNS = 128, 240, 12

@@ -8,13 +8,9 @@ loaders, LoRA, offloading, memory options), and only the call is another. A save
     out.images, out.plan, out.cost
 """
 
-import hashlib
 import importlib
-import inspect
 import json
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,13 +22,14 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from sage import sampling
 from sage.errors import ConfigurationError, DataError, PlanError, UnsupportedError
 from sage.plan import Plan
 from sage.sampling import Condition
+from sage.stream import Cost, Stream
+from sage.stream import prompt_seed as prompt_seed
 
 # Stock class and the module with its family.
 FAMILIES = {
@@ -49,31 +46,6 @@ SHARE_RATIO = 0.4
 BATCH_SIZE = 8
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a call cost: evaluations counted at the network, those of independent sampling, and seconds.
-
-    `network_evaluations` counts images, not calls: one image with and without its text is two. It equals the plan's
-    formula, `plan.nfe(guidance)`, or the call fails. `saving` is the share of `independent` that was not needed.
-    """
-
-    network_evaluations: int
-    formula: int
-    independent: int
-    saving: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """One finished image: `index` is prompt * num_images_per_prompt + its number; `seed` that of its generator."""
-
-    index: int
-    image: Any
-    seed: int
-    nsfw: bool | None
-
-
 @dataclass
 class SharedSamplingOutput(BaseOutput):  # type: ignore[misc]
     """Images in the order of the prompts, the plan followed and its cost.
@@ -88,21 +60,6 @@ class SharedSamplingOutput(BaseOutput):  # type: ignore[misc]
     seeds: list[int]
     truncated_tokens: list[int]
     nsfw_content_detected: list[bool] | None = None
-
-
-def prompt_seed(seed: int, key: str) -> int:
-    """Return the seed of one image: 63 bits of the SHA-256 of a run's seed and what names the image in it."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode(errors="surrogatepass")).digest()[:8]) >> 1
-
-
-def image_seeds(seed: int, prompts: Sequence[str]) -> list[int]:
-    """Return a seed for each image of a run: a function of its prompt and of how often that came before."""
-    times: Counter[str] = Counter()
-    seeds = []
-    for prompt in prompts:
-        seeds.append(prompt_seed(seed, f"{times[prompt]}:{prompt}"))
-        times[prompt] += 1
-    return seeds
 
 
 class SharedSamplingPipeline:
@@ -363,190 +320,6 @@ class SharedSamplingPipeline:
         return group(embed(prompts), THRESHOLD, MAX_GROUP_SIZE, NEAR_DUPLICATE)
 
 
-class Stream:
-    """An iterator over the images of one call as they are finished; `cost` is what it has cost so far."""
-
-    def __init__(
-        self,
-        pipe: Any,
-        plan: Plan,
-        *,
-        prompts: list[str] | None,
-        given: dict[str, Tensor],
-        negatives: list[str] | None,
-        images: int,
-        guidance_scale: float,
-        seed: int | Sequence[int] | None,
-        generator: Generator | Sequence[Generator] | None,
-        latents: Tensor | None,
-        batch_size: int,
-        medoid: bool,
-        branch_noise: float,
-        output_type: str,
-        callback: Any,
-        options: dict[str, Any],
-    ) -> None:
-        """Take what `SharedSamplingPipeline.stream` has checked; `plan` is over images, `images` of each prompt."""
-        self.plan = plan
-        self._pipe, self._prompts, self._given, self._negatives = pipe, prompts, given, negatives
-        self._images, self._scale, self._batch_size = images, guidance_scale, batch_size
-        self._medoid, self._branch_noise = medoid, branch_noise
-        self._output_type, self._callback, self._options = output_type, callback, options
-        self._guided = guidance_scale > 1
-        self._device, self._dtype = pipe._execution_device, pipe._network.dtype
-        self._shape = (pipe._network.config.in_channels, *options["size"])
-        self._scheduler = pipe.scheduler
-        self._latents = latents
-        self._keys = [_key(prompts, given, number) for number in range(plan.prompts // images) for _ in range(images)]
-        self._generators: list[Generator] | None = None
-        self.seeds = self._take_seeds(seed, generator)
-        self.truncated_tokens = [0] * (plan.prompts // images)
-        self._encoded: dict[int, Condition] = {}
-        self._evaluations, self._seconds = 0, 0.0
-        if self._latents is not None and len(self._latents) != plan.prompts:
-            raise ConfigurationError(
-                f"{len(self._latents)} latents were given for {plan.prompts} images; give one for each"
-            )
-        self._results = self._run()
-
-    def __iter__(self) -> Iterator[Result]:
-        """Return the stream itself."""
-        return self
-
-    def __next__(self) -> Result:
-        """Return the next finished image."""
-        begin = time.perf_counter()
-        try:
-            return next(self._results)
-        finally:
-            self._seconds += time.perf_counter() - begin
-
-    @property
-    def cost(self) -> Cost:
-        """What was spent so far."""
-        formula = self.plan.nfe(self._guided)
-        independent = (2 if self._guided else 1) * self.plan.prompts * self.plan.steps
-        return Cost(self._evaluations, formula, independent, self.plan.saving, self._seconds)
-
-    @torch.no_grad()
-    def _run(self) -> Iterator[Result]:
-        pipe = self._pipe
-        pipe._interrupt, pipe._guidance_scale, pipe._num_timesteps = False, self._scale, self.plan.steps
-        accepts_eta = "eta" in inspect.signature(self._scheduler.step).parameters
-        with pipe.progress_bar(total=self.plan.nfe(guidance=False)) as self._bar:
-            packs = sampling.sample(
-                self.plan,
-                self._scheduler,
-                predict=self._predict,
-                encode=self._encode,
-                noise=self._noise,
-                generator=self._generator,
-                rank=lambda image: (self.seeds[image], self._keys[image], image),
-                batch_size=self._batch_size,
-                medoid=self._medoid,
-                branch_noise=self._branch_noise,
-                step_kwargs={"eta": self._options["eta"]} if accepts_eta and "eta" in self._options else {},
-                on_step=self._on_step,
-                interrupted=lambda: pipe._interrupt,
-            )
-            for indices, latents in packs:
-                images, nsfw = latents, None
-                if self._output_type != "latent":
-                    images, nsfw = pipe._decode(latents, self._output_type, self._options)
-                for row, index in enumerate(indices):
-                    yield Result(index, images[row], self.seeds[index], None if nsfw is None else nsfw[row])
-        pipe.maybe_free_model_hooks()
-        if self._evaluations != self.plan.nfe(self._guided) and not pipe._interrupt:
-            raise PlanError(
-                f"the network was evaluated {self._evaluations} times, but the plan says {self.cost.formula}; "
-                "this is a fault of this package, please report it"
-            )
-
-    def _predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        before = self._pipe._evaluations
-        output: Tensor = self._pipe._predict(x, t, condition, self._scale, self._options)
-        self._evaluations += self._pipe._evaluations - before
-        return output
-
-    def _on_step(self, step: int, t: Tensor, latents: Tensor) -> Tensor:
-        self._bar.update(len(latents))
-        if self._callback is None:
-            return latents
-        changed = self._callback(self._pipe, step, t, {"latents": latents})
-        return changed.get("latents", latents)  # type: ignore[no-any-return]
-
-    def _encode(self, images: list[int]) -> Condition:
-        """Return the conditions of images, encoding prompts at most a batch at a time and keeping the last few."""
-        wanted = list(dict.fromkeys(image // self._images for image in images))
-        missing = [number for number in wanted if number not in self._encoded]
-        for start in range(0, len(missing), self._batch_size):
-            numbers = missing[start : start + self._batch_size]
-            texts = None if self._prompts is None else [self._prompts[number] for number in numbers]
-            if texts is not None:
-                for number, tokens in zip(numbers, self._pipe._count_tokens(texts), strict=True):
-                    self.truncated_tokens[number] = max(0, tokens - self._pipe._max_tokens(self._options))
-            negatives = None if self._negatives is None else [self._negatives[number] for number in numbers]
-            given = {name: rows[numbers] for name, rows in self._given.items()}
-            rows = self._pipe._encode(texts, negatives, self._guided, given, self._options)
-            for place, number in enumerate(numbers):
-                self._encoded[number] = {name: values[place : place + 1] for name, values in rows.items()}
-        found = [self._encoded[image // self._images] for image in images]
-        for number in list(self._encoded)[: max(0, len(self._encoded) - 4 * self._batch_size)]:
-            del self._encoded[number]
-        return {name: torch.cat([row[name] for row in found]) for name in found[0]}
-
-    def _noise(self, images: list[int], generators: list[Generator]) -> Tensor:
-        channels, height, width = self._shape
-        given = None if self._latents is None else self._latents[images]
-        latents: Tensor = self._pipe.prepare_latents(
-            len(images), channels, height, width, self._dtype, self._device, generators, given
-        )
-        return latents
-
-    def _generator(self, image: int) -> Generator:
-        if self._generators is not None:
-            return self._generators[image]
-        return Generator().manual_seed(self.seeds[image])
-
-    def _take_seeds(
-        self, seed: int | Sequence[int] | None, generator: Generator | Sequence[Generator] | None
-    ) -> list[int]:
-        """Return a seed for each image."""
-        count = self.plan.prompts
-        if seed is not None and generator is not None:
-            raise ConfigurationError("give either seed or generator, and not both")
-        if isinstance(generator, Generator):
-            if count > 1:
-                return self._draw_from_one(generator)
-            generator = [generator]
-        if generator is not None:
-            self._generators = list(generator)
-            if len(self._generators) != count or len(set(map(id, self._generators))) != count:
-                raise ConfigurationError(
-                    f"{len(set(map(id, self._generators)))} different generators were given for {count} images; "
-                    "give each image one of its own"
-                )
-            return [one.initial_seed() for one in self._generators]
-        if seed is None:
-            # As in diffusers, torch.manual_seed decides where nothing else does.
-            seed = int(torch.randint(2**62, ()))
-        if isinstance(seed, int):
-            return image_seeds(seed, self._keys)
-        if len(seed) != count:
-            raise ConfigurationError(f"{len(seed)} seeds were given for {count} images; give one for each")
-        return list(seed)
-
-    def _draw_from_one(self, generator: Generator) -> list[int]:
-        """Draw all noise at once from one generator, as diffusers does, then a seed for each image's later draws."""
-        if self._latents is None:
-            channels, height, width = self._shape
-            factor = self._pipe.vae_scale_factor
-            shape = (self.plan.prompts, channels, height // factor, width // factor)
-            self._latents = randn_tensor(shape, generator=generator, device=self._device, dtype=self._dtype)
-        draws = torch.randint(2**62, (self.plan.prompts,), generator=generator, device=generator.device)
-        return [int(draw) for draw in draws.tolist()]
-
-
 def _family(pipeline: Any) -> Any:
     """Return the class that shares sampling for pipelines of this class."""
     for base in type(pipeline).__mro__:
@@ -565,13 +338,6 @@ def _negatives(negative: str | Sequence[str] | None, count: int) -> list[str] | 
             f"{len(negative)} negative prompts were given for {count} prompts; give one, or one for each"
         )
     return list(negative)
-
-
-def _key(prompts: list[str] | None, given: dict[str, Tensor], number: int) -> str:
-    """Return what names a prompt: its text, or the hash of its embedding."""
-    if prompts is not None:
-        return prompts[number]
-    return hashlib.sha256(given["prompt_embeds"][number].float().cpu().numpy().tobytes()).hexdigest()
 
 
 def _bad_rows(rows: Tensor) -> list[int]:

@@ -25,8 +25,9 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from sage import base
 from sage.errors import ConfigurationError, DataError, PlanError, SageError, UnsupportedError
 from sage.families import stable_diffusion
-from sage.pipeline import SharedSamplingPipeline, prompt_seed
+from sage.pipeline import SharedSamplingPipeline
 from sage.plan import Block, Plan
+from sage.stream import prompt_seed
 
 # diffusers 0.42's set_timesteps converts tensors as numpy 2 no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
