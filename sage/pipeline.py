@@ -10,6 +10,7 @@ loaders, LoRA, offloading, memory options), and only the call is another. A save
 
 import importlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +177,9 @@ class SharedSamplingPipeline:
             raise ConfigurationError(
                 f"{type(self).__name__} takes no {', '.join(unknown)}; further options are {allowed}"
             )
+        scale = self._default_guidance if guidance_scale is None else guidance_scale
+        if not math.isfinite(scale):
+            raise ConfigurationError(f"guidance_scale is {scale}; give a number, 1 or less for no guidance")
         if batch_size < 1 or num_images_per_prompt < 1 or num_inference_steps < 1:
             raise ConfigurationError(
                 f"batch_size {batch_size}, num_images_per_prompt {num_images_per_prompt} and num_inference_steps "
@@ -212,7 +216,7 @@ class SharedSamplingPipeline:
             given=given,
             negatives=_negatives(negative_prompt, count),
             images=num_images_per_prompt,
-            guidance_scale=self._default_guidance if guidance_scale is None else guidance_scale,
+            guidance_scale=scale,
             seed=seed,
             generator=generator,
             latents=latents,

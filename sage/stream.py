@@ -149,13 +149,15 @@ class Stream:
                 on_step=self._on_step,
                 interrupted=lambda: pipe._interrupt,
             )
-            for indices, latents in packs:
-                images, nsfw = latents, None
-                if self._output_type != "latent":
-                    images, nsfw = pipe._decode(latents, self._output_type, self._options)
-                for row, index in enumerate(indices):
-                    yield Result(index, images[row], self.seeds[index], None if nsfw is None else nsfw[row])
-        pipe.maybe_free_model_hooks()
+            try:
+                for indices, latents in packs:
+                    images, nsfw = latents, None
+                    if self._output_type != "latent":
+                        images, nsfw = pipe._decode(latents, self._output_type, self._options)
+                    for row, index in enumerate(indices):
+                        yield Result(index, images[row], self.seeds[index], None if nsfw is None else nsfw[row])
+            finally:
+                pipe.maybe_free_model_hooks()
         if self._evaluations != self.plan.nfe(self._guided) and not pipe._interrupt:
             raise PlanError(
                 f"the network was evaluated {self._evaluations} times, but the plan says {self.cost.formula}; "

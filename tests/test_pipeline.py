@@ -312,6 +312,7 @@ BAD = [
     ({"num_images_per_prompt": 0}, ConfigurationError, "num_images_per_prompt 0"),
     ({"num_inference_steps": 0}, ConfigurationError, "num_inference_steps 0 must each be at least 1"),
     ({"branch_noise": 2.0}, ConfigurationError, "branch_noise 2.0"),
+    ({"guidance_scale": math.nan}, ConfigurationError, "guidance_scale is nan"),
     ({"guidance": 3.0}, ConfigurationError, "takes no guidance; further options are clip_skip"),
     ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, ConfigurationError, "latents only, not prompt_embeds"),
 ]
