@@ -31,7 +31,7 @@ REPORT = Path("report/index.html")
 def reproduce(stage: str, environment: dict[str, str]) -> dict[str, Any]:
     """Bring one stage up to date; return what became of it and how long it took."""
     log = get_run_logger()
-    outcome = versioning.reproduce(_lines(log.info), stage, environment)[stage]
+    outcome = versioning.reproduce(_lines(log.info), stage, alone=True, environment=environment)[stage]
     log.info("%s: %s in %.1f s", stage, outcome.state, outcome.seconds)
     return {"stage": stage, "state": outcome.state, "seconds": round(outcome.seconds, 1)}
 

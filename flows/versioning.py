@@ -99,26 +99,20 @@ def only_writer() -> Iterator[None]:
 
 
 def reproduce(
-    write: Write, stage: str | None = None, environment: Mapping[str, str] | None = None
+    write: Write, stage: str | None = None, *, alone: bool = False, environment: Mapping[str, str] | None = None
 ) -> dict[str, Outcome]:
-    """Bring all stages, or one of them alone, up to date; return what became of each.
+    """Bring all stages, or one with what it needs, or one `alone`, up to date; return what became of each.
 
     `write` receives what DVC and the stages print, as it comes; `environment` is added to theirs. Raises BusyError
     where another process has the lock, SageError where a stage fails. Whatever ends this call ends the stages.
     """
-    target = [] if stage is None else ["--single-item", stage]
+    target = [] if stage is None else ["--single-item", stage] if alone else [stage]
     output = Output(write)
     code = _run(["repro", *target], environment or {}, output)
     if code and any(map(_BUSY.search, output.lines)):
         raise BusyError("DVC is at work in this folder already. Wait for it and try again.")
     if code:
-        # A stage says "error:", DVC says "ERROR:", the first of them says why.
-        said = [line for line in output.lines if line.lower().startswith("error: ")]
-        reason = said[0][len("error: ") :] if said else f"dvc ended with code {code}"
-        raise SageError(
-            f"stage {output.current or stage or '?'} failed: {reason}\n"
-            "Mend the cause and run again; finished stages are not repeated."
-        )
+        raise SageError(output.failure(code))
     return output.outcomes()
 
 
@@ -141,7 +135,6 @@ class Output:
         self._seen: dict[str, tuple[State, float]] = {}
         self._line = ""
         self.lines: deque[str] = deque(maxlen=200)  # the last ones, for the reason of a failure
-        self.current: str | None = None
 
     def feed(self, piece: bytes) -> None:
         """Take the next bytes."""
@@ -152,9 +145,18 @@ class Output:
         for line in whole:
             self.lines.append(line)
             if match := _LINE.search(line):
-                self.current = match["stage"]
                 # A stage starts at its own line and ends at that of the next.
-                self._seen[self.current] = _STATES[match["what"]], time.monotonic()
+                self._seen[match["stage"]] = _STATES[match["what"]], time.monotonic()
+
+    def failure(self, code: int) -> str:
+        """Return which stage failed and why, as far as the output tells."""
+        # A stage says "error:", then DVC says "ERROR:"; the first says why.
+        said = [line for line in self.lines if line.lower().startswith("error: ")] or [
+            f"error: dvc ended with code {code}"
+        ]
+        named = re.search(r"failed to reproduce '([^']+)'", said[-1])
+        what = f"stage {named[1]} failed" if named else "the graph could not be run"
+        return f"{what}: {said[0][len('error: ') :]}\nMend the cause and run again; finished stages are not repeated."
 
     def outcomes(self) -> dict[str, Outcome]:
         """Return what became of each stage so far."""

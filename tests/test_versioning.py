@@ -73,8 +73,8 @@ def project(template, tmp_path, monkeypatch):
     return folder
 
 
-def states(*arguments, **environment):
-    outcomes = versioning.reproduce(lambda text: None, *arguments, environment=environment)
+def states(*arguments, alone=False, **environment):
+    outcomes = versioning.reproduce(lambda text: None, *arguments, alone=alone, environment=environment)
     return {name: outcome.state for name, outcome in outcomes.items()}
 
 
@@ -106,9 +106,11 @@ def test_what_became_of_each_stage_is_known(project):
     assert (project / "made/second").read_text() == "in firstsecond"
     assert versioning.stale() == []
     assert states() == {"first": "up to date", "second": "up to date"}
-    assert states("second") == {"second": "up to date"}
+    assert states("first") == {"first": "up to date"}
+    assert states("second") == {"first": "up to date", "second": "up to date"}
+    assert states("second", alone=True) == {"second": "up to date"}
     (project / "made/second").unlink()
-    assert states("second") == {"second": "restored"}
+    assert states("second", alone=True) == {"second": "restored"}
     (project / "input").write_text("other ")
     assert states() == {"first": "executed", "second": "executed"}
 
