@@ -16,7 +16,7 @@ from sage import base, files, pretraining
 from sage.config import Network, load_params
 from sage.data import load_pixels, read_split
 from sage.metrics import alignment
-from sage.training import Schedule, fit
+from sage.training import Losses, Schedule, fit
 
 app = typer.Typer(
     no_args_is_help=True, help="Train the parts that models/ holds; a killed command resumes when called again."
@@ -91,7 +91,7 @@ def _pictures(data: Path, split: str) -> Tensor:
 
 def _fit(
     network: torch.nn.Module,
-    loss: Callable[[int], pretraining.Losses],
+    loss: Callable[[int], Losses],
     settings: Network,
     work: Path,
     data: Path,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sage import diffusion, loss
 from sage.errors import DataError, UnsupportedError
 from sage.loss import BranchNoise, Network, Process, Query, SoftTarget
-from sage.training import Losses, generator
+from sage.training import Losses, generator, spaced
 
 
 @dataclass(frozen=True)
@@ -246,12 +246,6 @@ class _Draws:
 
     def _noise(self, rows: Tensor, random: torch.Generator) -> Tensor:
         return torch.randn((len(rows), *self.data.latents.shape[1:]), generator=random)
-
-
-def spaced(n: int, random: torch.Generator) -> Tensor:
-    """Return n numbers in [0, 1), one in each n-th, in random order: the mean of independent ones, less variance."""
-    # In double: 63 plus a float just below 1 is 64 in single precision, and a timestep T does not exist.
-    return (torch.randperm(n, generator=random) + torch.rand(n, generator=random, dtype=torch.float64)) / n
 
 
 def _ask(network: nn.Module) -> Network:

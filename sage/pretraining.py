@@ -1,6 +1,6 @@
 """Training the base model from scratch: first the autoencoder on pictures, then the U-Net on their latents."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import sage.torchvision_ops  # noqa: F401
 
@@ -11,13 +11,7 @@ from torch.nn import functional as F
 
 from sage import diffusion
 from sage.base import text_parts
-
-Losses = Mapping[str, Tensor]
-
-
-def generator(seed: int, step: int) -> torch.Generator:
-    """Return the source of all randomness of one training step."""
-    return torch.Generator().manual_seed((seed << 32) + step)
+from sage.training import Losses, generator, spaced
 
 
 def batch(n: int, size: int, seed: int, step: int) -> Tensor:
@@ -25,7 +19,7 @@ def batch(n: int, size: int, seed: int, step: int) -> Tensor:
     size = min(size, n)
     per_epoch = n // size
     epoch, place = divmod(step, per_epoch)
-    order = torch.randperm(n, generator=generator(seed + 1, epoch))
+    order = torch.randperm(n, generator=generator(seed, "order", epoch))
     return order[place * size : (place + 1) * size]
 
 
@@ -123,9 +117,7 @@ def denoiser_loss(
         x_0 = latents[rows]
         dropped = torch.rand(len(rows), generator=random) < drop_text
         condition = states[torch.where(dropped, len(latents), rows)]
-        # One time from each of the batch's equal parts of the schedule: the same mean, less variance.
-        parts = (torch.arange(len(rows)) + torch.rand(len(rows), generator=random)) / len(rows)
-        t = (parts * len(alphas)).long()
+        t = (spaced(len(rows), random) * len(alphas)).long()
         eps = torch.randn(x_0.shape, generator=random)
         x_t = diffusion.add_noise(x_0, eps, alphas[t], sigmas[t])
         with torch.autocast("cpu", torch.bfloat16):

@@ -49,6 +49,12 @@ def generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4]))
 
 
+def spaced(n: int, random: torch.Generator) -> Tensor:
+    """Return n numbers in [0, 1), one in each n-th, in random order: the mean of independent ones, less variance."""
+    # In double: 63 plus a float just below 1 is 64 in single precision, and a timestep T does not exist.
+    return (torch.randperm(n, generator=random) + torch.rand(n, generator=random, dtype=torch.float64)) / n
+
+
 def fit(
     network: nn.Module,
     loss: Callable[[int], Losses],

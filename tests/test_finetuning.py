@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from sage import base, diffusion, sampling
 from sage.errors import DataError, UnsupportedError
-from sage.finetuning import Batches, TrainingSet, endless, finetuning_loss, spaced
-from sage.training import Schedule, fit
+from sage.finetuning import Batches, TrainingSet, endless, finetuning_loss
+from sage.training import Schedule, fit, spaced
 
 ALL = {"diffusion": 1.0, "shared": 1.0, "branch": 1.0, "consistency": 0.1}
 GROUPS = ((0, 1, 2), (3,), (4, 5), (6, 7, 8, 9), (10,), (11,))
