@@ -58,14 +58,16 @@ def test_each_prompt_becomes_one_picture_that_says_how_it_was_made(generate, tmp
     out = tmp_path / "out"
     for line in lines:
         assert sha256(out / line["file"]) == line["sha256"]
-        inside = json.loads(Image.open(out / line["file"]).text["sage"])
+        with Image.open(out / line["file"]) as picture:
+            inside = json.loads(picture.text["sage"])
         assert inside == {name: value for name, value in line.items() if name not in ("file", "sha256")}
         assert inside["plan"] == {"steps": 4, "share_ratio": 0.5 if inside["shared_with"] else 0.0}
         assert inside["model"] == sha256_tree(Path(model))
     by_id = {line["id"]: line for line in lines}
     assert by_id["000002"]["shared_with"] == ["000004"]
     assert all(by_id[other]["group"] == line["group"] for line in lines for other in line["shared_with"])
-    assert Image.open(out / "contact.png").width == 7 * prompts.TILE
+    with Image.open(out / "contact.png") as sheet:
+        assert sheet.width == 7 * prompts.TILE
 
 
 def test_the_pictures_are_the_pipelines(generate, tmp_path, model):
