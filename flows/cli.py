@@ -207,7 +207,9 @@ def _table(title: str, rows: Sequence[dict[str, str]]) -> None:
     from flows import tables
 
     names = tables.columns(rows)
-    table = Table(*names, title=title, title_justify="left")
+    table = Table(*(name.replace("_", " ") for name in names), title=title, title_justify="left")
     for row in rows:
         table.add_row(*(row.get(name, "-") for name in names))
-    Console().print(table)
+    console = Console()
+    # A log has no width of its own; 80 columns would break every interval.
+    (console if console.is_terminal else Console(width=140)).print(table)
