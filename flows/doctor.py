@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from flows import tracking, versioning
+from flows.machine import device
 from sage.errors import SageError
 from sage.files import sha256
 
@@ -161,7 +162,7 @@ def _memory() -> Iterator[Finding]:
 def _device() -> Iterator[Finding]:
     import torch
 
-    wanted = os.environ.get("SAGE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = device()
     try:
         torch.ones(1, device=wanted).sum().item()
     except (RuntimeError, AssertionError) as error:

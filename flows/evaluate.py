@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Annotated, Any
 import sage.torchvision_ops  # noqa: F401
 
 import numpy as np
-import torch
 import typer
 
 from flows import report as page
+from flows.machine import device
 from flows.terminal import progress, run
 from flows.tracking import stage_run
 from sage import gates
@@ -82,8 +81,7 @@ def measure(
     judged: Judged, data: Path, encoder: DualEncoder
 ) -> tuple[judging.Pictures, dict[str, judging.Pictures], np.ndarray]:
     """Return what the extractors see: the real pictures, each arm's, and the features of the real ones' siblings."""
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    extract = EfficientNetLite0(os.environ.get("SAGE_DEVICE", default))
+    extract = EfficientNetLite0(device())
     others = siblings(judged.examples, read_split(data, "train"))
     prompts, seeds = len(judged.examples), len(judged.seeds)
     texts = embed([example.text for example in judged.examples])

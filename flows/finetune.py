@@ -1,8 +1,6 @@
 """Stage finetune: the base model learns to share its early steps."""
 
-import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -16,11 +14,12 @@ import typer
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from flows.machine import device
 from flows.terminal import progress, run
 from flows.tracking import Run, stage_run
 from sage import base as base_model
 from sage.config import Finetune, load_params
-from sage.data import Example, load_pixels, read_split
+from sage.data import Example, load_pixels, read_groups, read_split
 from sage.files import digest, sha256, sha256_tree, write_json
 from sage.finetuning import Batches, TrainingSet, finetuning_loss
 from sage.pipeline import SharedSamplingPipeline, prompt_seed
@@ -48,7 +47,7 @@ def main(
     settings = load_params().finetune
     pipeline = base_model.load(base)
     examples = read_split(data, "train")
-    members = read_groups(groups / "train.json", examples)
+    members = tuple(map(tuple, read_groups(groups / "train.json", examples)[0]))
     batches = Batches(members, settings.weights.model_dump(), settings.evaluations, settings.seed)
     if not any(len(group) > 1 for group in members):
         log.warning("no two training prompts are in one group: this is plain fine-tuning")
@@ -81,13 +80,6 @@ def main(
         record.tags({name: value for name, value in figures.items() if isinstance(value, str)})
         write_json(metrics, figures | {"run_id": record.id})
     shutil.rmtree(state)
-
-
-def read_groups(path: Path, examples: Sequence[Example]) -> tuple[tuple[int, ...], ...]:
-    """Return the groups as places in `examples`, -1 for an id that is not there (TrainingSet refuses it)."""
-    place = {example.id: number for number, example in enumerate(examples)}
-    groups = json.loads(path.read_text(encoding="utf-8"))["groups"]
-    return tuple(tuple(place.get(id, -1) for id in group["ids"]) for group in groups)
 
 
 def training_set(
@@ -148,7 +140,7 @@ def train(
 def watch(data: Path, groups: Path) -> list[list[Example]]:
     """Return the first groups of the validation split, those whose pictures are looked at while training."""
     examples = read_split(data, "validation")
-    shareable = [group for group in read_groups(groups / "validation.json", examples) if len(group) > 1]
+    shareable = [group for group in read_groups(groups / "validation.json", examples)[0] if len(group) > 1]
     return [[examples[row] for row in group[:MEMBERS]] for group in shareable[:GROUPS]]
 
 
@@ -176,11 +168,6 @@ def show(
         for column in range(len(group)):
             grid.paste(next(remaining), (column * width, row * height))
     record.image(grid, "shared", step)
-
-
-def device() -> torch.device:
-    """Return where the network runs: SAGE_DEVICE, by default the first accelerator, else the CPU."""
-    return torch.device(os.environ.get("SAGE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 if __name__ == "__main__":

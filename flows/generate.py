@@ -10,7 +10,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,11 +23,12 @@ import torch
 import typer
 from PIL import Image
 
+from flows.machine import device
 from flows.terminal import progress, run
 from flows.tracking import stage_run
 from sage.config import Generate, load_params
-from sage.data import Example, read_split
-from sage.errors import DataError, PlanError
+from sage.data import Example, read_groups, read_split
+from sage.errors import PlanError
 from sage.files import new_folder, sha256, sha256_tree, write_json
 from sage.pipeline import SharedSamplingPipeline
 from sage.plan import Plan
@@ -64,7 +64,7 @@ def main(
     """Make every arm's pictures and say what each arm cost."""
     settings = load_params().generate
     examples = read_split(data, settings.split)
-    members = read_groups(groups / f"{settings.split}.json", examples)
+    members, _ = read_groups(groups / f"{settings.split}.json", examples)
     arms = plan_arms(base, model, members, settings)
     made: dict[tuple[str, Plan], dict[str, Any]] = {}
     first: dict[tuple[str, Plan], str] = {}
@@ -96,19 +96,6 @@ def main(
             )
         record.image(grid(folder, [arm.name for arm in arms], examples, members, settings.seeds[0]), "arms")
         write_json(metrics, {"arms": figures, "split": settings.split, "seeds": settings.seeds, "run_id": record.id})
-
-
-def read_groups(path: Path, examples: list[Example]) -> list[list[int]]:
-    """Return the groups as places in `examples`; raise DataError where they are of another set of prompts."""
-    place = {example.id: number for number, example in enumerate(examples)}
-    groups = [group["ids"] for group in json.loads(path.read_text(encoding="utf-8"))["groups"]]
-    ids = [id for group in groups for id in group]
-    if sorted(ids) != sorted(place):
-        odd = sorted(set(ids) ^ set(place))[:3] or "an id twice"
-        raise DataError(
-            f"{path} groups {len(ids)} prompts, but the split has {len(place)}; they differ in {odd}. Group again."
-        )
-    return [[place[id] for id in group] for group in groups]
 
 
 def plan_arms(base: Path, model: Path, groups: list[list[int]], settings: Generate) -> list[Arm]:
@@ -173,11 +160,6 @@ def counted(network: torch.nn.Module) -> Iterator[list[int]]:
         yield rows
     finally:
         handle.remove()
-
-
-def device() -> str:
-    """Return where to compute: SAGE_DEVICE, or the accelerator if there is one."""
-    return os.environ.get("SAGE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def write_manifest(

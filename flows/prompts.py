@@ -12,7 +12,6 @@ import csv
 import io
 import itertools
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,12 +21,12 @@ from typing import Annotated, Any
 
 import sage.torchvision_ops  # noqa: F401
 
-import torch
 import typer
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from flows.group import ENCODER, cache, choose_threshold
+from flows.machine import device
 from flows.terminal import progress, run
 from sage.captions import clean_caption
 from sage.config import load_params
@@ -85,7 +84,7 @@ def main(
     threshold = choose_threshold(params.group, embeddings, settings["share_ratio"])
     groups = group(embeddings, threshold, params.group.max_size, params.group.near_duplicate)
     pipe: Any = SharedSamplingPipeline.from_pretrained(model)
-    pipe.to(os.environ.get("SAGE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipe.to(device())
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler.set_timesteps(settings["steps"])
     whole = Plan.shared(groups, len(pipe.scheduler.timesteps), settings["share_ratio"])

@@ -1,6 +1,7 @@
 """What a person sees while a command works: errors as one message, progress with rate and time left."""
 
 import logging
+import os
 import signal
 import sys
 import time
@@ -56,7 +57,8 @@ def _stop(message: object, code: int) -> None:
 
 
 def quiet() -> None:
-    """Keep the log to warnings, and what is imported so far from drawing bars of its own."""
+    """Keep the log to warnings, and libraries, imported already or later, from drawing bars of their own."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for name in ("transformers", "diffusers"):
         if module := sys.modules.get(name):

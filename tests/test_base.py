@@ -1,7 +1,8 @@
 import json
 
-import pytest
 import sage.torchvision_ops  # noqa: F401
+
+import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 

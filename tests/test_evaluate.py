@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 from flows import evaluate
 from sage import gates
 from sage.data import Example
-from sage.errors import MetricError
+from sage.errors import DataError, MetricError
 from sage.metrics.alignment import DualEncoder, save
 from sage.metrics.judged import read_judged, siblings
 from sage.twemoji import pictures
@@ -187,7 +187,7 @@ def uncounted(folder):
 )
 def test_wrong_pictures_stop_the_stage_with_no_report_and_no_figures(project, monkeypatch, fault, words):
     fault(project)
-    with pytest.raises(MetricError, match=words):
+    with pytest.raises((MetricError, DataError), match=words):
         run(project, monkeypatch)
     assert not (project / "report").exists()
     assert not (project / "metrics").exists()

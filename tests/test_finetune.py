@@ -142,7 +142,7 @@ def test_without_groups_it_is_plain_fine_tuning_and_says_so(tune, tmp_path, capl
 def test_groups_of_other_data_are_refused(groups, tune, tmp_path):
     write_groups(tmp_path / "groups", "train", groups)
     write_groups(tmp_path / "groups", "validation", GROUPS)
-    with pytest.raises(DataError, match="no partition of the 6 training pictures"):
+    with pytest.raises(DataError, match="no partition of the split's 6 prompts"):
         tune(groups=tmp_path / "groups")
 
 

@@ -129,6 +129,6 @@ def test_groups_of_other_prompts_are_refused_and_leave_nothing(project, monkeypa
     (groups / "test.json").write_text(json.dumps({"groups": [{"ids": ["p0", "p1"]}, {"ids": ["x9"]}]}))
     monkeypatch.chdir(project)
     arguments = {"base": project / "base", "model": project / "tuned", "data": project / "data/prepared"}
-    with pytest.raises(DataError, match="groups 3 prompts, but the split has 5; they differ in"):
+    with pytest.raises(DataError, match="no partition of the split's 5 prompts: 3 missing"):
         generate.main(**arguments, groups=groups, out=tmp_path / "out", metrics=tmp_path / "m.json")
     assert not (tmp_path / "out").exists()

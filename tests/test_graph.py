@@ -3,10 +3,10 @@
 What a stage reaches is read from the imports of its file, theirs, and so on, also inside functions; module names in
 text ("sage.families.stable_diffusion") and files beside a module ("report.html.j2") count as well.
 
-Four kinds of files cannot change a result, so that a change in them must not cost a training; they are listed nowhere:
-flows/terminal.py shows, flows/tracking/ and flows/versioning.py record, sage/errors.py names what is raised,
-sage/config.py has neither defaults nor conversions (tests/test_config.py), and a package's `__init__.py` only says what
-lies where. The last test keeps them so.
+Five kinds of files cannot change a result, so that a change in them must not cost a training; they are listed nowhere:
+flows/machine.py names the device, flows/terminal.py shows, flows/tracking/ and flows/versioning.py record,
+sage/errors.py names what is raised, sage/config.py has neither defaults nor conversions (tests/test_config.py), and a
+package's `__init__.py` only says what lies where. The last test keeps them so.
 """
 
 import ast
@@ -20,7 +20,14 @@ from sage.config import Params
 
 ROOT = Path(__file__).parents[1]
 GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-WITHOUT_EFFECT = ("flows/terminal.py", "flows/tracking/", "flows/versioning.py", "sage/errors.py", "sage/config.py")
+WITHOUT_EFFECT = (
+    "flows/machine.py",
+    "flows/terminal.py",
+    "flows/tracking/",
+    "flows/versioning.py",
+    "sage/errors.py",
+    "sage/config.py",
+)
 
 
 def source(module: str) -> Path | None:

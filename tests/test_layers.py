@@ -63,7 +63,11 @@ def test_a_stage_imports_the_library_and_what_records_and_shows(stage):
     shell = {module for module in imports(ROOT / f"flows/{stage}.py") if top(module) == "flows"}
     # The report is a part of its stage, in a file of its own.
     own = {"flows.report"} if stage == "evaluate" else set()
-    assert {".".join(module.split(".")[:2]) for module in shell} <= {"flows.tracking", "flows.terminal"} | own
+    assert {".".join(module.split(".")[:2]) for module in shell} <= {
+        "flows.tracking",
+        "flows.terminal",
+        "flows.machine",
+    } | own
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-import pytest
 import sage.torchvision_ops  # noqa: F401
+
+import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
@@ -89,9 +90,7 @@ def test_denoiser_loss_is_the_squared_error_of_v(unet):
     unet.conv_out.bias.data.zero_()
     latents = torch.randn(512, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     states = torch.zeros(513, 3, 6)
-    loss = pretraining.denoiser_loss(
-        unet, base.new_scheduler(), latents, states, batch_size=512, drop_text=0.1, seed=0
-    )
+    loss = pretraining.denoiser_loss(unet, base.new_scheduler(), latents, states, batch_size=512, drop_text=0.1, seed=0)
     assert loss(0)["loss"].item() == pytest.approx(1, abs=0.02)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sage.data import Example, read_split
+from sage.data import Example, read_groups, read_split
 from sage.errors import MetricError
 from sage.files import digest, sha256
 
@@ -35,7 +35,7 @@ def read_judged(data: Path, groups: Path, generated: Path, split: str, seeds: Se
     examples = read_split(data, split)
     if not examples:
         raise MetricError(f"split {split} of {data} is empty, so there is nothing to judge; hold some pictures out.")
-    partition, similarity = _read_groups(groups / f"{split}.json", [example.id for example in examples])
+    partition, similarity = read_groups(groups / f"{split}.json", examples)
     arms = _read_arms(generated, [example.id for example in examples], partition, seeds)
     prompts = [[example.id, example.text, sha256(example.path)] for example in examples]
     ids = [[examples[row].id for row in group] for group in partition]
@@ -61,20 +61,6 @@ def siblings(held_out: Sequence[Example], training: Sequence[Example]) -> list[E
     found = [families[example.family].popleft() if families[example.family] else None for example in wanted]
     spare = iter([example for family in families.values() for example in family])
     return [example or next(spare) for example in found]
-
-
-def _read_groups(path: Path, ids: Sequence[str]) -> tuple[list[list[int]], list[float]]:
-    groups = json.loads(path.read_text(encoding="utf-8"))["groups"]
-    found = Counter(id for group in groups for id in group["ids"])
-    if found != Counter(ids):
-        missing, foreign = sorted(set(ids) - set(found)), sorted(set(found) - set(ids))
-        double = sorted(id for id, times in found.items() if times > 1)
-        raise MetricError(
-            f"{path} is no partition of the split's {len(ids)} prompts: {_some('missing', missing)}, "
-            f"{_some('foreign', foreign)}, {_some('double', double)}. Run `dvc repro group`."
-        )
-    row = {id: number for number, id in enumerate(ids)}
-    return [[row[id] for id in group["ids"]] for group in groups], [float(group["similarity"]) for group in groups]
 
 
 def _read_arms(
