@@ -102,6 +102,9 @@ class Stream:
         self.seeds = self._take_seeds(seed, generator)
         self.truncated_tokens = [0] * (plan.prompts // images)
         self._encoded: dict[int, Condition] = {}
+        # What all images shall not show is encoded with the first batch, as the stock pipeline does, and kept.
+        self._one_negative = not any(name.startswith("negative") for name in given) and len(set(negatives or [""])) == 1
+        self._without: Condition = {}
         self._evaluations, self._seconds = 0, 0.0
         if self._latents is not None and len(self._latents) != plan.prompts:
             raise ConfigurationError(
@@ -189,7 +192,15 @@ class Stream:
                     self.truncated_tokens[number] = max(0, tokens - self._pipe._max_tokens(self._options))
             negatives = None if self._negatives is None else [self._negatives[number] for number in numbers]
             given = {name: rows[numbers] for name, rows in self._given.items()}
-            rows = self._pipe._encode(texts, negatives, self._guided, given, self._options)
+            rows = self._pipe._encode(texts, negatives, self._guided and not self._without, given, self._options)
+            if self._without:
+                both = (
+                    (name, self._without[name].expand(len(values), *[-1] * (values.ndim - 1)), values)
+                    for name, values in rows.items()
+                )
+                rows = {name: torch.cat([without, values], dim=1) for name, without, values in both}
+            elif self._guided and self._one_negative:
+                self._without = {name: values[:1, :1] for name, values in rows.items()}
             for place, number in enumerate(numbers):
                 self._encoded[number] = {name: values[place : place + 1] for name, values in rows.items()}
         found = [self._encoded[image // self._images] for image in images]

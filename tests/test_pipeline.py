@@ -173,6 +173,20 @@ def test_images_stream_out_as_they_are_ready(pipe):
     assert stream.cost.network_evaluations == stream.cost.formula == whole.cost.formula
 
 
+def test_a_text_is_encoded_once_and_what_all_avoid_with_the_first_batch(pipe):
+    rows = []
+    handle = pipe.text_encoder.register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
+    call = {"groups": tiny.GROUPS, "share_ratio": 0.5, "seed": 0, "batch_size": 2, **CALL}
+    whole = pipe(tiny.PROMPTS, negative_prompt="dog", **call).images
+    assert rows == [2, 2, 1, 2]
+    rows.clear()
+    # One negative for each is encoded for each.
+    same = pipe(tiny.PROMPTS, negative_prompt=["dog"] * 4 + ["dog "], **call).images
+    assert sum(rows) == 10
+    handle.remove()
+    np.testing.assert_allclose(same, whole, **TOLERANCE)
+
+
 def test_two_streams_at_once_do_not_disturb_each_other(pipe):
     call = {"groups": [[0, 1], [2]], "share_ratio": 0.5, "batch_size": 1, **CALL}
     streams = [pipe.stream(["red cat", "red dog", "tree"], seed=seed, **call) for seed in (1, 2)]
