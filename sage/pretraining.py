@@ -57,7 +57,7 @@ def autoencoder_loss(
 @torch.no_grad()
 def encode_pictures(autoencoder: AutoencoderKL, pictures: Tensor, batch_size: int = 64) -> Tensor:
     """Return the latents of uint8 pictures, unscaled, as float32 of shape (n, channels, height, width)."""
-    parts = pictures.split(batch_size)
+    parts = torch.split(pictures, batch_size)
     return torch.cat([autoencoder.encode(to_pixels(part)).latent_dist.mode() for part in parts])
 
 
@@ -131,7 +131,7 @@ def denoiser_loss(
 def reconstruction(autoencoder: AutoencoderKL, pictures: Tensor, batch_size: int = 64) -> float:
     """Return the mean peak signal-to-noise ratio in dB of uint8 pictures after encoding and decoding."""
     ratios = []
-    for part in pictures.split(batch_size):
+    for part in torch.split(pictures, batch_size):
         x = to_pixels(part)
         restored = autoencoder.decode(autoencoder.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
         ratios.append(-10 * ((restored - x) / 2).square().mean(dim=(1, 2, 3)).log10())
