@@ -1,6 +1,7 @@
 """What every test shares: nothing is recorded, downloaded or reported unless a test asks for it."""
 
 import os
+import signal
 
 # Before any library reads them.
 os.environ |= {
@@ -11,3 +12,6 @@ os.environ |= {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "DVC_NO_ANALYTICS": "true",
 }
+
+# A runner in the background inherits SIGINT as ignored, and so would every process that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
