@@ -7,12 +7,14 @@ the same build and thread count.
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sage import checkpoint
 from sage.errors import DivergedError
@@ -87,7 +89,8 @@ def fit(
 
     network.train()
     for step in range(start, schedule.steps):
-        found = _gradient(loss(step), parameters.values(), schedule.max_norm, step, work)
+        with _attention(parameters.values()):
+            found = _gradient(loss(step), parameters.values(), schedule.max_norm, step, work)
         # The state after `step` steps is stored only now that it gave a finite loss: what lies on disk is good.
         if step > start and step % schedule.checkpoint_every == 0:
             save(step)
@@ -107,6 +110,12 @@ def fit(
             p.copy_(ema[name])
     network.eval()
     return values
+
+
+def _attention(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Return the attention to train with: on a CPU the plain one, for torch's fused one is slow backwards."""
+    on_cpu = all(p.device.type == "cpu" for p in parameters)
+    return sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
 
 
 def _gradient(
