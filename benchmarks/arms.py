@@ -1,0 +1,383 @@
+"""What each part of SAGE is worth, and what sharing saves at equal quality: the figures of docs/results.md.
+
+    python -m benchmarks.arms choose     every recipe on the validation split, the only one to choose by
+    python -m benchmarks.arms prove      the arms, the goals and both frontiers on the held-out test split
+    python -m benchmarks.arms prove --quick     one training seed and few points: minutes
+
+A command that was killed goes on. Each rewrites its own part of docs/results.md, between two marks.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import sage.torchvision_ops  # noqa: F401
+
+import matplotlib as mpl
+import numpy as np
+import typer
+from PIL import Image
+
+from benchmarks.trials import Point, Recipe, Trials, standard
+from flows.terminal import guard
+from sage.config import Params, load_params
+from sage.files import new_file, write_text
+from sage.metrics import judging
+from sage.metrics.bootstrap import Array, Statistic, percentiles
+from sage.metrics.frontier import saving
+from sage.plan import Plan
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+
+METRICS = {
+    "kernel_distance": "kernel distance",
+    "frechet_distance": "Frechet distance",
+    "alignment": "alignment",
+    "group_diversity": "diversity within groups",
+    "seed_diversity": "diversity over seeds",
+}
+Work = Annotated[Path, typer.Option(help="Where models and features are kept.")]
+Page = Annotated[Path, typer.Option(help="The page whose figures are rewritten; pictures go beside it.")]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How much is measured: training seeds, steps of the frontiers by solver, and share ratios."""
+
+    seeds: int
+    ddim: tuple[int, ...]
+    dpm: tuple[int, ...]
+    ratios: tuple[float, ...]
+
+
+FULL = Form(3, (2, 3, 4, 5, 6, 8, 10, 14, 20, 30, 50), (4, 6, 8, 10, 14, 20), (0.2, 0.3, 0.4, 0.5, 0.6))
+QUICK = Form(1, (4, 5, 6, 8, 10, 14), (), (0.4,))
+
+
+class Judge:
+    """Every figure of one split, paired: the same prompts, seeds and bootstrap draws for all arms."""
+
+    def __init__(self, trials: Trials) -> None:
+        """Take the settings of section evaluate."""
+        self.trials = trials
+        settings = trials.params.evaluate
+        self.bootstrap = judging.Bootstrap.over(trials.groups, settings.resamples, settings.confidence, settings.seed)
+        # The data themselves, then the draws.
+        self.counts = np.vstack([np.ones((1, len(trials.groups))), self.bootstrap.counts])
+
+    def measured(self, points: Sequence[Point]) -> dict[str, Statistic]:
+        """Return the statistics of an arm: their means over its points, one for each training seed."""
+        trials = self.trials
+        all_ = [judging.statistics(trials.real, trials.pictures(point), trials.groups) for point in points]
+        return {name: _mean([statistics[name] for statistics in all_]) for name in METRICS}
+
+    def figures(self, points: Sequence[Point]) -> dict[str, judging.Figure]:
+        """Return value and interval of everything measured."""
+        return judging.arm_figures(self.measured(points), self.trials.pictures(points[0]), self.bootstrap)
+
+    def draws(self, points: Sequence[Point], metric: str = "kernel_distance") -> Array:
+        """Return a metric's value, then its draws."""
+        return self.measured(points)[metric](self.counts)
+
+    def change(self, arm: Sequence[Point], reference: Sequence[Point], metric: str) -> tuple[float, float, float]:
+        """Return by what share a metric is higher than the reference's, with its interval."""
+        if metric == "frechet_distance":  # no draws: the bootstrap biases it
+            ours, theirs = (self.figures(points)[metric]["value"] for points in (arm, reference))
+            return float(ours or 0) / float(theirs or 1) - 1, np.nan, np.nan
+        share = self.draws(arm, metric) / self.draws(reference, metric) - 1
+        return float(share[0]), *percentiles(share[1:], self.bootstrap.confidence)
+
+
+def _mean(statistics: list[Statistic]) -> Statistic:
+    return lambda counts: np.mean([statistic(counts) for statistic in statistics], axis=0)
+
+
+@app.command()
+def choose(
+    work: Work = Path("work/arms"),
+    page: Page = Path("docs/results.md"),
+    seeds: Annotated[int, typer.Option(help="Training seeds.")] = 1,
+    only: Annotated[str, typer.Option(help="Recipes whose name contains this.")] = "",
+) -> None:
+    """Train every recipe and judge its shared and its independent pictures on the validation split."""
+    params = load_params()
+    judge = Judge(Trials(params, "validation", work))
+    chosen = {name: recipe for name, recipe in recipes(params).items() if only in name}
+    rows = []
+    steps, ratio = params.generate.steps, params.generate.share_ratio
+    for name, recipe in chosen.items():
+        models = [None] if recipe is None else [replace(recipe, seed=seed) for seed in range(seeds)]
+        arms = [[Point(model, steps, share) for model in models] for share in (ratio, 0.0)]
+        shared, alone = (judge.figures(arm) for arm in arms)
+        rows.append([name, *(_figure(shared[metric]) for metric in METRICS), _figure(alone["kernel_distance"])])
+        typer.echo(" | ".join(rows[-1]))
+    head = ["recipe", *METRICS.values(), "kernel distance, independent"]
+    trials = judge.trials
+    note = (
+        f"{len(trials.examples)} prompts of the validation split, {len(trials.groups)} groups, seeds "
+        f"{params.generate.seeds}, {steps} DDIM steps, share ratio {ratio}, {seeds} training seed(s)."
+    )
+    _rewrite(page, "choose", f"{note}\n\n{_table(head, rows)}")
+
+
+def recipes(params: Params) -> dict[str, Recipe | None]:
+    """Return what is compared: no training, standard fine-tuning, the shipped recipe, and it with one thing changed."""
+    shipped = params.finetune
+    weights = shipped.weights.model_dump()
+    other_target = "posterior" if shipped.soft_target == "mean" else "mean"
+    other_noise = "plain" if shipped.branch_noise == "bridge" else "bridge"
+    ratio = params.generate.share_ratio
+    found: dict[str, Recipe | None] = {
+        "base": None,
+        "standard fine-tuning": standard(weights, 0),
+        "SAGE as shipped": Recipe(),
+        f"{other_target} soft target": Recipe((("soft_target", other_target),)),
+        f"{other_noise} branch noise": Recipe((("branch_noise", other_noise),)),
+        "one branch time": Recipe((("share_ratios", (ratio, ratio)),)),
+        "three times the learning rate": Recipe((("learning_rate", 3 * shipped.learning_rate),)),
+        "twice the steps": Recipe((("steps", 2 * shipped.steps),)),
+    }
+    for name, weight in weights.items():
+        found[f"without {name}" if weight else f"with {name}"] = Recipe(weights=((name, 0.0 if weight else 0.1),))
+    return found
+
+
+@app.command()
+def prove(
+    work: Work = Path("work/arms"),
+    page: Page = Path("docs/results.md"),
+    quick: Annotated[bool, typer.Option("--quick", help="One training seed and few points.")] = False,
+) -> None:
+    """Judge the arms on the held-out split, read the goals, and draw both frontiers."""
+    params = load_params()
+    form = QUICK if quick else FULL
+    judge = Judge(Trials(params, "test", work))
+    arms = Arms(params, form.seeds)
+    parts = [
+        _conditions(judge.trials, form),
+        arms_table(judge, arms),
+        goals_table(judge, arms, form),
+        ratios_table(judge, arms, form),
+        similarity_table(judge, arms),
+        frontiers(judge, arms, form, page.parent / "frontier.png"),
+    ]
+    sheet(judge.trials, arms, page.parent / "results_grid.png")
+    _rewrite(page, "prove", "\n\n".join(parts))
+
+
+class Arms:
+    """The arms by name, each a list of points, one for each training seed."""
+
+    def __init__(self, params: Params, seeds: int) -> None:
+        """`seeds`: how many training seeds the fine-tuned models have."""
+        self.steps, self.ratio = params.generate.steps, params.generate.share_ratio
+        weights = params.finetune.weights.model_dump()
+        self.models: dict[str, list[Recipe | None]] = {
+            "base": [None],
+            "standard": [standard(weights, seed) for seed in range(seeds)],
+            "SAGE": [Recipe(seed=seed) for seed in range(seeds)],
+        }
+
+    def at(self, model: str, steps: int, share: float | str = 0.0, solver: str = "ddim") -> list[Point]:
+        """Return an arm's points."""
+        return [Point(recipe, steps, share, solver) for recipe in self.models[model]]
+
+    def main(self, trials: Trials) -> dict[str, list[Point]]:
+        """Return the rows of the table of arms."""
+        steps, ratio = self.steps, self.ratio
+        shared = Plan.shared(trials.groups, steps, ratio).nfe(guidance=False)
+        fewer = -(-shared // len(trials.examples))
+        return {
+            f"independent, base, {steps} steps": self.at("base", steps),
+            f"independent, base, {fewer} steps (same cost)": self.at("base", fewer),
+            f"independent, standard, {steps} steps": self.at("standard", steps),
+            f"independent, SAGE, {steps} steps": self.at("SAGE", steps),
+            "shared, base": self.at("base", steps, ratio),
+            "shared, standard": self.at("standard", steps, ratio),
+            "shared, SAGE": self.at("SAGE", steps, ratio),
+            "shared, SAGE, branch points by similarity": self.at("SAGE", steps, "adaptive"),
+            "shared, SAGE, tree": self.at("SAGE", steps, "tree"),
+        }
+
+
+def _conditions(trials: Trials, form: Form) -> str:
+    settings = trials.params.generate
+    return (
+        f"{len(trials.examples)} prompts of the {trials.split} split, {len(trials.groups)} groups (mean "
+        f"{len(trials.examples) / len(trials.groups):.2f}), seeds {settings.seeds}, guidance "
+        f"{settings.guidance_scale}; {form.seeds} training seed(s); {trials.params.evaluate.confidence:.0%} intervals from draws over groups."
+    )
+
+
+def arms_table(judge: Judge, arms: Arms) -> str:
+    """Return the table of arms."""
+    rows = []
+    for name, points in arms.main(judge.trials).items():
+        figures = judge.figures(points)
+        rows.append([name, f"{judge.trials.nfe(points[0]):.1f}", *(_figure(figures[metric]) for metric in METRICS)])
+        typer.echo(" | ".join(rows[-1]))
+    return _table(["arm", "NFE per image", *METRICS.values()], rows)
+
+
+def goals_table(judge: Judge, arms: Arms, form: Form) -> str:
+    """Return the goals that the project set itself, what was reached, and whether the interval reaches it, too."""
+    steps, ratio, full = arms.steps, arms.ratio, max(form.ddim)
+    sage, plain = arms.at("SAGE", steps, ratio), arms.at("standard", steps, ratio)
+    alone, base_full = arms.at("base", steps), arms.at("base", full)
+    goals: list[tuple[str, tuple[float, float, float], Callable[[float], bool]]] = [
+        ("kernel distance, SAGE against standard, both shared: at least 5% lower",
+         judge.change(sage, plain, "kernel_distance"), lambda x: x <= -0.05),
+        ("Frechet distance, the same: at least 5% lower",
+         judge.change(sage, plain, "frechet_distance"), lambda x: x <= -0.05),
+        ("alignment, the same: at least 5% higher", judge.change(sage, plain, "alignment"), lambda x: x >= 0.05),
+        ("diversity within groups, the same: at least twice",
+         judge.change(sage, plain, "group_diversity"), lambda x: x >= 1.0),
+        ("diversity within groups, SAGE shared against base independent: within 10%",
+         judge.change(sage, alone, "group_diversity"), lambda x: abs(x) <= 0.1),
+        (f"kernel distance, SAGE shared against base independent, {full} steps: at most 2% worse",
+         judge.change(arms.at("SAGE", full, ratio), base_full, "kernel_distance"), lambda x: x <= 0.02),
+        ("kernel distance, SAGE independent against base independent: at most 2% worse",
+         judge.change(arms.at("SAGE", steps), alone, "kernel_distance"), lambda x: x <= 0.02),
+    ]  # fmt: skip
+    rows = []
+    for goal, (value, low, high), reached in goals:
+        # With its whole interval, as a gate does; a Frechet distance has none here.
+        ends = [value] if np.isnan(low) else [low, high]
+        verdict = "yes" if all(map(reached, ends)) else "in the mean" if reached(value) else "no"
+        rows.append([goal, _percent(value, low, high), verdict])
+    return _table(["goal", "measured", "met"], rows)
+
+
+def ratios_table(judge: Judge, arms: Arms, form: Form) -> str:
+    """Return what each share ratio costs and gives."""
+    rows = []
+    for ratio in form.ratios:
+        for model in arms.models:
+            points = arms.at(model, arms.steps, ratio)
+            figures = judge.figures(points)
+            nfe = judge.trials.nfe(points[0])
+            rows.append([f"{ratio}", model, f"{nfe:.1f}", *(_figure(figures[metric]) for metric in METRICS)])
+    return _table(["share ratio", "model", "NFE per image", *METRICS.values()], rows)
+
+
+def similarity_table(judge: Judge, arms: Arms) -> str:
+    """Return the arms split by how similar a group's prompts are."""
+    trials = judge.trials
+    chosen = {
+        "independent, base": arms.at("base", arms.steps),
+        "shared, base": arms.at("base", arms.steps, arms.ratio),
+        "shared, standard": arms.at("standard", arms.steps, arms.ratio),
+        "shared, SAGE": arms.at("SAGE", arms.steps, arms.ratio),
+    }
+    measured = {name: judge.measured(points) for name, points in chosen.items()}
+    parts = judging.by_similarity(
+        measured, trials.groups, trials.similarity, judge.bootstrap, len(trials.params.generate.seeds), 0.0
+    )
+    rows = [
+        [f"{part['part']} (worst pair {part['similarity'][0]:.2f} to {part['similarity'][1]:.2f}, {part['prompts']})",
+         *(_figure(part["arms"][name]["kernel_distance"]) for name in chosen)]
+        for part in parts
+    ]  # fmt: skip
+    return "Kernel distance by the similarity of the group:\n\n" + _table(["groups (prompts)", *chosen], rows)
+
+
+def frontiers(judge: Judge, arms: Arms, form: Form, picture: Path) -> str:
+    """Return the iso-quality saving at every shared point, and draw quality against cost with both frontiers."""
+    independent = {
+        (f"independent, {model}, {solver}"): [arms.at(model, steps, 0.0, solver) for steps in counts]
+        for solver, counts in (("ddim", form.ddim), ("dpm++", form.dpm))
+        for model in ("base", "standard")
+        if counts
+    }
+    shared = {
+        f"shared, {model}": [arms.at(model, steps, arms.ratio) for steps in form.ddim if steps * arms.ratio >= 1]
+        for model in arms.models
+    }
+    nfe = np.array([judge.trials.nfe(points[0]) for series in independent.values() for points in series])
+    frontier = np.column_stack([judge.draws(points) for series in independent.values() for points in series])
+    confidence = judge.bootstrap.confidence
+    knee = 1.05 * frontier.min(1)
+    rows = []
+    for name, series in shared.items():
+        for points in series:
+            distance, cost = judge.draws(points), judge.trials.nfe(points[0])
+            found = saving(cost, distance, nfe, frontier)
+            ends = percentiles(found[1:], confidence)
+            at_knee = "yes" if distance[0] <= knee[0] else "no"
+            cells = str(points[0].steps), f"{cost:.1f}", f"{distance[0]:.4f}", _percent(found[0], *ends), at_knee
+            rows.append([name, *cells])
+    _draw(judge, independent | shared, picture)
+    head = ["series", "steps", "NFE per image", "kernel distance", "iso-quality saving", "within 5% of the best"]
+    return (
+        "Iso-quality saving: 1 - the evaluations of the shared point / those that independent sampling needs for the "
+        f"same kernel distance (base or standard, the better solver, {len(nfe)} points). Where independent sampling "
+        "never gets there, its dearest point counts.\n\n"
+        f"{_table(head, rows)}\n\n![Kernel distance against network evaluations per image]({picture.name})"
+    )
+
+
+def _draw(judge: Judge, series: Mapping[str, Sequence[Sequence[Point]]], picture: Path) -> None:
+    figure, axes = plt.subplots(figsize=(9, 6), constrained_layout=True)
+    for name, points in series.items():
+        nfe = [judge.trials.nfe(arm[0]) for arm in points]
+        draws = np.array([judge.draws(arm) for arm in points])
+        low, high = np.array([percentiles(row[1:], judge.bootstrap.confidence) for row in draws]).T
+        style = "-" if "shared" in name else "--"
+        (line,) = axes.plot(nfe, draws[:, 0], marker="o", markersize=4, linestyle=style, label=name)
+        if name in ("independent, base, ddim", "shared, SAGE"):
+            axes.fill_between(nfe, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+    axes.set(xscale="log", xlabel="network evaluations per image", ylabel="kernel distance (lower is better)")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    with new_file(picture) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    plt.close(figure)
+
+
+def sheet(trials: Trials, arms: Arms, picture: Path, groups: int = 4, members: int = 4) -> None:
+    """Draw a few groups: columns are prompts, rows are real, independent, same cost, shared base, standard, SAGE."""
+    largest = sorted(trials.groups, key=len, reverse=True)
+    wanted = [place for group in largest[:: max(1, len(largest) // (3 * groups))][:groups] for place in group[:members]]
+    main = list(arms.main(trials).values())
+    rows = [[np.asarray(Image.open(trials.examples[place].path).convert("RGB")) for place in wanted]]
+    seeds = len(trials.params.generate.seeds)
+    rows += [trials.draw(points[0], wanted)[::seeds] for points in (main[0], main[1], main[4], main[5], main[6])]
+    grid = Image.fromarray(np.vstack([np.hstack(row) for row in rows]))
+    with new_file(picture) as temporary:
+        grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.NEAREST).save(temporary, format="png")
+
+
+def _figure(figure: Mapping[str, Any]) -> str:
+    if figure["value"] is None:
+        return "-"
+    ends = "" if figure["low"] is None else f" [{figure['low']:.3g}, {figure['high']:.3g}]"
+    return f"{figure['value']:.3g}{ends}"
+
+
+def _percent(value: float, low: float, high: float) -> str:
+    if np.isnan(value):
+        return "below the frontier's cheapest point"
+    return f"{value:+.1%}" + ("" if np.isnan(low) or np.isnan(high) else f" ({low:+.1%} to {high:+.1%})")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _rewrite(page: Path, part: str, text: str) -> None:
+    """Replace what stands on the page between the marks of a part."""
+    begin, end = f"<!-- {part}: begin -->", f"<!-- {part}: end -->"
+    old = page.read_text(encoding="utf-8")
+    before, rest = old.split(begin)
+    _, after = rest.split(end)
+    write_text(page, f"{before}{begin}\n{text}\n{end}{after}")
+    typer.echo(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    guard(app)

@@ -1,0 +1,181 @@
+"""Trials: models trained by one recipe or another, and the features of pictures that they draw by one plan or another.
+
+Both are kept in a work folder under a name that hashes everything they depend on, the code included, so a command that
+was killed goes on, and nothing that changed is taken for what it was.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import sage.torchvision_ops
+
+import numpy as np
+from diffusers import DPMSolverMultistepScheduler
+
+import sage
+from flows.finetune import train, training_set
+from flows.machine import device
+from flows.terminal import progress
+from flows.tracking import Run
+from sage import base as base_model
+from sage.config import Finetune, Params
+from sage.data import read_groups, read_split
+from sage.embedding import embed
+from sage.files import digest, new_file, sha256, sha256_tree
+from sage.finetuning import Batches
+from sage.grouping import tree
+from sage.metrics.alignment import cosines, load_alignment
+from sage.metrics.extractors import EfficientNetLite0, read_pictures
+from sage.metrics.judging import Pictures
+from sage.pipeline import SharedSamplingPipeline, prompt_seed
+from sage.plan import Cluster, Plan, clusters, plan_for_budget
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A fine-tuning: what differs from section finetune of params.yaml, weights by name, and the training seed."""
+
+    changes: tuple[tuple[str, Any], ...] = ()
+    weights: tuple[tuple[str, float], ...] = ()
+    seed: int = 0
+
+    def settings(self, shipped: Finetune) -> Finetune:
+        """Return the whole configuration."""
+        values = shipped.model_dump()
+        values |= dict(self.changes) | {"weights": values["weights"] | dict(self.weights), "seed": self.seed}
+        return Finetune.model_validate(values)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to draw a split's pictures: a model, a number of steps, what is shared, and a solver.
+
+    `share`: a share ratio for all groups; or "adaptive" or "tree", plans of the evaluations that ratio 0.4 costs.
+    """
+
+    model: Recipe | None
+    steps: int
+    share: float | str = 0.0
+    solver: str = "ddim"
+
+
+class Trials:
+    """Trained models and drawn pictures of one split, made when first asked for."""
+
+    def __init__(self, params: Params, split: str, work: Path) -> None:
+        """Read the split; nothing is trained or drawn yet."""
+        self.params, self.split, self.work = params, split, work
+        self.base, self.data, self.group_files = Path("models/base"), Path("data/prepared"), Path("data/groups")
+        self.examples = read_split(self.data, split)
+        self.groups, self.similarity = read_groups(self.group_files / f"{split}.json", self.examples)
+        self.texts = [example.text for example in self.examples]
+
+    @cached_property
+    def embeddings(self) -> np.ndarray:
+        """The prompts' embeddings, that groups and trees come from."""
+        return embed(self.texts)
+
+    @cached_property
+    def real(self) -> Pictures:
+        """The split's own pictures."""
+        extract = EfficientNetLite0(device())
+        return self._seen(extract(read_pictures(example.path for example in self.examples)))
+
+    def plan(self, point: Point) -> Plan:
+        """Return which steps are shared."""
+        if not isinstance(point.share, str):
+            return Plan.shared(self.groups, point.steps, point.share)
+        saving = Plan.shared(self.groups, point.steps, 0.4).saving
+        if point.share == "adaptive":
+            pairs = zip(self.groups, self.similarity, strict=True)
+            nested = [Cluster(s, tuple(group)) if len(group) > 1 else group[0] for group, s in pairs]
+        else:
+            settings = self.params.group
+            found = tree(self.embeddings, 0.5, 2 * settings.max_size, settings.near_duplicate)
+            nested = clusters(found.size, found.merges)
+        return plan_for_budget(nested, point.steps, saving, most=0.6).plan
+
+    def nfe(self, point: Point) -> float:
+        """Return the network evaluations per image, guidance counted."""
+        return self.plan(point).nfe(self.params.generate.guidance_scale > 1) / len(self.examples)
+
+    def model(self, recipe: Recipe | None) -> Path:
+        """Return the folder of a trained model, after training it where it is not there."""
+        if recipe is None:
+            return self.base
+        settings = recipe.settings(self.params.finetune)
+        sources = {"base": sha256_tree(self.base), "data": sha256_tree(self.data / "train")}
+        sources |= {"groups": sha256(self.group_files / "train.json")}
+        identity = settings.model_dump() | sources
+        name = digest(identity | {"code": _code("finetuning", "loss", "training", "diffusion")})[:16]
+        folder = self.work / "models" / name
+        if not folder.exists():
+            pipeline = base_model.load(self.base)
+            examples = read_split(self.data, "train")
+            members = tuple(map(tuple, read_groups(self.group_files / "train.json", examples)[0]))
+            batches = Batches(members, settings.weights.model_dump(), settings.evaluations, settings.seed)
+            state = self.work / "training" / name
+            train(pipeline, training_set(pipeline, examples, members), batches, settings, state, identity, Run(None))
+            base_model.save(pipeline, folder)
+        return folder
+
+    def pictures(self, point: Point) -> Pictures:
+        """Return what the extractors see in a point's pictures, after drawing them where they are not kept."""
+        settings = self.params.generate
+        identity = asdict(point) | {
+            "model": sha256_tree(self.model(point.model)),
+            "plan": repr(self.plan(point)),
+            "split": [self.split, sha256_tree(self.data / self.split)],
+            "settings": [settings.guidance_scale, settings.seeds],
+            "code": _code("plan", "sampling", "stream", "pipeline", "metrics/extractors"),
+        }
+        kept = self.work / "features" / f"{digest(identity)[:16]}.npy"
+        if not kept.exists():
+            extract = EfficientNetLite0(device())
+            features = extract(self.draw(point, range(len(self.examples))))
+            with new_file(kept) as temporary, temporary.open("wb") as file:
+                np.save(file, features.astype(np.float32))
+        return self._seen(np.load(kept))
+
+    def draw(self, point: Point, wanted: Sequence[int]) -> list[np.ndarray]:
+        """Return pictures (height, width, 3) of the wanted prompts, each prompt's seeds together; all are drawn."""
+        settings = self.params.generate
+        pipe: Any = SharedSamplingPipeline.from_pretrained(self.model(point.model)).to(device())
+        pipe.set_progress_bar_config(disable=True)
+        if point.solver == "dpm++":
+            pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+        drawn: dict[tuple[int, int], np.ndarray] = {}
+        what = f"{point.steps} steps, {point.solver}, share {point.share}"
+        with progress(len(self.texts) * len(settings.seeds), what) as advance:
+            for seed in settings.seeds:
+                stream = pipe.stream(
+                    self.texts,
+                    plan=self.plan(point),
+                    num_inference_steps=point.steps,
+                    guidance_scale=settings.guidance_scale,
+                    seed=[prompt_seed(seed, example.id) for example in self.examples],
+                    batch_size=settings.batch_size,
+                )
+                for result in stream:
+                    drawn[result.index, seed] = np.asarray(result.image)
+                    advance(1)
+        return [drawn[place, seed] for place in wanted for seed in settings.seeds]
+
+    def _seen(self, features: np.ndarray) -> Pictures:
+        features = features.reshape(len(self.examples), -1, features.shape[-1])
+        return Pictures(features, cosines(load_alignment(Path("models/alignment")), features, self.embeddings))
+
+
+def _code(*modules: str) -> dict[str, str]:
+    """Return the hashes of modules of sage: what they computed is not theirs any more once they change."""
+    return {module: sha256(Path(sage.__file__).parent / f"{module}.py") for module in modules}
+
+
+def standard(weights: Mapping[str, float], seed: int) -> Recipe:
+    """Return standard fine-tuning: plain diffusion on the same pictures, as often and with as many evaluations."""
+    return Recipe(weights=tuple((name, float(name == "diffusion")) for name in weights), seed=seed)
