@@ -1,9 +1,12 @@
-"""Stage finetune: the base model learns to share its early steps."""
+"""Stage finetune: the base model learns to share its early steps.
+
+On several devices: `accelerate launch -m flows.finetune` with the arguments of the stage's command in dvc.yaml.
+"""
 
 import logging
 import shutil
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,25 +14,29 @@ import sage.torchvision_ops  # noqa: F401
 
 import torch
 import typer
-from diffusers import StableDiffusionPipeline
+from accelerate import Accelerator, PartialState
 from PIL import Image
 
 from flows.machine import device
 from flows.terminal import progress, run
 from flows.tracking import Run, stage_run
+from sage import adapter
 from sage import base as base_model
+from sage.batches import Batches
 from sage.config import Finetune, load_params
 from sage.data import Example, load_pixels, read_groups, read_split
-from sage.files import digest, sha256, sha256_tree, write_json
-from sage.finetuning import Batches, TrainingSet, finetuning_loss
+from sage.denoiser import Denoiser
+from sage.files import digest, new_folder, sha256, sha256_tree, write_json
+from sage.finetuning import TrainingSet, finetuning_loss
 from sage.pipeline import SharedSamplingPipeline, prompt_seed
-from sage.pretraining import encode_pictures, encode_texts
-from sage.training import Schedule, fit
+from sage.training import Schedule, Trained, fit
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT_EVERY = 50
 REPORT_EVERY = 10
+# What changes no weight may differ between a killed run and the one that goes on.
+WITHOUT_EFFECT = {"pictures_every"}
 # The pictures to look at: so many groups of the validation split, so many of each, made as generate does by default.
 GROUPS, MEMBERS = 4, 4
 STEPS, GUIDANCE = 8, 3.0
@@ -45,7 +52,9 @@ def main(
 ) -> None:
     """Fine-tune the base model on the groups of the training split; a killed run goes on where it was."""
     settings = load_params().finetune
-    pipeline = base_model.load(base)
+    accelerator = Accelerator(cpu=device() == "cpu", mixed_precision="no")
+    pipeline: Any = SharedSamplingPipeline.from_pretrained(base)
+    pipeline.to(accelerator.device)
     examples = read_split(data, "train")
     members = tuple(map(tuple, read_groups(groups / "train.json", examples)[0]))
     batches = Batches(members, settings.weights.model_dump(), settings.evaluations, settings.seed)
@@ -53,17 +62,25 @@ def main(
         log.warning("no two training prompts are in one group: this is plain fine-tuning")
 
     sources = {"base_sha256": sha256_tree(base), "data_digest": sha256_tree(data)}
-    identity = settings.model_dump() | sources | {"groups": sha256(groups / "train.json")}
+    identity = settings.model_dump(exclude=WITHOUT_EFFECT) | sources | {"groups": sha256(groups / "train.json")}
     state = work / digest(identity)[:16]
-    with stage_run("finetune", settings.model_dump()) as record:
+    with _main_run(accelerator, settings) as record:
         record.dataset("prepared", sources["data_digest"], "training")
         watched = watch(data, groups)
         show(record, pipeline, watched, settings, 0)
-        started = time.monotonic()
-        losses = train(pipeline, training_set(pipeline, examples, members), batches, settings, state, identity, record)
-        seconds = time.monotonic() - started
+        denoiser = Denoiser(pipeline, settings.precision)
+        inputs = training_set(denoiser, examples, members)
+        if settings.adapter is not None:
+            adapter.add(denoiser.network, settings.adapter.rank, settings.seed)
+        if settings.gradient_checkpointing:
+            denoiser.network.enable_gradient_checkpointing()
+        network = accelerator.prepare(denoiser)
+        trained = train(network, pipeline, inputs, batches, settings, state, identity, record, watched)
         show(record, pipeline, watched, settings, settings.steps)
-        base_model.save(pipeline, out)
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            return
+        save(pipeline, base, out)
         costs = [batches.cost(step) for step in range(settings.steps)]
         figures = {
             "steps": settings.steps,
@@ -71,8 +88,8 @@ def main(
             "base_evaluations": sum(frozen for _, frozen in costs),
             "pictures": len(examples),
             "groups": len(members),
-            "losses": {name: round(value, 6) for name, value in losses.items()},
-            "seconds": round(seconds, 1),
+            "losses": {name: round(value, 6) for name, value in trained.losses.items()},
+            "seconds": round(trained.seconds, 1),
             "model_sha256": sha256_tree(out),
             **sources,
         }
@@ -82,26 +99,39 @@ def main(
     shutil.rmtree(state)
 
 
+@contextmanager
+def _main_run(accelerator: Accelerator, settings: Finetune) -> Iterator[Run]:
+    """Yield the record of this execution; only one of several processes records."""
+    if not accelerator.is_main_process:
+        yield Run()
+        return
+    with stage_run("finetune", settings.model_dump()) as record:
+        yield record
+
+
 def training_set(
-    pipeline: StableDiffusionPipeline, examples: Sequence[Example], members: tuple[tuple[int, ...], ...]
+    denoiser: Denoiser, examples: Sequence[Example], members: tuple[tuple[int, ...], ...]
 ) -> TrainingSet:
     """Return latents and text states of all pictures and captions, computed once."""
     pictures = torch.from_numpy(load_pixels(examples))
-    latents = encode_pictures(pipeline.vae, pictures) * pipeline.vae.config.scaling_factor
-    return TrainingSet(latents, encode_texts([*(example.text for example in examples), ""]), members)
+    texts = [*(example.text for example in examples), ""]
+    return TrainingSet(
+        denoiser.encode_pictures(pictures), denoiser.encode_texts(texts, pictures.shape[1:3]), members
+    )
 
 
 def train(
-    pipeline: StableDiffusionPipeline,
+    network: torch.nn.Module,
+    pipeline: Any,
     data: TrainingSet,
     batches: Batches,
     settings: Finetune,
     state: Path,
     identity: dict[str, Any],
     record: Run,
-) -> dict[str, float]:
-    """Train the pipeline's U-Net in place; return the last losses."""
-    network = pipeline.unet.to(device())
+    watched: list[list[Example]],
+) -> Trained:
+    """Train the pipeline's network, as accelerate prepared it, in place."""
     low, high = settings.share_ratios
     loss = finetuning_loss(
         network,
@@ -113,6 +143,7 @@ def train(
         branch_noise=settings.branch_noise,
         drop_text=settings.drop_text,
         seed=settings.seed,
+        min_snr=settings.min_snr,
     )
     schedule = Schedule(
         settings.steps,
@@ -121,20 +152,44 @@ def train(
         decay=settings.decay,
         ema=settings.ema,
         checkpoint_every=CHECKPOINT_EVERY,
+        report_every=REPORT_EVERY,
+        watch_every=settings.pictures_every,
     )
-    at, recent = 0, []
-    with progress(settings.steps, "fine-tuning") as advance:
+    at = 0
+    shown = progress(settings.steps, "fine-tuning") if PartialState().is_main_process else nullcontext(lambda n: None)
+    with shown as advance:
 
         def on_step(step: int, values: dict[str, float]) -> None:
             nonlocal at
             advance(step - at)
             at = step
-            recent.append(values)
-            if step % REPORT_EVERY == 0:
-                record.metrics({name: sum(v[name] for v in recent) / len(recent) for name in values}, step)
-                recent.clear()
 
-        return fit(network, loss, schedule, work=state, identity=identity, on_step=on_step)
+        return fit(
+            network,
+            loss,
+            schedule,
+            work=state,
+            identity=identity,
+            on_step=on_step,
+            on_report=lambda step, means: record.metrics(means, step),
+            on_watch=lambda step: show(record, pipeline, watched, settings, step),
+            accumulate=settings.accumulate,
+        )
+
+
+def save(pipeline: Any, base: Path, out: Path) -> None:
+    """Write the pipeline in the form that the base has; an adapter is merged, and stands beside it as a file."""
+    network, layers = pipeline._network, None
+    if adapter.present(network):
+        layers = adapter.layers(network)
+        adapter.merge(network)
+    with new_folder(out) as temporary:
+        if (base / "text_encoder").exists():
+            pipeline.save_pretrained(temporary)
+        else:
+            base_model.save(pipeline, temporary)
+        if layers is not None:
+            adapter.save(pipeline, layers, temporary)
 
 
 def watch(data: Path, groups: Path) -> list[list[Example]]:
@@ -144,16 +199,13 @@ def watch(data: Path, groups: Path) -> list[list[Example]]:
     return [[examples[row] for row in group[:MEMBERS]] for group in shareable[:GROUPS]]
 
 
-def show(
-    record: Run, pipeline: StableDiffusionPipeline, watched: list[list[Example]], settings: Finetune, step: int
-) -> None:
+def show(record: Run, pipeline: Any, watched: list[list[Example]], settings: Finetune, step: int) -> None:
     """Record shared pictures of the watched groups, a row each, from seeds that never change."""
     if record.id is None or not watched:
         return
     examples = [example for group in watched for example in group]
     places = iter(range(len(examples)))
-    shared: Any = SharedSamplingPipeline.from_pipe(pipeline)
-    images = shared(
+    images = pipeline(
         [example.text for example in examples],
         groups=[[next(places) for _ in group] for group in watched],
         share_ratio=sum(settings.share_ratios) / 2,

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from sage.ambiguity import Kind
 from sage.errors import ConfigurationError
 
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -72,28 +73,18 @@ class Pretrain(Section):
     denoiser: Denoiser
 
 
-class Damage(Section):
-    """What sharing at a similarity was measured to cost."""
-
-    similarity: Cosine
-    damage: Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Quality(Section):
-    """A bound on what sharing may cost, and the measurements that tell its threshold."""
-
-    damage_at_most: Annotated[float, Field(allow_inf_nan=False)]
-    measured: Annotated[list[Damage], Field(min_length=2)]
-
-
 class Group(Section):
-    """How similar the prompts of a group are, by threshold, budget or quality bound, and how many they may be."""
+    """How similar the prompts of a group are, by threshold, budget or quality bound, and how many they may be.
+
+    `guard` names the ways in which no two prompts of a group may differ although the encoder takes them for alike.
+    """
 
     threshold: Cosine | None = None
     saving: Annotated[float, Field(gt=0, lt=1)] | None = None
-    quality: Quality | None = None
+    quality: Weight | None = None
     max_size: Count
     near_duplicate: Cosine
+    guard: list[Kind] | None = None
 
     @model_validator(mode="after")
     def _one_of_three(self) -> "Group":
@@ -118,6 +109,12 @@ class Weights(Section):
         return self
 
 
+class Adapter(Section):
+    """LoRA: small matrices beside frozen weights."""
+
+    rank: Count
+
+
 class Finetune(Section):
     """The SAGE fine-tuning of the base model."""
 
@@ -133,6 +130,12 @@ class Finetune(Section):
     weights: Weights
     drop_text: Share
     ema: Share
+    min_snr: Positive | None
+    adapter: Adapter | None
+    precision: Literal["bf16", "fp32"]
+    accumulate: Count
+    gradient_checkpointing: bool
+    pictures_every: Count
     seed: Seed
 
     @model_validator(mode="after")
@@ -144,6 +147,8 @@ class Finetune(Section):
             raise ValueError("share_ratios end at 0, so no step is shared; raise them or set weights.shared to 0")
         if self.warmup + self.decay > self.steps:
             raise ValueError(f"warmup {self.warmup} + decay {self.decay} are more than the {self.steps} steps")
+        if self.accumulate > self.evaluations:
+            raise ValueError(f"accumulate {self.accumulate} is more than the {self.evaluations} evaluations of a step")
         return self
 
 

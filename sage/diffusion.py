@@ -1,39 +1,59 @@
 """Noise schedules and prediction types: x_t, x_0, eps and v, and the conversions between them.
 
 Notation
-    x_0, z   clean latents                      alpha_t, sigma_t   signal and noise level, alpha_t^2 + sigma_t^2 = 1
-    eps      standard normal noise              x_t = alpha_t x_0 + sigma_t eps
-    t        timestep, 0 (clean) to T - 1       v   = alpha_t eps - sigma_t x_0   (Salimans & Ho, 2022, appendix D)
+    x_0, z   clean latents                      alpha_t, sigma_t   signal and noise level
+    eps      standard normal noise              x_t  = alpha_t x_0 + sigma_t eps
+    t        timestep, 0 (clean) to T - 1       v    = alpha_t eps - sigma_t x_0   (Salimans & Ho, 2022, appendix D)
+                                                flow = eps - x_0                   (Lipman et al., 2023)
+
+Variance-preserving schedules have alpha_t^2 + sigma_t^2 = 1, flow matching alpha_t + sigma_t = 1.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from sage.errors import UnsupportedError
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+_FLOW = "FlowMatchEulerDiscreteScheduler"
+# Those that a variance-preserving scheduler can name.
+_NAMED = ("epsilon", "v_prediction", "sample")
 
 
 def noise_levels(scheduler: Any) -> tuple[Tensor, Tensor]:
-    """Return (alpha, sigma), each of shape (T,), of a variance-preserving diffusers scheduler.
+    """Return (alpha, sigma), each of shape (T,), of a variance-preserving or flow-matching diffusers scheduler.
 
-    Raises UnsupportedError for a scheduler of another kind, such as flow matching.
+    Raises UnsupportedError for a scheduler of another kind.
     """
+    if type(scheduler).__name__ == _FLOW:
+        # From the configuration: sampling leaves the scheduler with the levels of its own few steps.
+        sigmas = type(scheduler).from_config(scheduler.config).sigmas.flip(0)
+        return 1 - sigmas, sigmas
     if not hasattr(scheduler, "alphas_cumprod"):
         raise UnsupportedError(
-            f"{type(scheduler).__name__} has no alphas_cumprod; use a variance-preserving scheduler."
+            f"{type(scheduler).__name__} has no alphas_cumprod; use a variance-preserving scheduler or {_FLOW}."
         )
     alphas_cumprod = scheduler.alphas_cumprod.double()
     return alphas_cumprod.sqrt().float(), (1 - alphas_cumprod).sqrt().float()
 
 
+def network_times(scheduler: Any) -> Tensor:
+    """Return what the network is told at each timestep, shape (T,): its number, or with flow matching T sigma_t."""
+    alphas, sigmas = noise_levels(scheduler)
+    return sigmas * len(sigmas) if type(scheduler).__name__ == _FLOW else torch.arange(len(alphas))
+
+
 def prediction_type(scheduler: Any) -> PredictionType:
     """Return what a network of this scheduler predicts; raise UnsupportedError for a kind that is not known here."""
+    if type(scheduler).__name__ == _FLOW:
+        return "flow_prediction"
     kind: PredictionType = scheduler.config.get("prediction_type")
-    if kind not in get_args(PredictionType):
-        known = ", ".join(get_args(PredictionType))
-        raise UnsupportedError(f"{type(scheduler).__name__} has prediction type {kind!r}, which is not one of {known}.")
+    if kind not in _NAMED:
+        raise UnsupportedError(
+            f"{type(scheduler).__name__} has prediction type {kind!r}, which is not one of {', '.join(_NAMED)}."
+        )
     return kind
 
 
@@ -53,6 +73,8 @@ def target(kind: PredictionType, x_0: Tensor, eps: Tensor, alpha: Tensor, sigma:
         return eps
     if kind == "sample":
         return x_0
+    if kind == "flow_prediction":
+        return eps - x_0
     return spread(alpha, x_0) * eps - spread(sigma, x_0) * x_0
 
 
@@ -70,4 +92,6 @@ def predicted_sample(kind: PredictionType, output: Tensor, x_t: Tensor, alpha: T
         return (x_t - spread(sigma, x_t) * output) / spread(alpha, x_t)
     if kind == "sample":
         return output
+    if kind == "flow_prediction":
+        return x_t - spread(sigma, x_t) * output
     return spread(alpha, x_t) * x_t - spread(sigma, x_t) * output

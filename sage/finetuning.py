@@ -1,20 +1,21 @@
-"""Fine-tuning for shared sampling: batches of groups, and the loss of step k for `sage.training.fit`.
+"""Fine-tuning for shared sampling: the loss of step k for `sage.training.fit`.
 
 Everything drawn in a step comes from (seed, step) alone. Latents and text states are computed once, before training.
 """
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from sage import diffusion, loss
-from sage.errors import DataError, UnsupportedError
-from sage.loss import BranchNoise, Network, Process, Query, SoftTarget
+from sage import diffusion, loss, sampling
+from sage.batches import Batches
+from sage.errors import ConfigurationError, DataError
+from sage.loss import BranchNoise, Condition, Network, Process, Query, SoftTarget, taken
 from sage.training import Losses, generator, spaced
 
 
@@ -22,12 +23,13 @@ from sage.training import Losses, generator, spaced
 class TrainingSet:
     """Pictures with their captions and groups, ready for the network.
 
-    `latents` are scaled, of shape (n, ...); `states` are those of the n captions and, last, of the empty prompt, of
-    shape (n + 1, tokens, width); `groups` are a partition of the row numbers. Raises DataError where they do not fit.
+    `latents` are as the network sees them, of shape (n, ...); `conditions` are those of the n captions and, last, of
+    the empty prompt, by name, each of shape (n + 1, ...), "states" among them; `groups` are a partition of the row
+    numbers. Raises DataError where they do not fit.
     """
 
     latents: Tensor
-    states: Tensor
+    conditions: Condition
     groups: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
@@ -35,10 +37,9 @@ class TrainingSet:
         n = len(self.latents)
         if n == 0:
             raise DataError("there are no pictures to train on.")
-        if len(self.states) != n + 1:
-            raise DataError(
-                f"{n} pictures need {n + 1} text states, the empty prompt's last; found {len(self.states)}."
-            )
+        for name, values in self.conditions.items():
+            if len(values) != n + 1:
+                raise DataError(f"{n} pictures need {n + 1} text {name}, the empty prompt's last; found {len(values)}.")
         if sorted(row for group in self.groups for row in group) != list(range(n)):
             raise DataError(f"the groups are no partition of the {n} training pictures; run the group stage again.")
 
@@ -49,92 +50,6 @@ class TrainingSet:
         for group in self.groups:
             table[list(group), : len(group)] = torch.tensor(group)
         return table
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Which rows each term gets in a step: `evaluations` rows a step together, whatever the sizes of the groups.
-
-    With all terms, a third are any pictures, for plain diffusion, and two thirds are pictures of groups of two or more,
-    for the shared and the branch phase. A term whose weight is 0 leaves its rows to plain diffusion, so whatever the
-    weights, the same pictures are seen equally often, and arms differ in nothing else. Where no group has two, all rows
-    are plain diffusion; raises DataError where that has no weight.
-    """
-
-    groups: Sequence[Sequence[int]]
-    weights: Mapping[str, float]
-    evaluations: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        """Check that there is something to train on."""
-        if not self._terms:
-            raise DataError(
-                "no two training prompts are in one group, and only the terms of shared sampling have a weight. Lower "
-                "group.threshold or give finetune.weights.diffusion a weight."
-            )
-
-    def rows(self, step: int) -> dict[str, Tensor]:
-        """Return the row numbers of each term that has any: "diffusion", "shared", "branch"."""
-        terms = self._terms
-        singles = [(row,) for group in self.groups for row in group]
-        k = self._grouped
-        plain = endless(singles, step * (self.evaluations - k), self.evaluations - k, self.seed)
-        grouped = endless(self._shareable, step * k, k, self.seed)
-        parts = {"diffusion": plain, "shared": grouped[: k // 2], "branch": grouped[k // 2 :]}
-        found: dict[str, list[Tensor]] = {}
-        for term, rows in parts.items():
-            found.setdefault(term if term in terms else terms[0], []).append(rows)
-        joined = {term: torch.cat(found[term]) for term in parts if term in found}
-        return {term: rows for term, rows in joined.items() if len(rows)}
-
-    def cost(self, step: int) -> tuple[int, int]:
-        """Return how many evaluations of the network and of the frozen base a step costs."""
-        if not self.weights["consistency"]:
-            return self.evaluations, 0
-        rows = self.rows(step)
-        size = {row: len(group) for group in self.groups for row in group}
-        shared = sum(size[int(row)] for row in rows.get("shared", ()))
-        return self.evaluations, len(rows["diffusion"]) + shared
-
-    @cached_property
-    def _shareable(self) -> list[Sequence[int]]:
-        return [group for group in self.groups if len(group) > 1]
-
-    @cached_property
-    def _terms(self) -> list[str]:
-        """The terms that need rows, those that take another's rows first."""
-        weight = self.weights
-        needed = {
-            "diffusion": weight["diffusion"] + weight["consistency"] > 0,
-            "branch": weight["branch"] > 0 and bool(self._shareable),
-            "shared": weight["shared"] + weight["consistency"] > 0 and bool(self._shareable),
-        }
-        return [term for term, wanted in needed.items() if wanted]
-
-    @cached_property
-    def _grouped(self) -> int:
-        """How many of a step's rows come from groups of two or more."""
-        if not self._shareable:
-            return 0
-        return 2 * (self.evaluations // 3) if "diffusion" in self._terms else self.evaluations
-
-
-def endless(groups: Sequence[Sequence[int]], start: int, count: int, seed: int) -> Tensor:
-    """Return `count` rows from place `start` of an endless order of groups, the members of a group side by side.
-
-    Each epoch is a permutation of the groups drawn from (seed, epoch). Groups that do not fit go on in the next slice.
-    """
-    if count == 0:
-        return torch.empty(0, dtype=torch.long)
-    size = sum(map(len, groups))
-    first, last = start // size, (start + count - 1) // size
-    rows: list[int] = []
-    for epoch in range(first, last + 1):
-        order = torch.randperm(len(groups), generator=generator(seed, "order", epoch))
-        for place in order.tolist():
-            rows.extend(groups[place])
-    return torch.tensor(rows[start - first * size :][:count])
 
 
 def finetuning_loss(
@@ -148,33 +63,70 @@ def finetuning_loss(
     branch_noise: BranchNoise,
     drop_text: float,
     seed: int,
-) -> Callable[[int], Losses]:
+    min_snr: float | None = None,
+) -> Callable[..., Losses]:
     """Return the loss of step k: each term's mean, and their weighted sum as "loss".
 
-    `network` is the base that will be trained; where consistency has a weight, a frozen copy is taken now. The share
-    ratio of each group is drawn between `share_ratios`, so that one model serves them all. A share `drop_text` of the
-    plain diffusion items loses its caption, for classifier-free guidance. Raises UnsupportedError for a scheduler that
-    is not variance-preserving and for text states that the network cannot read.
+    `network` is a `sage.denoiser.Denoiser`, also as accelerate prepares it, of the base that will be trained; where
+    consistency has a weight, a frozen copy is taken now. The share ratio of each group is drawn between `share_ratios`,
+    so that one model serves them all. A share `drop_text` of the plain diffusion items loses its caption, for
+    classifier-free guidance. `min_snr` is gamma of `sage.loss.min_snr`; None weighs all times equally.
+    The loss takes (step) or (step, part, parts): a step's items are dealt out to so many parts, whose losses add up to
+    that of the step. Raises UnsupportedError for a scheduler that is neither variance-preserving nor flow matching and
+    for text states that the network cannot read.
     """
-    _check_width(network, data.states)
-    frozen = copy.deepcopy(network).requires_grad_(False).eval() if batches.weights["consistency"] else None
+    denoiser = extract_model_from_parallel(network)
+    denoiser.check_width(data.conditions)
+    frozen = denoiser.frozen() if batches.weights["consistency"] else None
     process = Process(diffusion.prediction_type(scheduler), *diffusion.noise_levels(scheduler))
+    times = diffusion.network_times(scheduler)
     draw = _Draws(process, data, share_ratios, soft_target, branch_noise, drop_text)
 
-    def step_loss(step: int) -> Losses:
+    def at_times(function: Network) -> Network:
+        return lambda x_t, t, condition: function(x_t, times[t], condition)
+
+    def weight(t: Tensor) -> Tensor:
+        return torch.ones_like(t) if min_snr is None else loss.min_snr(process, t, min_snr)
+
+    def step_loss(step: int, part: int = 0, parts: int = 1) -> Losses:
+        if parts > batches.evaluations:
+            raise ConfigurationError(
+                f"{batches.evaluations} network evaluations a step cannot be split into {parts} parts (processes times "
+                "finetune.accumulate); raise finetune.evaluations"
+            )
         random = generator(seed, step)
         rows = batches.rows(step)
+        # Drawn whole, whatever the parts.
         queries = {term: draw.query(term, rows[term], random) for term in rows}
+        count = {term: len(term_rows) for term, term_rows in rows.items()}
+        if frozen is not None:
+            count["consistency"] = count["diffusion"] + count.get("shared", 0)
+        mine = deal(count, queries, part, parts)
+        queries = {term: queries[term].taken(items) for term, items in mine.items()}
         anchors = {}
         if frozen is not None:
-            base = _ask(frozen)
-            anchors["diffusion"] = loss.anchor(base, queries["diffusion"])
+            base = at_times(frozen)
+            if "diffusion" in queries:
+                anchors["diffusion"] = loss.anchor(base, queries["diffusion"])
             if "shared" in queries:
-                anchors["shared"] = loss.shared_anchor(base, queries["shared"], *draw.conditions(rows["shared"]))
-        values = loss.terms(_ask(network), queries, anchors)
-        return {"loss": loss.total(values, batches.weights)} | {name: value.mean() for name, value in values.items()}
+                c, item = draw.members(rows["shared"][mine["shared"]])
+                anchors["shared"] = loss.shared_anchor(base, queries["shared"], c, item)
+        values = loss.terms(at_times(network), queries, anchors, weight)
+        means = {name: values[name].sum() / n if name in values else torch.zeros(()) for name, n in count.items()}
+        return {"loss": loss.total({name: means[name] for name in values}, batches.weights)} | means
 
     return step_loss
+
+
+def deal(count: Mapping[str, int], terms: Iterable[str], part: int, parts: int) -> dict[str, slice]:
+    """Return the items of each term that belong to a part; one after another goes to the next part, over all terms."""
+    dealt, place = {}, 0
+    for term in terms:
+        first = (part - place) % parts
+        place += count[term]
+        if first < count[term]:
+            dealt[term] = slice(first, None, parts)
+    return dealt
 
 
 @dataclass(frozen=True)
@@ -196,19 +148,17 @@ class _Draws:
         """Plain diffusion on single pictures, some without their caption."""
         data = self.data
         dropped = torch.rand(len(rows), generator=random) < self.drop_text
-        c = data.states[torch.where(dropped, len(data.latents), rows)]
+        c = taken(data.conditions, torch.where(dropped, len(data.latents), rows))
         t = (spaced(len(rows), random) * len(self.process.alphas)).long()
         return loss.diffusion_query(self.process, data.latents[rows], c, t, self._noise(rows, random))
 
     def shared(self, rows: Tensor, random: torch.Generator) -> Query:
         """The shared phase, with the row's own picture as the random member."""
-        z, present = self._group(self.data.latents, rows)
-        c, _ = self.conditions(rows)
+        z, present = self._group(rows)
         t_star = self._branch_time(rows, random)
         above = len(self.process.alphas) - 1 - t_star
         t = (t_star + 1 + (spaced(len(rows), random) * above).long()).clamp(max=len(self.process.alphas) - 1)
-        c_bar = torch.einsum("nm,nm...->n...", present / present.sum(1, keepdim=True), c)
-        eps = self._noise(rows, random)
+        c_bar, eps = self._merged(rows), self._noise(rows, random)
         return loss.shared_query(self.process, self.soft_target, self.data.latents[rows], z, present, c_bar, t, eps)
 
     def branch(self, rows: Tensor, random: torch.Generator) -> Query:
@@ -216,28 +166,40 @@ class _Draws:
 
         With plain branch noise it is ordinary diffusion at the branch phase's times, what the bridge is compared with.
         """
-        data = self.data
         # One draw a group: every row takes that of the first of its group in the batch.
-        group = data.mates[rows, 0]
+        group = self.data.mates[rows, 0]
         first = (group[:, None] == group).int().argmax(1)
-        z, present = self._group(data.latents, rows)
+        z, present = self._group(rows)
         t_star = self._branch_time(rows, random)[first]
         eps = self._noise(rows, random)[first]
         place = (torch.rand(len(rows), generator=random)[first] * present.sum(1)).long()
         z_m = z[torch.arange(len(rows)), place]
         x_star = loss.branch_start(self.process, self.soft_target, z_m, z, present, t_star, eps)
         t = (spaced(len(rows), random) * (t_star + 1)).long()
+        own, c = self.data.latents[rows], taken(self.data.conditions, rows)
         if self.branch_noise == "plain":
-            return loss.diffusion_query(self.process, data.latents[rows], data.states[rows], t, eps)
-        return loss.branch_query(self.process, data.latents[rows], data.states[rows], t, x_star, t_star)
+            return loss.diffusion_query(self.process, own, c, t, eps)
+        return loss.branch_query(self.process, own, c, t, x_star, t_star)
 
-    def conditions(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the text states of each row's group, (n, N, tokens, width), padded, and which are present, (n, N)."""
-        return self._group(self.data.states, rows)
-
-    def _group(self, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def members(self, rows: Tensor) -> tuple[Condition, Tensor]:
+        """Return the conditions of all members of the rows' groups, and the place in `rows` that each belongs to."""
         mates = self.data.mates[rows]
-        return values[mates.clamp(min=0)], mates >= 0
+        item, member = (mates >= 0).nonzero(as_tuple=True)
+        return taken(self.data.conditions, mates[item, member]), item
+
+    def _merged(self, rows: Tensor) -> Condition:
+        """Return the condition of each row's group, as the sampler makes it."""
+        groups, place = self.data.mates[rows].unique(dim=0, return_inverse=True)
+        merged = []
+        for group in groups:
+            members = taken(self.data.conditions, group[group >= 0])
+            merged.append(sampling.merge({name: values[:, None] for name, values in members.items()}))
+        return {name: torch.cat([one[name][:, 0] for one in merged])[place] for name in merged[0]}
+
+    def _group(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the latents of each row's group, (n, N, ...), padded, and which are present, (n, N)."""
+        mates = self.data.mates[rows]
+        return self.data.latents[mates.clamp(min=0)], mates >= 0
 
     def _branch_time(self, rows: Tensor, random: torch.Generator) -> Tensor:
         low, high = self.share_ratios
@@ -246,21 +208,3 @@ class _Draws:
 
     def _noise(self, rows: Tensor, random: torch.Generator) -> Tensor:
         return torch.randn((len(rows), *self.data.latents.shape[1:]), generator=random)
-
-
-def _ask(network: nn.Module) -> Network:
-    """Return the network as a function in mixed precision; the data stay on the CPU, where all is drawn."""
-    device = next(network.parameters()).device
-
-    def ask(x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            output: Tensor = network(x_t.to(device), t.to(device), condition.to(device)).sample
-        return output.float().to(x_t.device)
-
-    return ask
-
-
-def _check_width(network: nn.Module, states: Tensor) -> None:
-    expected, found = getattr(network, "config", {}).get("cross_attention_dim"), states.shape[-1]
-    if expected != found:
-        raise UnsupportedError(f"the base reads text states {expected} wide, but its text encoder gives {found}.")

@@ -27,7 +27,9 @@ from sage.diffusion import PredictionType, spread
 
 SoftTarget = Literal["mean", "posterior"]
 BranchNoise = Literal["bridge", "plain"]
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+Condition = Mapping[str, Tensor]
+"""What the network knows of the text, by name, each of shape (n, ...)."""
+Network = Callable[[Tensor, Tensor, Condition], Tensor]
 """(x_t, t, condition) to the answer, of the shape of x_t."""
 
 
@@ -51,12 +53,21 @@ class Process:
 
 @dataclass(frozen=True)
 class Query:
-    """What the network is asked, x_t (n, ...) with t (n,) and condition (n, ...), and its answer, like x_t."""
+    """What the network is asked, x_t (n, ...) with t (n,) and a condition, and its answer, like x_t."""
 
     x_t: Tensor
     t: Tensor
-    condition: Tensor
+    condition: Condition
     answer: Tensor
+
+    def taken(self, items: slice) -> "Query":
+        """Return some of the items."""
+        return Query(self.x_t[items], self.t[items], taken(self.condition, items), self.answer[items])
+
+
+def taken(condition: Condition, rows: Tensor | slice) -> Condition:
+    """Return some rows of a condition."""
+    return {name: values[rows] for name, values in condition.items()}
 
 
 def branch_time(share_ratio: Tensor, timesteps: int) -> Tensor:
@@ -67,7 +78,7 @@ def branch_time(share_ratio: Tensor, timesteps: int) -> Tensor:
     return ((1 - share_ratio) * timesteps).round().long().clamp(1, timesteps) - 1
 
 
-def diffusion_query(process: Process, z: Tensor, c: Tensor, t: Tensor, eps: Tensor) -> Query:
+def diffusion_query(process: Process, z: Tensor, c: Condition, t: Tensor, eps: Tensor) -> Query:
     """Plain diffusion: x_t = alpha_t z + sigma_t eps under c; the answer means z (Ho et al., 2020)."""
     alpha, sigma = process.at(t)
     return Query(diffusion.add_noise(z, eps, alpha, sigma), t, c, diffusion.target(process.kind, z, eps, alpha, sigma))
@@ -92,7 +103,7 @@ def shared_query(
     z_m: Tensor,
     z: Tensor,
     present: Tensor,
-    c_bar: Tensor,
+    c_bar: Condition,
     t: Tensor,
     eps: Tensor,
 ) -> Query:
@@ -124,7 +135,7 @@ def branch_start(
     return diffusion.add_noise(origin, eps, alpha, sigma)
 
 
-def branch_query(process: Process, z_n: Tensor, c_n: Tensor, t: Tensor, x_star: Tensor, t_star: Tensor) -> Query:
+def branch_query(process: Process, z_n: Tensor, c_n: Condition, t: Tensor, x_star: Tensor, t_star: Tensor) -> Query:
     """Branch phase, t <= t*: x_t on the path from x_t* to z_n under c_n; the answer means z_n.
 
     The path is a bridge: eps_n = (x_t* - alpha_t* z_n) / sigma_t* is the noise that a deterministic sampler sees when
@@ -142,40 +153,62 @@ def anchor(base: Network, query: Query) -> Tensor:
         return base(query.x_t, query.t, query.condition)
 
 
-def shared_anchor(base: Network, query: Query, c: Tensor, present: Tensor) -> Tensor:
+def shared_anchor(base: Network, query: Query, c: Condition, item: Tensor) -> Tensor:
     """Consistency in the shared phase: (1/N) sum_n b(x_t, c_n), near which f(x_t, c_bar) stays.
 
-    `c` is (n, N, ...), padded; costs one evaluation of the base for every member that is present.
+    `c` holds the members of all items one after another, k rows, and `item` (k,) the item that each belongs to; costs
+    k evaluations of the base.
     """
-    item, member = present.nonzero(as_tuple=True)
     with torch.no_grad():
-        answers = base(query.x_t[item], query.t[item], c[item, member])
-    total = torch.zeros_like(query.x_t).index_add_(0, item, answers)
-    return total / spread(present.sum(1), total)
+        answers = base(query.x_t[item], query.t[item], c)
+    item = item.to(answers.device)
+    total = answers.new_zeros(query.x_t.shape).index_add_(0, item, answers)
+    return total / spread(item.bincount(minlength=len(total)), total)
 
 
-def terms(network: Network, queries: Mapping[str, Query], anchors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def min_snr(process: Process, t: Tensor, gamma: float) -> Tensor:
+    """Return the weight of the squared error at timesteps (n,): min(SNR, gamma) on x_0 (Hang et al., 2023).
+
+    An error of the answer is one of x_0 times sigma / alpha (eps), sigma (v and flow) or 1, so the weights are
+    min(SNR, gamma) / SNR, sigma^2 min(SNR, gamma) and min(SNR, gamma), with SNR = (alpha / sigma)^2.
+    """
+    alpha, sigma = process.at(t)
+    snr = (alpha / sigma).square()
+    if process.kind == "epsilon":
+        return (gamma / snr).clamp(max=1)
+    return snr.clamp(max=gamma) * (1 if process.kind == "sample" else sigma.square())
+
+
+def terms(
+    network: Network,
+    queries: Mapping[str, Query],
+    anchors: Mapping[str, Tensor],
+    weight: Callable[[Tensor], Tensor] = torch.ones_like,
+) -> dict[str, Tensor]:
     """Return each term's values, one an item: those of the queries by their names, and "consistency" of the anchors.
 
-    `anchors` are the base's answers to queries of the same names. All queries are one evaluation of the network.
+    `anchors` are the base's answers to queries of the same names. `weight` of timesteps (n,) multiplies an item's
+    values, such as `min_snr`. All queries are one evaluation of the network.
     """
     asked = list(queries.values())
     outputs = network(
         torch.cat([query.x_t for query in asked]),
         torch.cat([query.t for query in asked]),
-        torch.cat([query.condition for query in asked]),
+        {name: torch.cat([query.condition[name] for query in asked]) for name in asked[0].condition},
     )
     output = dict(zip(queries, torch.split(outputs, [len(query.t) for query in asked]), strict=True))
-    values = {name: _error(output[name], query.answer) for name, query in queries.items()}
+    weights = {name: weight(query.t).to(outputs) for name, query in queries.items()}
+    values = {name: weights[name] * _error(output[name], query.answer) for name, query in queries.items()}
     if anchors:
-        values["consistency"] = torch.cat([_error(output[name], answers) for name, answers in anchors.items()])
+        parts = [weights[name] * _error(output[name], answers) for name, answers in anchors.items()]
+        values["consistency"] = torch.cat(parts)
     return values
 
 
-def total(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+def total(means: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """Return L, the weighted sum of the terms' means."""
-    return torch.stack([weights[name] * value.mean() for name, value in values.items()]).sum()
+    return torch.stack([weights[name] * mean for name, mean in means.items()]).sum()
 
 
 def _error(output: Tensor, answer: Tensor) -> Tensor:
-    return (output - answer).square().flatten(1).mean(1)
+    return (output - answer.to(output)).square().flatten(1).mean(1)

@@ -1,20 +1,24 @@
-"""One training loop for every network of this project; it resumes where it was killed and reports through a callback.
+"""One training loop for every network of this project; it resumes where it was killed and reports through callbacks.
 
 The loss of step k draws order and noise from (seed, k) alone, so a resumed run is the uninterrupted one, bit for bit on
-the same build and thread count.
+the same build and thread count. On several processes (`accelerate launch`) each computes its part of every step.
 """
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import extract_model_from_parallel, reduce
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 
 from sage import checkpoint
 from sage.errors import DivergedError
@@ -37,6 +41,8 @@ class Schedule:
     weight_decay: float = 0.0
     max_norm: float = 1.0
     checkpoint_every: int = 250
+    report_every: int = 10
+    watch_every: int = 0
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step counted from 0."""
@@ -57,40 +63,91 @@ def spaced(n: int, random: torch.Generator) -> Tensor:
     return (torch.randperm(n, generator=random) + torch.rand(n, generator=random, dtype=torch.float64)) / n
 
 
+@dataclass(frozen=True)
+class Trained:
+    """The last step's losses, and the seconds of all processes that a resumed run took."""
+
+    losses: dict[str, float]
+    seconds: float
+
+
+@dataclass
+class _Log:
+    """What was reported so far and the values since; a part of the checkpoint, so that each report comes once."""
+
+    every: int
+    reports: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    recent: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, step: int, values: dict[str, float]) -> bool:
+        """Take a step's values; return whether it made a report."""
+        self.recent.append(values)
+        if step % self.every:
+            return False
+        names = self.recent[0]
+        self.reports.append((step, {name: sum(v[name] for v in self.recent) / len(self.recent) for name in names}))
+        self.recent = []
+        return True
+
+
 def fit(
     network: nn.Module,
-    loss: Callable[[int], Losses],
+    loss: Callable[..., Losses],
     schedule: Schedule,
     *,
     work: Path,
     identity: Mapping[str, Any],
     on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None,
-) -> dict[str, float]:
-    """Train `network` in place and leave it with its averaged (EMA) weights; return the last step's losses.
+    on_report: Callable[[int, dict[str, float]], None] = lambda step, means: None,
+    on_watch: Callable[[int], None] = lambda step: None,
+    accumulate: int = 1,
+) -> Trained:
+    """Train `network` in place and leave it with its averaged (EMA) weights.
 
-    `loss(step)` returns named scalars, of which "loss" is minimised. `work` keeps resumable state, written every
-    `schedule.checkpoint_every` steps and at the end; `identity` names the configuration that it belongs to.
-    `on_step(done, values)` follows each step, in a resumed run those after the checkpoint.
+    `loss(step)` returns named scalars, of which "loss" is minimised. Where a step is computed in parts, `accumulate`
+    on each of several processes, `loss(step, part, parts)` returns a part of each, and the parts add up.
+    `work` keeps resumable state, written every `schedule.checkpoint_every` steps and at the end; `identity` names the
+    configuration that it belongs to. `on_step(done, values)` follows each step, in a resumed run those after the
+    checkpoint; `on_report(done, means)` every `schedule.report_every` steps, in a resumed run first those before;
+    `on_watch(done)` every `schedule.watch_every` steps but the last, with the averaged weights in the network.
     Raises DivergedError at the first loss or gradient that is not finite, before the weights that gave it are stored.
     """
-    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    begin, processes = time.monotonic(), PartialState()
+    model = extract_model_from_parallel(network)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # fused: one kernel for all parameters, several times faster than the loop on a CPU.
     optimizer = torch.optim.AdamW(
         parameters.values(), schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True
     )
     ema = {name: p.detach().clone() for name, p in parameters.items()}
-    start, values = _resume(work, identity, parameters, ema, optimizer)
+    start, values, log, before = 0, {}, _Log(schedule.report_every), 0.0
+    saved = checkpoint.latest(work, identity)
+    if saved is not None:
+        start, values, before = saved.step, saved.state["losses"], saved.state["seconds"]
+        log.reports, log.recent = saved.state["reports"], saved.state["recent"]
+        _restore(saved.tensors, parameters, ema, optimizer)
+        for step, means in log.reports:
+            on_report(step, means)
+
+    def seconds() -> float:
+        return before + time.monotonic() - begin
 
     def save(step: int) -> None:
         tensors = _tensors(parameters, ema, optimizer)
         if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
             raise _diverged(step, "the weights or their averages", work)
-        checkpoint.save(work, step, tensors, {"losses": values}, identity)
+        if processes.is_main_process:
+            state = {"losses": values, "seconds": seconds(), "reports": log.reports, "recent": log.recent}
+            checkpoint.save(work, step, tensors, state, identity)
 
     network.train()
     for step in range(start, schedule.steps):
-        with _attention(parameters.values()):
-            found = _gradient(loss(step), parameters.values(), schedule.max_norm, step, work)
+        found = _gradient(network, loss, step, accumulate)
+        found["gradient_norm"] = float(
+            nn.utils.clip_grad_norm_([p for p in parameters.values() if p.grad is not None], schedule.max_norm)
+        )
+        if not all(map(math.isfinite, found.values())):
+            raise _diverged(step, ", ".join(f"{name} {value:.4g}" for name, value in found.items()), work)
         # The state after `step` steps is stored only now that it gave a finite loss: what lies on disk is good.
         if step > start and step % schedule.checkpoint_every == 0:
             save(step)
@@ -103,31 +160,59 @@ def fit(
         torch._foreach_lerp_(list(ema.values()), [p.detach() for p in parameters.values()], 1 - decay)
         values = found
         on_step(step + 1, values)
+        if log.add(step + 1, values):
+            on_report(*log.reports[-1])
+        if schedule.watch_every and (step + 1) % schedule.watch_every == 0 and step + 1 < schedule.steps:
+            with _averaged(network, parameters, ema):
+                on_watch(step + 1)
     if start < schedule.steps:
         save(schedule.steps)
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(ema[name])
     network.eval()
-    return values
+    return Trained(values, seconds())
 
 
-def _attention(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+@contextmanager
+def _averaged(
+    network: nn.Module, parameters: Mapping[str, nn.Parameter], ema: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Put the averages in the place of the weights for a while."""
+    weights = {name: p.detach().clone() for name, p in parameters.items()}
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(ema[name])
+        network.eval()
+        yield
+        for name, p in parameters.items():
+            p.copy_(weights[name])
+        network.train()
+
+
+def _attention(network: nn.Module) -> AbstractContextManager[Any]:
     """Return the attention to train with: on a CPU the plain one, for torch's fused one is slow backwards."""
-    on_cpu = all(p.device.type == "cpu" for p in parameters)
+    on_cpu = all(p.device.type == "cpu" for p in network.parameters())
     return sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
 
 
-def _gradient(
-    losses: Losses, parameters: Iterable[nn.Parameter], max_norm: float, step: int, work: Path
-) -> dict[str, float]:
-    """Leave the clipped gradient in the parameters; return the losses and the gradient's norm as numbers."""
-    torch.autograd.backward(losses["loss"])
-    norm = nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], max_norm)
-    values = {name: float(value.detach()) for name, value in losses.items()} | {"gradient_norm": float(norm)}
-    if not all(map(math.isfinite, values.values())):
-        raise _diverged(step, ", ".join(f"{name} {value:.4g}" for name, value in values.items()), work)
-    return values
+def _gradient(network: nn.Module, loss: Callable[..., Losses], step: int, accumulate: int) -> dict[str, float]:
+    """Leave the gradient of a step's loss in the parameters, whole on every process; return the losses as numbers."""
+    processes = PartialState()
+    parts = accumulate * processes.num_processes
+    sums: dict[str, Tensor] = {}
+    for number in range(accumulate):
+        part = processes.process_index * accumulate + number
+        waits = isinstance(network, DistributedDataParallel) and number + 1 < accumulate
+        with _attention(network), network.no_sync() if waits else nullcontext():
+            losses = loss(step) if parts == 1 else loss(step, part, parts)
+            # Processes average their gradients, but parts add up.
+            (losses["loss"] * processes.num_processes).backward()
+        for name, value in losses.items():
+            sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+    device = sums["loss"].device
+    totals = reduce(torch.stack([value.to(device, torch.float32) for value in sums.values()]), "sum")
+    return dict(zip(sums, totals.tolist(), strict=True))
 
 
 def _diverged(step: int, what: str, work: Path) -> DivergedError:
@@ -146,21 +231,16 @@ def _tensors(
     return tensors
 
 
-def _resume(
-    work: Path,
-    identity: Mapping[str, Any],
+def _restore(
+    tensors: Mapping[str, Tensor],
     parameters: Mapping[str, nn.Parameter],
     ema: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
-) -> tuple[int, dict[str, float]]:
-    saved = checkpoint.latest(work, identity)
-    if saved is None:
-        return 0, {}
+) -> None:
     with torch.no_grad():
         for name, p in parameters.items():
-            p.copy_(saved.tensors[f"weights.{name}"])
-            ema[name].copy_(saved.tensors[f"ema.{name}"])
+            p.copy_(tensors[f"weights.{name}"])
+            ema[name].copy_(tensors[f"ema.{name}"])
             prefix = f"optimizer.{name}."
-            state = {key.removeprefix(prefix): value for key, value in saved.tensors.items() if key.startswith(prefix)}
+            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             optimizer.state[p].update({key: value.to(p.device) for key, value in state.items()})
-    return saved.step, dict(saved.state["losses"])

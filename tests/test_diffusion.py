@@ -2,7 +2,7 @@ import sage.torchvision_ops  # noqa: F401
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
 from sage import base, diffusion
 from sage.errors import UnsupportedError
@@ -70,8 +70,36 @@ def test_implied_noise_is_the_noise_that_was_added(levels, draws):
 
 
 def test_what_is_not_known_is_refused():
-    with pytest.raises(UnsupportedError, match="FlowMatchEulerDiscreteScheduler"):
-        diffusion.noise_levels(FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(UnsupportedError, match="FlowMatchHeunDiscreteScheduler has no alphas_cumprod"):
+        diffusion.noise_levels(FlowMatchHeunDiscreteScheduler())
     with pytest.raises(UnsupportedError, match="flow_prediction"):
         diffusion.prediction_type(DDIMScheduler(prediction_type="flow_prediction"))
     assert diffusion.prediction_type(base.new_scheduler()) == "v_prediction"
+
+
+def test_flow_matching_is_that_of_diffusers(draws):
+    x_0, eps = draws
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(7)  # leaves other levels in it
+    alphas, sigmas = diffusion.noise_levels(scheduler)
+    times = diffusion.network_times(scheduler)
+    fresh = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    t = torch.tensor([0, 10, 500, 998, 999])
+    told = times[t]
+    assert told.tolist() == fresh.timesteps.flip(0)[t].tolist() and told[-1] == 1000
+    x_t = diffusion.add_noise(x_0, eps, alphas[t], sigmas[t])
+    torch.testing.assert_close(x_t, fresh.scale_noise(x_0, told, eps))
+    kind = diffusion.prediction_type(scheduler)
+    output = diffusion.target(kind, x_0, eps, alphas[t], sigmas[t])
+    torch.testing.assert_close(diffusion.predicted_sample(kind, output, x_t, alphas[t], sigmas[t]), x_0)
+    assert torch.equal(diffusion.network_times(base.new_scheduler()), torch.arange(1000))
+
+
+def test_the_sampler_follows_the_flow_to_the_sample(draws):
+    x_0, x = draws
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(5)
+    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas[:-1], strict=True):
+        eps = diffusion.implied_noise(x, x_0, (1 - sigma).repeat(5), sigma.repeat(5))
+        x = scheduler.step(diffusion.target("flow_prediction", x_0, eps, 1 - sigma, sigma), t, x).prev_sample
+    torch.testing.assert_close(x, x_0, rtol=1e-3, atol=1e-4)

@@ -5,12 +5,14 @@ import sage.torchvision_ops  # noqa: F401
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch.nn import functional as F
 
 from sage import base, diffusion, sampling
+from sage.denoiser import Denoiser
 from sage.errors import DataError, UnsupportedError
-from sage.finetuning import Batches, TrainingSet, endless, finetuning_loss
+from sage.batches import Batches, endless
+from sage.finetuning import TrainingSet, finetuning_loss
 from sage.training import Schedule, fit, spaced
 
 ALL = {"diffusion": 1.0, "shared": 1.0, "branch": 1.0, "consistency": 0.1}
@@ -28,12 +30,13 @@ def randn(*shape, seed=0):
 @functools.cache
 def data(groups=GROUPS):
     n = sum(map(len, groups))
-    return TrainingSet(randn(n, 4, 8, 8), randn(n + 1, 5, 16, seed=1), groups)
+    return TrainingSet(randn(n, 4, 8, 8), {"states": randn(n + 1, 5, 16, seed=1)}, groups)
 
 
 def unet(seed=0):
+    """A denoiser of a pipeline that has a U-Net and nothing else."""
     torch.manual_seed(seed)
-    return UNet2DConditionModel(
+    network = UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
         out_channels=4,
@@ -44,6 +47,11 @@ def unet(seed=0):
         cross_attention_dim=16,
         attention_head_dim=2,
         norm_num_groups=4,
+    )
+    nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    return Denoiser(
+        StableDiffusionPipeline(**nothing, unet=network, scheduler=base.new_scheduler(), requires_safety_checker=False),
+        "bf16",
     )
 
 
@@ -64,8 +72,9 @@ def asked():
     calls = []
 
     def record(module, args, output):
-        if isinstance(module, UNet2DConditionModel):
-            calls.append((*args, output.sample.float(), output.sample.requires_grad))
+        if isinstance(module, Denoiser):
+            x_t, t, condition = args
+            calls.append((x_t, t, condition["states"], output, output.requires_grad))
 
     handle = torch.nn.modules.module.register_module_forward_hook(record)
     yield calls
@@ -146,7 +155,7 @@ def test_rows_depend_on_seed_and_step_alone():
 )
 def test_a_training_set_that_does_not_fit_is_refused(latents, states, groups, message):
     with pytest.raises(DataError, match=message):
-        TrainingSet(randn(latents, 4, 8, 8), randn(states, 5, 16), groups)
+        TrainingSet(randn(latents, 4, 8, 8), {"states": randn(states, 5, 16)}, groups)
 
 
 def test_times_are_spread_and_stay_below_one():
@@ -165,7 +174,7 @@ def test_plain_diffusion_alone_is_the_loss_of_pretraining(asked):
     values = loss_of(network, batches)(5)
     [(x_t, t, condition, output, trained)] = asked
     rows = batches.rows(5)["diffusion"]
-    assert trained and torch.equal(condition, data().states[rows])
+    assert trained and torch.equal(condition, data().conditions["states"][rows])
     alphas, sigmas = diffusion.noise_levels(base.new_scheduler())
     x_0 = data().latents[rows]
     eps = diffusion.implied_noise(x_t, x_0, alphas[t], sigmas[t])
@@ -177,7 +186,7 @@ def test_plain_diffusion_alone_is_the_loss_of_pretraining(asked):
 
 def test_captions_are_dropped_from_plain_diffusion_alone(asked):
     loss_of(unet(), Batches(GROUPS, weights(diffusion=1, branch=1), 48, 0), drop_text=0.5)(0)
-    empty = (asked[0][2] == data().states[-1]).flatten(1).all(1)
+    empty = (asked[0][2] == data().conditions["states"][-1]).flatten(1).all(1)
     assert 8 < empty[:32].sum() < 24 and not empty[32:].any()
 
 
@@ -204,7 +213,7 @@ def test_the_shared_phase_lies_above_the_branch_time_under_the_groups_condition(
     assert t.min() > 599 and t.max() <= 999 and t.min() < 620 and t.max() > 980
     for row, found in zip(batches.rows(0)["shared"].tolist(), condition, strict=True):
         members = next(group for group in GROUPS if row in group)
-        merged = sampling.merge({"text": data().states[list(members)][:, None]})["text"][0, 0]
+        merged = sampling.merge({"text": data().conditions["states"][list(members)][:, None]})["text"][0, 0]
         torch.testing.assert_close(found, merged)  # what the sampler gives the block
 
 
@@ -214,7 +223,7 @@ def test_siblings_in_a_batch_branch_off_one_shared_latent(soft, asked):
     loss_of(unet(), batches, soft_target=soft)(0)
     [(x_t, t, condition, *_)] = asked
     rows = batches.rows(0)["branch"]
-    assert torch.equal(condition, data().states[rows]) and t.max() <= 599 and t.max() > 560
+    assert torch.equal(condition, data().conditions["states"][rows]) and t.max() <= 599 and t.max() > 560
     alphas, sigmas = diffusion.noise_levels(base.new_scheduler())
     z = data().latents[rows]
     eps = diffusion.implied_noise(x_t, z, alphas[t], sigmas[t])
@@ -289,16 +298,7 @@ def test_consistency_is_measured_from_the_base_not_from_what_it_became():
 
 def test_a_base_that_does_not_fit_is_refused():
     with pytest.raises(UnsupportedError, match="text states 16 wide, but its text encoder gives 8"):
-        loss_of(unet(), Batches(((0, 1),), ALL, 6, 0), TrainingSet(randn(2, 4, 8, 8), randn(3, 5, 8), ((0, 1),)))
-    settings = {
-        "share_ratios": (0.4, 0.4),
-        "soft_target": "mean",
-        "branch_noise": "bridge",
-        "drop_text": 0.1,
-        "seed": 0,
-    }
-    with pytest.raises(UnsupportedError, match="FlowMatch"):
-        finetuning_loss(unet(), FlowMatchEulerDiscreteScheduler(), data(), Batches(GROUPS, ALL, 6, 0), **settings)
+        loss_of(unet(), Batches(((0, 1),), ALL, 6, 0), TrainingSet(randn(2, 4, 8, 8), {"states": randn(3, 5, 8)}, ((0, 1),)))
 
 
 def test_it_learns_and_resumes_bit_for_bit(tmp_path):

@@ -15,6 +15,10 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def text(n):
+    return {"states": randn(n, 5, 8)}
+
+
 def scheduler_of(kind):
     return DDIMScheduler.from_config(base.new_scheduler().config, prediction_type=kind)
 
@@ -84,10 +88,10 @@ def test_answers_are_finite_from_no_noise_to_no_signal(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_shared_phase_of_one_member_is_plain_diffusion(kind, soft):
     process, t = process_of(kind), torch.tensor([0, 400, 999])
-    z, c, eps = randn(3, *SHAPE), randn(3, 5, 8), randn(3, *SHAPE, seed=1)
+    z, c, eps = randn(3, *SHAPE), text(3), randn(3, *SHAPE, seed=1)
     alone = loss.shared_query(process, soft, z, z[:, None], torch.ones(3, 1, dtype=torch.bool), c, t, eps)
     plain = loss.diffusion_query(process, z, c, t, eps)
-    assert torch.equal(alone.x_t, plain.x_t) and torch.equal(alone.condition, plain.condition)
+    assert torch.equal(alone.x_t, plain.x_t) and torch.equal(alone.condition["states"], plain.condition["states"])
     torch.testing.assert_close(alone.answer, plain.answer, rtol=1e-3, atol=1e-4)
 
 
@@ -95,7 +99,7 @@ def test_shared_phase_of_one_member_is_plain_diffusion(kind, soft):
 def test_shared_phase_answers_with_the_soft_target(soft, group):
     z, present = group
     process, t = process_of("sample"), torch.tensor([500, 700, 900, 800])
-    query = loss.shared_query(process, soft, z[:, 0], z, present, randn(4, 5, 8), t, randn(4, *SHAPE, seed=1))
+    query = loss.shared_query(process, soft, z[:, 0], z, present, text(4), t, randn(4, *SHAPE, seed=1))
     weights = loss.member_weights(soft, query.x_t, z, present, *process.at(t))
     expected = torch.stack([sum(weights[i, n] * z[i, n] for n in range(3)) for i in range(4)])
     torch.testing.assert_close(query.answer, expected)
@@ -118,7 +122,7 @@ def test_branch_time_ends_at_the_first_and_last_timestep():
 def test_deterministic_sampler_walks_the_bridge_and_reaches_the_member(kind, share):
     process, scheduler = process_of(kind), scheduler_of(kind)
     scheduler.set_timesteps(8)
-    z, c, x = randn(3, *SHAPE), randn(3, 5, 8), randn(3, *SHAPE, seed=1)
+    z, c, x = randn(3, *SHAPE), text(3), randn(3, *SHAPE, seed=1)
     x_star, t_star = x, scheduler.timesteps[share].repeat(3)
     for t in scheduler.timesteps[share:]:
         query = loss.branch_query(process, z, c, t.repeat(3), x_star, t_star)
@@ -129,7 +133,7 @@ def test_deterministic_sampler_walks_the_bridge_and_reaches_the_member(kind, sha
 
 def test_bridge_from_pure_noise_is_plain_diffusion():
     process = process_of("v_prediction")
-    z, c, eps, t = randn(3, *SHAPE), randn(3, 5, 8), randn(3, *SHAPE, seed=1), torch.tensor([0, 500, 999])
+    z, c, eps, t = randn(3, *SHAPE), text(3), randn(3, *SHAPE, seed=1), torch.tensor([0, 500, 999])
     bridge = loss.branch_query(process, z, c, t, eps, torch.full((3,), 999))
     plain = loss.diffusion_query(process, z, c, t, eps)
     assert torch.equal(bridge.x_t, plain.x_t) and torch.equal(bridge.answer, plain.answer)
@@ -177,7 +181,7 @@ class Counted(torch.nn.Module):
     def forward(self, x_t, t, condition):
         self.calls, self.rows = self.calls + 1, self.rows + len(x_t)
         return torch.tanh(
-            self.mix(x_t) + self.text(condition.mean(1))[:, :, None, None] + (t / 1000)[:, None, None, None]
+            self.mix(x_t) + self.text(condition["states"].mean(1))[:, :, None, None] + (t / 1000)[:, None, None, None]
         )
 
 
@@ -186,7 +190,7 @@ def queries():
     process = process_of("v_prediction")
     return {
         name: loss.diffusion_query(
-            process, randn(n, *SHAPE), randn(n, 5, 8), torch.arange(n) * 90, randn(n, *SHAPE, seed=n)
+            process, randn(n, *SHAPE), text(n), torch.arange(n) * 90, randn(n, *SHAPE, seed=n)
         )
         for n, name in ((4, "diffusion"), (3, "shared"), (2, "branch"))
     }
@@ -214,22 +218,24 @@ def test_consistency_is_zero_at_the_base_and_pulls_back_to_it(queries):
     assert loss.terms(network, asked, anchors)["consistency"].abs().max() < 1e-12
     values = loss.terms(other, asked, anchors)
     assert (values["consistency"] > 0).all()
-    loss.total(values, {"diffusion": 0.0, "consistency": 1.0}).backward()
+    loss.total({"consistency": values["consistency"].mean()}, {"consistency": 1.0}).backward()
     assert other.mix.weight.grad.abs().sum() > 0 and network.mix.weight.grad is None
 
 
 def test_shared_anchor_is_the_mean_of_the_base_under_each_member(queries):
     base_network, query = Counted(0), queries["shared"]
-    c, present = randn(3, 4, 5, 8), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]]).bool()
-    found = loss.shared_anchor(base_network, query, c, present)
+    c, item = randn(9, 5, 8), torch.tensor([0, 0, 1, 1, 1, 1, 2, 2, 2])
+    found = loss.shared_anchor(base_network, query, {"states": c}, item)
     assert base_network.rows == 9 and not found.requires_grad
     for i in range(3):
         members = [
-            base_network(query.x_t[i : i + 1], query.t[i : i + 1], c[i : i + 1, n]) for n in range(4) if present[i, n]
+            base_network(query.x_t[i : i + 1], query.t[i : i + 1], {"states": c[n : n + 1]})
+            for n in range(9)
+            if item[n] == i
         ]
         torch.testing.assert_close(found[i], torch.cat(members).mean(0))
 
 
-def test_total_is_the_weighted_sum_of_means():
-    values = {"diffusion": torch.tensor([1.0, 3.0]), "shared": torch.tensor([5.0]), "branch": torch.tensor([0.0, 1.0])}
-    assert loss.total(values, {"diffusion": 1, "shared": 2, "branch": 4, "consistency": 0}) == 2 + 10 + 2
+def test_total_is_the_weighted_sum():
+    means = {"diffusion": torch.tensor(2.0), "shared": torch.tensor(5.0), "branch": torch.tensor(0.5)}
+    assert loss.total(means, {"diffusion": 1, "shared": 2, "branch": 4, "consistency": 0}) == 2 + 10 + 2

@@ -1,0 +1,97 @@
+"""Which pictures each step sees: batches of groups at a constant cost, a function of (seed, step) alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sage.errors import DataError
+from sage.training import generator
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Which rows each term gets in a step: `evaluations` rows a step together, whatever the sizes of the groups.
+
+    With all terms, a third are any pictures, for plain diffusion, and two thirds are pictures of groups of two or more,
+    for the shared and the branch phase. A term whose weight is 0 leaves its rows to plain diffusion, so whatever the
+    weights, the same pictures are seen equally often, and arms differ in nothing else. Where no group has two, all rows
+    are plain diffusion; raises DataError where that has no weight.
+    """
+
+    groups: Sequence[Sequence[int]]
+    weights: Mapping[str, float]
+    evaluations: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Check that there is something to train on."""
+        if not self._terms:
+            raise DataError(
+                "no two training prompts are in one group, and only the terms of shared sampling have a weight. Lower "
+                "group.threshold or give finetune.weights.diffusion a weight."
+            )
+
+    def rows(self, step: int) -> dict[str, Tensor]:
+        """Return the row numbers of each term that has any: "diffusion", "shared", "branch"."""
+        terms = self._terms
+        singles = [(row,) for group in self.groups for row in group]
+        k = self._grouped
+        plain = endless(singles, step * (self.evaluations - k), self.evaluations - k, self.seed)
+        grouped = endless(self._shareable, step * k, k, self.seed)
+        parts = {"diffusion": plain, "shared": grouped[: k // 2], "branch": grouped[k // 2 :]}
+        found: dict[str, list[Tensor]] = {}
+        for term, rows in parts.items():
+            found.setdefault(term if term in terms else terms[0], []).append(rows)
+        joined = {term: torch.cat(found[term]) for term in parts if term in found}
+        return {term: rows for term, rows in joined.items() if len(rows)}
+
+    def cost(self, step: int) -> tuple[int, int]:
+        """Return how many evaluations of the network and of the frozen base a step costs."""
+        if not self.weights["consistency"]:
+            return self.evaluations, 0
+        rows = self.rows(step)
+        size = {row: len(group) for group in self.groups for row in group}
+        shared = sum(size[int(row)] for row in rows.get("shared", ()))
+        return self.evaluations, len(rows["diffusion"]) + shared
+
+    @cached_property
+    def _shareable(self) -> list[Sequence[int]]:
+        return [group for group in self.groups if len(group) > 1]
+
+    @cached_property
+    def _terms(self) -> list[str]:
+        """The terms that need rows, those that take another's rows first."""
+        weight = self.weights
+        needed = {
+            "diffusion": weight["diffusion"] + weight["consistency"] > 0,
+            "branch": weight["branch"] > 0 and bool(self._shareable),
+            "shared": weight["shared"] + weight["consistency"] > 0 and bool(self._shareable),
+        }
+        return [term for term, wanted in needed.items() if wanted]
+
+    @cached_property
+    def _grouped(self) -> int:
+        """How many of a step's rows come from groups of two or more."""
+        if not self._shareable:
+            return 0
+        return 2 * (self.evaluations // 3) if "diffusion" in self._terms else self.evaluations
+
+
+def endless(groups: Sequence[Sequence[int]], start: int, count: int, seed: int) -> Tensor:
+    """Return `count` rows from place `start` of an endless order of groups, the members of a group side by side.
+
+    Each epoch is a permutation of the groups drawn from (seed, epoch). Groups that do not fit go on in the next slice.
+    """
+    if count == 0:
+        return torch.empty(0, dtype=torch.long)
+    size = sum(map(len, groups))
+    first, last = start // size, (start + count - 1) // size
+    rows: list[int] = []
+    for epoch in range(first, last + 1):
+        order = torch.randperm(len(groups), generator=generator(seed, "order", epoch))
+        for place in order.tolist():
+            rows.extend(groups[place])
+    return torch.tensor(rows[start - first * size :][:count])

@@ -1,0 +1,102 @@
+"""The network of any supported pipeline as a function of x_t, time and condition: where training meets `sage.families`.
+
+The call, the text states and the latents are those of the family that samples; what is trained is what will be used.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import sage.torchvision_ops  # noqa: F401
+
+import torch
+from diffusers.training_utils import cast_training_params
+from torch import Tensor, nn
+
+from sage import adapter
+from sage.errors import UnsupportedError
+from sage.loss import Condition, Network
+from sage.pipeline import SharedSamplingPipeline
+
+Precision = Literal["bf16", "fp32"]
+# Where configurations say how wide the text states are that the network reads; a transformer's own width comes last.
+_WIDTHS = ("joint_attention_dim", "caption_channels", "cross_attention_dim")
+
+
+class Denoiser(nn.Module):
+    """What is trained: a pipeline's U-Net or transformer, called as its family calls it.
+
+    `network` is the pipeline's own, so the pipeline samples with what training makes of it. `precision` "bf16"
+    computes under autocast; the trained weights are float32 either way. It is not left to accelerate, for the frozen
+    base must compute as the trained network does. Raises UnsupportedError for a pipeline of another family.
+    """
+
+    def __init__(self, pipeline: Any, precision: Precision = "fp32") -> None:
+        """Take a stock or a shared pipeline."""
+        super().__init__()
+        self._pipe: Any = SharedSamplingPipeline.from_pipe(pipeline)
+        self._precision = precision
+        self.network: nn.Module = self._pipe._network
+        cast_training_params(self.network)
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Return the network's answers as float32, where the network is; everything may come from the CPU."""
+        device = next(self.network.parameters()).device
+        x_t = x_t.to(device)
+        condition = {name: values.to(device) for name, values in condition.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+            output = self._pipe._predict(x_t, t.to(device), condition, 1.0, self._options(x_t.shape[-2:]))
+        return output.float()  # type: ignore[no-any-return]
+
+    def frozen(self) -> Network:
+        """Return the network as it is now, never to change: a copy, or with an adapter the same with the adapter off."""
+        if adapter.present(self.network):
+
+            def base(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+                with adapter.off(self.network):
+                    return self(x_t, t, condition)  # type: ignore[no-any-return]
+
+            return base
+        twin = Denoiser(self._pipe, self._precision)
+        twin.network = copy.deepcopy(self.network).requires_grad_(False).eval()
+        setattr(twin._pipe, "unet" if hasattr(twin._pipe, "unet") else "transformer", twin.network)
+        return twin
+
+    def check_width(self, condition: Condition) -> None:
+        """Raise UnsupportedError for text states that the network cannot read."""
+        config, found = self._pipe._network.config, condition["states"].shape[-1]
+        expected = next((config[name] for name in _WIDTHS if config.get(name) is not None), found)
+        if expected != found:
+            raise UnsupportedError(f"the base reads text states {expected} wide, but its text encoder gives {found}.")
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str], size: Sequence[int], batch_size: int = 64) -> dict[str, Tensor]:
+        """Return the conditions of prompts for pictures of this height and width in pixels: (n, ...), on the CPU."""
+        parts = []
+        for start in range(0, len(texts), batch_size):
+            some = list(texts[start : start + batch_size])
+            rows = self._pipe._encode(some, None, False, {}, self._pipe._options | {"size": tuple(size)})
+            parts.append({name: values[:, 0].cpu() for name, values in rows.items()})
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor, batch_size: int = 64) -> Tensor:
+        """Return the latents of uint8 pictures (n, height, width, 3) as the network sees them: float32, on the CPU."""
+        vae = self._pipe.vae
+        parts = []
+        for part in torch.split(pictures, batch_size):
+            x = part.to(vae.device).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
+            parts.append(vae.encode(x).latent_dist.mode().float().cpu())
+        return _normal(torch.cat(parts), vae.config)
+
+    def _options(self, latent_size: Sequence[int]) -> dict[str, Any]:
+        size = tuple(side * self._pipe.vae_scale_factor for side in latent_size)
+        return {**self._pipe._options, "size": size}
+
+
+def _normal(latents: Tensor, config: Any) -> Tensor:
+    """Return latents as networks see them; the inverse stands in the families' `_decode`."""
+    if (mean := config.get("latents_mean")) is not None and (deviation := config.get("latents_std")) is not None:
+        mean, deviation = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, deviation))
+        return (latents - mean) / deviation * config.scaling_factor  # type: ignore[no-any-return]
+    return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor  # type: ignore[no-any-return]
