@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,11 +26,12 @@ import typer
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
+from flows import drawing
 from flows.group import ENCODER, cache, choose_threshold
 from flows.machine import device
 from flows.terminal import progress, run
 from sage.captions import clean_caption
-from sage.config import load_params
+from sage.config import Group, load_params
 from sage.embedding import embed
 from sage.errors import ConfigurationError, DataError
 from sage.files import digest, new_file, sha256, sha256_tree, write_json, write_text
@@ -55,7 +57,9 @@ class Item:
 def main(
     prompts: Annotated[str, typer.Argument(help="A file of prompts: .txt, .jsonl, .csv, or - for standard input.")],
     out: Annotated[Path, typer.Option(help="The folder for the pictures.")],
-    model: Annotated[str, typer.Option(help="A folder or hub name of a pipeline.")] = "models/sage",
+    model: Annotated[
+        str, typer.Option(help="A folder or hub name of a pipeline, or a registered one: models:/sage@champion.")
+    ] = "models/sage",
     plan: Annotated[bool, typer.Option("--plan", help="Only show groups and cost.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pictures.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Inference steps; else as in params.yaml.")] = None,
@@ -65,25 +69,18 @@ def main(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Prompts a network call at most.")] = None,
 ) -> None:
     """Make pictures for a list of prompts, sharing early steps among similar ones; say what it saves first."""
-    params = load_params()
-    settings: dict[str, Any] = {
-        "steps": steps or params.generate.steps,
-        "share_ratio": params.generate.share_ratio if share_ratio is None else share_ratio,
-        "guidance_scale": params.generate.guidance_scale if guidance_scale is None else guidance_scale,
-        "negative_prompt": negative_prompt,
-        "batch_size": batch_size or params.generate.batch_size,
-        "seed": seed,
-        "group": params.group.model_dump(),
-    }
     items = read_prompts(prompts)
     texts = [item.prompt for item in items if item.error is None]
     if not texts:
         raise DataError(f"{prompts} has no prompt that can be drawn" + (f": {items[0].error}" if items else ""))
+    pipe, name, settings, grouping = open_model(model)
+    given = {"steps": steps, "share_ratio": share_ratio, "guidance_scale": guidance_scale, "batch_size": batch_size}
+    settings |= {key: value for key, value in given.items() if value is not None}
+    settings |= {"negative_prompt": negative_prompt, "seed": seed, "group": grouping.model_dump()}
     with progress(len(texts), "embedding") as advance:
         embeddings = embed(texts, ENCODER, cache=cache(), progress=advance)
-    threshold = choose_threshold(params.group, embeddings, settings["share_ratio"])
-    groups = group(embeddings, threshold, params.group.max_size, params.group.near_duplicate)
-    pipe: Any = SharedSamplingPipeline.from_pretrained(model)
+    threshold = choose_threshold(grouping, embeddings, settings["share_ratio"])
+    groups = group(embeddings, threshold, grouping.max_size, grouping.near_duplicate)
     pipe.to(device())
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler.set_timesteps(settings["steps"])
@@ -95,13 +92,31 @@ def main(
     if plan:
         return
 
-    identity = settings | {"model": sha256_tree(Path(model)) if Path(model).is_dir() else model}
+    identity = settings | {"model": name}
     identity |= {"prompts": digest([asdict(item) for item in items]), "device": str(pipe.device)}
     begin(out, identity)
-    draw(pipe, [item for item in items if item.error is None], groups, whole.steps, settings, identity["model"], out)
+    draw(pipe, [item for item in items if item.error is None], groups, whole.steps, settings, name, out)
     manifest(out, items)
     contact_sheet(out, [item.id for item in items if item.error is None], groups)
     typer.echo(f"{len(texts)} pictures in {out}" + (f"; {len(refused)} prompts were not drawn" if refused else ""))
+
+
+def open_model(model: str) -> tuple[Any, str, dict[str, Any], Group]:
+    """Return a pipeline, the hash or name of its weights, how to sample with it, and how to group prompts for it.
+
+    A registered model says the last two itself, and its files are verified before any is read; for another one they are
+    those of params.yaml. Raises RegistryError for a version that is damaged or unknown.
+    """
+    if model.startswith("models:/"):
+        from flows import tracking
+
+        with tempfile.TemporaryDirectory() as folder:
+            version = tracking.fetch(model, Path(folder))
+            return SharedSamplingPipeline.from_pretrained(version.weights), *version.settings()
+    params = load_params()
+    settings = params.generate.model_dump(include={"steps", "share_ratio", "guidance_scale", "batch_size"})
+    name = sha256_tree(Path(model)) if Path(model).is_dir() else model
+    return SharedSamplingPipeline.from_pretrained(model), name, settings, params.group
 
 
 def read_prompts(source: str) -> list[Item]:
@@ -196,55 +211,26 @@ def draw(
     """Make the pictures that are missing."""
     seeds = image_seeds(settings["seed"], [item.prompt for item in items])
     number = {member: place for place, group in enumerate(groups) for member in group}
+    missing = {place for place, item in enumerate(items) if not (out / f"{item.id}.png").exists()}
     with progress(len(items), "generating") as advance:
-        for batch in batches(groups, 4 * settings["batch_size"]):
-            members = [member for group in batch for member in group]
-            missing = {member for member in members if not (out / f"{items[member].id}.png").exists()}
-            advance(len(members) - len(missing))
-            if not missing:
-                continue
-            # The whole batch again: arithmetic depends on what is evaluated together.
-            place = {member: i for i, member in enumerate(members)}
-            stream = pipe.stream(
-                [items[member].prompt for member in members],
-                plan=Plan.shared([[place[m] for m in group] for group in batch], steps, settings["share_ratio"]),
-                num_inference_steps=settings["steps"],
-                guidance_scale=settings["guidance_scale"],
-                negative_prompt=settings["negative_prompt"] or None,
-                seed=[seeds[member] for member in members],
-                batch_size=settings["batch_size"],
-            )
-            for result in stream:
-                member = members[result.index]
-                if member not in missing:
-                    continue
-                item, company = items[member], groups[number[member]]
-                facts = {
-                    "id": item.id,
-                    "prompt": item.prompt,
-                    "negative_prompt": settings["negative_prompt"],
-                    "seed": result.seed,
-                    "group": number[member],
-                    "shared_with": [items[other].id for other in company if other != member],
-                    "plan": {"steps": steps, "share_ratio": settings["share_ratio"] if len(company) > 1 else 0.0},
-                    "guidance_scale": settings["guidance_scale"],
-                    "model": model,
-                    "truncated_tokens": stream.truncated_tokens[result.index],
-                }
-                save(result.image, facts, out / f"{item.id}.png")
-                advance(1)
-
-
-def batches(groups: Sequence[Sequence[int]], size: int) -> Iterator[list[Sequence[int]]]:
-    """Yield runs of whole groups of about `size` prompts, the same whatever is done already."""
-    batch: list[Sequence[int]] = []
-    for members in groups:
-        batch.append(members)
-        if sum(map(len, batch)) >= size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+        advance(len(items) - len(missing))
+        texts = [item.prompt for item in items]
+        for member, result, truncated in drawing.draw(pipe, texts, seeds, groups, settings, missing.__contains__):
+            item, company = items[member], groups[number[member]]
+            facts = {
+                "id": item.id,
+                "prompt": item.prompt,
+                "negative_prompt": settings["negative_prompt"],
+                "seed": result.seed,
+                "group": number[member],
+                "shared_with": [items[other].id for other in company if other != member],
+                "plan": {"steps": steps, "share_ratio": settings["share_ratio"] if len(company) > 1 else 0.0},
+                "guidance_scale": settings["guidance_scale"],
+                "model": model,
+                "truncated_tokens": truncated,
+            }
+            save(result.image, facts, out / f"{item.id}.png")
+            advance(1)
 
 
 def save(picture: Image.Image, facts: dict[str, Any], path: Path) -> None:

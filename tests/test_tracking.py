@@ -13,7 +13,6 @@ import sage.torchvision_ops  # noqa: F401
 
 import pytest
 import torch
-import yaml
 from faults import in_child, kill
 from mlflow import MlflowClient
 from PIL import Image
@@ -234,15 +233,19 @@ def test_a_model_that_passes_becomes_challenger_once(project, weights):
     found = client().get_model_version("sage", "1")
     assert found.tags.keys() >= COMPLETE
     assert json.loads(found.tags["sage.params"])["generate"]["steps"] == 2
-    assert yaml.safe_load((tracking.fetch("challenger", project / "out").parents[1] / "MLmodel").read_text())["flavors"]
-    assert sha256_tree(project / "out" / "model" / "artifacts" / "model") == sha256_tree(weights)
+    fetched = tracking.fetch("models:/sage@challenger", project / "out")
+    assert sha256_tree(fetched.weights) == sha256_tree(weights)
+    model, sampling, group = fetched.settings()
+    assert model == sha256_tree(weights)
+    assert sampling == {"steps": 2, "guidance_scale": 3.0, "share_ratio": 0.5, "batch_size": 128}
+    assert (group.threshold, group.max_size, group.near_duplicate) == (0.72, 6, 0.999)
 
 
 def test_a_version_holds_no_pickle_and_draws(project, weights):
     import mlflow.pyfunc
 
     register(weights)
-    files = tracking.fetch("challenger", project / "out").parents[1]
+    files = tracking.fetch("challenger", project / "out").folder
     assert not [path for path in files.rglob("*") if path.suffix in {".pkl", ".pickle", ".pt", ".bin"}]
     answer = mlflow.pyfunc.load_model(str(files)).predict(["red heart", "blue heart"])
     assert [item["prompt"] for item in answer] == ["red heart", "blue heart"]
@@ -319,7 +322,7 @@ def test_nothing_that_is_worse_foreign_or_unknown_is_promoted(project, weights):
     register(weights, held_out="b" * 64)
     with pytest.raises(RegistryError, match="cannot be compared"):
         tracking.promote("3")
-    with pytest.raises(RegistryError, match="there is no version 9"):
+    with pytest.raises(RegistryError, match="there is no version 9 of sage"):
         tracking.promote("9")
     client().set_model_version_tag("sage", "3", "sage.gates", json.dumps([{"metric": "alignment", "passed": False}]))
     with pytest.raises(RegistryError, match="has not passed its gates"):
@@ -333,7 +336,7 @@ def test_a_version_that_was_altered_is_refused_before_it_is_loaded(project, weig
     code = next(source.glob("*.py"))
     code.write_text(f"open({str(project / 'executed')!r}, 'w')\n" + code.read_text())
     for attempt in (tracking.promote, lambda: tracking.fetch("challenger", project / "out")):
-        with pytest.raises(RegistryError, match="version 1 is damaged"):
+        with pytest.raises(RegistryError, match="version 1 of sage is damaged"):
             attempt()
     assert not (project / "executed").exists()
     assert "champion" not in aliases()

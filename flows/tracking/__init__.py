@@ -3,11 +3,11 @@
 The only package that imports mlflow, and it does so late: with tracking off nothing of it is loaded.
 """
 
+from flows.tracking.promotion import promote as promote
+from flows.tracking.promotion import rollback as rollback
 from flows.tracking.registry import Registration as Registration
 from flows.tracking.registry import fetch as fetch
-from flows.tracking.registry import promote as promote
 from flows.tracking.registry import register as register
-from flows.tracking.registry import rollback as rollback
 from flows.tracking.registry import versions as versions
 from flows.tracking.runs import Pipeline as Pipeline
 from flows.tracking.runs import Run as Run

@@ -1,38 +1,125 @@
-"""What a registered version runs: a list of prompts in, pictures out. MLflow keeps this file as code, so no pickle."""
+"""What a registered version runs: a list of prompts in, pictures out. MLflow keeps this file as code, so no pickle.
+
+One request's prompts share steps with each other, never with another request's. The answer has an item for each prompt,
+in their order: its picture, or why there is none. A prompt that cannot be drawn costs its own item; a whole request is
+refused, with status 400, where it asks for more than the limits or its parameters are out of range.
+"""
 
 import base64
 import io
+import threading
 from pathlib import Path
 from typing import Any
 
+import sage.torchvision_ops  # noqa: F401
+
 import mlflow.models
+from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+from flows.drawing import draw
+from flows.machine import device
+from flows.tracking.content import check_loaded
+from sage.captions import clean_caption
+from sage.embedding import embed
 from sage.errors import RegistryError
 from sage.files import sha256_tree
+from sage.grouping import group
+from sage.pipeline import SharedSamplingPipeline
+from sage.plan import Plan
+from sage.rows import Rejected
+from sage.stream import image_seeds
+
+_LARGEST_SEED = 2**63 - 1
 
 
 class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow mlflow
     """Groups the prompts, samples each group's early steps once, and answers in the order of the prompts."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the weights that the version carries; raise RegistryError where their hash does not fit."""
-        from sage.pipeline import SharedSamplingPipeline
-
+        """Load the weights that the version carries; raise RegistryError where a hash does not fit."""
         folder = Path(context.artifacts["model"])
+        check_loaded(folder.parents[1])
         found, wanted = sha256_tree(folder), context.model_config["model_sha256"]
         if found != wanted:
             raise RegistryError(f"the weights are damaged: SHA-256 {found[:12]}, not {wanted[:12]}.")
-        self._pipeline: Any = SharedSamplingPipeline.from_pretrained(folder)
+        pipeline: Any = SharedSamplingPipeline.from_pretrained(folder)
+        self._pipeline = pipeline.to(device())
+        self._pipeline.set_progress_bar_config(disable=True)
+        # A server calls from several threads, and a pipeline has one scheduler.
+        self._alone = threading.Lock()
 
-    def predict(self, context: PythonModelContext, model_input: list[str]) -> list[dict[str, str]]:
-        """Return for each prompt its text and its picture, a PNG in base64."""
-        from sage.embedding import embed
-        from sage.grouping import group
+    def predict(
+        self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """Return for each prompt `prompt` as drawn, `png` in base64, `seed`, `group` and what it cost, or `error`.
 
-        groups = group(embed(model_input), *context.model_config["group"])
-        images = self._pipeline(model_input, groups=groups, seed=0, **context.model_config["sampling"]).images
-        return [{"prompt": prompt, "png": _png(image)} for prompt, image in zip(model_input, images, strict=True)]
+        `network_evaluations` is the prompt's share of what its group cost, `independent` what it would have cost alone.
+        """
+        config = context.model_config
+        settings = config["sampling"] | {"seed": 0, "seeds": [], "negative_prompt": ""}
+        settings |= {name: value for name, value in (params or {}).items() if value is not None}
+        _check(settings, len(model_input), config["limits"])
+        items = [_item(prompt, config["limits"]["characters"]) for prompt in model_input]
+        drawn = [number for number, item in enumerate(items) if "error" not in item]
+        if not drawn:
+            return items
+        texts = [items[number]["prompt"] for number in drawn]
+        seeds = image_seeds(settings["seed"], texts)
+        if settings["seeds"]:
+            seeds = [settings["seeds"][number] for number in drawn]
+        with self._alone:
+            how = config["group"]
+            groups = group(embed(texts), how["threshold"], how["max_size"], how["near_duplicate"])
+            of = {member: place for place, members in enumerate(groups) for member in members}
+            for member, result, truncated in draw(self._pipeline, texts, seeds, groups, settings):
+                items[drawn[member]] |= {
+                    "png": _png(result.image),
+                    "seed": result.seed,
+                    "group": of[member],
+                    "shared_with": [drawn[other] for other in groups[of[member]] if other != member],
+                    "truncated_tokens": truncated,
+                    **_cost(len(self._pipeline.scheduler.timesteps), len(groups[of[member]]), settings),
+                }
+        return items
+
+
+def _check(settings: dict[str, Any], prompts: int, limits: dict[str, int]) -> None:
+    """Refuse what would cost too much or cannot be meant, before anything is computed."""
+    steps, seeds = settings["steps"], settings["seeds"]
+    problems = {
+        f"{prompts} prompts were given; give 1 to {limits['prompts']}": not 1 <= prompts <= limits["prompts"],
+        f"{prompts} prompts of {steps} steps are more than {limits['steps']} steps": prompts * steps > limits["steps"],
+        f"steps is {steps}; give 1 to 1000": not 1 <= steps <= 1000,
+        f"share_ratio is {settings['share_ratio']}; give 0 to below 1": not 0 <= settings["share_ratio"] < 1,
+        f"guidance_scale is {settings['guidance_scale']}; give 0 to 100": not 0 <= settings["guidance_scale"] <= 100,
+        f"{len(seeds)} seeds were given for {prompts} prompts": bool(seeds) and len(seeds) != prompts,
+        f"a seed is below 0 or above {_LARGEST_SEED}": not all(
+            isinstance(seed, int) and 0 <= seed <= _LARGEST_SEED for seed in (*seeds, settings["seed"])
+        ),
+        f"negative_prompt has more than {limits['characters']} characters": (
+            len(settings["negative_prompt"]) > limits["characters"]
+        ),
+    }
+    if wrong := [problem for problem, found in problems.items() if found]:
+        raise MlflowException.invalid_parameter_value("; ".join(wrong))
+
+
+def _item(prompt: str, characters: int) -> dict[str, Any]:
+    """Return the prompt as it is drawn, or why it is not."""
+    try:
+        if len(prompt) > characters:
+            raise Rejected("too_long", f"the prompt has {len(prompt)} characters; at most {characters} are drawn")
+        return {"prompt": clean_caption(prompt)}
+    except Rejected as error:
+        return {"error": f"{error.reason}: {error.detail}"}
+
+
+def _cost(steps: int, size: int, settings: dict[str, Any]) -> dict[str, float]:
+    """Return a prompt's share of the network evaluations, and those of drawing it alone."""
+    guided = settings["guidance_scale"] > 1
+    plan = Plan.shared([list(range(size))], steps, settings["share_ratio"])
+    return {"network_evaluations": plan.nfe(guided) / size, "independent": steps * (2 if guided else 1)}
 
 
 def _png(picture: Any) -> str:

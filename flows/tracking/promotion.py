@@ -1,0 +1,103 @@
+"""Who is champion: a challenger that is whole, passed its gates and is no worse takes its place; and the way back."""
+
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from flows.tracking import content
+from flows.tracking.registry import CHALLENGER, CHAMPION, GATES, METRIC, MODEL, SET, aliases, connect, find
+from sage.errors import RegistryError
+from sage.gates import HIGHER_IS_BETTER
+
+_REPLACED = "sage.replaced"  # a tag of a version: the champion before it
+
+
+def promote(version: str | None = None, to: str = MODEL) -> str:
+    """Make a version, by default the challenger, the champion; return it.
+
+    `to` another registered model the champion, or the version, is copied first, once. Raises RegistryError where it is
+    damaged, failed a gate, was judged on another held-out set than the champion, or is worse than the champion beyond
+    both intervals in anything that a gate rests on.
+    """
+    tracker, _ = connect()
+    if to != MODEL:
+        version = _copy(tracker, version or aliases(tracker).get(CHAMPION), to)
+    named = aliases(tracker, to)
+    candidate = find(tracker, version or named.get(CHALLENGER), to)
+    number, champion = str(candidate.version), named.get(CHAMPION)
+    if number != champion:
+        _check(tracker, candidate)
+        if champion is not None:
+            _check_against(candidate, find(tracker, champion, to))
+            # Remembered before the alias moves, so that a way back exists at every instant.
+            tracker.set_model_version_tag(to, number, _REPLACED, champion)
+        tracker.set_registered_model_alias(to, CHAMPION, number)
+    if named.get(CHALLENGER) == number:
+        tracker.delete_registered_model_alias(to, CHALLENGER)
+    return number
+
+
+def rollback(of: str = MODEL) -> str:
+    """Make the version that the champion replaced the champion again; return it."""
+    tracker, _ = connect()
+    champion = find(tracker, aliases(tracker, of).get(CHAMPION), of, CHAMPION)
+    before = champion.tags.get(_REPLACED)
+    if not before:
+        raise RegistryError(f"version {champion.version} replaced no champion, so there is none to go back to.")
+    _check(tracker, find(tracker, before, of))
+    tracker.set_registered_model_alias(of, CHAMPION, before)
+    return str(before)
+
+
+def _copy(tracker: Any, version: str | None, to: str) -> str:
+    """Copy a version with its tags to another registered model, unless it is there; return its number there."""
+    found = find(tracker, version, MODEL, CHAMPION)
+    same = f"name = '{to}' and tags.`{content.FILES_HASH}` = '{found.tags.get(content.FILES_HASH)}'"
+    if copies := tracker.search_model_versions(same):
+        return str(min(int(copy.version) for copy in copies))
+    _check(tracker, found)
+    copy = tracker.copy_model_version(f"models:/{MODEL}/{found.version}", to)
+    # Which champion it replaced is a matter of the registry that it was in.
+    if _REPLACED in copy.tags:
+        tracker.delete_model_version_tag(to, copy.version, _REPLACED)
+    return str(copy.version)
+
+
+def _check(tracker: Any, version: Any) -> None:
+    """Refuse a version that failed a gate, is damaged, or cannot draw a picture."""
+    gates = json.loads(version.tags.get(GATES, "[]"))
+    if not gates or not all(gate["passed"] is True for gate in gates):
+        raise RegistryError(f"version {version.version} has not passed its gates.")
+    with tempfile.TemporaryDirectory() as temporary:
+        if not content.draws(content.download(tracker, version, Path(temporary))):
+            raise RegistryError(f"version {version.version} could not draw a picture.")
+
+
+def _check_against(candidate: Any, champion: Any) -> None:
+    if candidate.tags[SET] != champion.tags[SET]:
+        raise RegistryError(
+            f"version {candidate.version} was judged on held-out set {candidate.tags[SET][:12]}, champion "
+            f"{champion.version} on {champion.tags[SET][:12]}: they cannot be compared. Evaluate both on one set."
+        )
+    worse = []
+    for metric in sorted({gate["metric"] for gate in json.loads(candidate.tags[GATES])}):
+        new, old = (_interval(version, metric) for version in (candidate, champion))
+        more = metric in HIGHER_IS_BETTER
+        if new["high"] < old["low"] if more else new["low"] > old["high"]:
+            interval = f"[{new['low']:.4g}, {new['high']:.4g}]"
+            worse.append(f"{metric} {new['value']:.4g} {interval}, champion {old['value']:.4g}")
+    if worse:
+        raise RegistryError(
+            f"version {candidate.version} is worse than champion {champion.version}:\n  " + "\n  ".join(worse)
+        )
+
+
+def _interval(version: Any, metric: str) -> dict[str, float]:
+    """Return value, low and high of a version's metric; raise RegistryError where one is not a finite number."""
+    figure: dict[str, Any] = json.loads(version.tags.get(METRIC + metric, "{}"))
+    ends = {key: figure.get(key) for key in ("value", "low", "high")}
+    if not all(isinstance(end, int | float) and math.isfinite(end) for end in ends.values()):
+        raise RegistryError(f"version {version.version} has no usable {metric}: {ends}.")
+    return figure
