@@ -27,7 +27,10 @@ Write = Callable[[str], None]
 # What `dvc repro` prints, once a stage.
 _LINE = re.compile(r"(?:Running stage|Stage) '(?P<stage>[^']+)'(?P<what>:| didn't change| is cached)")
 _STATES: dict[str, State] = {":": "executed", " didn't change": "up to date", " is cached": "restored"}
+_FAILED = re.compile(r"failed to reproduce '([^']+)'.*?(?:exited with (-?\d+))?$")
+_FINAL = (2, 4)  # how a stage ends that would end so again: a person must mend something, or training diverged
 _BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock")
+_LEASH = str(Path(__file__).with_name("leash.py"))
 _LONGEST_LINE = 4096
 _GRACE = 10.0  # seconds between asking a stage to end and killing it
 
@@ -36,6 +39,15 @@ class BusyError(SageError):
     """Another process is working in this folder; exit code 75 tells a caller to try again later."""
 
     exit_code = 75
+
+
+class StageError(SageError):
+    """A stage failed; `transient` where it did not say why itself but died, so that another try may help."""
+
+    def __init__(self, message: str, transient: bool) -> None:
+        """`message` says which stage and why."""
+        super().__init__(message)
+        self.transient = transient
 
 
 @dataclass(frozen=True)
@@ -83,12 +95,12 @@ def paths(stage: Mapping[str, Any], key: str) -> list[PurePosixPath]:
 
 
 @contextmanager
-def only_writer() -> Iterator[None]:
-    """Hold this folder against other pipeline runs; the system lets go of it however this process ends.
+def only_writer(folder: Path = Path()) -> Iterator[None]:
+    """Hold a folder against other pipeline runs; the system lets go of it however this process ends.
 
     Raises BusyError where another one holds it.
     """
-    lock = Path(".dvc/tmp/sage.lock")
+    lock = folder / ".dvc/tmp/sage.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
         try:
@@ -99,21 +111,38 @@ def only_writer() -> Iterator[None]:
 
 
 def reproduce(
-    write: Write, stage: str | None = None, *, alone: bool = False, environment: Mapping[str, str] | None = None
+    write: Write,
+    stage: str | None = None,
+    *,
+    alone: bool = False,
+    environment: Mapping[str, str] | None = None,
+    folder: Path = Path(),
 ) -> dict[str, Outcome]:
-    """Bring all stages, or one with what it needs, or one `alone`, up to date; return what became of each.
+    """Bring all stages of a folder, or one with what it needs, or one `alone`, up to date; return what became of each.
 
     `write` receives what DVC and the stages print, as it comes; `environment` is added to theirs. Raises BusyError
-    where another process has the lock, SageError where a stage fails. Whatever ends this call ends the stages.
+    where another process has the lock, StageError where a stage fails. Whatever ends this call, or kills its process,
+    ends the stages.
     """
     target = [] if stage is None else ["--single-item", stage] if alone else [stage]
     output = Output(write)
-    code = _run(["repro", *target], environment or {}, output)
+    code = _run(["repro", *target], environment or {}, output, folder)
     if code and any(map(_BUSY.search, output.lines)):
         raise BusyError("DVC is at work in this folder already. Wait for it and try again.")
     if code:
-        raise SageError(output.failure(code))
+        raise StageError(output.failure(code), output.transient())
     return output.outcomes()
+
+
+def dvc(*arguments: str, folder: Path = Path()) -> str:
+    """Run a command of DVC's in a folder and return what it prints; raise SageError with its reason where it fails."""
+    output = Output(lambda text: None)
+    code = _run(list(arguments), {}, output, folder)
+    if code and any(map(_BUSY.search, output.lines)):
+        raise BusyError("DVC is at work in this folder already. Wait for it and try again.")
+    if code:
+        raise SageError(f"dvc {' '.join(arguments)} failed: " + "\n".join(output.lines).removeprefix("ERROR: "))
+    return "\n".join(output.lines)
 
 
 def stale() -> list[str]:
@@ -158,6 +187,11 @@ class Output:
         what = f"stage {named[1]} failed" if named else "the graph could not be run"
         return f"{what}: {said[0][len('error: ') :]}\nMend the cause and run again; finished stages are not repeated."
 
+    def transient(self) -> bool:
+        """Return whether the stage that failed was killed or died of something that it did not foresee."""
+        ended = [match[2] for match in map(_FAILED.search, self.lines) if match and match[2]]
+        return bool(ended) and int(ended[-1]) not in _FINAL
+
     def outcomes(self) -> dict[str, Outcome]:
         """Return what became of each stage so far."""
         starts = [start for _, start in self._seen.values()]
@@ -168,16 +202,18 @@ class Output:
         }
 
 
-def _run(arguments: list[str], environment: Mapping[str, str], output: Output) -> int:
-    """Run dvc with its stages in a session of their own; return its exit code."""
+def _run(arguments: list[str], environment: Mapping[str, str], output: Output, folder: Path) -> int:
+    """Run dvc with its stages in a session of their own, on a leash; return its exit code."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "dvc", *arguments],
+        [sys.executable, "-S", _LEASH, sys.executable, "-m", "dvc", *arguments],
+        cwd=folder,
         env=_environment() | dict(environment),
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+    assert process.stdin is not None
     assert process.stdout is not None
     try:
         while piece := os.read(process.stdout.fileno(), 65536):
@@ -186,6 +222,7 @@ def _run(arguments: list[str], environment: Mapping[str, str], output: Output) -
     finally:
         # Nothing is left to end after a normal return; after an interruption dvc, its shell and the stage are.
         _end_group(process)
+        process.stdin.close()
         process.stdout.close()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flows import versioning
-from flows.versioning import BusyError
+from flows.versioning import BusyError, StageError
 from sage.errors import ConfigurationError, SageError
 
 # Two stages, written in the other order than they must run; what they do is said by the environment.
@@ -128,15 +128,13 @@ def test_a_failing_stage_is_named_with_its_own_reason_and_nothing_done_is_repeat
     assert states() == {"first": "up to date", "second": "executed"}
 
 
-# A run that is killed cannot end its stage; the stage ends when it next says something, for nobody listens.
 @pytest.mark.parametrize(
-    ("number", "says"),
-    [(signal.SIGINT, {"QUIET": "1"}), (signal.SIGTERM, {"QUIET": "1"}), (signal.SIGKILL, {})],
-    ids=["interrupted", "told to end", "killed"],
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["interrupted", "told to end", "killed"]
 )
-def test_a_run_that_ends_early_leaves_no_process_and_no_lock(project, number, says):
+def test_a_run_that_ends_early_leaves_no_process_and_no_lock(project, number):
     command = [sys.executable, "-c", CALL]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"WAIT": "first"} | says)
+    waiting = os.environ | {"WAIT": "first", "QUIET": "1"}
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=waiting)
     wait_for(project / "pid")
     stage = int((project / "pid").read_text())
     run.send_signal(number)
@@ -172,3 +170,13 @@ def test_the_revision_says_when_files_differ_from_it(project):
     assert len(clean) == 40
     (project / "input").write_text("changed")
     assert versioning.revision() == f"{clean}-dirty"
+
+
+@pytest.mark.parametrize(
+    ("how", "again"), [("sys.exit('error: mend it')", True), ("sys.exit(2)", False), ("os.kill(os.getpid(), 9)", True)]
+)
+def test_a_stage_that_died_is_told_from_one_that_says_what_to_mend(project, how, again):
+    (project / "step.py").write_text(f"import os, sys; {how}")
+    with pytest.raises(StageError) as caught:
+        states()
+    assert caught.value.transient is again

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 EXPERIMENT = "sage"
 # Under a name of our own: an exported MLFLOW_RUN_ID would make every stage write into its parent.
 PIPELINE = "SAGE_PIPELINE"
+_PIPELINE_TAGS = "SAGE_PIPELINE_TAGS"
 _DIGEST_LENGTH = 36  # of a dataset, in MLflow's tables
 
 
@@ -68,6 +69,14 @@ def experiment(tracker: Any, uri: str) -> str:
 def check(uri: str) -> None:
     """Raise SageError where the address does not answer."""
     experiment(client(uri), uri)
+
+
+def link(run_id: str | None) -> str | None:
+    """Return where a browser finds a run; None where no server shows it."""
+    uri = address()
+    if uri is None or run_id is None or not uri.startswith("http"):
+        return None
+    return f"{uri}/#/experiments/{client(uri).get_run(run_id).info.experiment_id}/runs/{run_id}"
 
 
 class Run:
@@ -159,14 +168,15 @@ class Pipeline:
     The first stage that executes makes that run, so a pipeline with nothing to do leaves none.
     """
 
-    def __init__(self) -> None:
-        """Choose an id; nothing is recorded yet."""
+    def __init__(self, tags: Mapping[str, str] | None = None) -> None:
+        """Choose an id; nothing is recorded yet. `tags` say of its run who started it and how."""
         self._id = uuid4().hex
+        self._tags = dict(tags or {})
 
     @property
     def environment(self) -> dict[str, str]:
         """Return what the stages' processes need to find their parent."""
-        return {PIPELINE: self._id}
+        return {PIPELINE: self._id, _PIPELINE_TAGS: json.dumps(self._tags)}
 
     def finish(self, status: str, metrics: Path | None = None) -> None:
         """End the pipeline's run, where there is one; `metrics`, the folder of results, is recorded in it."""
@@ -185,9 +195,9 @@ class Pipeline:
 
 
 @contextmanager
-def pipeline_run() -> Iterator[Pipeline]:
+def pipeline_run(tags: Mapping[str, str] | None = None) -> Iterator[Pipeline]:
     """Yield a pipeline; where the block fails, its run ends as failed. Calling `finish` is the caller's, at success."""
-    pipeline = Pipeline()
+    pipeline = Pipeline(tags)
     try:
         yield pipeline
     except BaseException:
@@ -211,7 +221,8 @@ def _find_parent(tracker: Any, home: str, pipeline: str) -> str | None:
 
 
 def _new_parent(tracker: Any, home: str, pipeline: str) -> str:
-    tags = {"sage.pipeline": pipeline, "mlflow.source.git.commit": revision()}
+    own = {"sage.pipeline": pipeline, "mlflow.source.git.commit": revision()}
+    tags = own | json.loads(os.environ.get(_PIPELINE_TAGS, "{}"))
     return str(tracker.create_run(home, run_name="pipeline", tags=tags).info.run_id)
 
 
