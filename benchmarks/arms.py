@@ -205,11 +205,11 @@ class Arms:
 
 
 def _conditions(trials: Trials, form: Form) -> str:
-    settings = trials.params.generate
+    prompts, groups, settings = len(trials.examples), len(trials.groups), trials.params.generate
     return (
-        f"{len(trials.examples)} prompts of the {trials.split} split, {len(trials.groups)} groups (mean "
-        f"{len(trials.examples) / len(trials.groups):.2f}), seeds {settings.seeds}, guidance "
-        f"{settings.guidance_scale}; {form.seeds} training seed(s); {trials.params.evaluate.confidence:.0%} intervals from draws over groups."
+        f"{prompts} prompts of the {trials.split} split, {groups} groups (mean {prompts / groups:.2f}), seeds "
+        f"{settings.seeds}, guidance {settings.guidance_scale}; {form.seeds} training seed(s); "
+        f"{trials.params.evaluate.confidence:.0%} intervals from draws over groups."
     )
 
 
