@@ -4,6 +4,9 @@ Both are kept in a work folder under a name that hashes everything they depend o
 was killed goes on, and nothing that changed is taken for what it was.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -13,19 +16,16 @@ from typing import Any
 import sage.torchvision_ops
 
 import numpy as np
+import yaml
 from diffusers import DPMSolverMultistepScheduler
 
 import sage
-from flows.finetune import train, training_set
 from flows.machine import device
 from flows.terminal import progress
-from flows.tracking import Run
-from sage import base as base_model
 from sage.config import Finetune, Params
 from sage.data import read_groups, read_split
 from sage.embedding import embed
-from sage.files import digest, new_file, sha256, sha256_tree
-from sage.finetuning import Batches
+from sage.files import digest, new_file, sha256, sha256_tree, write_text
 from sage.grouping import tree
 from sage.metrics.alignment import cosines, load_alignment
 from sage.metrics.extractors import EfficientNetLite0, read_pictures
@@ -112,16 +112,10 @@ class Trials:
         sources = {"base": sha256_tree(self.base), "data": sha256_tree(self.data / "train")}
         sources |= {"groups": sha256(self.group_files / "train.json")}
         identity = settings.model_dump() | sources
-        name = digest(identity | {"code": _code("finetuning", "loss", "training", "diffusion")})[:16]
+        name = digest(identity | {"code": _code("finetuning", "loss", "training", "diffusion", "denoiser")})[:16]
         folder = self.work / "models" / name
         if not folder.exists():
-            pipeline = base_model.load(self.base)
-            examples = read_split(self.data, "train")
-            members = tuple(map(tuple, read_groups(self.group_files / "train.json", examples)[0]))
-            batches = Batches(members, settings.weights.model_dump(), settings.evaluations, settings.seed)
-            state = self.work / "training" / name
-            train(pipeline, training_set(pipeline, examples, members), batches, settings, state, identity, Run(None))
-            base_model.save(pipeline, folder)
+            self._train(settings, self.work / "training" / name, folder)
         return folder
 
     def pictures(self, point: Point) -> Pictures:
@@ -165,6 +159,17 @@ class Trials:
                     drawn[result.index, seed] = np.asarray(result.image)
                     advance(1)
         return [drawn[place, seed] for place in wanted for seed in settings.seeds]
+
+    def _train(self, settings: Finetune, state: Path, out: Path) -> None:
+        """Run the stage itself, under these settings."""
+        state.mkdir(parents=True, exist_ok=True)
+        sections = self.params.model_dump(mode="json") | {"finetune": settings.model_dump(mode="json")}
+        write_text(state / "params.yaml", yaml.safe_dump(sections))
+        paths = {"base": self.base, "data": self.data, "groups": self.group_files, "out": out}
+        paths |= {"metrics": state / "finetune.json", "work": state}
+        options = [text for name, path in paths.items() for text in (f"--{name}", str(path.resolve()))]
+        environment = os.environ | {"SAGE_TRACKING_URI": "off"}
+        subprocess.run([sys.executable, "-m", "flows.finetune", *options], cwd=state, env=environment, check=True)
 
     def _seen(self, features: np.ndarray) -> Pictures:
         features = features.reshape(len(self.examples), -1, features.shape[-1])
