@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
+from flows import leash
 from sage.errors import ConfigurationError, SageError
 
 State = Literal["executed", "restored", "up to date"]
@@ -30,9 +30,7 @@ _STATES: dict[str, State] = {":": "executed", " didn't change": "up to date", " 
 _FAILED = re.compile(r"failed to reproduce '([^']+)'.*?(?:exited with (-?\d+))?$")
 _FINAL = (2, 4)  # how a stage ends that would end so again: a person must mend something, or training diverged
 _BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock")
-_LEASH = str(Path(__file__).with_name("leash.py"))
 _LONGEST_LINE = 4096
-_GRACE = 10.0  # seconds between asking a stage to end and killing it
 
 
 class BusyError(SageError):
@@ -203,27 +201,9 @@ class Output:
 
 
 def _run(arguments: list[str], environment: Mapping[str, str], output: Output, folder: Path) -> int:
-    """Run dvc with its stages in a session of their own, on a leash; return its exit code."""
-    process = subprocess.Popen(
-        [sys.executable, "-S", _LEASH, sys.executable, "-m", "dvc", *arguments],
-        cwd=folder,
-        env=_environment() | dict(environment),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        while piece := os.read(process.stdout.fileno(), 65536):
-            output.feed(piece)
-        return process.wait()
-    finally:
-        # Nothing is left to end after a normal return; after an interruption dvc, its shell and the stage are.
-        _end_group(process)
-        process.stdin.close()
-        process.stdout.close()
+    """Run dvc with its stages; return its exit code."""
+    command = [sys.executable, "-m", "dvc", *arguments]
+    return leash.run(command, output.feed, environment=_environment() | dict(environment), folder=folder)
 
 
 def _environment() -> dict[str, str]:
@@ -236,25 +216,3 @@ def _environment() -> dict[str, str]:
         environment["TTY_COMPATIBLE"] = "1"
         environment["COLUMNS"] = str(os.get_terminal_size(sys.stderr.fileno()).columns)
     return environment
-
-
-def _end_group(process: "subprocess.Popen[bytes]") -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        end = time.monotonic() + _GRACE
-        while time.monotonic() < end and _alive(process):
-            time.sleep(0.05)
-    process.wait()
-
-
-def _alive(process: "subprocess.Popen[bytes]") -> bool:
-    """Return whether any process of the group is left; the leader is reaped, or its remains would count."""
-    process.poll()
-    try:
-        os.killpg(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True

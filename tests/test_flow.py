@@ -182,16 +182,3 @@ def test_no_usable_data_is_one_message_and_leaves_nothing(project, left):
     assert "error: stage prepare failed" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (project / "data/prepared").exists()
-
-
-def test_the_flow_deploys_to_a_real_server(server, project):
-    environment = small.environment(project) | {"PREFECT_API_URL": server, "PWD": str(project)}
-    prefect = [str(Path(sys.executable).parent / "prefect"), "--no-prompt"]
-    for arguments in (["work-pool", "create", "--type", "process", "sage"], ["deploy", "--all"]):
-        done = subprocess.run([*prefect, *arguments], cwd=project, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    deployment = ask(server, "deployments/name/sage-pipeline/local")
-    assert deployment["work_pool_name"] == "sage"
-    assert deployment["pull_steps"] == [
-        {"prefect.deployments.steps.set_working_directory": {"directory": str(project)}}
-    ]

@@ -1,0 +1,105 @@
+"""The flow `sage-pipeline`: the stages of `dvc repro`, a task each, then registration."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import get_run_context
+from prefect.tasks import Task, exponential_backoff
+
+from flows import experiments, tracking, versioning
+from flows.pipeline import shown
+from flows.pipeline.forms import STAGES, Range
+from flows.pipeline.server import one_writer
+from sage.config import load_params
+from sage.errors import ConfigurationError, RegistryError
+
+MODEL = Path("models/sage")
+METRICS = Path("metrics")
+GROUPS = Path("data/groups")
+_WHOLE = Range()
+
+
+def may_pass(task: "Task[..., Any]", run: TaskRun, state: "State[Any]") -> bool:
+    """Return whether another try may help: not where a person must mend something."""
+    error = state.result(raise_on_failure=False)
+    if isinstance(error, versioning.StageError):
+        return error.transient
+    return not isinstance(error, ConfigurationError | RegistryError)
+
+
+@task(
+    task_run_name="{stage}", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[2, 20], retry_condition_fn=may_pass
+)
+def reproduce(stage: str, environment: dict[str, str], folder: str = ".") -> dict[str, Any]:
+    """Bring one stage up to date; return what became of it and how long it took. A training goes on where it was."""
+    log = get_run_logger()
+    # In a log, a bar that redraws itself would be thousands of lines.
+    environment = {**environment, "TTY_COMPATIBLE": "0"}
+    write = shown.lines(stage)
+    outcome = versioning.reproduce(write, stage, alone=True, environment=environment, folder=Path(folder))[stage]
+    log.info("%s: %s in %.1f s", stage, outcome.state, outcome.seconds)
+    return {"stage": stage, "state": outcome.state, "seconds": round(outcome.seconds, 1)}
+
+
+@task(cache_policy=NO_CACHE, retries=4, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
+def reach_tracking() -> None:
+    """See that MLflow answers, before hours of work depend on it."""
+    if (uri := tracking.address()) is not None:
+        tracking.check(uri)
+
+
+@task(cache_policy=NO_CACHE, retries=4, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
+def register() -> dict[str, Any]:
+    """Register the model if it passed its gates, once."""
+    done = tracking.register(MODEL, METRICS, GROUPS, load_params())
+    return {"version": done.version, "new": done.new, "reasons": done.reasons}
+
+
+@flow(name="sage-pipeline")
+def sage_pipeline(run: Range = _WHOLE) -> dict[str, Any]:
+    """Bring stages up to date in the order of dvc.yaml, show the results, register the model."""
+    reach_tracking()
+    with _place(run.overrides) as (tree, tags), tracking.pipeline_run(tags) as pipeline:
+        # A work tree of an experiment is empty, so what stands before the range is brought there as well.
+        first = 0 if run.overrides else STAGES.index(run.from_stage)
+        wanted = STAGES[first : STAGES.index(run.until) + 1]
+        environment = pipeline.environment | {"SAGE_TRACKING_URI": tracking.address() or "off"}
+        stages = [stage for stage in versioning.stages() if stage in wanted]
+        outcomes = [reproduce(stage, environment, str(tree)) for stage in stages]
+        executed = sum(outcome["state"] == "executed" for outcome in outcomes)
+        whole = run.until == STAGES[-1]
+        pipeline.finish("FINISHED", tree / METRICS if whole else None)
+        shown.stages(outcomes, run.overrides)
+        if whole:
+            shown.results(tree)
+        if run.overrides:
+            experiments.save(tree, tree.name)
+        registers = whole and not run.overrides and tracking.address() is not None
+        registration = register() if registers else None
+    return {"stages": outcomes, "executed": executed, "registration": registration}
+
+
+def run_tags() -> dict[str, str]:
+    """Return what a run in MLflow says of the run in Prefect."""
+    found = get_run_context().flow_run  # type: ignore[union-attr]
+    assert found is not None
+    return {"prefect.flow_run": found.name or "", "prefect.flow_run_id": str(found.id)}
+
+
+@contextmanager
+def _place(overrides: list[str]) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Yield where the stages run, and what the runs say of it: this folder, or a work tree with other parameters."""
+    tags = run_tags()
+    if not overrides:
+        with one_writer(Path()), versioning.only_writer():
+            yield Path(), tags
+        return
+    name = tags["prefect.flow_run"]
+    with experiments.work_tree(name) as tree:
+        experiments.set_parameters(tree, overrides)
+        yield tree, tags | {"sage.experiment": name, "sage.overrides": "\n".join(overrides)}

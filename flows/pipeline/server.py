@@ -1,0 +1,70 @@
+"""What the project needs of a Prefect server: one writer a work tree, and killed runs that are seen to be dead."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+from prefect.automations import AutomationCore, EventTrigger, Posture
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.concurrency.sync import concurrency
+from prefect.events.actions import ChangeFlowRunState
+from prefect.exceptions import ObjectAlreadyExists, PrefectHTTPStatusError
+
+from sage.files import digest
+
+WATCH = "sage: runs without a sign of life have crashed"
+_SILENCE = timedelta(seconds=75)  # of heartbeats that come every 30 s
+_LEASE = 60  # seconds after which the slot of a killed run is free
+_CONFLICT = 409
+_ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
+
+
+def watch_for_dead_runs() -> None:
+    """Create the automation that marks a run as crashed when its heartbeats stop, or bring it up to date."""
+    automation = AutomationCore(
+        name=WATCH,
+        description="Made by the project: a killed process cannot report its own end.",
+        trigger=EventTrigger(
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{end}" for end in _ENDS)},
+            match={"prefect.resource.id": ["prefect.flow-run.*"]},
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=_SILENCE,
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED,
+                message="No sign of life: its process was killed, stopped, or lost its machine. Run it again; finished "
+                "stages are not repeated.",
+            )
+        ],
+    )
+    with get_client(sync_client=True) as client:
+        found = client.read_automations_by_name(WATCH)
+        if found:
+            client.update_automation(found[0].id, automation)
+        else:
+            client.create_automation(automation)
+
+
+@contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Wait until no other run writes into a folder of this machine, then hold it against others."""
+    place = f"{socket.gethostname()}:{folder.resolve()}"
+    name = f"sage-writer-{digest(place)[:12]}"
+    with get_client(sync_client=True) as client:
+        try:
+            client.upsert_global_concurrency_limit_by_name(name, limit=1)
+        except ObjectAlreadyExists:
+            pass  # another run made it in the same moment
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code != _CONFLICT:
+                raise
+    # A server that is away for a minute costs the slot, not the training; the folder has a lock of its own as well.
+    with concurrency(name, lease_duration=_LEASE, strict=True, raise_on_lease_renewal_failure=False):
+        yield

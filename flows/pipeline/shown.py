@@ -1,0 +1,120 @@
+"""What Prefect shows of a run: tables, pictures, links and progress, each under a key, so that runs can be compared."""
+
+import base64
+import io
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+from uuid import UUID
+
+from PIL import Image
+from prefect import get_run_logger
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from flows import leash, tables
+from flows.tracking import runs
+from flows.versioning import Output, Write
+from sage.errors import SageError
+
+_COLUMNS = 12
+_PROGRESS = re.compile(r"^(?P<what>[a-z][a-z -]*): (?P<done>\d+)/(?P<total>\d+) \((?P<rest>.*)\)$")
+
+
+def stages(outcomes: Sequence[dict[str, Any]], overrides: Sequence[str] = ()) -> None:
+    """Show what each stage did, and the parameters that were of this run only."""
+    create_table_artifact(list(outcomes), key="stages", description="What each stage did")
+    if overrides:
+        lines = "\n".join(f"- `{override}`" for override in overrides)
+        create_markdown_artifact(lines, key="overrides", description="Parameters of this run only")
+
+
+def results(folder: Path) -> bool:
+    """Show the arms, the verdicts, some pictures of each arm, and where to read more; return the verdict."""
+    evaluate = json.loads((folder / "metrics/evaluate.json").read_text(encoding="utf-8"))
+    create_table_artifact(tables.arms(evaluate), key="arms", description="Held-out prompts, value [interval]")
+    create_table_artifact(tables.gates(evaluate), key="gates", description="Verdicts")
+    picture = grid(folder / "data/generated")
+    create_image_artifact(
+        as_url(picture), key="pictures", description="A row for each arm: " + ", ".join(evaluate["arms"])
+    )
+    report = (folder / "report/index.html").resolve().as_uri()
+    create_link_artifact(
+        report, key="report", link_text="report", description="The report page, on the worker's machine"
+    )
+    if (link := runs.link(evaluate["run_id"])) is not None:
+        create_link_artifact(link, key="mlflow", link_text="MLflow", description="The run of stage evaluate")
+    return evaluate["passed"] is True
+
+
+def grid(generated: Path) -> Image.Image:
+    """Return pictures of the largest groups of the first seed, a row for each arm."""
+    text = (generated / "manifest.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    sizes: dict[int, int] = {}
+    for line in lines:
+        sizes[line["group"]] = sizes.get(line["group"], 0) + 1
+    first = [line for line in lines if line["seed"] == lines[0]["seed"]]
+    first.sort(key=lambda line: (-sizes[line["group"]], line["group"]))
+    rows = [
+        [generated / arm / f"seed-{line['seed']}" / f"{line['id']}.png" for line in first if line["arm"] == arm][
+            :_COLUMNS
+        ]
+        for arm in dict.fromkeys(line["arm"] for line in lines)
+    ]
+    return sheet([row[:_COLUMNS] for row in rows])
+
+
+def sheet(rows: Sequence[Sequence[Path]], side: int = 64) -> Image.Image:
+    """Return pictures in rows on one sheet, each made `side` pixels wide and high."""
+    picture = Image.new("RGB", (side * max(map(len, rows)), side * len(rows)), "white")
+    for y, row in enumerate(rows):
+        for x, path in enumerate(row):
+            with Image.open(path) as tile:
+                picture.paste(tile.convert("RGB").resize((side, side)), (x * side, y * side))
+    return picture
+
+
+def as_url(picture: Image.Image) -> str:
+    """Return a picture as an address that holds it, so that no server must."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def lines(what: str) -> Write:
+    """Return what logs text as whole lines; those that say how far a thing is also move a progress artifact."""
+    log, rest, bars = get_run_logger(), "", dict[str, UUID]()
+
+    def write(text: str) -> None:
+        nonlocal rest
+        *whole, rest = (rest + text).split("\n")
+        for line in filter(None, whole):
+            log.info("%s", line)
+            if match := _PROGRESS.match(line):
+                thing, total = match["what"], int(match["total"])
+                if thing not in bars:
+                    key = f"{what}-{thing}".replace(" ", "-")
+                    bars[thing] = cast(UUID, create_progress_artifact(0.0, key=key, description=thing))
+                percent = 100 * int(match["done"]) / total if total else 100.0
+                update_progress_artifact(bars[thing], percent, line)
+
+    return write
+
+
+def run(what: str, module: str, *arguments: str) -> None:
+    """Run a module of this project as a process, and show what it prints; raise SageError where it fails."""
+    output = Output(lines(what))
+    code = leash.run([sys.executable, "-m", module, *arguments], output.feed)
+    if code:
+        said = [line for line in output.lines if line.startswith("error: ")] or [f"it ended with code {code}"]
+        raise SageError(f"{what} failed: {said[0].removeprefix('error: ')}")

@@ -1,0 +1,109 @@
+"""The flows on registered versions: judge one on this folder's held-out set; make one champion, asking a person."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, pause_flow_run, task
+from prefect.artifacts import create_image_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.tasks import exponential_backoff
+
+from flows import experiments, tracking
+from flows.pipeline import shown
+from flows.pipeline.forms import Approval, Judged, Promotion
+from flows.pipeline.graph import MODEL, may_pass, reach_tracking, reproduce, run_tags
+from flows.tables import Row
+from sage.errors import RegistryError
+
+_CHAMPION = "champion"
+_POLL = 5  # seconds between looks for an answer
+
+
+@task(cache_policy=NO_CACHE, retries=4, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
+def fetch(version: str, out: str) -> None:
+    """Put the verified weights of a version into a folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        weights = tracking.fetch(version, Path(temporary)).weights
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(weights, out)
+
+
+@task(cache_policy=NO_CACHE, retries=4, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
+def promote(version: str) -> str:
+    """Make a version champion, unless it is damaged, failed a gate, or is worse; return its number."""
+    return tracking.promote(version)
+
+
+@task(task_run_name="draw with {version}", cache_policy=NO_CACHE)
+def draw(version: str, prompts: list[str], out: str) -> None:
+    """Draw prompts with a registered version, in a process of its own."""
+    folder = Path(out)
+    folder.mkdir(parents=True)
+    source = folder / "prompts.txt"
+    source.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    pictures, model = str(folder / "pictures"), f"models:/sage/{version}"
+    shown.run(f"version-{version}", "flows.prompts", str(source), "--out", pictures, "--model", model)
+
+
+@flow(name="sage-evaluate")
+def evaluate_version(judged: Judged = Judged()) -> dict[str, Any]:  # noqa: B008  # frozen
+    """Judge a registered version on the held-out set of this folder's commit, in a work tree of its own."""
+    reach_tracking()
+    name = run_tags()["prefect.flow_run"]
+    tags = run_tags() | {"sage.judged_version": judged.version}
+    with experiments.work_tree(name) as tree, tracking.pipeline_run(tags) as pipeline:
+        environment = pipeline.environment | {"SAGE_TRACKING_URI": tracking.address() or "off"}
+        outcomes = [reproduce(stage, environment, str(tree)) for stage in ("prepare", "group")]
+        fetch(judged.version, str(tree / MODEL))
+        outcomes += [reproduce(stage, environment, str(tree)) for stage in ("generate", "evaluate")]
+        pipeline.finish("FINISHED", tree / "metrics")
+        shown.stages(outcomes)
+        passed = shown.results(tree)
+    return {"version": judged.version, "passed": passed, "stages": outcomes}
+
+
+@flow(name="sage-promote")
+def promote_version(promotion: Promotion = Promotion()) -> dict[str, Any]:  # noqa: B008  # frozen
+    """Make a version champion; where asked for, a person decides after seeing figures and pictures."""
+    reach_tracking()
+    rows = _compared(promotion.version)
+    number = rows[0]["version"]
+    if promotion.ask:
+        answer = _ask(rows, promotion)
+        get_run_logger().info("%s by %s: %s", "yes" if answer.promote else "no", answer.by or "?", answer.reason or "-")
+        if not answer.promote:
+            return {"version": number, "champion": False, "by": answer.by, "reason": answer.reason}
+    promote(number)
+    return {"version": number, "champion": True}
+
+
+def _compared(version: str) -> list[Row]:
+    """Return the rows of a version and of the champion, where there is one; raise RegistryError for no such version."""
+    found = tracking.versions()
+    candidate = next((row for row in found if version in (row["version"], *row["alias"].split(", "))), None)
+    if candidate is None:
+        raise RegistryError(f"there is no version {version}; `sage compare` lists them.")
+    return [candidate, *(row for row in found if _CHAMPION in row["alias"].split(", ") and row is not candidate)]
+
+
+def _ask(rows: list[Row], promotion: Promotion) -> Approval:
+    """Show both versions and wait for the answer."""
+    with tempfile.TemporaryDirectory() as temporary:
+        places = [Path(temporary) / row["version"] for row in rows]
+        for row, place in zip(rows, places, strict=True):
+            draw(row["version"], promotion.prompts, str(place))
+        names = [f"{number:06d}.png" for number in range(1, len(promotion.prompts) + 1)]
+        picture = shown.sheet([[place / "pictures" / name for name in names] for place in places])
+    url = shown.as_url(picture)
+    create_image_artifact(
+        url, key="candidates", description="A row for each version: " + ", ".join(r["version"] for r in rows)
+    )
+    columns = dict.fromkeys(name for row in rows for name in row)
+    lines = [f"| {name} | " + " | ".join(row.get(name, "-") for row in rows) + " |" for name in columns]
+    table = "\n".join([lines[0], "|---" * (len(rows) + 1) + "|", *lines[1:]])
+    asked = f"It passed its gates. Make version {rows[0]['version']} champion?"
+    text = f"{asked}\n\n{table}\n\nPictures, a row for each version:\n\n![pictures]({url})"
+    form = Approval.with_initial_data(description=text)
+    return pause_flow_run(wait_for_input=form, timeout=round(promotion.wait_hours * 3600), poll_interval=_POLL)

@@ -1,0 +1,132 @@
+"""A real Prefect server and a project whose stages do nothing much, for tests of how runs are operated."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PREFECT = str(Path(sys.executable).parent / "prefect")
+# Two of the shipped stages by name; what they do is said by the environment.
+_GRAPH = """
+stages:
+  prepare:
+    cmd: python step.py input made/prepare
+    deps: [input, step.py]
+    params: [prepare]
+    outs: [made/prepare]
+  group:
+    cmd: python step.py made/prepare made/group
+    deps: [made/prepare, step.py]
+    params: [group]
+    outs: [made/group]
+"""
+_STEP = """
+import os, sys, time
+from pathlib import Path
+
+source, target = map(Path, sys.argv[1:])
+tries = Path(os.environ.get("TRIES", "tries"))
+if os.environ.get("DIE") == target.name and not tries.exists():
+    tries.write_text("one")
+    os.kill(os.getpid(), 9)
+if os.environ.get("WAIT") == target.name:
+    Path(os.environ["PID"]).write_text(str(os.getpid()))
+    time.sleep(600)
+target.parent.mkdir(exist_ok=True)
+print("drawing: 1/2 (50%, 1.0/s, 1s left)", flush=True)
+target.write_text(source.read_text() + target.name + Path("params.yaml").read_text())
+"""
+
+
+def project(folder: Path) -> Path:
+    """Make the project, committed, and return its folder."""
+    folder.mkdir()
+    (folder / "dvc.yaml").write_text(_GRAPH)
+    (folder / "step.py").write_text(_STEP)
+    (folder / "input").write_text("in ")
+    (folder / ".gitignore").write_text("/work/\n/tries\n__pycache__\n/mlflow.db\n")
+    for name in ("params.yaml", "prefect.yaml"):
+        shutil.copy(ROOT / name, folder)
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for command in (
+        ["git", "init", "-q"],
+        [sys.executable, "-m", "dvc", "init", "-q"],
+        ["git", "add", "-A"],
+        [*git, "commit", "-qm", "start"],
+    ):
+        subprocess.run(command, check=True, cwd=folder)
+    return folder
+
+
+@contextmanager
+def server(home: Path) -> Iterator[str]:
+    """Yield the address of the interface of a Prefect server on loopback with a fresh database."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (home / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, env=os.environ | {"PREFECT_HOME": str(home)}, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        address = f"http://127.0.0.1:{port}/api"
+        wait_for(lambda: answers(address), 180)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+def wait_for(condition: Callable[[], object], seconds: float) -> float:
+    """Wait until a condition holds and return how long that took; fail where it takes longer."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds, f"not within {seconds} s"
+        time.sleep(0.2)
+    return time.monotonic() - start
+
+
+def answers(address: str) -> bool:
+    """Return whether a server is up."""
+    try:
+        return ask(address, "health") is True
+    except urllib.error.URLError:
+        return False
+
+
+def ask(address: str, path: str, body: object = None) -> Any:
+    """Return what the server's interface answers."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{address}/{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        text = answer.read()
+        return json.loads(text) if text else None
+
+
+def start(address: str, deployment: str, **parameters: object) -> str:
+    """Ask for a run of a deployment and return its id."""
+    found = ask(address, f"deployments/name/{deployment}")
+    return ask(address, f"deployments/{found['id']}/create_flow_run", {"parameters": parameters})["id"]
+
+
+def state(address: str, run: str) -> str:
+    """Return the state of a run."""
+    return ask(address, f"flow_runs/{run}")["state"]["name"]
+
+
+def artifacts(address: str, run: str) -> dict[str, Any]:
+    """Return the latest content of each artifact of a run by its key."""
+    found = ask(address, "artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run]}}, "sort": "CREATED_DESC"})
+    return {a["key"]: json.loads(a["data"]) if a["type"] == "table" else a["data"] for a in reversed(found)}
