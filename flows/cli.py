@@ -103,6 +103,21 @@ def flow() -> None:
 
 
 @app.command(rich_help_panel="The main job")
+def up(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of Prefect's server.")] = 4200,
+    tracking_port: Annotated[int, typer.Option(min=1, max=65535, help="Of MLflow's server.")] = 5000,
+    check: Annotated[bool, typer.Option("--check", help="Run one deployment, say whether it worked, and end.")] = False,
+) -> None:
+    """Start Prefect, MLflow, a worker and the deployments on this machine, for a first look; Ctrl-C ends them all.
+
+    They listen on this machine only.
+    """
+    from flows import up as everything
+
+    everything.up(port, tracking_port, check)
+
+
+@app.command(rich_help_panel="The main job")
 def doctor() -> None:
     """Say whether versions, weights, git, DVC, tracking, disk, memory and device are fit, and what to do where not.
 
