@@ -46,15 +46,17 @@ def main(
     cost = read_costs(costs, judged)
     with stage_run("evaluate", settings.model_dump()) as record:
         record.dataset("prepared", sha256_tree(data), "evaluation")
-        real, arms, others = measure(judged, data, load_alignment(alignment))
+        texts = embed([example.text for example in judged.examples])
+        real, arms, others = measure(judged, data, load_alignment(alignment), texts)
         results = judge(judged, real, arms, others, cost, settings)
-        rows = page.group_rows(judged, results["saving"], alignment_lost(judged, arms))
+        rows = page.group_rows(judged, results["saving"], alignment_lost(judged, arms), texts)
         with new_folder(report) as folder:
             (folder / "index.html").write_text(page.build(results | {"run_id": record.id}, rows), encoding="utf-8")
+            write_json(folder / "samples.json", page.samples([*rows.across, *rows.hardest], rows.seed))
         record.metrics(flat(results))
         for step, row in enumerate(rows.across):
             record.image(page.sheet(row), "groups", step)
-        record.artifact(report / "index.html", "report")
+        record.artifact(report, "report")
         record.tags({"gates": "passed" if results["passed"] else "failed"})
         write_json(metrics, results | {"run_id": record.id})
 
@@ -78,13 +80,12 @@ def read_costs(path: Path, judged: Judged) -> dict[str, dict[str, float]]:
 
 
 def measure(
-    judged: Judged, data: Path, encoder: DualEncoder
+    judged: Judged, data: Path, encoder: DualEncoder, texts: np.ndarray
 ) -> tuple[judging.Pictures, dict[str, judging.Pictures], np.ndarray]:
     """Return what the extractors see: the real pictures, each arm's, and the features of the real ones' siblings."""
     extract = EfficientNetLite0(device())
     others = siblings(judged.examples, read_split(data, "train"))
     prompts, seeds = len(judged.examples), len(judged.seeds)
-    texts = embed([example.text for example in judged.examples])
     total = prompts * (1 + seeds * len(judged.arms)) + len(others)
     with progress(total, "extracting features") as advance:
 

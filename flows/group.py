@@ -1,6 +1,7 @@
 """Stage group: the prompts of each split to groups of similar prompts."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -9,12 +10,14 @@ import typer
 
 from flows.terminal import progress, run
 from flows.tracking import stage_run
+from sage.ambiguity import guard
 from sage.config import Group, load_params
+from sage.damage import read_damage
 from sage.data import SPLITS, read_split
 from sage.embedding import embed
 from sage.files import new_folder, sha256_tree, write_json
 from sage.grouping import Groups, group, tree, usable, worst_similarity
-from sage.thresholds import damage_curve, threshold_for_damage, threshold_for_saving
+from sage.thresholds import threshold_for_saving
 
 ENCODER = "minilm"
 # A budget takes no pair below: unrelated prompts of MiniLM lie around 0.
@@ -23,6 +26,7 @@ FLOOR = 0.0
 
 def main(
     data: Annotated[Path, typer.Option(help="Prepared data.")],
+    base: Annotated[Path, typer.Option(help="The model whose measured damage a quality bound reads.")],
     out: Annotated[Path, typer.Option(help="One JSON file of groups a split.")],
     metrics: Annotated[Path, typer.Option(help="Where the figures go.")],
 ) -> None:
@@ -34,10 +38,11 @@ def main(
         record.dataset("prepared", sha256_tree(data), "grouping")
         for split in SPLITS:
             examples = read_split(data, split)
+            texts = [example.text for example in examples]
             with progress(len(examples), f"embedding {split}") as advance:
-                embeddings = embed([example.text for example in examples], ENCODER, cache=cache(), progress=advance)
-            threshold = choose_threshold(settings, embeddings, params.generate.share_ratio)
-            groups = group(embeddings, threshold, settings.max_size, settings.near_duplicate)
+                embeddings = embed(texts, ENCODER, cache=cache(), progress=advance)
+            threshold = choose_threshold(settings, embeddings, params.generate.share_ratio, base)
+            groups = form(settings, texts, embeddings, threshold)
             worst = worst_similarity(embeddings, groups)
             write_json(
                 folder / f"{split}.json",
@@ -63,17 +68,23 @@ def cache() -> Path:
     return Path(os.environ.get("SAGE_CACHE", "work/cache")) / "embeddings.sqlite"
 
 
-def choose_threshold(settings: Group, embeddings: np.ndarray, share_ratio: float) -> float:
-    """Return the threshold that the settings give, or that their budget or their bound on damage asks for."""
+def choose_threshold(
+    settings: Group, embeddings: np.ndarray, share_ratio: float, model: Path = Path("models/base")
+) -> float:
+    """Return the threshold that the settings give, or that their budget or their bound on a model's damage asks for."""
     if settings.saving is not None:
         nested = tree(embeddings, FLOOR, settings.max_size, settings.near_duplicate)
         return threshold_for_saving(nested, settings.saving, share_ratio)
     if settings.quality is not None:
-        measured = settings.quality.measured
-        curve = damage_curve([point.similarity for point in measured], [point.damage for point in measured])
-        return threshold_for_damage(curve, settings.quality.damage_at_most)
+        return read_damage(model, share_ratio, settings.max_size).threshold(settings.quality)
     assert settings.threshold is not None  # the configuration has exactly one of the three
     return settings.threshold
+
+
+def form(settings: Group, texts: Sequence[str], embeddings: np.ndarray, threshold: float) -> Groups:
+    """Return the groups of some prompts under the settings' cap, rule for near-duplicates and guard."""
+    groups = group(embeddings, threshold, settings.max_size, settings.near_duplicate)
+    return guard(texts, groups, settings.guard) if settings.guard else groups
 
 
 def figures(groups: Groups, worst: list[float]) -> dict[str, float]:

@@ -5,14 +5,15 @@ from typing import Annotated
 
 import typer
 
-from flows.group import ENCODER, cache, choose_threshold, figures
+from flows.group import ENCODER, cache, choose_threshold, figures, form
 from flows.groups_page import groups_page
 from flows.terminal import progress, run
+from sage.ambiguity import Kind
 from sage.config import load_params
 from sage.embedding import embed
 from sage.errors import DataError
 from sage.files import write_text
-from sage.grouping import group, usable, worst_similarity
+from sage.grouping import usable, worst_similarity
 
 _RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6)
 _WIDEST = 5
@@ -23,6 +24,9 @@ def main(
     page: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("work/groups.html"),
     threshold: Annotated[float | None, typer.Option(help="Instead of what params.yaml asks for.")] = None,
     max_size: Annotated[int | None, typer.Option(help="Instead of what params.yaml asks for.")] = None,
+    guard: Annotated[
+        list[Kind] | None, typer.Option(help="Prompts that differ in this never share; may be given several times.")
+    ] = None,
 ) -> None:
     """Say how prompts group, what sharing would save, and which groups are the widest; draw them."""
     params = load_params()
@@ -31,8 +35,9 @@ def main(
         embeddings = embed(texts, ENCODER, cache=cache(), progress=advance)
     if threshold is None:
         threshold = choose_threshold(params.group, embeddings, params.generate.share_ratio)
-    most = params.group.max_size if max_size is None else max_size
-    groups = group(embeddings, threshold, most, params.group.near_duplicate)
+    given = {"max_size": max_size, "guard": guard}
+    settings = params.group.model_copy(update={name: value for name, value in given.items() if value is not None})
+    groups = form(settings, texts, embeddings, threshold)
     worst = worst_similarity(embeddings, groups)
     values = figures(groups, worst)
     summary = (

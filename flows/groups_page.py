@@ -5,9 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from jinja2 import Environment
+from markupsafe import Markup
 
 # t-SNE keeps neighbours together but takes a minute for more; beyond, two principal axes.
 _NEIGHBOUR_MAP = 3000
+ALONE = "#bbb"
 
 _PAGE = Environment(autoescape=True).from_string("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
@@ -64,8 +66,6 @@ def groups_page(
     worst: Sequence[float],
 ) -> str:
     """Return the page as HTML."""
-    from markupsafe import Markup
-
     drawn = Markup(groups_map(prompts, embeddings, groups, worst))  # noqa: S704 prompts in it cannot end their element
     return _PAGE.render(title=title, summary=summary, map=drawn)
 
@@ -87,6 +87,35 @@ def groups_map(
     }
     # No "<" may reach the page: a prompt could close the element and open one of its own.
     return _MAP % json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+
+
+_SVG = Environment(autoescape=True).from_string("""<svg class="map" viewBox="-8 -8 1016 616" role="img">
+{%- for colour, members in groups %}<g fill="{{ colour }}">
+{%- for x, y, text in members %}<circle cx="{{ x }}" cy="{{ y }}" r="5"><title>{{ text }}</title></circle>
+{%- endfor %}</g>
+{%- endfor %}</svg>""")
+
+
+def groups_picture(
+    prompts: Sequence[str], embeddings: np.ndarray, groups: Sequence[Sequence[int]], worst: Sequence[float]
+) -> Markup:
+    """Return the same map as SVG for a page without scripts: the browser itself shows the text under the pointer."""
+    places = (positions(embeddings) * (1000, 600)).round(1).tolist()
+
+    def told(member: int, g: int) -> str:
+        others = [prompts[other] for other in groups[g] if other != member]
+        return "\n".join([prompts[member], f"group of {len(groups[g])}, worst pair {worst[g]:.3f}", *others])
+
+    drawn = [
+        (colour(g) if len(members) > 1 else ALONE, [(*places[member], told(member, g)) for member in members])
+        for g, members in enumerate(groups)
+    ]
+    return Markup(_SVG.render(groups=drawn))  # noqa: S704 - the template escapes the prompts
+
+
+def colour(group: int) -> str:
+    """Return a colour far from those of the groups before: steps of the golden angle, as in the page's script."""
+    return f"hsl({group * 137.508 % 360:.1f} 65% 45%)"
 
 
 def positions(embeddings: np.ndarray) -> np.ndarray:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, ImageDraw
 
+from flows.groups_page import groups_picture
 from sage.gates import JUDGED
 from sage.metrics.judged import Judged
 
@@ -60,12 +62,14 @@ class GroupRows:
     sizes: list[dict[str, float]]
     seed: int
     shareable: int
+    map: Markup
 
 
-def group_rows(judged: Judged, saving: float, lost: Sequence[float]) -> GroupRows:
+def group_rows(judged: Judged, saving: float, lost: Sequence[float], texts: np.ndarray) -> GroupRows:
     """Return the groups to show, chosen by rule: every k-th by similarity, and those that lose most alignment.
 
-    `saving` is the whole set's; `lost` is each group's loss of alignment against independent sampling.
+    `saving` is the whole set's; `lost` is each group's loss of alignment against independent sampling; `texts` are the
+    embeddings of the prompts.
     """
     sizes = [len(group) for group in judged.groups]
     shareable = 1 - len(sizes) / sum(sizes)
@@ -89,7 +93,12 @@ def group_rows(judged: Judged, saving: float, lost: Sequence[float]) -> GroupRow
         for size, groups in sorted(Counter(sizes).items())
     ]
     return GroupRows(
-        [row(several[place]) for place in across], [row(k) for k in hardest], by_size, judged.seeds[0], len(several)
+        [row(several[place]) for place in across],
+        [row(k) for k in hardest],
+        by_size,
+        judged.seeds[0],
+        len(several),
+        groups_picture([example.text for example in judged.examples], texts, judged.groups, judged.similarity),
     )
 
 
@@ -109,6 +118,14 @@ def build(results: Mapping[str, Any], rows: GroupRows) -> str:
         plots=[quality_plot(results, metric) for metric in SPLIT],
         split=SPLIT,
     )
+
+
+def samples(rows: Sequence[GroupRow], seed: int) -> dict[str, Any]:
+    """Return the pictures of some groups as data, so that another run's can stand beside them (`sage compare`)."""
+    groups = [
+        [{"text": text, "pictures": list(map(data_uri, pictures))} for text, pictures in row.prompts] for row in rows
+    ]
+    return {"seed": seed, "columns": rows[0].columns if rows else [], "groups": groups}
 
 
 def headline(results: Mapping[str, Any]) -> str:

@@ -10,7 +10,6 @@
 import itertools
 
 import numpy as np
-from scipy.sparse import csr_array
 
 from sage.neighbours import ALL_PAIRS, Pairs, cosines, similar_pairs
 
@@ -31,35 +30,65 @@ def pack(rows: np.ndarray, sizes: np.ndarray, threshold: float, upper: float, ma
     for name, group in members.items():
         home[group] = name
     weight = np.bincount(home, weights=sizes, minlength=len(rows)).astype(np.int64)
-    ends = np.stack(pairs[:2])
-    both = (ends.ravel(), ends[::-1].ravel())
-    near = csr_array((np.ones(ends.size, np.int8), both), shape=(len(rows), len(rows)))
+    refuges = _refuges(rows, sizes, pairs, home, weight, threshold, upper, max_size)
+    added: dict[int, list[int]] = {}
 
     def refuge(row: int, guests: dict[int, list[int]]) -> int | None:
         """Return the group with room that stays most alike with this row, given the guests that it has already."""
         found = []
-        for target in set(home[near.indices[near.indptr[row] : near.indptr[row + 1]]].tolist()) - {home[row]}:
+        for target, least in refuges[row]:
             extra = guests.get(target, [])
-            if weight[target] + sizes[extra].sum() + sizes[row] <= max_size:
-                cosine = rows[members[target] + extra] @ rows[row]
-                if cosine.min() >= threshold and cosine.max() < upper:
-                    found.append((cosine.min(), -target))
+            if target in members and weight[target] + sizes[extra].sum() + sizes[row] <= max_size:
+                if extra := extra + added.get(target, []):
+                    cosine = rows[extra] @ rows[row]
+                    least = min(least, cosine.min()) if cosine.max() < upper else -np.inf
+                if least >= threshold:
+                    found.append((least, -target))
         return -max(found)[1] if found else None
 
-    for name in sorted(members, key=lambda name: (weight[name], name)):
+    movable = (name for name, group in members.items() if all(row in refuges for row in group))
+    for name in sorted(movable, key=lambda name: (weight[name], name)):
         guests: dict[int, list[int]] = {}
-        for row in members[name]:
-            target = refuge(row, guests)
+        for row in members[name] + added.get(name, []):
+            target = refuge(row, guests) if row in refuges else None
             if target is None:
                 break
             guests.setdefault(target, []).append(row)
         else:
             del members[name]
             for target, moved in guests.items():
-                members[target] += moved
-                home[moved] = target
+                added.setdefault(target, []).extend(moved)
                 weight[target] += sizes[moved].sum()
+    for name, more in added.items():
+        if name in members:
+            members[name] += more
     return [(group[0], row, threshold) for group in members.values() for row in group[1:]]
+
+
+def _refuges(
+    rows: np.ndarray,
+    sizes: np.ndarray,
+    pairs: Pairs,
+    home: np.ndarray,
+    weight: np.ndarray,
+    threshold: float,
+    upper: float,
+    max_size: int,
+) -> dict[int, list[tuple[int, float]]]:
+    """Return for a row the groups that could take it in, each with its least similarity; rows without any are left out.
+
+    Groups only grow, so what is not among these can never take the row in.
+    """
+    row, other = (np.concatenate(side) for side in (pairs[:2], pairs[1::-1]))
+    target = home[other]
+    room = (home[row] != target) & (weight[target] + sizes[row] <= max_size)
+    row, target = np.divmod(np.unique(row[room] * len(rows) + target[room]), len(rows))
+    least = _linkage(rows, np.arange(len(rows)), home, row, target, upper)
+    fits = least >= threshold
+    found: dict[int, list[tuple[int, float]]] = {}
+    for at, name, similarity in zip(row[fits].tolist(), target[fits].tolist(), least[fits].tolist(), strict=True):
+        found.setdefault(at, []).append((name, similarity))
+    return found
 
 
 def agglomerate(rows: np.ndarray, sizes: np.ndarray, threshold: float, upper: float, max_size: int) -> list[Link]:
@@ -96,7 +125,7 @@ def _merge(
         a, b, similarity, known = _join(a[fits], b[fits], similarity[fits], merged)
         if cluster is not None:
             cluster = name[cluster]
-            similarity[~known] = _linkage(rows, cluster, a[~known], b[~known], upper)
+            similarity[~known] = _linkage(rows, cluster, cluster, a[~known], b[~known], upper)
             known = similarity >= threshold
         a, b, similarity = a[known], b[known], similarity[known]
     return merges
@@ -139,13 +168,18 @@ def _join(
     )
 
 
-def _linkage(rows: np.ndarray, cluster: np.ndarray, a: np.ndarray, b: np.ndarray, upper: float) -> np.ndarray:
-    """Return the least similarity of the rows of cluster a[i] to those of b[i]; -inf where one reaches `upper`."""
-    members = np.argsort(cluster, kind="stable")
-    counts = np.bincount(cluster, minlength=len(rows))
-    first = np.cumsum(counts) - counts
+def _linkage(
+    rows: np.ndarray, one: np.ndarray, another: np.ndarray, a: np.ndarray, b: np.ndarray, upper: float
+) -> np.ndarray:
+    """Return the least similarity of the rows that `one` files under a[i] to those that `another` files under b[i].
+
+    -inf where one reaches `upper`.
+    """
+    (left_rows, left_counts, left_first), (right_rows, right_counts, right_first) = (
+        _members(file) for file in (one, another)
+    )
     result = np.empty(len(a), np.float32)
-    pairs = counts[a] * counts[b]
+    pairs = left_counts[a] * right_counts[b]
     # A million pairs of rows at a time.
     part = np.cumsum(pairs) // 2**20
     for start, stop in itertools.pairwise([*np.flatnonzero(np.diff(part, prepend=-1)), len(a)]):
@@ -153,12 +187,19 @@ def _linkage(rows: np.ndarray, cluster: np.ndarray, a: np.ndarray, b: np.ndarray
         begin = np.cumsum(n) - n
         place = np.arange(n.sum()) - np.repeat(begin, n)
         left, right = np.repeat(a[start:stop], n), np.repeat(b[start:stop], n)
+        across = right_counts[right]
         cosine = cosines(
-            rows, members[first[left] + place // counts[right]], members[first[right] + place % counts[right]]
+            rows, left_rows[left_first[left] + place // across], right_rows[right_first[right] + place % across]
         )
         least = np.minimum.reduceat(cosine, begin)
         result[start:stop] = np.where(np.maximum.reduceat(cosine, begin) < upper, least, -np.inf)
     return result
+
+
+def _members(cluster: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the rows cluster by cluster, how many each has, and where it begins."""
+    counts = np.bincount(cluster, minlength=len(cluster))
+    return np.argsort(cluster, kind="stable"), counts, np.cumsum(counts) - counts
 
 
 def scramble(x: np.ndarray) -> np.ndarray:

@@ -1,11 +1,12 @@
 """Pairs of similar rows: all of them in a small set, those of each row's nearest in a large one.
 
-The index of large sets is faiss's inverted file: rows are filed under the nearest of some centroids, and a search looks
-into the files of the centroids nearest to it. Unlike a graph index (HNSW, as in usearch too) it gives the same answer
-however many threads build it, and builds in less time; docs/grouping.md has the figures.
+A large set is filed: faiss finds centroids (k-means), every row lies in the file of its nearest, and is compared with
+the rows of the PROBES files nearest to it. Done file by file for all rows that ask it, that is a product of matrices,
+twice as fast as faiss's own search of such files; docs/grouping.md compares it with graph indexes (HNSW).
 """
 
 import math
+from collections.abc import Iterator
 
 import faiss
 import numpy as np
@@ -15,9 +16,11 @@ Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
 # Up to here every pair is kept; beyond, only those of each row's nearest, so that memory grows with the rows.
 ALL_PAIRS = 4096
 NEAREST = 32
-# Up to here the nearest are exact; beyond, a search looks into PROBES files of the index.
+# Up to here the nearest are exact; beyond, a row is compared with those of PROBES files.
 EXACT = 16384
-PROBES = 32
+PROBES = 20
+# Files for n rows are this many times the square root of n: finding files and searching them then cost about the same.
+_FILES = 4
 _BLOCK = 1024
 # Pairs are sought from a little below the threshold: a search rounds otherwise than `cosines`, which has the last word.
 _SLACK = 1e-3
@@ -55,35 +58,70 @@ def _all(rows: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _nearest(rows: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    index = _flat(rows) if len(rows) <= EXACT else inverted_file(rows)
-    codes = []
+    found = _exact(rows, threshold) if len(rows) <= EXACT else filed(rows, threshold)
+    # One number for both directions of a pair.
+    codes = np.unique(np.concatenate([np.minimum(a, b) * len(rows) + np.maximum(a, b) for a, b in found]))
+    a, b = np.divmod(codes, len(rows))
+    return a[a != b], b[a != b]
+
+
+def _exact(rows: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    index = _flat(rows)
     for start in range(0, len(rows), _BLOCK * 16):
         similarity, other = index.search(rows[start : start + _BLOCK * 16], NEAREST + 1)
-        row, place = np.nonzero((similarity >= threshold - _SLACK) & (other >= 0))
-        row, other = row + start, other[row, place]
-        # One number for both directions of a pair.
-        codes.append(np.minimum(row, other) * len(rows) + np.maximum(row, other))
-    a, b = np.divmod(np.unique(np.concatenate(codes)), len(rows))
-    return a[a != b], b[a != b]
+        row, place = np.nonzero(similarity >= threshold - _SLACK)
+        yield row + start, other[row, place]
+
+
+def filed(rows: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield each row with its nearest among the rows of the PROBES files that are nearest to it."""
+    n, d = rows.shape
+    files = min(n, round(_FILES * math.sqrt(n)))
+    centroids = faiss.Kmeans(
+        d, files, niter=2, spherical=True, max_points_per_centroid=32, min_points_per_centroid=1, seed=0
+    )
+    centroids.train(rows)
+    probes = min(PROBES, files)
+    near = np.empty((n, probes), np.int32)
+    for start in range(0, n, _BLOCK * 16):
+        near[start : start + _BLOCK * 16] = centroids.index.search(rows[start : start + _BLOCK * 16], probes)[1]
+    members, asking = _by_file(near[:, 0], files), _by_file(near.ravel(), files)
+    kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    count = 0
+    # All rows that ask a file at once: a product of matrices is several times as fast as row after row.
+    for file, places in zip(members, asking, strict=True):
+        asks = places // probes
+        for start in range(0, len(asks), _BLOCK * 4):
+            some = asks[start : start + _BLOCK * 4]
+            cosine = rows[some] @ rows[file].T
+            a, b = np.nonzero(cosine >= threshold - _SLACK)
+            kept.append((some[a], file[b], cosine[a, b]))
+            count += len(a)
+            if count > 2 * NEAREST * n:
+                kept = [_best(kept)]
+                count = len(kept[0][0])
+    a, b, _ = _best(kept)
+    yield a, b
+
+
+def _by_file(file: np.ndarray, files: int) -> list[np.ndarray]:
+    return np.split(np.argsort(file, kind="stable"), np.cumsum(np.bincount(file, minlength=files))[:-1])
+
+
+def _best(found: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the NEAREST other rows of each row, and itself."""
+    row, other, cosine = (np.concatenate(part) for part in zip(*found, strict=True))
+    count = np.bincount(row)
+    if count.max(initial=0) <= NEAREST + 1:
+        return row, other, cosine
+    order = np.lexsort((other, -cosine, row))
+    row, other, cosine = row[order], other[order], cosine[order]
+    first = np.cumsum(count) - count
+    kept = np.arange(len(row)) - first[row] <= NEAREST
+    return row[kept], other[kept], cosine[kept]
 
 
 def _flat(rows: np.ndarray) -> faiss.Index:
     index = faiss.IndexFlatIP(rows.shape[1])
     index.add(rows)
-    return index
-
-
-def inverted_file(rows: np.ndarray) -> faiss.Index:
-    """Return the index of large sets, which gives the same answers whatever the threads that build and ask it."""
-    n, d = rows.shape
-    centroids = faiss.IndexFlatIP(d)
-    files = round(2 * math.sqrt(n))
-    index = faiss.IndexIVFScalarQuantizer(
-        centroids, d, files, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
-    )
-    index.cp.niter = 8
-    index.cp.max_points_per_centroid = 64
-    index.train(rows)
-    index.add(rows)
-    index.nprobe = PROBES
     return index

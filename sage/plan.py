@@ -196,32 +196,39 @@ class Budget:
     merges: list[tuple[float, float, int]]
 
 
-def plan_for_budget(nested: Sequence[Cluster | int], steps: int, saving: float, most: float = 0.9) -> Budget:
+def plan_for_budget(
+    nested: Sequence[Cluster | int], steps: int, saving: float, most: float = 0.9, at_least: float = -1.0
+) -> Budget:
     """Return the plan that saves this share of the evaluations at the highest threshold that does.
 
     A cluster of similarity s shares most * (1 - (1 - s) / (1 - threshold)) of the steps: `most` at similarity 1,
-    nothing from the threshold down. `nested` comes from `clusters`, or holds one Cluster for each flat group.
+    nothing from the threshold down. `nested` comes from `clusters`, or holds one Cluster for each flat group. Clusters
+    less similar than `at_least` are refused: their members share in tighter clusters or not at all. A bound on quality
+    is such a similarity, together with the share ratio at which it was measured as `most` (sage.damage).
     Raises PlanError when even sharing `most` everywhere saves less.
     """
     if not 0 <= saving < 1:
         raise PlanError(f"saving {saving} is outside [0, 1); 0.4 saves 40% of the network evaluations")
 
+    def share(similarity: float, width: float) -> float:
+        return most * max(0.0, 1 - (1 - similarity) / width) if similarity >= at_least else 0.0
+
     def plan(width: float) -> Plan:
-        return Plan.nested(nested, steps, lambda s: most * max(0.0, 1 - (1 - s) / width))
+        return Plan.nested(nested, steps, lambda s: share(s, width))
 
     # The saving grows with the width 1 - threshold; at 1e12 every cluster shares `most`.
     low, high = 1e-9, 1e12
     if plan(high).saving < saving:
         raise PlanError(
-            f"these groups save at most {plan(high).saving:.1%} when each shares {most:.0%} of {steps} steps, "
-            f"less than the {saving:.1%} asked; ask for less, or group at a lower threshold"
+            f"groups of similarity {at_least:.4g} or more save at most {plan(high).saving:.1%} when each shares "
+            f"{most:.0%} of {steps} steps, less than the {saving:.1%} asked; ask for less, or allow less alike groups"
         )
     for _ in range(100):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if plan(middle).saving >= saving else (middle, high)
     found = plan(high)
-    share = [(s, shared_steps(most * max(0.0, 1 - (1 - s) / high), steps) / steps, n) for s, n in _merges(nested)]
-    return Budget(found, 1 - high, sorted(row for row in share if row[1]))
+    shares = [(s, shared_steps(share(s, high), steps) / steps, n) for s, n in _merges(nested)]
+    return Budget(found, max(1 - high, at_least), sorted(row for row in shares if row[1]))
 
 
 def _merges(nested: Sequence[Cluster | int]) -> Iterator[tuple[float, int]]:

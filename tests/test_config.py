@@ -40,7 +40,7 @@ def test_the_shipped_file_is_valid_and_frozen():
         ({"sample": {}}, ["sample: unknown key; allowed are", "prepare, "]),
         (
             {"group__treshold": 0.8},
-            ["group.treshold: unknown key; allowed are threshold, saving, quality, max_size, near_duplicate"],
+            ["group.treshold: unknown key; allowed are threshold, saving, quality, max_size, near_duplicate, guard"],
         ),
         (
             {"finetune__weights__diffsion": 1.0},

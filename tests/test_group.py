@@ -9,8 +9,10 @@ import pytest
 import yaml
 
 from flows.group import main
+from sage.damage import FILE, Damage, Point, kept_form
 from sage.data import SPLITS
 from sage.errors import ConfigurationError
+from sage.files import write_json
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [
@@ -45,7 +47,7 @@ def configure(folder, **group):
 
 
 def stage(folder):
-    main(folder / "prepared", folder / "groups", folder / "metrics" / "group.json")
+    main(folder / "prepared", folder / "base", folder / "groups", folder / "metrics" / "group.json")
     groups = {split: json.loads((folder / "groups" / f"{split}.json").read_text()) for split in SPLITS}
     return groups, json.loads((folder / "metrics" / "group.json").read_text())
 
@@ -76,15 +78,66 @@ def test_the_same_input_gives_the_same_bytes(project):
     assert first == {path.name: path.read_bytes() for path in (project / "groups").iterdir()}
 
 
-def test_a_budget_is_met_and_a_bound_kept(project):
+def test_a_budget_is_met(project):
     configure(project, saving=0.1)
     ratio = yaml.safe_load((ROOT / "params.yaml").read_text())["generate"]["share_ratio"]
     _, metrics = stage(project)
     assert all(ratio * metrics[split]["saving"] >= 0.1 for split in SPLITS)
-    measured = [{"similarity": 0.5, "damage": 0.3}, {"similarity": 0.9, "damage": 0.1}]
-    configure(project, quality={"damage_at_most": 0.2, "measured": measured})
+
+
+def measured_model(folder, share_ratio=0.4):
+    """A model folder with a measurement whose bad ends lie on a line from 0.3 at 0.5 to 0.1 at 0.9."""
+    (folder / "base" / "unet").mkdir(parents=True, exist_ok=True)
+    (folder / "base" / "unet" / "weights").write_text("weights")
+    points = [Point(0.5, 0.2, 0.1, 0.3, 9, 20), Point(0.9, 0.05, 0.0, 0.1, 9, 20)]
+    write_json(folder / "base" / FILE, kept_form(Damage(share_ratio, 6, points), folder / "base", {}))
+
+
+def test_a_bound_on_quality_is_read_from_what_was_measured_on_the_model(project):
+    measured_model(project)
+    configure(project, quality=0.2)
     groups, _ = stage(project)
     assert groups["test"]["threshold"] == pytest.approx(0.7)
+    assert all(members["similarity"] >= 0.7 for members in groups["test"]["groups"])
+    # Groups that a looser bound allows cost too much for this one: their prompts are sampled independently.
+    configure(project, quality=0.3)
+    loose, _ = stage(project)
+    configure(project, quality=0.11)
+    strict, _ = stage(project)
+    refused = [members for members in loose["train"]["groups"] if members["similarity"] < 0.88]
+    alone = {id for members in strict["train"]["groups"] if len(members["ids"]) == 1 for id in members["ids"]}
+    assert refused and all(set(members["ids"]) <= alone for members in refused)
+
+
+def test_a_bound_needs_a_measurement_of_this_model_and_of_as_much_sharing(project):
+    configure(project, quality=0.2)
+    (project / "base").mkdir()
+    with pytest.raises(ConfigurationError, match="does not exist, so what sharing costs is unknown"):
+        stage(project)
+    measured_model(project, share_ratio=0.2)
+    with pytest.raises(ConfigurationError, match=r"share ratio 0\.2 .* less than the 0\.4"):
+        stage(project)
+    measured_model(project)
+    configure(project, quality=0.05)
+    with pytest.raises(ConfigurationError, match=r"least measured is 0\.1 at 0\.9"):
+        stage(project)
+    (project / "base" / "unet" / "weights").write_text("other weights")
+    with pytest.raises(ConfigurationError, match="other weights"):
+        stage(project)
+
+
+def test_the_guard_parts_what_params_ask_for(project):
+    configure(project, threshold=0.6)
+    plain, _ = stage(project)
+    configure(project, threshold=0.6, guard=["colour"])
+    groups, metrics = stage(project)
+    pair = {"train-3", "train-4"}  # green and red apple
+    assert any(pair <= set(members["ids"]) for members in plain["train"]["groups"])
+    assert not any(pair <= set(members["ids"]) for members in groups["train"]["groups"])
+    assert metrics["train"]["groups"] == len(plain["train"]["groups"]) + 1
+    configure(project, threshold=0.6, guard=["shape"])
+    with pytest.raises(ConfigurationError, match="group.guard"):
+        stage(project)
 
 
 def test_an_impossible_budget_leaves_the_old_groups(project):
@@ -105,7 +158,8 @@ def test_how_alike_is_said_exactly_once(project, group):
 
 def test_as_a_command_a_fault_is_one_message(project):
     configure(project, threshold=7)
-    command = [sys.executable, "-m", "flows.group", "--data", "prepared", "--out", "groups", "--metrics", "m.json"]
+    command = [sys.executable, "-m", "flows.group", "--data", "prepared", "--base", "base", "--out", "groups"]
+    command += ["--metrics", "m.json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "group.threshold" in done.stderr and "Traceback" not in done.stderr

@@ -44,6 +44,14 @@ def test_the_command_prints_savings_sizes_and_the_widest_groups(prompts, tmp_pat
     assert "a red fox" in page.read_text(encoding="utf-8")
 
 
+def test_the_guard_of_the_command_line_parts_what_the_encoder_takes_for_alike(prompts, tmp_path, capsys):
+    prompts.write_text("two dogs in a park\nthree dogs in a park\n", encoding="utf-8")
+    main(prompts, page=tmp_path / "page.html", threshold=0.7)
+    assert "2 prompts in 1 groups" in capsys.readouterr().out
+    main(prompts, page=tmp_path / "page.html", threshold=0.7, guard=["number"])
+    assert "2 prompts in 2 groups" in capsys.readouterr().out
+
+
 def test_a_hostile_prompt_stays_text_in_the_page(prompts, tmp_path):
     page = tmp_path / "page.html"
     main(prompts, page=page)

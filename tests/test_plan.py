@@ -140,6 +140,17 @@ def test_a_budget_from_flat_groups_branches_each_by_its_tightness():
     assert loose < tight
 
 
+def test_clusters_that_would_cost_quality_are_refused_and_their_members_share_tighter_or_not_at_all():
+    nested = [Cluster(0.5, (Cluster(0.9, (0, 1)), 2)), Cluster(0.6, (3, 4)), 5]
+    assert [similarity for similarity, _, _ in plan_for_budget(nested, 100, 0.1).merges] == [0.9]
+    assert [similarity for similarity, _, _ in plan_for_budget(nested, 100, 0.3).merges] == [0.5, 0.6, 0.9]
+    budget = plan_for_budget(nested, 100, 0.1, at_least=0.7)
+    assert budget.threshold >= 0.7
+    assert budget.plan.partition(0) == [[0, 1], [2], [3], [4], [5]]
+    with pytest.raises(PlanError, match=r"similarity 0\.7 or more save at most 15\.0% .* less than the 30\.0% asked"):
+        plan_for_budget(nested, 100, 0.3, at_least=0.7)
+
+
 def test_a_budget_out_of_reach_says_what_is_in_reach():
     with pytest.raises(PlanError, match=r"save at most 22.5% .* less than the 40.0% asked"):
         plan_for_budget([Cluster(0.9, (0, 1)), 2, 3], 100, 0.4)

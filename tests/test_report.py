@@ -2,10 +2,12 @@
 
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from flows import report
+from flows.groups_page import groups_picture
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -86,7 +88,9 @@ def rows(captions):
     prompts = [(caption, [Image.new("RGB", (8, 8), (k, 0, 0)) for k in range(5)]) for caption in captions]
     row = report.GroupRow(0.85, 0.3, 0.01, columns, prompts)
     sizes = [{"size": 2, "groups": 1, "prompts": 2, "saving": 0.3}]
-    return report.GroupRows([row], [row], sizes, 0, 1)
+    embeddings = np.random.default_rng(0).normal(size=(len(captions) + 1, 3))
+    drawn = groups_picture([*captions, "alone"], embeddings, [list(range(len(captions))), [len(captions)]], [0.85, 1.0])
+    return report.GroupRows([row], [row], sizes, 0, 1, drawn)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +120,7 @@ def test_nothing_is_loaded_from_outside(page):
 
 
 def test_the_plots_follow_the_colours_of_the_page_and_share_no_ids(page):
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 4  # three plots and the map
     ids = [value for _, name, value in page.attributes if name == "id"]
     references = [value[1:] for _, name, value in page.attributes if name == "xlink:href"]
     assert set(references) <= set(ids)
@@ -125,6 +129,20 @@ def test_the_plots_follow_the_colours_of_the_page_and_share_no_ids(page):
     styles = "".join(value for tag, name, value in page.attributes if name == "style")
     assert "var(--sage)" in styles and "var(--ink)" in styles
     assert not any(colour in styles for colour in ("#0a0b0", "#010203", "#040506", "#070809"))
+
+
+def test_every_prompt_is_a_point_of_the_map_in_the_colour_of_its_group():
+    drawn = Page(report.build(results(), rows(HOSTILE)))
+    fills = [
+        value
+        for tag, name, value in drawn.attributes
+        if (tag, name) == ("g", "fill") and value.startswith(("hsl", "#bbb"))
+    ]
+    assert len(fills) == 2 and fills[1] == "#bbb" != fills[0]
+    assert drawn.tags.count("circle") == len(HOSTILE) + 1
+    told = [text for text in drawn.text if "worst pair 0.850" in text]
+    assert len(told) == len(HOSTILE)
+    assert all(all(caption in text for caption in HOSTILE) for text in told)
 
 
 def test_the_headline_says_what_passed_and_what_failed():

@@ -1,0 +1,145 @@
+"""What sharing costs at which similarity, measured on the validation split and written into the model's folder.
+
+`group.quality` in params.yaml and `sage.plan_for_budget` read it. Interrupted, it goes on where it was.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import sage.torchvision_ops  # noqa: F401
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flows.group import ENCODER, cache
+from flows.machine import device
+from flows.terminal import progress, run
+from sage.config import load_params
+from sage.damage import FILE, Damage, by_similarity, distances, kept_form, model_digest
+from sage.data import Example, read_split
+from sage.embedding import embed
+from sage.errors import DataError
+from sage.files import digest, new_file, sha256_tree, write_json
+from sage.grouping import Groups, group, worst_similarity
+from sage.metrics.extractors import EfficientNetLite0
+from sage.pipeline import SharedSamplingPipeline, prompt_seed
+from sage.plan import Plan
+
+SPLIT = "validation"
+THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8)
+SEEDS = (0, 1)
+_PARTS = 8
+_PIECE = 64  # prompts that are kept together
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="A model folder.")] = Path("models/base"),
+    data: Annotated[Path, typer.Option(help="Prepared data.")] = Path("data/prepared"),
+    work: Annotated[Path, typer.Option(help="Where features are kept.")] = Path("work/calibrate"),
+) -> None:
+    """Share at several thresholds and compare with independent pictures of the same prompts; keep the relation."""
+    params = load_params()
+    settings, grouping = params.generate, params.group
+    examples = read_split(data, SPLIT)
+    embeddings = embed([example.text for example in examples], ENCODER, cache=cache())
+    groups = groups_at(THRESHOLDS, embeddings, grouping.max_size, grouping.near_duplicate)
+    if len(groups) < _PARTS:
+        raise DataError(f"the {SPLIT} split forms {len(groups)} groups, too few to measure what sharing costs")
+    how: dict[str, Any] = {
+        "split": SPLIT,
+        "data": sha256_tree(data),
+        "encoder": ENCODER,
+        "features": EfficientNetLite0.name,
+        "thresholds": list(THRESHOLDS),
+        "seeds": list(SEEDS),
+        "steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+    }
+    named = {"model": model_digest(model), "share_ratio": settings.share_ratio, "groups": groups}
+    folder = work / digest(how | named)[:16]
+    each = [[number] for number in range(len(examples))]
+    features = draw(model, examples, each + groups, settings, folder)
+    independent = np.concatenate(features[: len(each)])
+    sums = [
+        distances(shared, independent[members]) for members, shared in zip(groups, features[len(each) :], strict=True)
+    ]
+    above, below = (np.array([side.sum() for side in sides]) for sides in zip(*sums, strict=True))
+    worst, sizes = np.array(worst_similarity(embeddings, groups)), np.array([len(members) for members in groups])
+    damage = Damage(settings.share_ratio, grouping.max_size, by_similarity(worst, above, below, sizes, parts=_PARTS))
+    write_json(model / FILE, kept_form(damage, model, how))
+    _show(damage)
+    typer.echo(f"wrote {model / FILE}")
+
+
+def groups_at(thresholds: Sequence[float], embeddings: np.ndarray, max_size: int, near_duplicate: float) -> Groups:
+    """Return all different groups of two or more that form at any of the thresholds."""
+    found = {tuple(members) for at in thresholds for members in group(embeddings, at, max_size, near_duplicate)}
+    return [list(members) for members in sorted(found) if len(members) > 1]
+
+
+def draw(model: Path, examples: Sequence[Example], groups: Groups, settings: Any, folder: Path) -> list[np.ndarray]:
+    """Return for each group the features of its pictures, shape (members, seeds, width); kept in pieces."""
+    pieces: list[Groups] = [[]]
+    for members in groups:
+        if sum(map(len, pieces[-1])) >= _PIECE:
+            pieces.append([])
+        pieces[-1].append(members)
+    extract, pipe = None, None
+    found: list[np.ndarray] = []
+    with progress(sum(map(len, groups)), "pictures with and without sharing") as advance:
+        for number, piece in enumerate(pieces):
+            path = folder / f"{number:04d}.npy"
+            if not path.exists():
+                pipe = pipe or _open(model)
+                extract = extract or EfficientNetLite0(device())
+                features = extract(_pictures(pipe, examples, piece, settings))
+                with new_file(path) as temporary, temporary.open("wb") as file:
+                    np.save(file, features)
+            sizes = [len(members) for members in piece]
+            rows = np.load(path).reshape(sum(sizes), len(SEEDS), -1)
+            found += np.split(rows, np.cumsum(sizes)[:-1])
+            advance(sum(sizes))
+    return found
+
+
+def _open(model: Path) -> Any:
+    pipe: Any = SharedSamplingPipeline.from_pretrained(model).to(device())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _pictures(pipe: Any, examples: Sequence[Example], groups: Groups, settings: Any) -> list[np.ndarray]:
+    """Return pictures group by group, member by member, every member's seeds together."""
+    members = [examples[member] for group in groups for member in group]
+    ends = np.cumsum([len(group) for group in groups]).tolist()
+    blocks = [list(range(end - len(group), end)) for group, end in zip(groups, ends, strict=True)]
+    pictures: dict[tuple[int, int], np.ndarray] = {}
+    for seed in SEEDS:
+        stream = pipe.stream(
+            [example.text for example in members],
+            plan=Plan.shared(blocks, settings.steps, settings.share_ratio),
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            seed=[prompt_seed(seed, example.id) for example in members],
+            batch_size=settings.batch_size,
+        )
+        for result in stream:
+            pictures[result.index, seed] = np.asarray(result.image)
+    return [pictures[place, seed] for place in range(len(members)) for seed in SEEDS]
+
+
+def _show(damage: Damage) -> None:
+    table = Table("worst pair", "damage", "interval", "groups", "prompts", title=f"share ratio {damage.share_ratio}")
+    for point in damage.points:
+        interval = f"{point.low:+.3f} to {point.high:+.3f}"
+        table.add_row(
+            f"{point.similarity:.3f}", f"{point.damage:+.3f}", interval, str(point.groups), str(point.prompts)
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run(main)
