@@ -15,7 +15,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,6 +54,29 @@ class Item:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class Job:
+    """What is to be drawn, and with what: `groups` are of the prompts that can be drawn, in their order."""
+
+    items: list[Item]
+    groups: Sequence[Sequence[int]]
+    plan: Plan
+    settings: dict[str, Any]
+    model: str
+    pipe: Any
+
+    @property
+    def drawn(self) -> list[Item]:
+        """The prompts that can be drawn."""
+        return [item for item in self.items if item.error is None]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the pictures."""
+        prompts = digest([asdict(item) for item in self.items])
+        return self.settings | {"model": self.model, "prompts": prompts, "device": str(self.pipe.device)}
+
+
 def main(
     prompts: Annotated[str, typer.Argument(help="A file of prompts: .txt, .jsonl, .csv, or - for standard input.")],
     out: Annotated[Path, typer.Option(help="The folder for the pictures.")],
@@ -69,12 +92,33 @@ def main(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Prompts a network call at most.")] = None,
 ) -> None:
     """Make pictures for a list of prompts, sharing early steps among similar ones; say what it saves first."""
-    items = read_prompts(prompts)
+    given = {"steps": steps, "share_ratio": share_ratio, "guidance_scale": guidance_scale, "batch_size": batch_size}
+    job = prepare(prompts, model, given, negative_prompt, seed)
+    typer.echo(cost_line(job.plan, len(job.groups), job.settings["guidance_scale"] > 1))
+    refused = [item for item in job.items if item.error is not None]
+    for item in refused:
+        typer.echo(f"not drawn: {item.id}: {item.error}", err=True)
+    if plan:
+        return
+
+    begin(out, job.identity)
+    for _ in drawn(job.pipe, job.drawn, job.groups, job.plan.steps, job.settings, job.model, out):
+        pass
+    manifest(out, job.items)
+    contact_sheet(out, [item.id for item in job.drawn], job.groups)
+    typer.echo(f"{len(job.drawn)} pictures in {out}" + (f"; {len(refused)} prompts were not drawn" if refused else ""))
+
+
+def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: str, seed: int) -> Job:
+    """Return what a list of prompts asks for; of the settings that are `given`, those that are not None hold.
+
+    Raises DataError where no prompt can be drawn, RegistryError for a registered model that is damaged or unknown.
+    """
+    items = read_prompts(source)
     texts = [item.prompt for item in items if item.error is None]
     if not texts:
-        raise DataError(f"{prompts} has no prompt that can be drawn" + (f": {items[0].error}" if items else ""))
+        raise DataError(f"{source} has no prompt that can be drawn" + (f": {items[0].error}" if items else ""))
     pipe, name, settings, grouping = open_model(model)
-    given = {"steps": steps, "share_ratio": share_ratio, "guidance_scale": guidance_scale, "batch_size": batch_size}
     settings |= {key: value for key, value in given.items() if value is not None}
     settings |= {"negative_prompt": negative_prompt, "seed": seed, "group": grouping.model_dump()}
     with progress(len(texts), "embedding") as advance:
@@ -85,20 +129,7 @@ def main(
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler.set_timesteps(settings["steps"])
     whole = Plan.shared(groups, len(pipe.scheduler.timesteps), settings["share_ratio"])
-    typer.echo(cost_line(whole, len(groups), settings["guidance_scale"] > 1))
-    refused = [item for item in items if item.error is not None]
-    for item in refused:
-        typer.echo(f"not drawn: {item.id}: {item.error}", err=True)
-    if plan:
-        return
-
-    identity = settings | {"model": name}
-    identity |= {"prompts": digest([asdict(item) for item in items]), "device": str(pipe.device)}
-    begin(out, identity)
-    draw(pipe, [item for item in items if item.error is None], groups, whole.steps, settings, name, out)
-    manifest(out, items)
-    contact_sheet(out, [item.id for item in items if item.error is None], groups)
-    typer.echo(f"{len(texts)} pictures in {out}" + (f"; {len(refused)} prompts were not drawn" if refused else ""))
+    return Job(items, groups, whole, settings, name, pipe)
 
 
 def open_model(model: str) -> tuple[Any, str, dict[str, Any], Group]:
@@ -199,7 +230,7 @@ def begin(out: Path, identity: dict[str, Any]) -> None:
     write_json(path, identity)
 
 
-def draw(
+def drawn(
     pipe: Any,
     items: Sequence[Item],
     groups: Sequence[Sequence[int]],
@@ -207,15 +238,18 @@ def draw(
     settings: dict[str, Any],
     model: str,
     out: Path,
-) -> None:
-    """Make the pictures that are missing."""
+    wanted: Collection[int] | None = None,
+) -> Iterator[Path]:
+    """Make the pictures that are wanted, by default those that are missing; yield the file of each."""
     seeds = image_seeds(settings["seed"], [item.prompt for item in items])
     number = {member: place for place, group in enumerate(groups) for member in group}
-    missing = {place for place, item in enumerate(items) if not (out / f"{item.id}.png").exists()}
-    with progress(len(items), "generating") as advance:
-        advance(len(items) - len(missing))
+    total = len(items) if wanted is None else len(wanted)
+    if wanted is None:
+        wanted = {place for place, item in enumerate(items) if not (out / f"{item.id}.png").exists()}
+    with progress(total, "generating") as advance:
+        advance(total - len(wanted))
         texts = [item.prompt for item in items]
-        for member, result, truncated in drawing.draw(pipe, texts, seeds, groups, settings, missing.__contains__):
+        for member, result, truncated in drawing.draw(pipe, texts, seeds, groups, settings, wanted.__contains__):
             item, company = items[member], groups[number[member]]
             facts = {
                 "id": item.id,
@@ -229,8 +263,10 @@ def draw(
                 "model": model,
                 "truncated_tokens": truncated,
             }
-            save(result.image, facts, out / f"{item.id}.png")
+            path = out / f"{item.id}.png"
+            save(result.image, facts, path)
             advance(1)
+            yield path
 
 
 def save(picture: Image.Image, facts: dict[str, Any], path: Path) -> None:

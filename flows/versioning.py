@@ -28,7 +28,7 @@ Write = Callable[[str], None]
 _LINE = re.compile(r"(?:Running stage|Stage) '(?P<stage>[^']+)'(?P<what>:| didn't change| is cached)")
 _STATES: dict[str, State] = {":": "executed", " didn't change": "up to date", " is cached": "restored"}
 _FAILED = re.compile(r"failed to reproduce '([^']+)'.*?(?:exited with (-?\d+))?$")
-_FINAL = (2, 4)  # how a stage ends that would end so again: a person must mend something, or training diverged
+FINAL = (2, 4)  # how a stage ends that would end so again: a person must mend something, or training diverged
 _BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock")
 _LONGEST_LINE = 4096
 
@@ -143,6 +143,19 @@ def dvc(*arguments: str, folder: Path = Path()) -> str:
     return "\n".join(output.lines)
 
 
+def objects(*remote: str) -> Any:
+    """Return what `flows.objects` finds in the cache, or in a remote, "" being the default one.
+
+    Raises SageError where that cannot be read.
+    """
+    command = [sys.executable, "-m", "flows.objects", *remote]
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
+    if done.returncode:
+        place = "the remote" if remote else "the cache"
+        raise SageError(f"DVC cannot read {place}: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
+    return json.loads(done.stdout)
+
+
 def stale() -> list[str]:
     """Return the stages that are not up to date; raise SageError where DVC cannot say."""
     command = [sys.executable, "-m", "dvc", "status", "--json"]
@@ -188,7 +201,7 @@ class Output:
     def transient(self) -> bool:
         """Return whether the stage that failed was killed or died of something that it did not foresee."""
         ended = [match[2] for match in map(_FAILED.search, self.lines) if match and match[2]]
-        return bool(ended) and int(ended[-1]) not in _FINAL
+        return bool(ended) and int(ended[-1]) not in FINAL
 
     def outcomes(self) -> dict[str, Outcome]:
         """Return what became of each stage so far."""

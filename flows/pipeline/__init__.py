@@ -14,6 +14,7 @@ os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 # Seconds between signs of life; without them a killed run would be shown as running for ever.
 os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
 
+from flows.pipeline.batch import generate_batch as generate_batch
 from flows.pipeline.graph import sage_pipeline as sage_pipeline
 from flows.pipeline.versions import evaluate_version as evaluate_version
 from flows.pipeline.versions import promote_version as promote_version

@@ -66,6 +66,35 @@ class Promotion(Form):
     )
 
 
+class Batch(Form):
+    """Which prompts are drawn, with what, and among how many."""
+
+    prompts: str = Field(
+        min_length=1,
+        max_length=1000,
+        title="Prompts",
+        description="A .txt, .jsonl or .csv file where every worker finds it: a path, s3://..., any fsspec address.",
+    )
+    out: str = Field(min_length=1, max_length=1000, title="Pictures", description="Where they go: a folder or s3://...")
+    model: str = Field(
+        "models:/sage@champion",
+        min_length=1,
+        max_length=1000,
+        title="Model",
+        description="A registered version, models:/sage@champion or models:/sage/3, or a pipeline's folder.",
+    )
+    shards: int = Field(1, ge=1, le=10_000, title="Shards", description="Parts that machines draw on their own.")
+    seed: int = Field(0, ge=0, lt=2**31, title="Seed", description="The same seed gives the same pictures.")
+    steps: int | None = Field(None, ge=1, le=1000, title="Steps", description="Else as the version was judged.")
+    share_ratio: float | None = Field(
+        None, ge=0, lt=1, title="Share ratio", description="Of the steps, what a group takes together; else as judged."
+    )
+    guidance_scale: float | None = Field(None, ge=0, le=100, title="Guidance", description="Else as judged.")
+    batch_size: int | None = Field(
+        None, ge=1, le=100_000, title="Batch size", description="Prompts a network call at most; else as judged."
+    )
+
+
 class Approval(RunInput):
     """The answer of the person who decides."""
 

@@ -23,8 +23,7 @@ from prefect.artifacts import (
 
 from flows import leash, tables
 from flows.tracking import runs
-from flows.versioning import Output, Write
-from sage.errors import SageError
+from flows.versioning import FINAL, Output, StageError, Write
 
 _COLUMNS = 12
 _PROGRESS = re.compile(r"^(?P<what>[a-z][a-z -]*): (?P<done>\d+)/(?P<total>\d+) \((?P<rest>.*)\)$")
@@ -112,9 +111,9 @@ def lines(what: str) -> Write:
 
 
 def run(what: str, module: str, *arguments: str) -> None:
-    """Run a module of this project as a process, and show what it prints; raise SageError where it fails."""
+    """Run a module of this project as a process, and show what it prints; raise StageError where it fails."""
     output = Output(lines(what))
     code = leash.run([sys.executable, "-m", module, *arguments], output.feed)
     if code:
         said = [line for line in output.lines if line.startswith("error: ")] or [f"it ended with code {code}"]
-        raise SageError(f"{what} failed: {said[0].removeprefix('error: ')}")
+        raise StageError(f"{what} failed: {said[0].removeprefix('error: ')}", code not in FINAL)

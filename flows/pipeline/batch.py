@@ -1,0 +1,66 @@
+"""The flow `sage-generate`: pictures for a large list of prompts with a registered version, in shards.
+
+Shards run one after the other on the worker, or, with SAGE_DASK set to the address of a Dask scheduler, on all of that
+scheduler's workers; a shard whose worker is lost goes to another one, and begins where that one was.
+"""
+
+import os
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import wait
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from prefect.tasks import exponential_backoff
+
+from flows.pipeline import shown
+from flows.pipeline.forms import Batch
+from flows.pipeline.graph import may_pass, reach_tracking
+
+
+def _runner() -> "TaskRunner[Any]":
+    """Return who runs the shards: a matter of the machine, so environment."""
+    if address := os.environ.get("SAGE_DASK"):
+        from prefect_dask.task_runners import DaskTaskRunner
+
+        return DaskTaskRunner(address=address)
+    return ThreadPoolTaskRunner(max_workers=1)
+
+
+@task(cache_policy=NO_CACHE, retries=3, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
+def plan(batch: Batch) -> None:
+    """Group the prompts and write down what is to be drawn."""
+    values = batch.model_dump(include={"model", "seed", "steps", "share_ratio", "guidance_scale", "batch_size"})
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
+    shown.run("plan", "flows.shards", "plan", batch.prompts, "--out", batch.out, *options)
+
+
+@task(
+    task_run_name="shard {number} of {count}",
+    cache_policy=NO_CACHE,
+    retries=3,
+    retry_delay_seconds=exponential_backoff(2),
+    retry_condition_fn=may_pass,
+)
+def draw(out: str, number: int, count: int) -> None:
+    """Draw what is missing of one shard, in a process of its own."""
+    shown.run(f"shard-{number}", "flows.shards", "draw", "--out", out, "--shard", f"{number}/{count}")
+
+
+@task(cache_policy=NO_CACHE, retries=3, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
+def finish(out: str) -> None:
+    """Write manifest and contact sheet."""
+    shown.run("finish", "flows.shards", "finish", "--out", out)
+
+
+@flow(name="sage-generate", task_runner=_runner())
+def generate_batch(batch: Batch) -> dict[str, Any]:
+    """Draw pictures for a list of prompts; the same bytes, however many draw them."""
+    reach_tracking()
+    plan(batch)
+    shards = [draw.submit(batch.out, number, batch.shards) for number in range(1, batch.shards + 1)]
+    wait(shards)
+    for shard in shards:
+        shard.result()
+    finish(batch.out)
+    return {"out": batch.out, "shards": batch.shards}

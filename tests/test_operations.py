@@ -1,0 +1,199 @@
+"""How runs are operated, on a real Prefect server with a real worker: retries, cancelling, death, experiments."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import operated
+import pytest
+from operated import artifacts, ask, start, state, wait_for
+
+from sage.files import sha256_tree
+
+pytestmark = pytest.mark.slow
+
+DIRECT = """
+from flows.pipeline import sage_pipeline
+from flows.pipeline.forms import Range
+print(sage_pipeline(Range(until="group")))
+"""
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    with operated.server(tmp_path_factory.mktemp("prefect")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def environment(address, tmp_path_factory):
+    return os.environ | {
+        "PREFECT_API_URL": address,
+        "PREFECT_HOME": str(tmp_path_factory.mktemp("client")),
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "SAGE_TRACKING_URI": "off",
+    }
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return operated.project(tmp_path_factory.mktemp("operated") / "project")
+
+
+@pytest.fixture(scope="module")
+def killed(address, environment, tmp_path_factory):
+    """A folder, the run that was killed in it, and when; first of all, for it takes long to be seen."""
+    folder = operated.project(tmp_path_factory.mktemp("killed") / "project")
+    subprocess.run([sys.executable, "-m", "flows.pipeline"], env=environment, cwd=folder, check=True)
+    pid = folder / "work-pid"
+    waiting = environment | {"WAIT": "prepare", "PID": str(pid)}
+    process = subprocess.Popen([sys.executable, "-c", DIRECT], env=waiting, cwd=folder, stdout=subprocess.DEVNULL)
+    wait_for(lambda: pid.exists() and pid.read_text(), 300)
+    # Two signs of life at most; the server must know of one.
+    (run,) = ask(address, "flow_runs/filter", {})
+    time.sleep(3)
+    process.kill()
+    process.wait()
+    ended = wait_for(lambda: not Path(f"/proc/{pid.read_text()}").exists(), 30)
+    print(f"\na killed run's stage ended after {ended:.1f} s")
+    return folder, run["id"], time.monotonic()
+
+
+@pytest.fixture(scope="module")
+def worker(killed, address, environment, project):
+    """The project, deployed, and a worker that takes its runs."""
+    for arguments in (["work-pool", "create", "--type", "process", "sage"], ["deploy", "--all"]):
+        command = [operated.PREFECT, "--no-prompt", *arguments]
+        done = subprocess.run(
+            command, env=environment | {"PWD": str(project)}, cwd=project, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.Popen(
+        [operated.PREFECT, "worker", "start", "--pool", "sage"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    yield project
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def finished(address, run):
+    return state(address, run) in ("Completed", "Failed", "Cancelled", "Crashed")
+
+
+def states(address, run):
+    return {row["stage"]: row["state"] for row in artifacts(address, run)["stages"]}
+
+
+def untouched(project):
+    """Return what a run in a tree of its own must leave as it is."""
+    status = subprocess.run(["git", "status", "--porcelain"], cwd=project, capture_output=True, text=True, check=True)
+    files = {path: path.read_bytes() for path in project.iterdir() if path.is_file()}
+    return status.stdout, files, sha256_tree(project / "made")
+
+
+def test_deployments_are_those_of_the_file(worker, address):
+    found = {d["name"]: d for d in ask(address, "deployments/filter", {})}
+    assert set(found) == {"all", "data", "model", "evaluate", "promote", "promote-with-approval"}
+    form = found["all"]["parameter_openapi_schema"]["definitions"]["Range"]["properties"]
+    assert all(field["title"] and field["description"] for field in form.values())
+    assert form["until"]["enum"] == ["prepare", "group", "finetune", "generate", "evaluate"]
+    place = [{"prefect.deployments.steps.set_working_directory": {"directory": str(worker)}}]
+    assert all(deployment["pull_steps"] == place for deployment in found.values())
+
+
+def test_a_deployment_runs_on_a_worker_and_the_second_run_is_up_to_date(worker, address):
+    first = start(address, "sage-pipeline/data")
+    wait_for(lambda: finished(address, first), 300)
+    assert state(address, first) == "Completed"
+    assert states(address, first) == {"prepare": "executed", "group": "executed"}
+    assert artifacts(address, first)["prepare-drawing"] == 50.0
+    second = start(address, "sage-pipeline/data")
+    wait_for(lambda: finished(address, second), 300)
+    assert states(address, second) == {"prepare": "up to date", "group": "up to date"}
+
+
+def test_overrides_are_an_experiment_that_leaves_the_checkout_alone(worker, address):
+    before = untouched(worker)
+    run = start(address, "sage-pipeline/data", run={"until": "group", "overrides": ["group.max_size=3"]})
+    wait_for(lambda: finished(address, run), 300)
+    assert state(address, run) == "Completed"
+    assert states(address, run) == {"prepare": "restored", "group": "executed"}
+    assert artifacts(address, run)["overrides"] == "- `group.max_size=3`"
+    assert untouched(worker) == before
+    name = ask(address, f"flow_runs/{run}")["name"]
+    show = [sys.executable, "-m", "dvc", "exp", "list", "--name-only"]
+    assert subprocess.run(show, cwd=worker, capture_output=True, text=True, check=True).stdout.split() == [name]
+    subprocess.run([sys.executable, "-m", "dvc", "exp", "apply", "-q", name], cwd=worker, check=True)
+    assert "max_size: 3" in (worker / "made/group").read_text()
+    subprocess.run(["git", "checkout", "-q", "."], cwd=worker, check=True)
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        ({"from_stage": "group", "until": "prepare"}, "from_stage group comes after until prepare"),
+        ({"until": "group", "overrides": ["group.max_sise=3"]}, "override 'group.max_sise=3'"),
+        ({"until": "group", "overrides": ["group.max_size=0"]}, "group.max_size"),
+    ],
+)
+def test_a_bad_input_fails_the_run_with_its_name(worker, address, run, said):
+    before = untouched(worker)
+    failed = start(address, "sage-pipeline/data", run=run)
+    wait_for(lambda: finished(address, failed), 300)
+    found = ask(address, f"flow_runs/{failed}")["state"]
+    assert found["name"] == "Failed"
+    assert said in found["message"]
+    assert untouched(worker) == before
+
+
+@pytest.mark.parametrize("run", [{"until": "grouping"}, {"untill": "group"}, {"overrides": ["no value"]}])
+def test_what_no_form_allows_is_refused_before_there_is_a_run(worker, address, run):
+    with pytest.raises(operated.urllib.error.HTTPError) as caught:
+        start(address, "sage-pipeline/data", run=run)
+    assert caught.value.code in (409, 422)
+
+
+def test_a_stage_that_died_is_tried_again_and_nothing_else_is(worker, address, environment):
+    (worker / "input").write_text("other ")
+    command = [sys.executable, "-c", DIRECT]
+    done = subprocess.run(command, env=environment | {"DIE": "group"}, cwd=worker, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = {
+        run["name"]: run["run_count"] for run in ask(address, "task_runs/filter", {"sort": "EXPECTED_START_TIME_ASC"})
+    }
+    assert (runs["prepare"], runs["group"]) == (1, 2)
+
+
+def test_cancelling_ends_every_process_within_30_seconds_and_the_next_run_continues(worker, address):
+    pid = worker / "work-pid"
+    (worker / "input").write_text("third ")
+    variables = {"env": {"WAIT": "group", "PID": str(pid)}}
+    found = ask(address, "deployments/name/sage-pipeline/data")
+    run = ask(address, f"deployments/{found['id']}/create_flow_run", {"job_variables": variables})["id"]
+    wait_for(lambda: pid.exists() and pid.read_text(), 300)
+    stage = Path(f"/proc/{pid.read_text()}")
+    assert stage.exists()
+    ask(address, f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+    took = wait_for(lambda: not stage.exists() and state(address, run) == "Cancelled", 30)
+    print(f"\ncancelled after {took:.1f} s")
+    following = start(address, "sage-pipeline/data")
+    wait_for(lambda: finished(address, following), 300)
+    assert states(address, following) == {"prepare": "up to date", "group": "executed"}
+
+
+def test_a_killed_run_is_crashed_within_120_seconds_and_the_next_one_continues(worker, killed, address, environment):
+    folder, run, when = killed
+    wait_for(lambda: state(address, run) == "Crashed", max(0, 120 - (time.monotonic() - when)))
+    print(f"\ncrashed at most {time.monotonic() - when:.0f} s after the kill")
+    done = subprocess.run(
+        [sys.executable, "-c", DIRECT], env=environment, cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "made/group").exists()

@@ -1,0 +1,122 @@
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import fsspec
+import pytest
+import tiny
+
+from flows import prompts, shards
+from sage.errors import ConfigurationError, DataError
+from sage.files import sha256, sha256_tree
+
+TEXTS = [f"{colour} {thing}" for thing in ("cat", "dog", "tree", "house") for colour in ("red", "blue", "big")]
+OPTIONS = {"steps": 4, "share_ratio": 0.5, "guidance_scale": 3.0, "batch_size": 1, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny.pipeline("stable_diffusion", folder).save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SAGE_DEVICE", "cpu")
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(TEXTS) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def whole(source, model, tmp_path):
+    """The pictures that `sage generate` makes on one machine."""
+    out = tmp_path / "whole"
+    prompts.main(source, out, model=model, negative_prompt="", plan=False, **OPTIONS)
+    return {path.name: sha256(path) for path in out.iterdir()}
+
+
+def draw_all(source, model, out, count, order=None):
+    shards.plan(source, out, model, **OPTIONS)
+    for number in order or range(1, count + 1):
+        shards.draw(out, f"{number}/{count}")
+    shards.finish(out)
+
+
+def hashes(out):
+    store, path = fsspec.core.url_to_fs(out)
+    found = {name.rsplit("/", 1)[-1]: store.cat_file(name) for name in store.ls(path, detail=False)}
+    return {name: hashlib.sha256(data).hexdigest() for name, data in found.items() if name != "plan.json"}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 50])
+def test_shards_are_a_partition_of_whole_groups(count):
+    groups = [[0, 3], [1], [2, 4, 5], [6], [7, 8], [9]]
+    parts = [shards.members(groups, 1, number, count) for number in range(1, count + 1)]
+    assert sorted(itertools.chain(*parts)) == list(range(10))
+    assert all(set(group) <= set(part) or not set(group) & set(part) for group in groups for part in parts)
+
+
+@pytest.mark.parametrize("address", ["{}/out", "file://{}/out", "memory://{}/out"])
+def test_shards_give_the_bytes_of_one_machine_in_any_order_at_any_address(source, model, whole, tmp_path, address):
+    out = address.format(tmp_path)
+    draw_all(source, model, out, 3, order=[3, 1, 2])
+    assert hashes(out) == whole
+
+
+def test_a_shard_that_is_drawn_again_makes_only_what_is_missing(source, model, whole, tmp_path):
+    out = tmp_path / "out"
+    draw_all(source, model, str(out), 2)
+    for name in ("000002.png", "manifest.jsonl"):
+        (out / name).unlink()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.png") if path.name != "contact.png"}
+    with pytest.raises(DataError, match="1 of 12 pictures are missing, first 000002"):
+        shards.finish(str(out))
+    draw_all(source, model, str(out), 2)
+    assert hashes(str(out)) == whole
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+
+
+def test_a_folder_of_another_run_is_refused(source, model, tmp_path):
+    out = str(tmp_path / "out")
+    shards.plan(source, out, model, **OPTIONS)
+    with pytest.raises(ConfigurationError, match="seed 0"):
+        shards.plan(source, out, model, **OPTIONS | {"seed": 1})
+
+
+def test_a_model_that_changed_meanwhile_is_refused(source, model, tmp_path):
+    out = tmp_path / "out"
+    shards.plan(source, str(out), model, **OPTIONS)
+    values = json.loads((out / "plan.json").read_text())
+    (out / "plan.json").write_text(json.dumps(values | {"model": "0" * 64}))
+    with pytest.raises(DataError, match="the run began with 000000000000"):
+        shards.draw(str(out), "1/1")
+    assert sha256_tree(out) and not list(out.glob("*.png"))
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b", "-1/2"])
+def test_a_shard_that_is_none_is_refused(source, model, tmp_path, shard):
+    out = str(tmp_path / "out")
+    shards.plan(source, out, model, **OPTIONS)
+    with pytest.raises(ConfigurationError, match="write I/N"):
+        shards.draw(out, shard)
+
+
+def test_without_prompts_or_plan_there_is_one_message(tmp_path):
+    for command, said in (
+        (["plan", "memory://none.txt", "--out", "x", "--model", "y"], "memory://none.txt does not exist"),
+        (["draw", "--out", str(tmp_path), "--shard", "1/1"], "has no plan.json"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.shards", *command],
+            env=os.environ,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, said in done.stderr, "Traceback" in done.stderr) == (2, True, False)

@@ -1,0 +1,91 @@
+"""`sage up` for real: it starts everything on loopback, proves itself, and leaves no process."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import operated
+import psutil
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def free_ports():
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        return one.getsockname()[1], two.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return operated.project(tmp_path_factory.mktemp("up") / "project")
+
+
+def start_up(project, *options):
+    port, tracking = free_ports()
+    command = [sys.executable, "-c", "from flows.cli import main; main()", "up"]
+    environment = {name: value for name, value in os.environ.items() if name != "SAGE_TRACKING_URI"}
+    process = subprocess.Popen(
+        [*command, "--port", str(port), "--tracking-port", str(tracking), *options],
+        cwd=project,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return process, port, tracking
+
+
+def gone(processes):
+    return not [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_check_runs_a_deployment_on_a_worker_and_ends_with_0(project):
+    process, _, _ = start_up(project, "--check")
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said
+    assert "a run of sage-pipeline/data completed on a worker" in said
+    assert (project / "made/prepare").exists()
+    assert not (project / "made/group").exists()
+
+
+def test_it_listens_on_loopback_and_ctrl_c_ends_all_that_it_started(project):
+    process, port, tracking = start_up(project)
+    for line in process.stdout:
+        if "Ctrl-C" in line:
+            break
+    assert process.poll() is None
+    started = psutil.Process(process.pid).children(recursive=True)
+    listens = {
+        (connection.laddr.ip, connection.laddr.port)
+        for one in started
+        for connection in one.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert {("127.0.0.1", port), ("127.0.0.1", tracking)} <= listens
+    assert {ip for ip, _ in listens} == {"127.0.0.1"}
+    process.send_signal(signal.SIGINT)
+    process.wait(60)
+    took = operated.wait_for(lambda: gone(started), 30)
+    print(f"\nall ended {took:.1f} s after it")
+
+
+def test_a_taken_port_is_named(project):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command = [
+            sys.executable,
+            "-c",
+            "from flows.cli import main; main()",
+            "up",
+            "--port",
+            str(taken.getsockname()[1]),
+        ]
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "is taken; choose another with --port" in done.stderr
