@@ -53,8 +53,7 @@ def main(
     """Fine-tune the base model on the groups of the training split; a killed run goes on where it was."""
     settings = load_params().finetune
     accelerator = Accelerator(cpu=device() == "cpu", mixed_precision="no")
-    pipeline: Any = SharedSamplingPipeline.from_pretrained(base)
-    pipeline.to(accelerator.device)
+    pipeline = load(base).to(accelerator.device)
     examples = read_split(data, "train")
     members = tuple(map(tuple, read_groups(groups / "train.json", examples)[0]))
     batches = Batches(members, settings.weights.model_dump(), settings.evaluations, settings.seed)
@@ -99,6 +98,13 @@ def main(
     shutil.rmtree(state)
 
 
+def load(base: Path) -> Any:
+    """Return the base of any family; this project's own has no text encoder in its folder. No pickle is read."""
+    if (base / "text_encoder").exists():
+        return SharedSamplingPipeline.from_pretrained(base, use_safetensors=True)
+    return SharedSamplingPipeline.from_pipe(base_model.load(base))
+
+
 @contextmanager
 def _main_run(accelerator: Accelerator, settings: Finetune) -> Iterator[Run]:
     """Yield the record of this execution; only one of several processes records."""
@@ -109,15 +115,11 @@ def _main_run(accelerator: Accelerator, settings: Finetune) -> Iterator[Run]:
         yield record
 
 
-def training_set(
-    denoiser: Denoiser, examples: Sequence[Example], members: tuple[tuple[int, ...], ...]
-) -> TrainingSet:
+def training_set(denoiser: Denoiser, examples: Sequence[Example], members: tuple[tuple[int, ...], ...]) -> TrainingSet:
     """Return latents and text states of all pictures and captions, computed once."""
     pictures = torch.from_numpy(load_pixels(examples))
     texts = [*(example.text for example in examples), ""]
-    return TrainingSet(
-        denoiser.encode_pictures(pictures), denoiser.encode_texts(texts, pictures.shape[1:3]), members
-    )
+    return TrainingSet(denoiser.encode_pictures(pictures), denoiser.encode_texts(texts, pictures.shape[1:3]), members)
 
 
 def train(

@@ -36,9 +36,7 @@ def add(network: Any, rank: int, seed: int) -> None:
     network.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(generator(seed, "adapter").initial_seed())
-        network.add_adapter(
-            LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=_TARGETS)
-        )
+        network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=_TARGETS))
     cast_training_params(network)
 
 

@@ -36,7 +36,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self._pipe: Any = SharedSamplingPipeline.from_pipe(pipeline)
         self._precision = precision
-        self.network: nn.Module = self._pipe._network
+        self.network: Any = self._pipe._network
         cast_training_params(self.network)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -49,7 +49,7 @@ class Denoiser(nn.Module):
         return output.float()  # type: ignore[no-any-return]
 
     def frozen(self) -> Network:
-        """Return the network as it is now, never to change: a copy, or with an adapter the same with the adapter off."""
+        """Return the network as it is now, never to change: a copy, or where it has an adapter, itself without that."""
         if adapter.present(self.network):
 
             def base(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

@@ -189,12 +189,13 @@ class _Draws:
 
     def _merged(self, rows: Tensor) -> Condition:
         """Return the condition of each row's group, as the sampler makes it."""
-        groups, place = self.data.mates[rows].unique(dim=0, return_inverse=True)
-        merged = []
-        for group in groups:
-            members = taken(self.data.conditions, group[group >= 0])
-            merged.append(sampling.merge({name: values[:, None] for name, values in members.items()}))
-        return {name: torch.cat([one[name][:, 0] for one in merged])[place] for name in merged[0]}
+        merged: dict[int, Condition] = {}
+        for group in self.data.mates[rows]:
+            if int(group[0]) not in merged:
+                members = taken(self.data.conditions, group[group >= 0])
+                merged[int(group[0])] = sampling.merge({name: values[:, None] for name, values in members.items()})
+        leaders = self.data.mates[rows, 0].tolist()
+        return {name: torch.cat([merged[row][name][:, 0] for row in leaders]) for name in self.data.conditions}
 
     def _group(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the latents of each row's group, (n, N, ...), padded, and which are present, (n, N)."""

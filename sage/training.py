@@ -7,11 +7,11 @@ the same build and thread count. On several processes (`accelerate launch`) each
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -175,9 +175,7 @@ def fit(
 
 
 @contextmanager
-def _averaged(
-    network: nn.Module, parameters: Mapping[str, nn.Parameter], ema: Mapping[str, Tensor]
-) -> Iterator[None]:
+def _averaged(network: nn.Module, parameters: Mapping[str, nn.Parameter], ema: Mapping[str, Tensor]) -> Iterator[None]:
     """Put the averages in the place of the weights for a while."""
     weights = {name: p.detach().clone() for name, p in parameters.items()}
     with torch.no_grad():
@@ -204,10 +202,10 @@ def _gradient(network: nn.Module, loss: Callable[..., Losses], step: int, accumu
     for number in range(accumulate):
         part = processes.process_index * accumulate + number
         waits = isinstance(network, DistributedDataParallel) and number + 1 < accumulate
-        with _attention(network), network.no_sync() if waits else nullcontext():
+        with _attention(network), cast(Any, network).no_sync() if waits else nullcontext():
             losses = loss(step) if parts == 1 else loss(step, part, parts)
             # Processes average their gradients, but parts add up.
-            (losses["loss"] * processes.num_processes).backward()
+            torch.autograd.backward(losses["loss"] * processes.num_processes)
         for name, value in losses.items():
             sums[name] = sums[name] + value.detach() if name in sums else value.detach()
     device = sums["loss"].device

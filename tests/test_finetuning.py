@@ -298,7 +298,9 @@ def test_consistency_is_measured_from_the_base_not_from_what_it_became():
 
 def test_a_base_that_does_not_fit_is_refused():
     with pytest.raises(UnsupportedError, match="text states 16 wide, but its text encoder gives 8"):
-        loss_of(unet(), Batches(((0, 1),), ALL, 6, 0), TrainingSet(randn(2, 4, 8, 8), {"states": randn(3, 5, 8)}, ((0, 1),)))
+        loss_of(
+            unet(), Batches(((0, 1),), ALL, 6, 0), TrainingSet(randn(2, 4, 8, 8), {"states": randn(3, 5, 8)}, ((0, 1),))
+        )
 
 
 def test_it_learns_and_resumes_bit_for_bit(tmp_path):

@@ -189,9 +189,7 @@ class Counted(torch.nn.Module):
 def queries():
     process = process_of("v_prediction")
     return {
-        name: loss.diffusion_query(
-            process, randn(n, *SHAPE), text(n), torch.arange(n) * 90, randn(n, *SHAPE, seed=n)
-        )
+        name: loss.diffusion_query(process, randn(n, *SHAPE), text(n), torch.arange(n) * 90, randn(n, *SHAPE, seed=n))
         for n, name in ((4, "diffusion"), (3, "shared"), (2, "branch"))
     }
 

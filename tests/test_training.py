@@ -2,6 +2,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from types import MappingProxyType
 
@@ -194,3 +195,92 @@ def test_frozen_parameters_stay(tmp_path):
     train(tmp_path, net)
     assert torch.equal(net[0].weight, before)
     assert not any(".0." in name for name in checkpoint.latest(tmp_path, IDENTITY).tensors)
+
+
+def test_reports_come_once_each_however_often_the_run_is_killed(tmp_path):
+    whole = []
+    calls = {"on_report": lambda step, means: whole.append((step, means))}
+    train(tmp_path / "whole", calls=calls, report_every=4)
+    assert [step for step, _ in whole] == [4, 8, 12, 16, 20]
+    for stop in (5, 7, 13, 19, None):
+        seen = []
+        calls = {"on_report": lambda step, means: seen.append((step, means))}  # noqa: B023
+        if stop is None:
+            train(tmp_path / "parts", calls=calls, report_every=4)
+        else:
+            with pytest.raises(Killed):
+                train(tmp_path / "parts", on_step=kill_at(stop), calls=calls, report_every=4)
+    # The last process logged the whole curve: each step once, and the means are those of the uninterrupted run.
+    assert [(step, dict(means)) for step, means in seen] == whole
+
+
+def test_a_report_is_the_mean_of_its_steps(tmp_path):
+    values, reports = [], []
+    calls = {"on_report": lambda step, means: reports.append(means["loss"])}
+    train(tmp_path, on_step=lambda step, v: values.append(v["loss"]), calls=calls, report_every=5)
+    assert reports == pytest.approx([sum(values[k : k + 5]) / 5 for k in (0, 5, 10, 15)])
+
+
+def test_a_resumed_run_counts_the_seconds_of_all_its_processes(tmp_path):
+    def slow(stop):
+        def on_step(done, values):
+            time.sleep(0.02)
+            if done == stop:
+                raise Killed
+
+        return on_step
+
+    settings = Schedule(20, 0.01, checkpoint_every=6)
+    with pytest.raises(Killed):
+        net = network()
+        fit(net, loss_of(net), settings, work=tmp_path, identity=IDENTITY, on_step=slow(13))
+    net = network()
+    done = fit(net, loss_of(net), settings, work=tmp_path, identity=IDENTITY, on_step=slow(None))
+    assert done.seconds > 20 * 0.02 > 8 * 0.02
+    assert done.seconds == pytest.approx(checkpoint.latest(tmp_path, IDENTITY).state["seconds"], abs=0.5)
+
+
+def test_watching_shows_the_averaged_weights_and_changes_nothing(tmp_path):
+    plain, _ = train(tmp_path / "plain")
+    net, seen, averages = network(), {}, {}
+
+    def on_watch(step):
+        assert not net.training
+        seen[step] = [p.detach().clone() for p in net.parameters()]
+        averages[step] = checkpoint.latest(tmp_path / "watched", IDENTITY)
+        torch.rand(5)  # what is drawn for pictures is not what training draws
+
+    net, _ = train(tmp_path / "watched", net, calls={"on_watch": on_watch}, watch_every=7, checkpoint_every=1)
+    assert list(seen) == [7, 14]
+    for (name, _), shown in zip(net.named_parameters(), seen[14], strict=True):
+        later = checkpoint.latest(tmp_path / "watched", IDENTITY).tensors
+        assert not torch.equal(shown, later[f"ema.{name}"]) and not torch.equal(shown, later[f"weights.{name}"])
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), net.parameters(), strict=True))
+    assert all((a - b).abs().max() < 0.1 for a, b in zip(seen[14], net.parameters(), strict=True))
+
+
+def split(net):
+    """The regression in parts: every `parts`-th of its 32 examples from number `part` on."""
+
+    def loss(step, part=0, parts=1):
+        x = torch.randn(32, 3, generator=torch.Generator().manual_seed(step))
+        errors = (net(x)[:, 0] - x.prod(1)).square()
+        return {"loss": errors[part::parts].sum() / 32}
+
+    return loss
+
+
+@pytest.mark.parametrize("parts", [2, 5, 32])
+def test_an_accumulated_gradient_is_that_of_the_whole_batch(parts, tmp_path):
+    """After one step Adam's first moment is a tenth of the gradient."""
+    moments = []
+    for accumulate in (1, parts):
+        net = network()
+        schedule = Schedule(1, 0.01, max_norm=1e9)
+        work = tmp_path / str(accumulate)
+        losses = fit(net, split(net), schedule, work=work, identity={}, accumulate=accumulate).losses
+        tensors = checkpoint.latest(work, {}).tensors
+        moments.append(([tensors[name] for name in tensors if name.endswith("exp_avg")], losses))
+    for whole, summed in zip(moments[0][0], moments[1][0], strict=True):
+        torch.testing.assert_close(summed, whole, rtol=1e-5, atol=1e-8)
+    assert moments[1][1] == pytest.approx(moments[0][1], rel=1e-5)
