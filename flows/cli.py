@@ -73,8 +73,7 @@ def run(
         for name, outcome in outcomes.items():
             typer.echo(f"{name:<10} {outcome.state:<10} {outcome.seconds:7.1f} s")
         typer.echo(f"executed={len(executed)} cached={len(outcomes) - len(executed)}")
-        if executed:
-            pipeline.finish("FINISHED", _METRICS if stage is None else None)
+        pipeline.finish("FINISHED", _METRICS if stage is None else None)
         if stage is None:
             _show_results()
             if tracking.address() is None:
@@ -160,26 +159,80 @@ def register() -> None:
 def promote(
     version: Annotated[str | None, typer.Argument(help="Version to promote; by default the challenger.")] = None,
     rollback: Annotated[bool, typer.Option("--rollback", help="Go back to the champion before.")] = False,
+    to: Annotated[str, typer.Option(help="The registered model to promote in; another one gets a copy.")] = "sage",
 ) -> None:
-    """Make the challenger champion, unless it is damaged, failed a gate, or is worse than the champion."""
+    """Make the challenger champion, unless it is damaged, failed a gate, or is worse than the champion.
+
+    With --to production, the champion, or the version, is copied there and becomes champion there.
+    """
     from flows import tracking
     from sage.errors import ConfigurationError
 
     if rollback and version:
         raise ConfigurationError("--rollback goes to the champion before, so it takes no version.")
-    champion = tracking.rollback() if rollback else tracking.promote(version)
-    typer.echo(f"version {champion} is champion")
+    champion = tracking.rollback(to) if rollback else tracking.promote(version, to)
+    typer.echo(f"version {champion} of {to} is champion")
 
 
 @app.command(rich_help_panel="Models")
-def compare() -> None:
-    """Show all registered versions side by side: aliases, metrics, revision."""
+def compare(
+    runs: Annotated[
+        list[str] | None, typer.Argument(help="Two runs by their id in MLflow, or versions: models:/sage@champion.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page that two runs are compared on.")] = Path("work/comparison.html"),
+    model: Annotated[str, typer.Option(help="Whose versions to show.")] = "sage",
+) -> None:
+    """Show all registered versions, or write a page with two runs side by side: parameters, figures, pictures."""
     from flows import tracking
+    from sage.errors import ConfigurationError
 
-    if rows := tracking.versions():
-        _table("registered versions", rows)
+    if runs and len(runs) != 2:
+        raise ConfigurationError(f"{len(runs)} runs were given; two are compared.")
+    if runs:
+        from flows import comparison
+        from sage.files import write_text
+
+        write_text(out, comparison.build(*map(tracking.recorded, runs)))
+        typer.echo(f"{runs[0]} and {runs[1]}: {out}")
+    elif rows := tracking.versions(model):
+        _table(f"registered versions of {model}", rows)
     else:
         typer.echo("nothing is registered yet; `sage run` registers a model that passes its gates")
+
+
+@app.command(rich_help_panel="Data")
+def push(remote: Annotated[str | None, typer.Argument(help="The DVC remote; else the default one.")] = None) -> None:
+    """Upload data and models to the DVC remote, unless the cache is damaged."""
+    from flows import integrity
+
+    typer.echo(integrity.push(remote))
+
+
+@app.command(rich_help_panel="Data")
+def pull(remote: Annotated[str | None, typer.Argument(help="The DVC remote; else the default one.")] = None) -> None:
+    """Download data and models from the DVC remote, and check them."""
+    from flows import integrity
+
+    typer.echo(integrity.pull(remote))
+
+
+@app.command(rich_help_panel="Data")
+def verify(
+    remote: Annotated[bool, typer.Option("--remote", help="Read the default DVC remote as well, all of it.")] = False,
+    name: Annotated[str | None, typer.Option(help="Read this remote as well.")] = None,
+) -> None:
+    """Re-hash data and models in the cache, the work tree and the remote; name what is corrupt or missing.
+
+    Ends with code 1 where anything is.
+    """
+    from flows import integrity
+
+    checked, findings = integrity.verify(name or ("" if remote else None))
+    for finding in findings:
+        typer.echo(f"{finding.place}: {finding.path}: {finding.state}")
+    typer.echo(f"{checked} copies re-hashed, {len(findings)} not as they should be")
+    if findings:
+        raise typer.Exit(1)
 
 
 def _delegate(module: str, context: typer.Context) -> None:

@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from flows import drawing
-from flows.group import ENCODER, cache, choose_threshold
+from flows.group import ENCODER, cache, choose_threshold, form
 from flows.machine import device
 from flows.terminal import progress, run
 from sage.captions import clean_caption
@@ -35,7 +35,6 @@ from sage.config import Group, load_params
 from sage.embedding import embed
 from sage.errors import ConfigurationError, DataError
 from sage.files import digest, new_file, sha256, sha256_tree, write_json, write_text
-from sage.grouping import group
 from sage.pipeline import SharedSamplingPipeline
 from sage.plan import Plan
 from sage.rows import Rejected
@@ -124,7 +123,7 @@ def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: 
     with progress(len(texts), "embedding") as advance:
         embeddings = embed(texts, ENCODER, cache=cache(), progress=advance)
     threshold = choose_threshold(grouping, embeddings, settings["share_ratio"])
-    groups = group(embeddings, threshold, grouping.max_size, grouping.near_duplicate)
+    groups = form(grouping, texts, embeddings, threshold)
     pipe.to(device())
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler.set_timesteps(settings["steps"])

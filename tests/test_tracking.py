@@ -1,10 +1,12 @@
 import itertools
 import json
 import os
+import random
 import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import sage.torchvision_ops  # noqa: F401
 
 import pytest
+import tiny
 import torch
 from faults import in_child, kill
 from mlflow import MlflowClient
@@ -19,10 +22,10 @@ from PIL import Image
 
 from flows import tracking
 from flows.tracking import runs
-from sage import base
+from sage import adapter, base
 from sage.config import Params, load_params
 from sage.errors import RegistryError, SageError
-from sage.files import sha256_tree, write_json
+from sage.files import sha256, sha256_tree, write_json
 
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
 # What a version must carry the moment that anybody can see it.
@@ -165,7 +168,8 @@ def test_a_run_ends_as_its_stage_does(project, error, status):
 
 def test_stages_of_a_pipeline_are_children_of_one_run(project, monkeypatch):
     with tracking.pipeline_run() as pipeline:
-        monkeypatch.setenv(*pipeline.environment.popitem())
+        for name, value in pipeline.environment.items():
+            monkeypatch.setenv(name, value)
         for stage in ("prepare", "group"):
             with tracking.stage_run(stage, {}):
                 pass
@@ -178,6 +182,52 @@ def test_stages_of_a_pipeline_are_children_of_one_run(project, monkeypatch):
     assert set(children.values()) == {parents[0].info.run_id}
     assert parents[0].info.status == "FINISHED"
     assert parents[0].data.metrics["sage/nfe_per_image"] == 12.0
+
+
+def test_a_pipelines_run_says_of_what_it_is_and_the_machine_is_watched(project, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    Path("dvc.lock").write_text("schema: '2.0'")
+    with tracking.pipeline_run({"prefect.flow_run": "brave-fox"}) as pipeline:
+        for name, value in pipeline.environment.items():
+            monkeypatch.setenv(name, value)
+        with tracking.stage_run("prepare", {}) as stage:
+            time.sleep(0.5)
+        pipeline.finish("FINISHED", write_results(small_model(project / "m")))
+    (parent,) = client().search_runs(
+        [client().get_experiment_by_name("sage").experiment_id], "tags.`prefect.flow_run` = 'brave-fox'"
+    )
+    tags = parent.data.tags
+    assert tags["sage.dvc_lock"] == sha256(Path("dvc.lock"))
+    assert tags["sage.data_digest"] == "d" * 64
+    assert tags["sage.gates"] == "passed"
+    assert tags["mlflow.source.git.commit"] == "none"
+    assert "cores" in tags["sage.profile"]
+    assert "system/cpu_utilization_percentage" in client().get_run(stage.id).data.metrics
+
+
+def test_the_next_run_ends_those_whose_process_was_killed(project):
+    def work() -> None:
+        with tracking.pipeline_run() as pipeline:
+            os.environ.update(pipeline.environment)
+            with tracking.stage_run("prepare", {}):
+                kill()
+
+    def running() -> list[str]:
+        found = client().search_runs([client().get_experiment_by_name("sage").experiment_id])
+        return sorted(run.info.status for run in found)
+
+    assert in_child(work) == -9
+    assert running() == ["RUNNING", "RUNNING"]
+    with tracking.stage_run("group", {}):
+        # This one lives, and so does another of its kind that begins now.
+        with tracking.stage_run("finetune", {}):
+            pass
+        assert running() == ["FINISHED", "KILLED", "KILLED", "RUNNING"]
+    assert in_child(work) == -9
+    # Also where nothing is left to execute.
+    with tracking.pipeline_run() as pipeline:
+        pipeline.finish("FINISHED")
+    assert running() == ["FINISHED", "FINISHED", "KILLED", "KILLED", "KILLED", "KILLED"]
 
 
 def test_a_pipeline_with_nothing_to_do_leaves_no_run(project):
@@ -342,6 +392,64 @@ def test_a_version_that_was_altered_is_refused_before_it_is_loaded(project, weig
     assert "champion" not in aliases()
 
 
+def test_promotion_to_another_registry_copies_once_and_verifies_the_copy(project, weights):
+    with pytest.raises(RegistryError, match="there is no champion of sage"):
+        tracking.promote(to="production")
+    register(weights)
+    tracking.promote()
+    assert tracking.promote(to="production") == "1"
+    assert tracking.promote(to="production") == "1"
+    here, there = (client().get_model_version(name, "1") for name in ("sage", "production"))
+    assert there.tags == here.tags
+    assert tracking.fetch("models:/production@champion", project / "out").settings()[0] == sha256_tree(weights)
+    # A better one is copied and takes the place; the copy remembers the champion there, not the one here.
+    register(weights, alignment=0.52)
+    tracking.promote()
+    assert tracking.promote(to="production") == "2"
+    assert tracking.rollback(of="production") == "1"
+    assert aliases() == {"champion": "2"}
+    register(weights, alignment=0.3)
+    with pytest.raises(RegistryError, match="worse than champion 1"):
+        tracking.promote("3", to="production")
+    code = next(Path(here.source.removeprefix("file://")).glob("*.py"))
+    code.write_text("raise SystemExit\n")
+    with pytest.raises(RegistryError, match="version 1 of production is damaged"):
+        tracking.fetch("models:/production@champion", project / "again")
+
+
+def test_an_adapter_is_also_there_in_mlflows_own_form(project, weights, tmp_path):
+    """Logged by its own flavor, it makes of the base what the merged weights are."""
+    import mlflow.diffusers
+
+    (tmp_path / "parts").mkdir()
+    stock = tiny.pipeline("stable_diffusion", tmp_path / "parts")
+    stock.save_pretrained(tmp_path / "base")
+    adapter.add(stock.unet, 2, 0)
+    with torch.no_grad():
+        for name, value in stock.unet.named_parameters():
+            if "lora_B" in name:
+                value += 0.5
+    model = tmp_path / "model"
+    shutil.copytree(weights, model)
+    adapter.save(stock, adapter.layers(stock.unet), model)
+    register(model)
+    run = client().get_model_version("sage", "1").run_id
+    loaded = mlflow.diffusers.load_model(f"runs:/{run}/lora")
+    assert loaded.base_model == "./models/base"
+    pipe = loaded.load_pipeline(base_model=str(tmp_path / "base"), device="cpu")
+    stock.set_progress_bar_config(disable=True)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(pipeline):
+        return (
+            pipeline("red cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0].tobytes()
+        )
+
+    assert draw(pipe) == draw(stock)
+    stock.unload_lora_weights()
+    assert draw(pipe) != draw(stock)
+
+
 def before_call(number: int) -> None:
     """Kill this process before the given call of MLflow's client, counted from 1."""
     count = itertools.count(1)
@@ -406,8 +514,9 @@ def test_a_kill_at_any_point_of_a_promotion_leaves_a_champion(project, weights):
 
 
 @pytest.mark.slow
-def test_processes_that_register_at_once_make_one_version_each(project):
-    processes, each = 4, 3
+def test_processes_that_register_and_promote_at_once_make_one_version_each(project, weights):
+    processes, each = 8, 5
+    ready = [register(weights, alignment=alignment).version for alignment in (0.5, 0.51)]
 
     def work(process: int) -> None:
         for number in range(each):
@@ -415,11 +524,37 @@ def test_processes_that_register_at_once_make_one_version_each(project):
             folder.mkdir()
             os.chdir(folder)
             assert register(small_model(Path("m"), folder.name)).new
+        if process < 2:
+            assert tracking.promote(ready[process]) in ready
 
+    start = time.monotonic()
     with ThreadPoolExecutor(processes) as pool:
         ended = list(pool.map(lambda process: in_child(lambda: work(process)), range(processes)))
+    print(f"{processes * each} versions and 2 promotions in {time.monotonic() - start:.1f} s")
     assert ended == [0] * processes
     versions = client().search_model_versions("name = 'sage'")
-    assert sorted(int(version.version) for version in versions) == list(range(1, processes * each + 1))
-    assert len({version.tags["sage.model_sha256"] for version in versions}) == processes * each
-    assert list(aliases()) == ["challenger"]
+    assert sorted(int(version.version) for version in versions) == list(range(1, processes * each + 3))
+    assert len({version.tags["sage.model_sha256"] for version in versions}) == processes * each + 1
+    assert aliases()["champion"] in ready
+    assert set(aliases()) == {"challenger", "champion"}
+
+
+@pytest.mark.slow
+def test_no_acknowledged_version_is_lost_when_writers_are_killed(project):
+    acknowledged = project / "acknowledged"
+
+    def work() -> None:
+        for number in itertools.count():
+            done = register(small_model(Path("m"), f"{os.getpid()}-{number}"))
+            if number == 0:
+                threading.Timer(random.uniform(0.0, 1.0), kill).start()
+            with acknowledged.open("a") as file:
+                file.write(f"{done.version}\n")
+
+    assert [in_child(work) for _ in range(20)] == [-9] * 20
+    with sqlite3.connect("mlflow.db") as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    known = {str(version.version) for version in client().search_model_versions("name = 'sage'")}
+    wanted = acknowledged.read_text().split()
+    assert len(wanted) > 10
+    assert set(wanted) <= known

@@ -5,6 +5,8 @@ The only package that imports mlflow, and it does so late: with tracking off not
 
 from flows.tracking.promotion import promote as promote
 from flows.tracking.promotion import rollback as rollback
+from flows.tracking.recorded import Recorded as Recorded
+from flows.tracking.recorded import recorded as recorded
 from flows.tracking.registry import Registration as Registration
 from flows.tracking.registry import fetch as fetch
 from flows.tracking.registry import register as register

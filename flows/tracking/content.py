@@ -45,7 +45,7 @@ def describe(params: Params, threshold: float, model_sha256: str) -> dict[str, A
     """Return what a version says of itself: the judged pictures were made so, and its own shall be."""
     sampling = params.generate.model_dump(include={"steps", "share_ratio", "guidance_scale", "batch_size"})
     # The threshold that was used, also where the parameters ask for a budget.
-    grouping = {"threshold": threshold, **params.group.model_dump(include={"max_size", "near_duplicate"})}
+    grouping = {"threshold": threshold, **params.group.model_dump(include={"max_size", "near_duplicate", "guard"})}
     return {
         "model_sha256": model_sha256,
         "sampling": sampling,
@@ -60,14 +60,13 @@ def save(folder: Path, model: Path, config: Mapping[str, Any]) -> None:
     from mlflow.models import Model
     from mlflow.types import DataType, ParamSchema, ParamSpec
 
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that an answer may hold anything
-        pyfunc().save_model(
-            str(folder),
-            python_model=str(Path(__file__).with_name("served.py")),
-            artifacts={"model": str(model)},
-            model_config=dict(config),
-            pip_requirements=[line for line in requires("sage-diffusion") or [] if "extra ==" not in line],
-        )
+    pyfunc().save_model(
+        str(folder),
+        python_model=str(Path(__file__).with_name("served.py")),
+        artifacts={"model": str(model)},
+        model_config=dict(config),
+        pip_requirements=[line for line in requires("sage-diffusion") or [] if "extra ==" not in line],
+    )
     # MLflow infers the list of prompts from the code, but parameters only by running it.
     saved, sampling = Model.load(str(folder)), config["sampling"]
     saved.signature.params = ParamSchema(
@@ -83,13 +82,21 @@ def save(folder: Path, model: Path, config: Mapping[str, Any]) -> None:
     saved.save(str(folder / "MLmodel"))
 
 
-def save_adapter(folder: Path, adapter: Path, base: str, hashes: Mapping[str, str]) -> None:
-    """Write a LoRA in MLflow's own form for diffusers, which holds the adapter and the name of its base model."""
+def save_adapter(folder: Path, adapter: Path, model_sha256: str) -> None:
+    """Write a LoRA in MLflow's own form for diffusers, which holds the adapter and the name of its base model.
+
+    The version has it merged into its weights; this is for whoever wants it apart. MLflow can put it on a base that is
+    a whole diffusers pipeline, by `load_pipeline(base_model=...)`; the embedded base, which has no text encoder in its
+    folder, loads by `sage.base.load` and then takes it by `load_lora_weights`.
+    """
     import sage.torchvision_ops  # noqa: F401
 
     import mlflow.diffusers
 
-    mlflow.diffusers.save_model(str(adapter), str(folder), base_model=base, metadata=dict(hashes))
+    # "./": a name without it would be looked up on a hub.
+    mlflow.diffusers.save_model(
+        str(adapter), str(folder), base_model="./models/base", metadata={"model_sha256": model_sha256}
+    )
 
 
 def pyfunc() -> Any:

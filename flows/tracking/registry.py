@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.tracking import content
-from flows.tracking.runs import Run, address, client, ending, experiment
+from flows.tracking.runs import address, client, ending, experiment, new_run
 from flows.versioning import revision
 from sage.config import Params
 from sage.errors import RegistryError
@@ -73,13 +73,16 @@ def fetch(name: str, folder: Path) -> content.Version:
     models:/NAME/VERSION. Nothing of it is parsed or run before the hash is seen to fit.
     """
     tracker, _ = connect()
-    model = MODEL
-    if name.startswith("models:/"):
-        match = re.fullmatch(r"models:/([^/@]+)[/@]([^/@]+)", name)
-        if match is None:
-            raise RegistryError(f"{name} names no version; write models:/{MODEL}@{CHAMPION} or models:/{MODEL}/1.")
-        model, name = match.groups()
-    return content.download(tracker, find(tracker, aliases(tracker, model).get(name, name), model), folder)
+    model, version = split(name) if name.startswith("models:/") else (MODEL, name)
+    return content.download(tracker, find(tracker, aliases(tracker, model).get(version, version), model), folder)
+
+
+def split(address: str) -> tuple[str, str]:
+    """Return model and version or alias of an address; raise RegistryError for one that names none."""
+    match = re.fullmatch(r"models:/([^/@]+)[/@]([^/@]+)", address)
+    if match is None:
+        raise RegistryError(f"{address} names no version; write models:/{MODEL}@{CHAMPION} or models:/{MODEL}/1.")
+    return match[1], match[2]
 
 
 def versions(model: str = MODEL) -> list[dict[str, str]]:
@@ -167,7 +170,7 @@ def _record_failure(tracker: Any, home: str, tags: Mapping[str, str], reasons: l
     same = " and ".join(f"tags.`{key}` = '{tags[key]}'" for key in (_MODEL_HASH, _METRICS_HASH))
     if tracker.search_runs([home], filter_string=f"{same} and tags.`sage.verdict` = 'failed'", max_results=1):
         return False
-    run = _new_run(tracker, home, "failed", tags)
+    run = new_run(tracker, home, "register", {"sage.stage": "register", "sage.verdict": "failed", **tags})
     with ending(run, tracker):
         run.tags({f"sage.reason.{number}": reason for number, reason in enumerate(reasons)})
         run.artifact(metrics, "metrics")
@@ -176,7 +179,7 @@ def _record_failure(tracker: Any, home: str, tags: Mapping[str, str], reasons: l
 
 def _create(tracker: Any, home: str, model: Path, metrics: Path, says: Mapping[str, Any], tags: dict[str, str]) -> str:
     """Upload the files, then make the version with all its tags in one call."""
-    run = _new_run(tracker, home, "passed", tags)
+    run = new_run(tracker, home, "register", {"sage.stage": "register", "sage.verdict": "passed", **tags})
     with ending(run, tracker), tempfile.TemporaryDirectory() as temporary:
         # A copy, so that what was hashed is what is uploaded.
         weights, files = Path(temporary) / "model", Path(temporary) / "version"
@@ -187,14 +190,13 @@ def _create(tracker: Any, home: str, model: Path, metrics: Path, says: Mapping[s
         tags = tags | {content.FILES_HASH: content.files_hash(files)}
         run.artifact(metrics, "metrics")
         run.artifact(files, "model")
+        if (weights / content.ADAPTER).exists():
+            adapter = Path(temporary) / "lora"
+            content.save_adapter(adapter, weights / content.ADAPTER, tags[_MODEL_HASH])
+            run.artifact(adapter, "lora")
         _ensure_model(tracker)
         source = f"{tracker.get_run(run.id).info.artifact_uri}/model"
         return str(tracker.create_model_version(MODEL, source, run.id, tags=tags).version)
-
-
-def _new_run(tracker: Any, home: str, verdict: str, tags: Mapping[str, str]) -> Run:
-    own = {"sage.stage": "register", "sage.verdict": verdict, "mlflow.source.git.commit": tags["sage.revision"]}
-    return Run(tracker, tracker.create_run(home, run_name="register", tags={**tags, **own}).info.run_id)
 
 
 def _ensure_model(tracker: Any) -> None:

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import platform
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from uuid import uuid4
 
 from flows.versioning import revision
 from sage.errors import SageError
+from sage.files import sha256
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,6 +23,7 @@ EXPERIMENT = "sage"
 # Under a name of our own: an exported MLFLOW_RUN_ID would make every stage write into its parent.
 PIPELINE = "SAGE_PIPELINE"
 _PIPELINE_TAGS = "SAGE_PIPELINE_TAGS"
+_PROCESS = "sage.process"  # a tag of a run
 _DIGEST_LENGTH = 36  # of a dataset, in MLflow's tables
 
 
@@ -142,13 +146,31 @@ def stage_run(stage: str, params: Mapping[str, Any]) -> Iterator[Run]:
         return
     tracker = client(uri)
     home = experiment(tracker, uri)
-    tags = {"sage.stage": stage, "mlflow.source.git.commit": revision()}
+    tags = {"sage.stage": stage}
     if pipeline := os.environ.get(PIPELINE):
         tags["mlflow.parentRunId"] = _find_parent(tracker, home, pipeline) or _new_parent(tracker, home, pipeline)
-    run = Run(tracker, tracker.create_run(home, run_name=stage, tags=tags).info.run_id)
-    with ending(run, tracker):
+    run = new_run(tracker, home, stage, tags)
+    with ending(run, tracker), _watched(run, uri):
         run.params(params)
         yield run
+
+
+def new_run(tracker: Any, home: str, name: str, tags: Mapping[str, str]) -> Run:
+    """Make a run that says which revision and machine it is of and which process records it; `tags` go before these.
+
+    Runs whose process is gone are marked as killed first: nothing else would ever end them.
+    """
+    end_killed(tracker, home)
+    own = {"mlflow.source.git.commit": revision(), _PROCESS: _process(), "sage.profile": _profile()}
+    return Run(tracker, tracker.create_run(home, run_name=name, tags={**own, **tags}).info.run_id)
+
+
+def end_killed(tracker: Any, home: str) -> None:
+    """Mark the running runs as killed whose process, on this machine, is gone."""
+    mine = f"attributes.status = 'RUNNING' and tags.`{_PROCESS}` LIKE '{socket.gethostname()}:%'"
+    for found in tracker.search_runs([home], filter_string=mine):
+        if not _alive(found.data.tags[_PROCESS]):
+            tracker.set_terminated(found.info.run_id, "KILLED")
 
 
 @contextmanager
@@ -162,6 +184,22 @@ def ending(run: Run, tracker: Any) -> Iterator[None]:
     tracker.set_terminated(run.id, "FINISHED")
 
 
+@contextmanager
+def _watched(run: Run, uri: str) -> Iterator[None]:
+    """Record what the machine does meanwhile, every ten seconds, unless MLflow's own variable says no."""
+    if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() in ("false", "0"):
+        yield
+        return
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run.id, tracking_uri=uri)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
 class Pipeline:
     """One run of the whole graph; the runs of its stages are children of its own run.
 
@@ -171,7 +209,8 @@ class Pipeline:
     def __init__(self, tags: Mapping[str, str] | None = None) -> None:
         """Choose an id; nothing is recorded yet. `tags` say of its run who started it and how."""
         self._id = uuid4().hex
-        self._tags = dict(tags or {})
+        # The stage that makes the run ends before it does.
+        self._tags = {_PROCESS: _process(), **(tags or {})}
 
     @property
     def environment(self) -> dict[str, str]:
@@ -184,13 +223,22 @@ class Pipeline:
         if uri is None:
             return
         tracker = client(uri)
-        parent = _find_parent(tracker, experiment(tracker, uri), self._id)
+        home = experiment(tracker, uri)
+        end_killed(tracker, home)
+        parent = _find_parent(tracker, home, self._id)
         if parent is None:
             return
+        run = Run(tracker, parent)
         if metrics is not None:
-            run = Run(tracker, parent)
             run.artifact(metrics, "metrics")
-            run.metrics(headline(json.loads((metrics / "evaluate.json").read_text(encoding="utf-8"))))
+            evaluate = json.loads((metrics / "evaluate.json").read_text(encoding="utf-8"))
+            run.metrics(headline(evaluate))
+            run.tags({"sage.gates": "passed" if evaluate["passed"] is True else "failed"})
+            lock, prepare = metrics.parent / "dvc.lock", metrics / "prepare.json"
+            run.tags({"sage.data_digest": json.loads(prepare.read_text(encoding="utf-8"))["digest"]})
+            if lock.exists():
+                run.tags({"sage.dvc_lock": sha256(lock)})
+                run.artifact(lock)
         tracker.set_terminated(parent, status)
 
 
@@ -221,9 +269,32 @@ def _find_parent(tracker: Any, home: str, pipeline: str) -> str | None:
 
 
 def _new_parent(tracker: Any, home: str, pipeline: str) -> str:
-    own = {"sage.pipeline": pipeline, "mlflow.source.git.commit": revision()}
-    tags = own | json.loads(os.environ.get(_PIPELINE_TAGS, "{}"))
-    return str(tracker.create_run(home, run_name="pipeline", tags=tags).info.run_id)
+    tags = {"sage.pipeline": pipeline} | json.loads(os.environ.get(_PIPELINE_TAGS, "{}"))
+    return str(new_run(tracker, home, "pipeline", tags).id)
+
+
+def _profile() -> str:
+    """Return what seconds depend on, in words."""
+    return f"{platform.machine()}, {os.cpu_count()} cores, device {os.environ.get('SAGE_DEVICE', 'chosen')}"
+
+
+def _process() -> str:
+    """Return a name for this process that none after it has: machine, number, second of its start."""
+    import psutil
+
+    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.0f}"
+
+
+def _alive(process: str) -> bool:
+    """Return whether a process of this machine still runs; its start may have moved with the clock by a second."""
+    import psutil
+
+    _, number, start = process.rsplit(":", 2)
+    try:
+        found = psutil.Process(int(number))
+        return bool(found.status() != psutil.STATUS_ZOMBIE and abs(found.create_time() - float(start)) < 2)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

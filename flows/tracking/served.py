@@ -18,19 +18,22 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from flows.drawing import draw
+from flows.group import form
 from flows.machine import device
 from flows.tracking.content import check_loaded
 from sage.captions import clean_caption
+from sage.config import Group
 from sage.embedding import embed
 from sage.errors import RegistryError
 from sage.files import sha256_tree
-from sage.grouping import group
 from sage.pipeline import SharedSamplingPipeline
 from sage.plan import Plan
 from sage.rows import Rejected
 from sage.stream import image_seeds
 
 _LARGEST_SEED = 2**63 - 1
+
+Answer = dict[str, str | int | float | list[int]]
 
 
 class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow mlflow
@@ -51,7 +54,7 @@ class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow
 
     def predict(
         self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
-    ) -> list[dict[str, Any]]:
+    ) -> list[Answer]:
         """Return for each prompt `prompt` as drawn, `png` in base64, `seed`, `group` and what it cost, or `error`.
 
         `network_evaluations` is the prompt's share of what its group cost, `independent` what it would have cost alone.
@@ -64,13 +67,12 @@ class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow
         drawn = [number for number, item in enumerate(items) if "error" not in item]
         if not drawn:
             return items
-        texts = [items[number]["prompt"] for number in drawn]
+        texts = [str(items[number]["prompt"]) for number in drawn]
         seeds = image_seeds(settings["seed"], texts)
         if settings["seeds"]:
             seeds = [settings["seeds"][number] for number in drawn]
         with self._alone:
-            how = config["group"]
-            groups = group(embed(texts), how["threshold"], how["max_size"], how["near_duplicate"])
+            groups = form(Group(**config["group"]), texts, embed(texts), config["group"]["threshold"])
             of = {member: place for place, members in enumerate(groups) for member in members}
             for member, result, truncated in draw(self._pipeline, texts, seeds, groups, settings):
                 items[drawn[member]] |= {
@@ -105,7 +107,7 @@ def _check(settings: dict[str, Any], prompts: int, limits: dict[str, int]) -> No
         raise MlflowException.invalid_parameter_value("; ".join(wrong))
 
 
-def _item(prompt: str, characters: int) -> dict[str, Any]:
+def _item(prompt: str, characters: int) -> Answer:
     """Return the prompt as it is drawn, or why it is not."""
     try:
         if len(prompt) > characters:

@@ -1,0 +1,103 @@
+"""`sage compare RUN RUN`: one self-contained page with two runs side by side; nothing is loaded from outside."""
+
+import math
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from flows.report import METRICS, arm_name, number, percent
+from flows.tracking import Recorded
+from sage.gates import JUDGED
+
+_COLUMNS = ("independent", JUDGED)  # the arms whose pictures are shown, beside the real one
+
+
+def build(first: Recorded, second: Recorded) -> str:
+    """Return the page; all text in it is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"number": number, "percent": percent, "arm": arm_name}
+    left, right = first.results["evaluate"], second.results["evaluate"]
+    rows, why_not = pictures(first.samples, second.samples)
+    return environment.get_template("comparison.html.j2").render(
+        runs=[facts(first), facts(second)],
+        same_set=left["set"]["digest"] == right["set"]["digest"],
+        params=differing(first.params, second.params),
+        figures=list(figures(left["arms"], right["arms"])),
+        gates=[run["gates"] for run in (left, right)],
+        metrics=METRICS,
+        judged=JUDGED,
+        rows=rows,
+        why_not=why_not,
+        columns=_COLUMNS,
+    )
+
+
+def facts(run: Recorded) -> dict[str, str]:
+    """Return what a run says of itself, for reading."""
+    started = datetime.fromtimestamp(run.start, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    known = {"Run": run.id, "Started": started}
+    if run.seconds is not None:
+        known["Took"] = f"{run.seconds:.0f} s"
+    return known | {key.removeprefix("mlflow.source."): value for key, value in sorted(run.tags.items())}
+
+
+def differing(first: Mapping[str, str], second: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """Return name and both values of every parameter that only one run has or that differs."""
+    none = "\N{EN DASH}"
+    return [
+        (key, first.get(key, none), second.get(key, none))
+        for key in sorted({*first, *second})
+        if first.get(key) != second.get(key)
+    ]
+
+
+def figures(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Any, str]]:
+    """Yield arm, metric, both figures and how they lie, for all that either run measured; the judged arm first."""
+    nothing = {"value": None, "low": None, "high": None, "n": None}
+    for arm in sorted(dict.fromkeys((*first, *second)), key=lambda arm: arm != JUDGED):
+        for metric in METRICS:
+            pair = [run.get(arm, {}).get(metric, nothing) for run in (first, second)]
+            if any(figure["value"] is not None for figure in pair):
+                yield arm, metric, *pair, verdict(*pair)
+
+
+def verdict(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """Return how two figures lie: "apart", "overlap", or nothing where one has no interval."""
+    ends = [figure[end] for figure in (first, second) for end in ("low", "high")]
+    if any(end is None or not math.isfinite(end) for end in ends):
+        return ""
+    if first["value"] == second["value"]:
+        return "equal"
+    return "apart" if first["high"] < second["low"] or second["high"] < first["low"] else "overlap"
+
+
+def pictures(first: Any, second: Any) -> tuple[list[dict[str, Any]], str]:
+    """Return a row for each prompt that both runs drew from the same seed, or why there is none."""
+    if first is None or second is None:
+        return [], "A run keeps no pictures of its prompts; those of an older version do not."
+    if first["seed"] != second["seed"]:
+        return [], f"The pictures kept are of seed {first['seed']} and seed {second['seed']}: they cannot be compared."
+    drawn = [_by_prompt(samples) for samples in (first, second)]
+    rows = [
+        {
+            "text": text,
+            "real": kept.get("real"),
+            "pictures": [[side[text].get(arm) for arm in _COLUMNS] for side in drawn],
+        }
+        for text, kept in drawn[0].items()
+        if text in drawn[1]
+    ]
+    return rows, "" if rows else "The runs share no prompt among the pictures that they keep."
+
+
+def _by_prompt(samples: Any) -> dict[str, dict[str, str]]:
+    return {
+        prompt["text"]: dict(zip(samples["columns"], prompt["pictures"], strict=True))
+        for group in samples["groups"]
+        for prompt in group
+    }

@@ -1,0 +1,108 @@
+"""`sage push`, `sage pull`, `sage verify`: data and models in a DVC remote, and whether every copy is what it says.
+
+Three copies are compared with the hashes of the graph (dvc.lock and .dvc files): the cache, the work tree, the remote.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows import versioning
+from sage.errors import DataError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A copy that is not what the graph says: where, which path, and how: corrupt, missing or unknown."""
+
+    place: str
+    path: str
+    state: str
+
+
+def verify(remote: str | None = None) -> tuple[int, list[Finding]]:
+    """Re-hash cache and work tree, and with `remote` (a name, or "" for the default) that; return count and findings.
+
+    What is missing from the cache or the work tree can be pulled; what is missing from all can only be made again.
+    """
+    stores = {"cache": versioning.objects()}
+    if remote is not None:
+        stores["remote"] = versioning.objects(remote)
+    outs = stores["cache"]["outs"]
+    members: dict[str, Any] = {}
+    for store in reversed(stores.values()):
+        members |= store["members"]
+    findings, checked = [], 0
+    for place, store in stores.items():
+        states = store["states"]
+        checked += len(states)
+        findings += [
+            Finding(place, path, states[name])
+            for path, name in _named(outs, members)
+            if states.get(name, "missing") != "ok"
+        ]
+    for out, name in outs.items():
+        found, wanted = _files(Path(out)), _wanted(out, name, members)
+        if wanted is None:
+            findings.append(Finding("work tree", _shown(out), "unknown: no intact copy says what it should hold"))
+            continue
+        checked += len(found)
+        for path in sorted({*found, *wanted}):
+            if found.get(path) != wanted.get(path):
+                state = "missing" if path not in found else "extra" if path not in wanted else "corrupt"
+                findings.append(Finding("work tree", _shown(path), state))
+    return checked, findings
+
+
+def push(remote: str | None = None) -> str:
+    """Upload what the remote lacks, unless the cache is damaged; return what DVC says. No file here changes.
+
+    Raises DataError where an object is not what its name says: DVC would upload it under its good name.
+    """
+    store = versioning.objects()
+    bad = [path for path, name in _named(store["outs"], store["members"]) if store["states"].get(name) == "corrupt"]
+    if bad:
+        raise DataError(f"the cache is damaged, so nothing was pushed: {', '.join(bad)}. `sage verify` shows all.")
+    return versioning.dvc("push", *_to(remote))
+
+
+def pull(remote: str | None = None) -> str:
+    """Download what is missing here and check it; return what DVC says. Raises DataError where it is damaged."""
+    said = versioning.dvc("pull", *_to(remote))
+    bad = [finding.path for finding in verify()[1] if finding.state == "corrupt"]
+    if bad:
+        raise DataError(f"what was pulled is damaged: {', '.join(bad)}. Verify the remote: `sage verify --remote`.")
+    return said
+
+
+def _to(remote: str | None) -> list[str]:
+    return ["--remote", remote] if remote else []
+
+
+def _named(outs: Mapping[str, str], members: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return path and object of everything tracked, folders themselves included."""
+    named = []
+    for out, name in outs.items():
+        named.append((_shown(out), name))
+        named += [(f"{_shown(out)}/{path}", member) for path, member in members.get(name, [])]
+    return named
+
+
+def _wanted(out: str, name: str, members: Mapping[str, Any]) -> dict[str, str] | None:
+    """Return file -> MD5 of an output; None where no intact copy of a folder's listing is left."""
+    if not name.endswith(".dir"):
+        return {out: name}
+    return {f"{out}/{path}": member for path, member in members[name]} if name in members else None
+
+
+def _files(out: Path) -> dict[str, str]:
+    """Return file -> MD5 of what lies in the work tree."""
+    found = sorted(path for path in out.rglob("*") if path.is_file()) if out.is_dir() else [out] * out.is_file()
+    return {str(path): hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() for path in found}
+
+
+def _shown(path: str) -> str:
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path

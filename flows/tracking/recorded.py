@@ -1,0 +1,81 @@
+"""What a run left to read: results, parameters of the stages that made them, and the pictures that were judged."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.tracking.registry import aliases, connect, find, split
+from sage.errors import SageError
+
+_TAGS = ("sage.", "prefect.", "mlflow.source.git.commit")
+_ELSEWHERE = ("sage.metric.", "sage.params", "sage.pipeline", "sage.process")  # said by the results, or to machines
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run with results: its tags, the stages' results, their parameters as "stage.name", and the samples, if any."""
+
+    id: str
+    name: str
+    start: float
+    seconds: float | None
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    results: Mapping[str, Any]
+    samples: Mapping[str, Any] | None
+
+
+def recorded(name: str) -> Recorded:
+    """Return what a run recorded; `name` is its id, that of a pipeline or of a registration, or models:/NAME@ALIAS.
+
+    A stage that was up to date keeps the id of the run that made its results; its parameters are that run's.
+    Raises SageError where there is no such run or it has no results.
+    """
+    from mlflow.exceptions import MlflowException
+
+    tracker, _ = connect()
+    if name.startswith("models:/"):
+        model, version = split(name)
+        name = find(tracker, aliases(tracker, model).get(version, version), model).run_id
+    try:
+        run = tracker.get_run(name)
+    except MlflowException as error:
+        raise SageError(f"there is no run {name}; MLflow shows the ids of runs.") from error
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            folder = Path(tracker.download_artifacts(name, "metrics", temporary))
+        except (MlflowException, OSError) as error:
+            raise SageError(f"run {name} has no results; give a pipeline's run that finished.") from error
+        results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+        if "evaluate" not in results:
+            raise SageError(f"run {name} was not evaluated; give a pipeline's run that finished.")
+        return Recorded(
+            name,
+            run.info.run_name,
+            run.info.start_time / 1000,
+            (run.info.end_time - run.info.start_time) / 1000 if run.info.end_time else None,
+            {k: v for k, v in run.data.tags.items() if k.startswith(_TAGS) and not k.startswith(_ELSEWHERE)},
+            _params(tracker, results),
+            results,
+            _samples(tracker, results["evaluate"].get("run_id"), temporary),
+        )
+
+
+def _params(tracker: Any, results: Mapping[str, Any]) -> dict[str, str]:
+    made = {stage: result.get("run_id") for stage, result in results.items()}
+    return {
+        f"{stage}.{key}": value
+        for stage, run in made.items()
+        if run is not None
+        for key, value in tracker.get_run(run).data.params.items()
+    }
+
+
+def _samples(tracker: Any, run: str | None, folder: str) -> Any:
+    """Return report/samples.json of the run that judged; None for one that was not recorded or keeps none."""
+    if run is None or not any(file.path == "report/samples.json" for file in tracker.list_artifacts(run, "report")):
+        return None
+    return json.loads(Path(tracker.download_artifacts(run, "report/samples.json", folder)).read_text(encoding="utf-8"))

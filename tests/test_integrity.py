@@ -1,0 +1,229 @@
+"""Data in a remote: pushed, pulled and verified, with real DVC, a folder and a real S3 server as remotes."""
+
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flows import cli, integrity, versioning
+from flows.integrity import Finding
+from sage.errors import DataError, SageError
+from sage.files import sha256
+
+GRAPH = """
+stages:
+  copy:
+    cmd: python step.py
+    deps: [step.py]
+    outs: [made, one.bin]
+"""
+STEP = """
+from pathlib import Path
+Path("made/deep").mkdir(parents=True)
+for number in range(20):
+    Path("made" if number % 2 else "made/deep", f"{number}.bin").write_bytes(bytes([number]) * 100)
+Path("one.bin").write_bytes(b"one" * 50)
+"""
+FILES = 21
+KEYS = {"AWS_ACCESS_KEY_ID": "sage", "AWS_SECRET_ACCESS_KEY": "not-a-secret-1", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+def dvc(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", *arguments], check=True, capture_output=True)
+
+
+def git(*arguments: str) -> None:
+    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A repository with a stage that was run, and what it made in the cache."""
+    folder = tmp_path_factory.mktemp("template") / "project"
+    folder.mkdir()
+    (folder / "dvc.yaml").write_text(GRAPH)
+    (folder / "step.py").write_text(STEP)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        git("init", "-q")
+        dvc("init", "-q")
+        versioning.reproduce(lambda text: None)
+        git("add", ".")
+        git("commit", "-qm", "start")
+    return folder
+
+
+@pytest.fixture
+def project(template, tmp_path, monkeypatch):
+    """A copy of it, with a folder as its default remote."""
+    folder = tmp_path / "project"
+    shutil.copytree(template, folder)
+    monkeypatch.chdir(folder)
+    dvc("remote", "add", "--default", "store", str(tmp_path / "store"))
+    dvc("remote", "modify", "store", "verify", "true")
+    git("commit", "-qam", "remote")
+    return folder
+
+
+def objects(folder: Path) -> list[Path]:
+    return sorted(path for path in (folder / "files/md5").rglob("*") if path.is_file())
+
+
+def flip(path: Path, mode: int, chance: random.Random) -> None:
+    """Flip one bit anywhere in a file."""
+    path.chmod(0o644)
+    content = bytearray(path.read_bytes())
+    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    path.write_bytes(content)
+    path.chmod(mode)
+
+
+def test_what_is_whole_is_found_whole_everywhere(project):
+    integrity.push()
+    copies = FILES + 1  # the listing of the folder is an object too
+    assert integrity.verify("") == (2 * copies + FILES, [])
+
+
+@pytest.mark.parametrize("mode", [0o444, 0o644], ids=oct)
+def test_every_flipped_bit_is_found_in_cache_remote_and_work_tree(project, tmp_path, mode):
+    integrity.push()
+    chance = random.Random(mode)
+    stored = {"cache": objects(Path(".dvc/cache")), "remote": objects(tmp_path / "store")}
+    assert [len(found) for found in stored.values()] == [FILES + 1] * 2
+    for place, found in stored.items():
+        path = chance.choice(found)
+        whole = path.read_bytes()
+        flip(path, mode, chance)
+        assert [(finding.place, finding.state) for finding in integrity.verify("")[1]] == [(place, "corrupt")]
+        path.chmod(0o644)
+        path.write_bytes(whole)
+    for found in stored.values():
+        for path in found:
+            flip(path, mode, chance)
+    files = [path for path in [*Path("made").rglob("*"), Path("one.bin")] if path.is_file()]
+    for path in files:
+        flip(path, mode, chance)
+    findings = integrity.verify("")[1]
+    for place in ("cache", "remote"):
+        # No listing is left, so the files of the folder cannot be named: the folder is.
+        assert {(f.path, f.state) for f in findings if f.place == place} == {
+            ("made", "corrupt"),
+            ("one.bin", "corrupt"),
+        }
+    assert Finding("work tree", "one.bin", "corrupt") in findings
+    assert any(f.path == "made" and f.state.startswith("unknown") for f in findings)
+
+
+def test_all_files_are_named_where_one_listing_is_left(project, tmp_path):
+    integrity.push()
+    chance = random.Random(0)
+    for path in objects(Path(".dvc/cache")):
+        flip(path, 0o444, chance)
+    for path in Path("made").rglob("*.bin"):
+        flip(path, 0o644, chance)
+    Path("made/more.bin").write_bytes(b"more")
+    Path("one.bin").unlink()
+    findings = integrity.verify("")[1]
+    cache = {finding.path for finding in findings if finding.place == "cache" and finding.state == "corrupt"}
+    assert len(cache) == FILES + 1
+    tree = {finding.path: finding.state for finding in findings if finding.place == "work tree"}
+    assert sum(state == "corrupt" for state in tree.values()) == FILES - 1
+    assert tree["made/more.bin"] == "extra"
+    assert tree["one.bin"] == "missing"
+    assert not [finding for finding in findings if finding.place == "remote"]
+    shown = CliRunner().invoke(cli.app, ["verify", "--remote"])
+    assert shown.exit_code == 1
+    assert "cache: made/deep/0.bin: corrupt" in shown.stdout
+
+
+@pytest.mark.parametrize("mode", [0o444, 0o644], ids=oct)
+def test_nothing_damaged_is_pushed_or_accepted(project, tmp_path, mode):
+    chance = random.Random(1)
+    damaged = objects(Path(".dvc/cache"))[3]
+    whole = damaged.read_bytes()
+    flip(damaged, mode, chance)
+    with pytest.raises(DataError, match="nothing was pushed"):
+        integrity.push()
+    assert not (tmp_path / "store").exists()
+    damaged.chmod(0o644)
+    damaged.write_bytes(whole)
+    integrity.push()
+    # Damage in the remote does not come back.
+    flip(tmp_path / "store" / damaged.relative_to(".dvc/cache"), mode, chance)
+    for path in (".dvc/cache", "made"):
+        shutil.rmtree(path)
+    with pytest.raises(SageError):
+        integrity.pull()
+
+
+def test_a_failed_push_changes_no_pointer(project):
+    before = {path: sha256(Path(path)) for path in ("dvc.lock", ".dvc/config", "dvc.yaml")}
+    dvc("remote", "modify", "--local", "store", "url", "/proc/none")
+    with pytest.raises(SageError, match="push failed"):
+        integrity.push()
+    assert {path: sha256(Path(path)) for path in before} == before
+    changed = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    assert changed == ""
+
+
+@pytest.fixture
+def s3(tmp_path, monkeypatch):
+    """The address of an S3 server of our own, which wants the key, and the folder where it keeps a bucket."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path / "s3"
+    (folder / "sage").mkdir(parents=True)
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    command = [Path(sys.executable).with_name("rclone"), "serve", "s3", folder, "--addr", f"127.0.0.1:{port}"]
+    command += ["--auth-key", f"{KEYS['AWS_ACCESS_KEY_ID']},{KEYS['AWS_SECRET_ACCESS_KEY']}", "--vfs-cache-mode", "off"]
+    with (tmp_path / "s3.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"RCLONE_CONFIG": "/dev/null"})
+    try:
+        end = time.monotonic() + 30
+        while not listens(port):
+            assert process.poll() is None and time.monotonic() < end, (tmp_path / "s3.log").read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}", folder / "sage"
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.slow
+def test_an_s3_store_holds_it_and_a_fresh_clone_runs_nothing_again(project, s3, tmp_path, monkeypatch):
+    address, bucket = s3
+    dvc("remote", "add", "--default", "s3", "s3://sage/data")
+    dvc("remote", "modify", "s3", "endpointurl", address)
+    dvc("remote", "modify", "s3", "verify", "true")
+    git("commit", "-qam", "s3")
+    integrity.push()
+    assert len(objects(bucket / "data")) == FILES + 1
+    git("clone", "-q", str(project), str(tmp_path / "clone"))
+    monkeypatch.chdir(tmp_path / "clone")
+    assert not Path("made").exists()
+    integrity.pull()
+    assert versioning.stale() == []
+    assert {name: outcome.state for name, outcome in versioning.reproduce(lambda text: None).items()} == {
+        "copy": "up to date"
+    }
+    assert integrity.verify("") == (2 * (FILES + 1) + FILES, [])
+    flip(objects(bucket / "data")[0], 0o644, random.Random(0))
+    assert [finding.place for finding in integrity.verify("")[1]] == ["remote"]
+    # Who has no key gets nothing, and is told.
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    with pytest.raises(SageError, match="cannot read the remote"):
+        integrity.verify("")
