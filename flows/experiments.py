@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from sage.config import load_params
 from sage.errors import ConfigurationError, SageError
 
 TREES = Path("work/experiments")
+_NEW = 60  # seconds
 # DVC's own reading of `-S`, the part of `dvc exp run` that changes params.yaml, in a process, as all of DVC runs here.
 _SET = "import sys; from dvc.utils.hydra import apply_overrides; apply_overrides('params.yaml', sys.argv[1:])"
 
@@ -73,6 +75,8 @@ def save(tree: Path, name: str) -> None:
 def _sweep() -> None:
     """Remove the trees that nobody works in."""
     for tree in TREES.iterdir() if TREES.is_dir() else ():
+        if time.time() - tree.stat().st_mtime < _NEW:
+            continue  # made a moment ago by a run that does not hold it yet
         try:
             with versioning.only_writer(tree):
                 _remove(tree)

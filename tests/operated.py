@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from flows import leash
 
 ROOT = Path(__file__).parents[1]
 PREFECT = str(Path(sys.executable).parent / "prefect")
@@ -76,17 +77,14 @@ def server(home: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with (home / "log").open("w") as log:
-        process = subprocess.Popen(
-            command, env=os.environ | {"PREFECT_HOME": str(home)}, stdout=log, stderr=log, start_new_session=True
-        )
+    with (home / "log").open("wb") as log:
+        process = leash.start(command, log, os.environ | {"PREFECT_HOME": str(home)})
     try:
         address = f"http://127.0.0.1:{port}/api"
-        wait_for(lambda: answers(address), 180)
+        wait_for(lambda: answers(address), 600)
         yield address
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
+        leash.end(process)
 
 
 def wait_for(condition: Callable[[], object], seconds: float) -> float:

@@ -1,19 +1,18 @@
 """The whole job in small, on a real Prefect server with a real database: flow, command and `dvc repro` agree."""
 
 import json
-import os
-import signal
-import socket
+import shutil
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
+import operated
+import psutil
 import pytest
 import small
+from operated import ask
 
 from flows.tracking import runs
 from sage.files import sha256, sha256_tree
@@ -24,39 +23,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """The address of the interface of a Prefect server of our own, on loopback with a fresh database."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    home = tmp_path_factory.mktemp("prefect")
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    environment = os.environ | {"PREFECT_HOME": str(home)}
-    with (home / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        address = f"http://127.0.0.1:{port}/api"
-        end = time.monotonic() + 180
-        while not answers(address):
-            assert process.poll() is None and time.monotonic() < end, (home / "log").read_text()
-            time.sleep(0.5)
+    with operated.server(tmp_path_factory.mktemp("prefect")) as address:
         yield address
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
-
-
-def answers(address: str) -> bool:
-    try:
-        return ask(address, "health") is True
-    except urllib.error.URLError:
-        return False
-
-
-def ask(address: str, path: str, body: object = None) -> Any:
-    """Return what the server's interface answers."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"{address}/{path}", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +79,8 @@ def test_prefect_shows_the_tables(flow_run, server):
     assert {"independent", "independent_same_nfe", "shared", "sage"} <= set(artifact(server, "arms")[0])
     assert artifact(server, "gates")[0]["verdict"] == "passed"
     assert "report/index.html" in artifact(server, "report")
+    assert artifact(server, "pictures").startswith("data:image/jpeg;base64,")
+    assert artifact(server, "generate-generating") == 100.0
     runs_of_tasks = ask(server, "task_runs/filter", {})
     assert {run["name"] for run in runs_of_tasks} > set(small.STAGES)
     assert {run["state_type"] for run in runs_of_tasks} == {"COMPLETED"}
@@ -150,6 +120,118 @@ def test_a_second_run_of_any_kind_executes_nothing_and_changes_nothing(flow_run,
     done = subprocess.run(dvc, cwd=project, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.count("didn't change, skipping") == 5
     assert fingerprint(project) == before
+
+
+def test_a_fresh_clone_pulls_and_judges_without_training_again(flow_run, project, tmp_path):
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(project), str(clone)], check=True)
+    # What a commit of the results would carry.
+    shutil.copy(project / "dvc.lock", clone)
+    shutil.copytree(project / "metrics", clone / "metrics")
+    store = [sys.executable, "-m", "dvc", "remote", "add", "--local", "--default", "store", str(tmp_path / "store")]
+    for folder in (project, clone):
+        subprocess.run(store, cwd=folder, check=True, capture_output=True)
+    for folder, *command in ((project, "push"), (clone, "pull"), (clone, "verify", "--remote")):
+        done = small.sage(folder, *command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    small.set_params(clone, evaluate__resamples=150)
+    done = small.sage(clone, "run", "evaluate")
+    assert "executed=1 cached=4" in done.stdout, done.stderr
+
+
+def start_flow(server: str, project: Path, code: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=project,
+        env=small.environment(project) | {"PREFECT_API_URL": server},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def champion(project: Path) -> str | None:
+    rows = [line.split("│") for line in small.sage(project, "compare").stdout.splitlines()]
+    return next((row[1].strip() for row in rows if len(row) > 2 and "champion" in row[2]), None)
+
+
+def test_a_promotion_waits_for_a_person_who_sees_figures_and_pictures(flow_run, server, project):
+    code = (
+        "from flows.pipeline import promote_version; from flows.pipeline.forms import Promotion\n"
+        "print(promote_version(Promotion(ask=True, prompts=['red circle', 'blue ring'])))"
+    )
+    for answer, expected in ((False, None), (True, "1")):
+        process = start_flow(server, project, code)
+        paused: list[dict[str, Any]] = []
+        end = time.monotonic() + 300
+        while not paused and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.5)
+            paused = ask(server, "flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}})
+        assert len(paused) == 1, process.communicate()[0]
+        run = paused[0]["id"]
+        form = ask(server, f"flow_runs/{run}/input/filter", {"prefix": "paused"})
+        shown = next(row["value"] for row in form if row["key"].endswith("description"))
+        assert "Make version 1 champion?" in shown
+        assert "| kernel_distance |" in shown
+        assert "data:image/jpeg;base64," in shown
+        assert champion(project) is None
+        ask(server, f"flow_runs/{run}/resume", {"run_input": {"promote": answer, "by": "Ada", "reason": "seen"}})
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+        assert champion(project) == expected
+
+
+def test_a_registered_version_is_judged_again_to_the_same_figures_beside_the_checkout(flow_run, server, project):
+    before = fingerprint(project)
+    code = (
+        "from flows.pipeline import evaluate_version; from flows.pipeline.forms import Judged\n"
+        "print(evaluate_version(Judged(version='1')))"
+    )
+    process = start_flow(server, project, code)
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    assert "'passed': True" in said
+    assert fingerprint(project) == before
+    mine, other = (json.loads(row["data"]) for row in arms(server))
+    timed = {"seconds per image"}
+    assert [row for row in mine if row["metric"] not in timed] == [row for row in other if row["metric"] not in timed]
+
+
+def arms(server: str) -> list[dict[str, Any]]:
+    """Return the tables of the first flow and of the latest one."""
+    found = ask(server, "artifacts/filter", {"artifacts": {"key": {"any_": ["arms"]}}})
+    found.sort(key=lambda row: row["created"])
+    return [found[0], found[-1]]
+
+
+def test_a_training_that_is_killed_is_tried_again_and_goes_on_where_it_was(flow_run, server, project):
+    small.set_params(project, finetune__steps=70)
+    code = (
+        "from flows.pipeline import sage_pipeline; from flows.pipeline.forms import Range\n"
+        "print(sage_pipeline(Range(until='finetune')))"
+    )
+    process = start_flow(server, project, code)
+    end = time.monotonic() + 300
+    while not list(project.glob("work/finetune/*/*/*")) and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.1)
+    (training,) = [
+        found
+        for found in psutil.Process(process.pid).children(recursive=True)
+        if found.cmdline()[1:3] == ["-m", "flows.finetune"]
+    ]
+    training.kill()
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    (task,) = ask(server, "task_runs/filter", {"task_runs": {"name": {"any_": ["finetune"]}}, "sort": "END_TIME_DESC"})[
+        :1
+    ]
+    assert task["run_count"] == 2
+    client = runs.client(f"sqlite:///{project / 'mlflow.db'}")
+    home = client.get_experiment_by_name("sage").experiment_id
+    last = client.search_runs([home], "tags.`sage.stage` = 'finetune'", order_by=["start_time DESC"])[0]
+    curve = client.get_metric_history(last.info.run_id, "loss")
+    assert [point.step for point in curve] == [60, 70]
+    small.set_params(project, finetune__steps=2)
 
 
 def test_a_stricter_gate_repeats_the_verdict_only_and_registers_nothing(flow_run, project):

@@ -2,15 +2,19 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import operated
 import pytest
+import tiny
 from operated import artifacts, ask, start, state, wait_for
 
+from flows import leash
 from sage.files import sha256_tree
 
 pytestmark = pytest.mark.slow
@@ -197,3 +201,63 @@ def test_a_killed_run_is_crashed_within_120_seconds_and_the_next_one_continues(w
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (folder / "made/group").exists()
+
+
+@pytest.fixture
+def cluster(environment, tmp_path):
+    """The address of a Dask scheduler with two workers on this machine, and the workers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"tcp://127.0.0.1:{port}"
+    dask = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port)]
+    work = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--host", "127.0.0.1", "--nthreads", "1"]
+    with ExitStack() as stack:
+        log = stack.enter_context((tmp_path / "dask.log").open("wb"))
+
+        def begin(*command):
+            process = leash.start(command, log, environment | {"SAGE_DEVICE": "cpu", "OMP_NUM_THREADS": "1"})
+            stack.callback(leash.end, process)
+            return process
+
+        begin(*dask, "--no-dashboard")
+        yield address, [begin(*work, "--no-nanny", "--no-dashboard") for _ in range(2)]
+
+
+def test_a_lost_worker_costs_its_shard_only_and_the_bytes_are_those_of_one_machine(
+    killed, environment, cluster, tmp_path
+):
+    scheduler, workers = cluster
+    tiny.pipeline("stable_diffusion", tmp_path).save_pretrained(tmp_path / "model")
+    texts = [
+        f"{colour} {thing}" for thing in ("cat", "dog", "tree", "house", "car") for colour in ("red", "blue", "big")
+    ]
+    (tmp_path / "prompts.txt").write_text("\n".join(texts) + "\n")
+    (tmp_path / "params.yaml").write_text((operated.ROOT / "params.yaml").read_text())
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    settings = {"steps": 4, "share_ratio": 0.5, "guidance_scale": 3.0, "batch_size": 1}
+    batch = {"prompts": str(tmp_path / "prompts.txt"), "out": str(out), "model": str(tmp_path / "model"), "shards": 4}
+    code = (
+        "from flows.pipeline import generate_batch; from flows.pipeline.forms import Batch\n"
+        f"generate_batch(Batch(**{batch | settings!r}))"
+    )
+    one = environment | {"SAGE_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "SAGE_CACHE": str(tmp_path / "cache")}
+    flow = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=one | {"SAGE_DASK": scheduler},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for(lambda: flow.poll() is not None or len(list(out.glob("0*.png"))) > 0, 300)
+    at = len(list(out.glob("0*.png")))
+    os.killpg(workers[0].pid, signal.SIGKILL)
+    said, _ = flow.communicate(timeout=400)
+    assert flow.returncode == 0, said
+    assert 0 < at < len(texts)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    command = [sys.executable, "-m", "flows.prompts", batch["prompts"], "--out", str(whole), "--model", batch["model"]]
+    subprocess.run([*command, *options], env=one, cwd=tmp_path, check=True, capture_output=True)
+    (out / "plan.json").unlink()
+    assert sha256_tree(out) == sha256_tree(whole)

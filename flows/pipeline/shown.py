@@ -46,10 +46,9 @@ def results(folder: Path) -> bool:
     create_image_artifact(
         as_url(picture), key="pictures", description="A row for each arm: " + ", ".join(evaluate["arms"])
     )
-    report = (folder / "report/index.html").resolve().as_uri()
-    create_link_artifact(
-        report, key="report", link_text="report", description="The report page, on the worker's machine"
-    )
+    if folder == Path():  # a tree of its own goes, and its report with it; MLflow keeps that
+        report = (folder / "report/index.html").resolve().as_uri()
+        create_link_artifact(report, key="report", link_text="report", description="On the worker's machine")
     if (link := runs.link(evaluate["run_id"])) is not None:
         create_link_artifact(link, key="mlflow", link_text="MLflow", description="The run of stage evaluate")
     return evaluate["passed"] is True
