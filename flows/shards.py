@@ -141,7 +141,7 @@ def _read_plan(out: str) -> dict[str, Any]:
 
 def _names(address: str) -> list[str]:
     """Return the names of the files at an address; none where there is nothing yet."""
-    store, path = fsspec.core.url_to_fs(address)
+    store, path = fsspec.core.url_to_fs(address.rstrip("/"))
     store.invalidate_cache()
     return [Path(found).name for found in store.ls(path, detail=False)] if store.exists(path) else []
 

@@ -63,7 +63,10 @@ def up(port: int, tracking_port: int, check: bool) -> None:
         typer.echo(f"results and models     {mlflow}")
         typer.echo(f"logs                   {STATE}/*.log")
         typer.echo("Ctrl-C ends them all.")
-        _wait(parts)
+        try:
+            _wait(parts)
+        except KeyboardInterrupt:
+            typer.echo("ending them all")
 
 
 def _environment(prefect: str, mlflow: str) -> dict[str, str]:
@@ -73,7 +76,7 @@ def _environment(prefect: str, mlflow: str) -> dict[str, str]:
         "PREFECT_HOME": str((STATE / "prefect").resolve()),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         # Pages of other sites may not call it from a browser.
-        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": prefect,
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{prefect},{prefect.replace(HOST, 'localhost')}",
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "DO_NOT_TRACK": "1",

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import fsspec
+import operated
 import pytest
 import tiny
 
-from flows import prompts, shards
+from flows import leash, prompts, shards
 from sage.errors import ConfigurationError, DataError
 from sage.files import sha256, sha256_tree
 
@@ -120,3 +122,30 @@ def test_without_prompts_or_plan_there_is_one_message(tmp_path):
             check=False,
         )
         assert (done.returncode, said in done.stderr, "Traceback" in done.stderr) == (2, True, False)
+
+
+@pytest.fixture
+def s3(tmp_path, monkeypatch):
+    """An S3 server on loopback with a bucket, its address and keys in the environment, as a worker has them."""
+    port = operated.free_port()
+    (tmp_path / "store/pictures").mkdir(parents=True)
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in (keys | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}).items():
+        monkeypatch.setenv(name, value)
+    command = [Path(sys.executable).with_name("rclone"), "serve", "s3", tmp_path / "store", "--vfs-cache-mode", "off"]
+    command += ["--addr", f"127.0.0.1:{port}", "--auth-key", "test,testtest"]
+    with (tmp_path / "s3.log").open("wb") as log:
+        server = leash.start(list(map(str, command)), log, os.environ | {"RCLONE_CONFIG": "/dev/null"})
+    try:
+        operated.wait_for(lambda: operated.listens(port), 60)
+        yield "s3://pictures"
+    finally:
+        leash.end(server)
+
+
+@pytest.mark.slow
+def test_prompts_come_from_and_pictures_go_to_an_s3_store(source, model, whole, tmp_path, s3):
+    (tmp_path / "store/pictures/prompts.txt").write_bytes(Path(source).read_bytes())
+    draw_all(f"{s3}/prompts.txt", model, f"{s3}/run", 2)
+    found = {path.name: sha256(path) for path in (tmp_path / "store/pictures/run").iterdir()}
+    assert {name: digest for name, digest in found.items() if name != "plan.json"} == whole

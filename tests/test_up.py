@@ -13,20 +13,13 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-def free_ports():
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        return one.getsockname()[1], two.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     return operated.project(tmp_path_factory.mktemp("up") / "project")
 
 
 def start_up(project, *options):
-    port, tracking = free_ports()
+    port, tracking = operated.free_port(), operated.free_port()
     command = [sys.executable, "-c", "from flows.cli import main; main()", "up"]
     environment = {name: value for name, value in os.environ.items() if name != "SAGE_TRACKING_URI"}
     process = subprocess.Popen(

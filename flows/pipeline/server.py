@@ -16,10 +16,11 @@ from prefect.exceptions import ObjectAlreadyExists, PrefectHTTPStatusError
 from sage.files import digest
 
 WATCH = "sage: runs without a sign of life have crashed"
-_SILENCE = timedelta(seconds=75)  # of heartbeats that come every 30 s
+_SILENCE = timedelta(seconds=90)  # three signs of life missed; a busy machine may miss one
 _LEASE = 60  # seconds after which the slot of a killed run is free
 _CONFLICT = 409
-_ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
+# A suspended run has no process, and needs none.
+_ENDS = ("Completed", "Failed", "Cancelled", "Crashed", "Suspended")
 
 
 def watch_for_dead_runs() -> None:
