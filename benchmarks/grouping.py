@@ -17,7 +17,8 @@ import typer
 
 from benchmarks import grouping_algorithms as others
 from benchmarks.ambiguous import CONFUSED, MOVED, SAME
-from benchmarks.grouping_embeddings import WORK, embeddings
+from benchmarks.grouping_embeddings import WORK, embeddings, tf_idf, word_vectors
+from benchmarks.languages import SAID
 from flows.terminal import guard as command
 from sage import ambiguity, neighbours
 from sage.data import read_split
@@ -26,6 +27,7 @@ from sage.files import write_json
 from sage.grouping import Groups, cut, group, tree, worst_similarity
 from sage.neighbours import NEAREST, PROBES, similar_pairs
 from sage.streaming import replay
+from sage.thresholds import share_reaching, threshold_for_share
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 MAX_SIZE = 6
@@ -40,12 +42,17 @@ Sizes = Annotated[str, typer.Option(help="Numbers of prompts, with commas.")]
 
 
 @app.command()
-def speed(sizes: Sizes = "10000", threshold: Threshold = 0.8, prompts: Prompts = None) -> None:
-    """Time from embeddings to groups and peak memory, each size in a process of its own."""
+def speed(sizes: Sizes = "10000", threshold: Threshold = 0.8, prompts: Prompts = None, stretched: Sizes = "") -> None:
+    """Time from embeddings to groups and peak memory, each size in a process of its own.
+
+    `--stretched` names sizes that are made from the largest of the others, where embedding them all would take hours:
+    each row is used several times, with noise after which its copies have a cosine of about 0.83.
+    """
     rows = []
-    for size in _sizes(sizes):
-        embeddings(size, prompts)  # made and kept before anything is timed
-        rows.append(_alone("measure", size, threshold, prompts))
+    for size in [*_sizes(sizes), *(_sizes(stretched) if stretched else [])]:
+        most = min(size, max(_sizes(sizes)))
+        embeddings(most, prompts)  # made and kept before anything is timed
+        rows.append(_alone("measure", size, threshold, prompts, most))
         _row(rows[-1])
         if len(rows) > 1:
             one, other = rows[-2:]
@@ -163,6 +170,54 @@ def guarded(data: Annotated[Path, typer.Option(help="Prepared data.")], threshol
 
 
 @app.command()
+def languages(threshold: Threshold = 0.72) -> None:
+    """Say what the encoder knows of other languages: own sentences, translated, reworded, and unrelated ones."""
+    texts = sorted({text for said in SAID.values() for pair in said for text in pair})
+    row = dict(zip(texts, embed(texts, cache=WORK / "cache.sqlite"), strict=True))
+    for language, said in SAID.items():
+        first, second = (np.array([row[pair[way]] for pair in said]) for way in (0, 1))
+        english = np.array([row[pair[0]] for pair in SAID["English"]])
+        reworded, translated = (first * second).sum(1), (first * english).sum(1)
+        unrelated = np.concatenate([(first @ second.T)[~np.eye(len(said), dtype=bool)], _pairs(first), _pairs(second)])
+        grouped = group(np.concatenate([first, second]), threshold, MAX_SIZE)
+        mixed = sum(len({member % len(said) for member in members}) > 1 for members in grouped)
+        _row({"language": language, "translated": float(translated.mean()), "reworded": float(reworded.mean()),
+              "unrelated": float(unrelated.mean()), "reworded and grouped": float((reworded >= threshold).mean()),
+              "unrelated and grouped": float((unrelated >= threshold).mean()),
+              "groups": f"{sum(len(members) > 1 for members in grouped)}, {mixed} of them mixed"})  # fmt: skip
+
+
+def _pairs(x: np.ndarray) -> np.ndarray:
+    return (x @ x.T)[np.triu_indices(len(x), 1)]
+
+
+@app.command()
+def encoders(
+    data: Annotated[Path, typer.Option(help="Prepared data.")], split: str = "validation", threshold: Threshold = 0.72
+) -> None:
+    """Say what a threshold of MiniLM is worth for another encoder, and what calibration makes of it.
+
+    The others are what is at hand without a download: words counted (TF-IDF), and MiniLM's word vectors, averaged
+    before its first layer, which all lean one way.
+    """
+    texts = [example.text for example in read_split(data, split)]
+    first = embed(texts, cache=WORK / "cache.sqlite")
+    wanted = share_reaching(first, threshold)
+    for name, x in {"MiniLM": first, "TF-IDF": tf_idf(texts), "MiniLM's word vectors": word_vectors(texts)}.items():
+        calibrated = threshold_for_share(x, wanted)
+        for how, at in (("as it is", threshold), ("calibrated", calibrated)):
+            groups = group(x, at, MAX_SIZE)
+            _row({"encoder": name, "threshold": how, "cosine": at, "pairs reaching": share_reaching(x, at),
+                  "saving": _saving(groups, len(texts)), "worst in MiniLM": _worst(first, groups)})  # fmt: skip
+
+
+def _worst(x: np.ndarray, groups: Groups) -> float:
+    """Return the mean over groups of two or more of the worst pair's cosine."""
+    shared = [members for members in groups if len(members) > 1]
+    return float(np.mean(worst_similarity(x, shared))) if shared else 1.0
+
+
+@app.command()
 def streaming(size: int = 2000, threshold: Threshold = 0.7, prompts: Prompts = None, seed: int = 0) -> None:
     """Compare the saving of a stream, in random order, one prompt a second, with that of the whole set."""
     x = embeddings(size, prompts)[np.random.default_rng(seed).permutation(size)]
@@ -237,10 +292,12 @@ _INDEXES = {
 
 @app.command(hidden=True)
 def measure(
-    out: Path, name: str, size: int, threshold: float, prompts: Annotated[Path | None, typer.Option()] = None
+    out: Path, name: str, size: int, threshold: float, most: int, prompts: Annotated[Path | None, typer.Option()] = None
 ) -> None:
     """Measure one way once, in this process."""
-    x = embeddings(size, prompts)
+    x = embeddings(most, prompts)
+    if size > most:
+        x = _stretched(x, size)
     before = time.perf_counter()
     groups = {"measure": _ours, "measure-communities": _communities, "measure-scikit-learn": _agglomeration}[name](
         x, threshold
@@ -282,9 +339,20 @@ def _repair(x: np.ndarray, threshold: float) -> Callable[[Any], Groups]:
     return repair
 
 
-def _alone(name: str, size: int, threshold: float, prompts: Path | None) -> dict[str, Any]:
+def _stretched(x: np.ndarray, size: int) -> np.ndarray:
+    random = np.random.default_rng(0)
+    rows = np.empty((size, x.shape[1]), np.float32)
+    for start in range(0, size, len(x)):
+        part = x[: size - start]
+        noise = random.standard_normal(part.shape, np.float32) * np.float32(0.45 / np.sqrt(x.shape[1]))
+        rows[start : start + len(part)] = part + noise
+    return rows
+
+
+def _alone(name: str, size: int, threshold: float, prompts: Path | None, most: int = 0) -> dict[str, Any]:
     out = WORK / "result.json"
     arguments = [sys.executable, "-m", "benchmarks.grouping", "measure", str(out), name, str(size), str(threshold)]
+    arguments.append(str(most or size))
     subprocess.run([*arguments, *(["--prompts", str(prompts)] if prompts else [])], check=True)
     result: dict[str, Any] = json.loads(out.read_text())
     return result

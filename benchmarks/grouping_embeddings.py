@@ -64,6 +64,27 @@ class _Bfloat16:
         return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
 
 
+def tf_idf(texts: Sequence[str]) -> np.ndarray:
+    """Return counts of words, weighted by how rare they are, each row of length 1."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    return np.asarray(TfidfVectorizer().fit_transform(texts).toarray(), np.float32)
+
+
+def word_vectors(texts: Sequence[str]) -> np.ndarray:
+    """Return the mean of MiniLM's input vectors over the tokens of each text, each row of length 1."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(minilm_folder()), device="cpu")[0]
+    tokens = model.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt", add_special_tokens=False)
+    mask = tokens["attention_mask"].unsqueeze(-1)
+    with torch.no_grad():
+        states = model.auto_model.embeddings.word_embeddings(tokens["input_ids"])
+    rows = ((states * mask).sum(1) / mask.sum(1)).numpy()
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
+
+
 def main(size: Annotated[int, typer.Argument(help="How many composed captions.")]) -> None:
     """Make and keep embeddings before anything is timed; interrupted, it goes on where it was."""
     embeddings(size, None)

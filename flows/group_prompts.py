@@ -1,5 +1,6 @@
 """`sage group PROMPTS`: a table of what sharing can save on a list of prompts, and a page with their map."""
 
+import unicodedata
 from pathlib import Path
 from typing import Annotated
 
@@ -47,6 +48,11 @@ def main(
     typer.echo(summary)
     if alone := int((~usable(embeddings)).sum()):
         typer.echo(f"{alone} without a usable embedding: alone")
+    if strange := sum(map(other_script, texts)):
+        typer.echo(
+            f"{strange} in a script other than Latin: {ENCODER} knows English, and takes unrelated prompts there for "
+            "alike (docs/grouping.md); look at the widest groups, or raise the threshold"
+        )
     _tables(texts, groups, worst, values["saving"])
     write_text(page, groups_page("Groups of prompts", summary, texts, embeddings, groups, worst))
     typer.echo(f"wrote {page}")
@@ -66,6 +72,13 @@ def read_prompts(path: Path) -> list[str]:
     if not found:
         raise DataError(f"{path} has no prompt; give one a line")
     return found
+
+
+def other_script(text: str) -> bool:
+    """Return whether most letters of a prompt are of another script than Latin."""
+    letters = [character for character in text[:1000] if character.isalpha()]
+    latin = sum(unicodedata.name(letter, "").startswith("LATIN") for letter in letters)
+    return 2 * latin < len(letters)
 
 
 def _tables(texts: list[str], groups: list[list[int]], worst: list[float], saving: float) -> None:

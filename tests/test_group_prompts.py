@@ -52,6 +52,17 @@ def test_the_guard_of_the_command_line_parts_what_the_encoder_takes_for_alike(pr
     assert "2 prompts in 2 groups" in capsys.readouterr().out
 
 
+def test_prompts_of_another_script_are_counted_and_latin_ones_are_not(prompts, tmp_path, capsys):
+    prompts.write_text(
+        "\u72d7\u5728\u8dd1\n\u0643\u0644\u0628\nein Hund l\u00e4uft\n\u72d7 dog dog\n123\n", encoding="utf-8"
+    )
+    main(prompts, page=tmp_path / "page.html")
+    assert "2 in a script other than Latin" in capsys.readouterr().out
+    prompts.write_text("un chien\nein Hund\n", encoding="utf-8")
+    main(prompts, page=tmp_path / "page.html")
+    assert "script" not in capsys.readouterr().out
+
+
 def test_a_hostile_prompt_stays_text_in_the_page(prompts, tmp_path):
     page = tmp_path / "page.html"
     main(prompts, page=page)

@@ -5,14 +5,17 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from emoji import EMOJI_DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.cluster.hierarchy import fcluster, linkage
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 from sage import grouping, neighbours
 from sage import linkage as sage_linkage
 from sage.ambiguity import KINDS, differences, guard
+from sage.embedding import embed
 from sage.errors import ConfigurationError, DataError
 from sage.grouping import cut, group, tree, usable, worst_similarity
 from sage.thresholds import (
@@ -239,6 +242,22 @@ def test_thresholds_translate_between_encoders(n):
     share = share_reaching(one, 0.8)
     assert share_reaching(other, threshold_for_share(other, share)) == pytest.approx(share, rel=0.05)
     assert threshold_for_share(other, share) > 0.8
+
+
+def test_a_calibrated_threshold_is_as_strict_for_another_encoder_on_real_prompts():
+    names = sorted(entry["en"].strip(":").replace("_", " ") for entry in EMOJI_DATA.values())[::8]
+    minilm = embed(names)
+    # The second encoder counts words, the rarer the weightier: nearly no pair has a cosine of 0.72.
+    words = TfidfVectorizer().fit_transform(names).toarray().astype(np.float32)
+    words = words[usable(words)]
+    wanted = share_reaching(minilm, 0.72)
+    calibrated = threshold_for_share(words, wanted)
+    assert calibrated < 0.6 and share_reaching(words, 0.72) < wanted / 3
+    assert share_reaching(words, calibrated) == pytest.approx(wanted, rel=0.1)
+    saving, plain, strict = (
+        1 - len(group(x, at, 6)) / len(x) for x, at in ((minilm, 0.72), (words, 0.72), (words, calibrated))
+    )
+    assert abs(strict - saving) < abs(plain - saving)
 
 
 @pytest.mark.parametrize(
