@@ -62,7 +62,7 @@ def test_two_runs_stand_side_by_side(project, monkeypatch):  # noqa: F811
     assert "tall tree" not in page
     # Nothing of a prompt or a parameter is markup, nothing comes from outside.
     assert "<script" not in page
-    assert page.count("&lt;script&gt;") == 7
+    assert page.count("&lt;script&gt;") == 2
     assert not re.search(r"(src|href)=\"(?!data:)", page)
 
 

@@ -4,6 +4,7 @@ No pickle is in it. The hash of its files stands in the registry, not beside the
 make them fit. It is compared before anything of them is parsed.
 """
 
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -103,6 +104,8 @@ def pyfunc() -> Any:
     """Return MLflow's module of generic models, without what it says of its own type hints while it is imported."""
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         import mlflow.pyfunc
+    # It warns that values of several kinds, as an answer has, are not checked.
+    logging.getLogger("mlflow.types.type_hints").setLevel(logging.ERROR)
     return mlflow.pyfunc
 
 
