@@ -1,0 +1,11 @@
+"""Print what pyproject.toml installs, a requirement a line; arguments are the extras that are wanted as well."""
+
+import sys
+import tomllib
+from pathlib import Path
+
+project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+lines = list(project["dependencies"])
+for extra in sys.argv[1:]:
+    lines += project["optional-dependencies"][extra]
+print("\n".join(lines))
