@@ -22,7 +22,16 @@ from sage.errors import ConfigurationError, SageError
 TREES = Path("work/experiments")
 _NEW = 60  # seconds
 # DVC's own reading of `-S`, the part of `dvc exp run` that changes params.yaml, in a process, as all of DVC runs here.
-_SET = "import sys; from dvc.utils.hydra import apply_overrides; apply_overrides('params.yaml', sys.argv[1:])"
+_SET = """
+import sys
+from dvc.utils.hydra import apply_overrides
+try:
+    apply_overrides("params.yaml", sys.argv[1:])
+except Exception as error:
+    sys.exit(str(error))
+"""
+# It writes 1e-05, which in the YAML that the stages read is a text.
+_FLOAT = re.compile(r"(?<![\w.])(-?\d+)e([-+]\d+)(?![\w.])")
 
 
 def check_name(name: str) -> None:
@@ -38,10 +47,14 @@ def set_parameters(folder: Path, overrides: Sequence[str]) -> None:
         command = [sys.executable, "-c", _SET, override]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
-            reason = done.stderr.strip().splitlines()[-1].split(": ", 1)[-1]
+            # Of several lines the first says what, and one names the key.
+            said = [line for line in done.stderr.splitlines() if line.startswith(("Could not", "Key ", "Error", "no "))]
+            reason = " ".join(said or done.stderr.split())
             raise ConfigurationError(f"override {override!r}: {reason}")
+    path = folder / "params.yaml"
+    path.write_text(_FLOAT.sub(r"\1.0e\2", path.read_text(encoding="utf-8")), encoding="utf-8")
     try:
-        load_params(folder / "params.yaml")
+        load_params(path)
     except ConfigurationError as error:
         raise ConfigurationError(f"with {', '.join(overrides)}: {error}") from error
 

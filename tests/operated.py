@@ -92,7 +92,7 @@ def server(home: Path) -> Iterator[str]:
         process = leash.start(command, log, os.environ | {"PREFECT_HOME": str(home)})
     try:
         address = f"http://127.0.0.1:{port}/api"
-        wait_for(lambda: answers(address), 600)
+        wait_for(lambda: answers(address), 900)
         yield address
     finally:
         leash.end(process)
