@@ -14,7 +14,7 @@ import sage.torchvision_ops  # noqa: F401
 
 import torch
 import typer
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from PIL import Image
 
 from flows.machine import device
@@ -26,10 +26,11 @@ from sage.batches import Batches
 from sage.config import Finetune, load_params
 from sage.data import Example, load_pixels, read_groups, read_split
 from sage.denoiser import Denoiser
+from sage.errors import DataError
 from sage.files import digest, new_folder, sha256, sha256_tree, write_json
 from sage.finetuning import TrainingSet, finetuning_loss
 from sage.pipeline import SharedSamplingPipeline, prompt_seed
-from sage.training import Schedule, Trained, fit
+from sage.training import Schedule, Trained, fit, processes
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def main(
         network = accelerator.prepare(denoiser)
         trained = train(network, pipeline, inputs, batches, settings, state, identity, record, watched)
         show(record, pipeline, watched, settings, settings.steps)
-        accelerator.wait_for_everyone()
+        accelerator.end_training()
         if not accelerator.is_main_process:
             return
         save(pipeline, base, out)
@@ -99,10 +100,16 @@ def main(
 
 
 def load(base: Path) -> Any:
-    """Return the base of any family; this project's own has no text encoder in its folder. No pickle is read."""
-    if (base / "text_encoder").exists():
-        return SharedSamplingPipeline.from_pretrained(base, use_safetensors=True)
-    return SharedSamplingPipeline.from_pipe(base_model.load(base))
+    """Return the base of any family; this project's own has no text encoder in its folder.
+
+    Raises DataError where it cannot be loaded, also where its weights are no safetensors: no pickle is read.
+    """
+    try:
+        if (base / "text_encoder").exists():
+            return SharedSamplingPipeline.from_pretrained(base, use_safetensors=True)
+        return SharedSamplingPipeline.from_pipe(base_model.load(base))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{base} cannot be loaded: {error}") from error
 
 
 @contextmanager
@@ -158,7 +165,7 @@ def train(
         watch_every=settings.pictures_every,
     )
     at = 0
-    shown = progress(settings.steps, "fine-tuning") if PartialState().is_main_process else nullcontext(lambda n: None)
+    shown = progress(settings.steps, "fine-tuning") if processes()[0] == 0 else nullcontext(lambda n: None)
     with shown as advance:
 
         def on_step(step: int, values: dict[str, float]) -> None:

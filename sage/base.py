@@ -125,6 +125,6 @@ def load(folder: Path) -> StableDiffusionPipeline:
             f"{folder} is no base model: it lacks {', '.join(missing)}. Run `sage pretrain` or restore models/."
         )
     return assemble(
-        AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).eval(),
-        UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32).eval(),
+        AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32, use_safetensors=True).eval(),
+        UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32, use_safetensors=True).eval(),
     )

@@ -68,7 +68,7 @@ def save(
 def latest(folder: Path, identity: Mapping[str, Any]) -> Checkpoint | None:
     """Return the newest checkpoint whose hash fits, or None where there is none.
 
-    Raises CheckpointError where it belongs to another configuration, naming the differences.
+    Raises CheckpointError where it belongs to another configuration, naming the differences, or is none of this format.
     """
     for path in complete(folder):
         data = path.read_bytes()
@@ -90,8 +90,11 @@ def _step(path: Path) -> int:
 
 def _parse(path: Path, data: bytes, identity: Mapping[str, Any]) -> Checkpoint:
     # The format: eight bytes of length, little endian, then so many bytes of JSON, then the tensors.
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    manifest = json.loads(header["__metadata__"]["manifest"])
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        manifest = json.loads(header["__metadata__"]["manifest"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is no checkpoint of this project, though its hash fits. Remove it.") from error
     _check_identity(path, manifest["identity"], json.loads(json.dumps(dict(identity))))
     return Checkpoint(path, manifest["step"], safetensors.torch.load(data), manifest["state"])
 

@@ -80,7 +80,7 @@ class Denoiser(nn.Module):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     @torch.no_grad()
-    def encode_pictures(self, pictures: Tensor, batch_size: int = 64) -> Tensor:
+    def encode_pictures(self, pictures: Tensor, batch_size: int = 16) -> Tensor:
         """Return the latents of uint8 pictures (n, height, width, 3) as the network sees them: float32, on the CPU."""
         vae = self._pipe.vae
         parts = []

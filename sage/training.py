@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import extract_model_from_parallel, reduce
-from torch import Tensor, nn
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
@@ -61,6 +60,13 @@ def spaced(n: int, random: torch.Generator) -> Tensor:
     """Return n numbers in [0, 1), one in each n-th, in random order: the mean of independent ones, less variance."""
     # In double: 63 plus a float just below 1 is 64 in single precision, and a timestep T does not exist.
     return (torch.randperm(n, generator=random) + torch.rand(n, generator=random, dtype=torch.float64)) / n
+
+
+def processes() -> tuple[int, int]:
+    """Return this process's number and how many train together; one, unless `accelerate` or `torchrun` started more."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ def fit(
     `on_watch(done)` every `schedule.watch_every` steps but the last, with the averaged weights in the network.
     Raises DivergedError at the first loss or gradient that is not finite, before the weights that gave it are stored.
     """
-    begin, processes = time.monotonic(), PartialState()
+    begin = time.monotonic()
     model = extract_model_from_parallel(network)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # fused: one kernel for all parameters, several times faster than the loop on a CPU.
@@ -136,7 +142,7 @@ def fit(
         tensors = _tensors(parameters, ema, optimizer)
         if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
             raise _diverged(step, "the weights or their averages", work)
-        if processes.is_main_process:
+        if processes()[0] == 0:
             state = {"losses": values, "seconds": seconds(), "reports": log.reports, "recent": log.recent}
             checkpoint.save(work, step, tensors, state, identity)
 
@@ -196,20 +202,22 @@ def _attention(network: nn.Module) -> AbstractContextManager[Any]:
 
 def _gradient(network: nn.Module, loss: Callable[..., Losses], step: int, accumulate: int) -> dict[str, float]:
     """Leave the gradient of a step's loss in the parameters, whole on every process; return the losses as numbers."""
-    processes = PartialState()
-    parts = accumulate * processes.num_processes
+    rank, world = processes()
+    parts = accumulate * world
     sums: dict[str, Tensor] = {}
     for number in range(accumulate):
-        part = processes.process_index * accumulate + number
+        part = rank * accumulate + number
         waits = isinstance(network, DistributedDataParallel) and number + 1 < accumulate
         with _attention(network), cast(Any, network).no_sync() if waits else nullcontext():
             losses = loss(step) if parts == 1 else loss(step, part, parts)
             # Processes average their gradients, but parts add up.
-            torch.autograd.backward(losses["loss"] * processes.num_processes)
+            torch.autograd.backward(losses["loss"] * world)
         for name, value in losses.items():
             sums[name] = sums[name] + value.detach() if name in sums else value.detach()
     device = sums["loss"].device
-    totals = reduce(torch.stack([value.to(device, torch.float32) for value in sums.values()]), "sum")
+    totals = torch.stack([value.to(device, torch.float32) for value in sums.values()])
+    if world > 1:
+        distributed.all_reduce(totals)
     return dict(zip(sums, totals.tolist(), strict=True))
 
 

@@ -12,9 +12,12 @@ import pytest
 import tiny
 import torch
 import yaml
+from diffusers import StableDiffusion3Pipeline
+from faults import in_child
 from PIL import Image
 
 from flows import finetune
+from flows.terminal import guard
 from sage import base
 from sage.errors import DataError, DivergedError
 from sage.files import sha256_tree, write_json
@@ -88,6 +91,7 @@ def test_a_killed_stage_resumes_to_the_same_model(tune, tmp_path, project):
         from pathlib import Path
         import torch
         from flows import finetune
+from flows.terminal import guard
         project, threads = sys.argv[1:]
         torch.set_num_threads(int(threads))
         finetune.CHECKPOINT_EVERY, finetune.REPORT_EVERY = 2, 1
@@ -127,6 +131,53 @@ def test_an_exploding_rate_leaves_no_model(tune, tmp_path):
     assert not (tmp_path / "tuned").exists() and not (tmp_path / "finetune.json").exists()
 
 
+def test_an_exploding_rate_ends_with_code_4(tune, tmp_path):
+    said = tmp_path / "said"
+
+    def stage():
+        sys.stderr = said.open("w")
+        guard(lambda: tune(learning_rate=1.0e20))
+
+    assert in_child(stage) == 4
+    assert re.search(r"error: step 1: not finite: loss \S+.*there is no checkpoint yet", said.read_text())
+
+
+def test_one_group_larger_than_a_batch_is_trained_on(tune, tmp_path):
+    for split in ("train", "validation"):
+        write_groups(tmp_path / "groups", split, [[f"p{i}" for i in range(6)]])
+    figures = tune(groups=tmp_path / "groups", evaluations=4, steps=3)
+    assert figures["evaluations"] == 12 and figures["groups"] == 1 and figures["losses"]["shared"] > 0
+
+
+def test_an_adapter_is_merged_and_stands_beside_as_stock_diffusers_loads_it(project, tune, tmp_path):
+    tune(adapter={"rank": 2}, learning_rate=0.05, accumulate=2, gradient_checkpointing=True, min_snr=5.0, ema=0.0)
+    before, merged = base.load(project / "base"), base.load(tmp_path / "tuned")
+    changed = [
+        name
+        for (name, a), (_, b) in zip(before.unet.named_parameters(), merged.unet.named_parameters(), strict=True)
+        if not torch.equal(a, b)
+    ]
+    assert changed and all(".to_" in name or ".ff.net." in name for name in changed)
+
+    def draw(pipe):
+        random = torch.Generator().manual_seed(0)
+        return pipe("red cat", num_inference_steps=3, height=16, width=16, generator=random, output_type="np").images
+
+    plain = draw(before)
+    before.load_lora_weights(tmp_path / "tuned", weight_name="pytorch_lora_weights.safetensors")
+    assert np.abs(draw(before) - plain).max() > 1e-2
+    np.testing.assert_allclose(draw(before), draw(merged), atol=5e-3)  # models/ holds half precision
+
+
+def test_a_stock_pipeline_with_its_own_text_encoder_is_tuned_and_saved_as_such(tune, tmp_path):
+    stock = tiny.pipeline("stable_diffusion_3", tmp_path)
+    stock.save_pretrained(tmp_path / "stock")
+    tune(base_folder=tmp_path / "stock", precision="fp32", steps=2, decay=1)
+    tuned = StableDiffusion3Pipeline.from_pretrained(tmp_path / "tuned")
+    assert not torch.equal(tuned.transformer.proj_out.weight, stock.transformer.proj_out.weight)
+    assert torch.equal(tuned.vae.decoder.conv_in.weight, stock.vae.decoder.conv_in.weight)
+
+
 def test_without_groups_it_is_plain_fine_tuning_and_says_so(tune, tmp_path, caplog):
     for split in ("train", "validation"):
         write_groups(tmp_path / "groups", split, [[f"p{i}"] for i in range(6)])
@@ -157,13 +208,16 @@ def test_curves_and_pictures_are_recorded(tune, tmp_path, monkeypatch):
 
     monkeypatch.setenv("SAGE_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setattr(finetune, "REPORT_EVERY", 3)
-    figures = tune()
+    figures = tune(pictures_every=2)
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     record = client.get_run(figures["run_id"])
     assert record.data.metrics["evaluations"] == 54 and record.data.tags["model_sha256"] == figures["model_sha256"]
     assert [point.step for point in client.get_metric_history(record.info.run_id, "shared")] == [3, 6]
     names = [item.path for item in client.list_artifacts(record.info.run_id, "images")]
-    assert {int(re.search(r"step\D(\d+)\D", name)[1]) for name in names} == {0, 6}
+    assert {int(re.search(r"step\D(\d+)\D", name)[1]) for name in names} == {0, 2, 4, 6}
+    # Looking changes nothing.
+    monkeypatch.setenv("SAGE_TRACKING_URI", "off")
+    assert tune()["model_sha256"] == figures["model_sha256"]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +229,11 @@ def test_curves_and_pictures_are_recorded(tune, tmp_path, monkeypatch):
         ({"evaluations": 2}, "greater than or equal to 3"),
         ({"warmup": 5}, "more than the 6 steps"),
         ({"branch_noise": "pink"}, "'bridge' or 'plain'"),
+        ({"weights": dict.fromkeys(("diffusion", "shared", "branch", "consistency"), 0.0)}, "all weights are 0"),
+        ({"accumulate": 10}, "accumulate 10 is more than the 9 evaluations"),
+        ({"adapter": {"rank": 0}}, "finetune.adapter.rank"),
+        ({"min_snr": 0.0}, "finetune.min_snr"),
+        ({"precision": "fp16"}, "'bf16' or 'fp32'"),
     ],
 )
 def test_contradictions_are_found_before_work(changes, said, tune, tmp_path):
