@@ -99,14 +99,15 @@ class StreamingGrouper:
         return self.release(self._now)
 
     def _most_alike(self, row: np.ndarray) -> _Open | None:
-        best, worst_of_best = None, -np.inf
-        for held in self._open.values():
-            if len(held.rows[0]) != len(row):
-                raise DataError(f"an embedding has width {len(row)}, those before it {len(held.rows[0])}")
-            worst = float((np.stack(held.rows) @ row).min())
-            if worst >= self.threshold and worst > worst_of_best:
-                best, worst_of_best = held, worst
-        return best
+        held = list(self._open.values())
+        if not held:
+            return None
+        if len(held[0].rows[0]) != len(row):
+            raise DataError(f"an embedding has width {len(row)}, those before it {len(held[0].rows[0])}")
+        cosine = np.array([other for group in held for other in group.rows]) @ row
+        worst = np.minimum.reduceat(cosine, np.cumsum([0, *(len(group.rows) for group in held[:-1])]))
+        best = int(worst.argmax())  # the oldest of equals
+        return held[best] if worst[best] >= self.threshold else None
 
     def _pass(self, now: float) -> None:
         if not now >= self._now:
