@@ -82,7 +82,7 @@ class Stack:
 
     def up(self, *names: str) -> None:
         """Start services, each as soon as what it depends on is as its condition asks; return when all are."""
-        end = time.monotonic() + 300
+        end = time.monotonic() + 600
         waiting = list(names)
         while waiting or not all(self._ready(name) for name in names):
             assert time.monotonic() < end, {name: self.log(name)[-3000:] for name in self.processes}
