@@ -11,6 +11,7 @@ evaluation no slower than the stock trainer.
 """
 
 import argparse
+import ctypes
 import json
 import random
 import re
@@ -211,6 +212,7 @@ def main() -> None:
     if arguments.arm:
         arm = arm_of(arguments.arm, arguments.model, data, arguments.precision)
         # Of the steps, not of what was done before; ru_maxrss even begins at the size of the process that started this.
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         arm.run(2)
         most = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
