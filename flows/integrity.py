@@ -27,22 +27,13 @@ def verify(remote: str | None = None) -> tuple[int, list[Finding]]:
 
     What is missing from the cache or the work tree can be pulled; what is missing from all can only be made again.
     """
-    stores = {"cache": versioning.objects()}
-    if remote is not None:
-        stores["remote"] = versioning.objects(remote)
-    outs = stores["cache"]["outs"]
-    members: dict[str, Any] = {}
-    for store in reversed(stores.values()):
-        members |= store["members"]
+    kept = versioning.objects() if remote is None else versioning.objects(remote)
+    outs, members = kept["outs"], kept["members"]
     findings, checked = [], 0
-    for place, store in stores.items():
-        states = store["states"]
+    for place, states in kept["states"].items():
         checked += len(states)
-        findings += [
-            Finding(place, path, states[name])
-            for path, name in _named(outs, members)
-            if states.get(name, "missing") != "ok"
-        ]
+        named = _named(outs, members)
+        findings += [Finding(place, path, states[name]) for path, name in named if states[name] != "ok"]
     for out, name in outs.items():
         found, wanted = _files(Path(out)), _wanted(out, name, members)
         if wanted is None:
@@ -61,8 +52,9 @@ def push(remote: str | None = None) -> str:
 
     Raises DataError where an object is not what its name says: DVC would upload it under its good name.
     """
-    store = versioning.objects()
-    bad = [path for path, name in _named(store["outs"], store["members"]) if store["states"].get(name) == "corrupt"]
+    kept = versioning.objects()
+    states = kept["states"]["cache"]
+    bad = [path for path, name in _named(kept["outs"], kept["members"]) if states[name] == "corrupt"]
     if bad:
         raise DataError(f"the cache is damaged, so nothing was pushed: {', '.join(bad)}. `sage verify` shows all.")
     return versioning.dvc("push", *_to(remote))

@@ -1,7 +1,8 @@
-"""What DVC keeps, as it is: each object of the graph re-hashed in a cache or a remote. The only file that imports dvc.
+"""What DVC keeps, as it is: each object of the graph re-hashed in cache and remote. The only file that imports dvc.
 
 Run as a process of its own (`python -m flows.objects [REMOTE]`), as all of DVC is. Prints one JSON object: `outs`, path
-to object; `members`, object of a folder to a list of path in it and object; `states`, object to ok, corrupt or missing.
+to object; `members`, object of a folder to a list of path in it and object, from any intact copy of its listing;
+`states`, for cache and remote, object to ok, corrupt or missing.
 DVC itself compares an object with its name only where the file's mode does not say that it is protected.
 """
 
@@ -10,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from dvc.repo import Repo
@@ -18,22 +20,27 @@ _THREADS = 16  # for a remote, where each small object is a request
 
 
 def main() -> None:
-    """Print what there is of the cache, or of the remote that is named; an empty name is the default remote."""
+    """Print what there is of the cache, and of the remote that is named; an empty name is the default remote."""
     with Repo() as repo:
-        names = sys.argv[1:]
-        store = repo.cloud.get_remote_odb(names[0] or None) if names else repo.cache.local
+        stores = {"cache": repo.cache.local}
+        if len(sys.argv) > 1:
+            stores["remote"] = repo.cloud.get_remote_odb(sys.argv[1] or None)
         outs = {out.fs_path: out.hash_info.value for out in repo.index.outs if out.use_cache and out.hash_info}
-        folders = sorted({value for value in outs.values() if value.endswith(".dir")})
-        read = dict(_each(folders, lambda name: _read(store, name)))
-        members = {
-            name: [[entry["relpath"], entry["md5"]] for entry in json.loads(content)]
-            for name, content in read.items()
-            if _state(name, content) == "ok"
-        }
-        files = {value for value in outs.values() if not value.endswith(".dir")}
-        files |= {value for entries in members.values() for _, value in entries}
-        states = {name: _state(name, content) for name, content in read.items()}
-        states |= _each(sorted(files), lambda name: _state(name, _read(store, name)))
+        folders = sorted({name for name in outs.values() if name.endswith(".dir")})
+        states: dict[str, dict[str, str]] = {}
+        members = {}
+        for place, store in stores.items():
+            listings = _each(folders, partial(_read, store))
+            states[place] = {
+                name: "missing" if content is None else _state(name, _md5(content).hexdigest())
+                for name, content in listings.items()
+            }
+            intact = {name: json.loads(listings[name]) for name in folders if states[place][name] == "ok"}
+            members |= {name: [[e["relpath"], e["md5"]] for e in entries] for name, entries in intact.items()}
+        files = {name for name in outs.values() if not name.endswith(".dir")}
+        files |= {name for entries in members.values() for _, name in entries}
+        for place, store in stores.items():
+            states[place] |= _each(sorted(files), partial(_check, store))
         print(json.dumps({"outs": outs, "members": members, "states": states}))
 
 
@@ -43,7 +50,16 @@ def _each(names: Iterable[str], work: Any) -> dict[str, Any]:
         return dict(zip(names, pool.map(work, names), strict=True))
 
 
+def _check(store: Any, name: str) -> str:
+    try:
+        with store.fs.open(store.oid_to_path(name), "rb") as file:
+            return _state(name, hashlib.file_digest(file, _md5).hexdigest())
+    except FileNotFoundError:
+        return "missing"
+
+
 def _read(store: Any, name: str) -> bytes | None:
+    """Return the listing of a folder, which is small; None where there is none."""
     try:
         content: bytes = store.fs.cat_file(store.oid_to_path(name))
     except FileNotFoundError:
@@ -51,11 +67,12 @@ def _read(store: Any, name: str) -> bytes | None:
     return content
 
 
-def _state(name: str, content: bytes | None) -> str:
-    if content is None:
-        return "missing"
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+def _state(name: str, found: str) -> str:
     return "ok" if found == name.removesuffix(".dir") else "corrupt"
+
+
+def _md5(content: bytes = b"") -> Any:
+    return hashlib.md5(content, usedforsecurity=False)
 
 
 if __name__ == "__main__":

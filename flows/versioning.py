@@ -144,14 +144,14 @@ def dvc(*arguments: str, folder: Path = Path()) -> str:
 
 
 def objects(*remote: str) -> Any:
-    """Return what `flows.objects` finds in the cache, or in a remote, "" being the default one.
+    """Return what `flows.objects` finds in the cache, and in a remote, "" being the default one.
 
     Raises SageError where that cannot be read.
     """
     command = [sys.executable, "-m", "flows.objects", *remote]
     done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
     if done.returncode:
-        place = "the remote" if remote else "the cache"
+        place = "cache and remote" if remote else "the cache"
         raise SageError(f"DVC cannot read {place}: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
     return json.loads(done.stdout)
 
