@@ -40,6 +40,7 @@ def measure(folder):
     return (folder / "model" / FILE).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_measurement_is_read_back_and_a_killed_run_goes_on_to_the_same_bytes(project, monkeypatch, capsys):
     draw, calls = calibrate._pictures, []
 
@@ -72,7 +73,7 @@ def test_groups_of_every_threshold_are_measured_once():
     assert len({tuple(members) for members in found}) == len(found)
     assert all(len(members) > 1 for members in found)
     worst = worst_similarity(x, found)
-    assert min(worst) < 0.5 and max(worst) > 0.7
+    assert min(worst) < 0.6 and max(worst) > 0.7
 
 
 def test_independent_pictures_have_no_damage(project):
