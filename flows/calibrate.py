@@ -106,7 +106,8 @@ def draw(model: Path, examples: Sequence[Example], groups: Groups, settings: Any
 
 
 def _open(model: Path) -> Any:
-    pipe: Any = SharedSamplingPipeline.from_pretrained(model).to(device())
+    pipe: Any = SharedSamplingPipeline.from_pretrained(model)
+    pipe.to(device())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
