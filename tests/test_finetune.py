@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import re
 import signal
 import subprocess
@@ -135,6 +136,7 @@ def test_an_exploding_rate_ends_with_code_4(tune, tmp_path):
     said = tmp_path / "said"
 
     def stage():
+        os.chdir(tmp_path)
         sys.stderr = said.open("w")
         guard(lambda: tune(learning_rate=1.0e20))
 

@@ -52,7 +52,7 @@ def train(work, processes, accumulate, rank):
         str(accumulate),
         str(rank),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=work.parent)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=work.parent)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"{processes} processes") == processes
     last, first = checkpoint.complete(work)

@@ -282,5 +282,5 @@ def test_an_accumulated_gradient_is_that_of_the_whole_batch(parts, tmp_path):
         tensors = checkpoint.latest(work, {}).tensors
         moments.append(([tensors[name] for name in tensors if name.endswith("exp_avg")], losses))
     for whole, summed in zip(moments[0][0], moments[1][0], strict=True):
-        torch.testing.assert_close(summed, whole, rtol=1e-5, atol=1e-8)
-    assert moments[1][1] == pytest.approx(moments[0][1], rel=1e-5)
+        torch.testing.assert_close(summed, whole, rtol=1e-4, atol=1e-7)
+    assert moments[1][1] == pytest.approx(moments[0][1], rel=1e-4)

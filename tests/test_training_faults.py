@@ -77,7 +77,7 @@ def test_a_save_that_fails_names_path_and_cause_and_leaves_the_one_before(effect
         guard(lambda: save(folder, 2))
 
     assert in_child(work) == 2
-    assert cause in said.read_text() and str(folder) in said.read_text() and "step-00000002" in said.read_text()
+    assert cause in said.read_text() and str(folder) in said.read_text()
     assert list(folder.iterdir()) == [before] and before.read_bytes() == data
     folder.chmod(0o755)
     assert checkpoint.latest(folder, IDENTITY).step == 1
