@@ -60,7 +60,7 @@ def test_prompts_of_another_script_are_counted_and_latin_ones_are_not(prompts, t
     assert "2 in a script other than Latin" in capsys.readouterr().out
     prompts.write_text("un chien\nein Hund\n", encoding="utf-8")
     main(prompts, page=tmp_path / "page.html")
-    assert "script" not in capsys.readouterr().out
+    assert "other than Latin" not in capsys.readouterr().out
 
 
 def test_a_hostile_prompt_stays_text_in_the_page(prompts, tmp_path):
