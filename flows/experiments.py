@@ -28,7 +28,7 @@ from dvc.utils.hydra import apply_overrides
 try:
     apply_overrides("params.yaml", sys.argv[1:])
 except Exception as error:
-    sys.exit(str(error))
+    sys.exit(str(error.__cause__ or error))
 """
 # It writes 1e-05, which in the YAML that the stages read is a text.
 _FLOAT = re.compile(r"(?<![\w.])(-?\d+)e([-+]\d+)(?![\w.])")
