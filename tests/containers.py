@@ -105,7 +105,7 @@ class Stack:
     def run(self, command: list[str], name: str, folder: Path) -> str:
         """Run a command as a person beside a service does; return what it printed."""
         done = subprocess.run(
-            command, env=self.environment(name), cwd=folder, capture_output=True, text=True, timeout=300
+            command, env=self.environment(name), cwd=folder, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
