@@ -280,7 +280,7 @@ def test_an_accumulated_gradient_is_that_of_the_whole_batch(parts, tmp_path):
         work = tmp_path / str(accumulate)
         losses = fit(net, split(net), schedule, work=work, identity={}, accumulate=accumulate).losses
         tensors = checkpoint.latest(work, {}).tensors
-        moments.append(([tensors[name] for name in tensors if name.endswith("exp_avg")], losses))
+        moments.append(([tensors[name] for name in sorted(tensors) if name.endswith("exp_avg")], losses))
     for whole, summed in zip(moments[0][0], moments[1][0], strict=True):
         torch.testing.assert_close(summed, whole, rtol=1e-4, atol=1e-7)
     assert moments[1][1] == pytest.approx(moments[0][1], rel=1e-4)
