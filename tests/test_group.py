@@ -136,7 +136,7 @@ def test_the_guard_parts_what_params_ask_for(project):
     assert not any(pair <= set(members["ids"]) for members in groups["train"]["groups"])
     assert metrics["train"]["groups"] == len(plain["train"]["groups"]) + 1
     configure(project, threshold=0.6, guard=["shape"])
-    with pytest.raises(ConfigurationError, match="group.guard"):
+    with pytest.raises(ConfigurationError, match=r"group\.guard"):
         stage(project)
 
 
