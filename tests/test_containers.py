@@ -247,7 +247,7 @@ def test_the_four_doors_of_a_team(stack, project):
     assert "Completed" in stack.run(run, "deployments", project), stack.log("worker")
 
     assert "challenger" in stack.run(["sage", "compare"], "worker", project)
-    assert "version 1 is champion" in stack.run(["sage", "promote"], "worker", project)
+    assert "version 1 of sage is champion" in stack.run(["sage", "promote"], "worker", project)
     weights = list((stack.state / "objects/mlflow").rglob("*.safetensors"))
     assert weights, "the model is in the object store"
 
