@@ -146,6 +146,12 @@ def pretrain(context: typer.Context) -> None:
     _delegate("flows.pretrain", context)
 
 
+@app.command(context_settings=_DELEGATE, rich_help_panel="Models")
+def calibrate(context: typer.Context) -> None:
+    """Measure what sharing costs at which similarity, and keep it with the model; `group.quality` reads it."""
+    _delegate("flows.calibrate", context)
+
+
 @app.command(rich_help_panel="Models")
 def register() -> None:
     """Register the model that `sage run` made as challenger, if it passed its gates; twice makes no second version."""

@@ -30,8 +30,6 @@ try:
 except Exception as error:
     sys.exit(str(error.__cause__ or error))
 """
-# It writes 1e-05, which in the YAML that the stages read is a text.
-_FLOAT = re.compile(r"(?<![\w.])(-?\d+)e([-+]\d+)(?![\w.])")
 
 
 def check_name(name: str) -> None:
@@ -51,10 +49,8 @@ def set_parameters(folder: Path, overrides: Sequence[str]) -> None:
             said = [line for line in done.stderr.splitlines() if line.startswith(("Could not", "Key ", "Error", "no "))]
             reason = " ".join(said or done.stderr.split())
             raise ConfigurationError(f"override {override!r}: {reason}")
-    path = folder / "params.yaml"
-    path.write_text(_FLOAT.sub(r"\1.0e\2", path.read_text(encoding="utf-8")), encoding="utf-8")
     try:
-        load_params(path)
+        load_params(folder / "params.yaml")
     except ConfigurationError as error:
         raise ConfigurationError(f"with {', '.join(overrides)}: {error}") from error
 

@@ -1,5 +1,6 @@
 """`params.yaml` as strict, frozen models: one section a stage, every problem reported at once by its path."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -198,10 +199,20 @@ class Params(Section):
     evaluate: Evaluate
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-05, as DVC writes 0.00001, as a number: so does YAML 1.2, but not 1.1."""
+
+
+_NUMBER = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def load_params(path: Path = Path("params.yaml")) -> Params:
     """Return the configuration; raise ConfigurationError with one line for every problem."""
     try:
-        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values: Any = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506
     except FileNotFoundError as error:
         raise ConfigurationError(f"{path} does not exist. Run from the project's top folder.") from error
     except yaml.YAMLError as error:

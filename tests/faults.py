@@ -11,7 +11,7 @@ import cloudpickle
 
 from sage import files
 
-# Children come from a process that has no thread of torch's, faiss's or MLflow's: a fork of the tests' own dies of those.
+# Children come from a process without threads of torch, faiss or MLflow, of which a fork of the tests' own would die.
 CLEAN = multiprocessing.get_context("forkserver")
 CLEAN.set_forkserver_preload(["torch", "mlflow.pyfunc", "pytest", "sage.base", "flows.tracking"])
 

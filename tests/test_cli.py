@@ -10,7 +10,7 @@ from flows import tables
 from flows.cli import main
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["run", "flow", "doctor", "generate", "group", "pretrain", "register", "promote", "compare"]
+COMMANDS = ["run", "flow", "doctor", "generate", "group", "pretrain", "calibrate", "register", "promote", "compare"]
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,13 @@ def test_the_shipped_file_is_valid_and_frozen():
         params.group.threshold = 0.1
 
 
+@pytest.mark.parametrize("number", ["1e-05", "1.0e-5", "0.00001"])
+def test_a_number_is_a_number_however_dvc_writes_it(tmp_path, number):
+    text = changed(tmp_path).read_text().replace("learning_rate: 0.0001", f"learning_rate: {number}")
+    (tmp_path / "params.yaml").write_text(text)
+    assert load_params(tmp_path / "params.yaml").finetune.learning_rate == 1e-5
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -4,9 +4,9 @@ import sys
 
 import operated
 import pytest
-import yaml
 
 from flows import experiments, versioning
+from sage.config import load_params
 from sage.errors import ConfigurationError, SageError
 
 
@@ -31,10 +31,10 @@ def test_parameters_change_in_the_tree_and_nowhere_else(project):
     before = (project / "params.yaml").read_bytes()
     with experiments.work_tree("one") as tree:
         experiments.set_parameters(tree, ["group.max_size=3", "finetune.learning_rate=1e-5", "generate.seeds=[4,5]"])
-        values = yaml.safe_load((tree / "params.yaml").read_text())
-        assert values["group"]["max_size"] == 3
-        assert values["finetune"]["learning_rate"] == 1e-5
-        assert values["generate"]["seeds"] == [4, 5]
+        values = load_params(tree / "params.yaml")
+        assert values.group.max_size == 3
+        assert values.finetune.learning_rate == 1e-5
+        assert values.generate.seeds == [4, 5]
         with pytest.raises(SageError, match="experiment one is running"), experiments.work_tree("one"):
             pass
     assert not tree.exists()

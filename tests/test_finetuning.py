@@ -9,9 +9,9 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch.nn import functional as F
 
 from sage import base, diffusion, sampling
+from sage.batches import Batches, endless
 from sage.denoiser import Denoiser
 from sage.errors import DataError, UnsupportedError
-from sage.batches import Batches, endless
 from sage.finetuning import TrainingSet, finetuning_loss
 from sage.training import Schedule, fit, spaced
 
