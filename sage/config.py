@@ -205,8 +205,6 @@ class _Loader(yaml.SafeLoader):
 
 _NUMBER = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
