@@ -451,6 +451,14 @@ def test_an_adapter_is_also_there_in_mlflows_own_form(project, weights, tmp_path
     assert draw(pipe) != draw(stock)
 
 
+def test_a_figure_that_could_not_be_measured_is_listed_as_missing(project, weights):
+    sage = {"kernel_distance": figure(0.1), "seed_diversity": {"value": None, "low": None, "high": None, "n": 96}}
+    sage |= {"alignment": figure(0.5), "group_diversity": figure(0.4), "nfe_per_image": figure(12.0)}
+    register(weights, arms={"sage": sage})
+    (row,) = tracking.versions()
+    assert (row["seed_diversity"], row["kernel_distance"]) == ("-", "0.1")
+
+
 def before_call(number: int) -> None:
     """Kill this process before the given call of MLflow's client, counted from 1."""
     count = itertools.count(1)

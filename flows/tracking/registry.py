@@ -96,7 +96,8 @@ def versions(model: str = MODEL) -> list[dict[str, str]]:
         row = {"version": str(found.version), "alias": ", ".join(sorted(names.get(str(found.version), [])))}
         for key, value in sorted(found.tags.items()):
             if key.startswith(METRIC):
-                row[key.removeprefix(METRIC)] = f"{json.loads(value)['value']:.4g}"
+                figure = json.loads(value)["value"]
+                row[key.removeprefix(METRIC)] = "-" if figure is None else f"{figure:.4g}"
         rows.append(row | {"revision": found.tags.get("sage.revision", "")[:12]})
     return sorted(rows, key=lambda row: -int(row["version"]))
 
