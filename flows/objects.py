@@ -28,7 +28,7 @@ def main() -> None:
         outs = {out.fs_path: out.hash_info.value for out in repo.index.outs if out.use_cache and out.hash_info}
         folders = sorted({name for name in outs.values() if name.endswith(".dir")})
         states: dict[str, dict[str, str]] = {}
-        members = {}
+        members: dict[str, list[list[str]]] = {}
         for place, store in stores.items():
             listings = _each(folders, partial(_read, store))
             states[place] = {
