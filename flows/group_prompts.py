@@ -9,7 +9,7 @@ import typer
 from flows.group import ENCODER, cache, choose_threshold, figures, form
 from flows.groups_page import groups_page
 from flows.terminal import progress, run
-from sage.ambiguity import Kind
+from sage.ambiguity import KINDS
 from sage.config import load_params
 from sage.embedding import embed
 from sage.errors import DataError
@@ -26,7 +26,11 @@ def main(
     threshold: Annotated[float | None, typer.Option(help="Instead of what params.yaml asks for.")] = None,
     max_size: Annotated[int | None, typer.Option(help="Instead of what params.yaml asks for.")] = None,
     guard: Annotated[
-        list[Kind] | None, typer.Option(help="Prompts that differ in this never share; may be given several times.")
+        list[str] | None,
+        typer.Option(
+            help=f"Prompts that differ in this never share: {', '.join(KINDS)}. May be given several times.",
+            callback=lambda kinds: _known(kinds),
+        ),
     ] = None,
 ) -> None:
     """Say how prompts group, what sharing would save, and which groups are the widest; draw them."""
@@ -56,6 +60,12 @@ def main(
     _tables(texts, groups, worst, values["saving"])
     write_text(page, groups_page("Groups of prompts", summary, texts, embeddings, groups, worst))
     typer.echo(f"wrote {page}")
+
+
+def _known(kinds: list[str] | None) -> list[str] | None:
+    if unknown := sorted(set(kinds or ()) - set(KINDS)):
+        raise typer.BadParameter(f"{', '.join(unknown)}: the kinds are {', '.join(KINDS)}")
+    return kinds
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -92,7 +92,6 @@ def test_a_killed_stage_resumes_to_the_same_model(tune, tmp_path, project):
         from pathlib import Path
         import torch
         from flows import finetune
-from flows.terminal import guard
         project, threads = sys.argv[1:]
         torch.set_num_threads(int(threads))
         finetune.CHECKPOINT_EVERY, finetune.REPORT_EVERY = 2, 1

@@ -103,7 +103,7 @@ def untouched(project):
 
 def test_deployments_are_those_of_the_file(worker, address):
     found = {d["name"]: d for d in ask(address, "deployments/filter", {})}
-    assert set(found) == {"all", "data", "model", "evaluate", "promote", "promote-with-approval"}
+    assert set(found) == {"all", "data", "model", "evaluate", "generate", "promote", "promote-with-approval"}
     form = found["all"]["parameter_openapi_schema"]["definitions"]["Range"]["properties"]
     assert all(field["title"] and field["description"] for field in form.values())
     assert form["until"]["enum"] == ["prepare", "group", "finetune", "generate", "evaluate"]

@@ -417,6 +417,7 @@ def test_promotion_to_another_registry_copies_once_and_verifies_the_copy(project
         tracking.fetch("models:/production@champion", project / "again")
 
 
+@pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated:FutureWarning")  # MLflow's loader calls it so
 def test_an_adapter_is_also_there_in_mlflows_own_form(project, weights, tmp_path, monkeypatch):
     """Logged by its own flavor, it makes of the base what the merged weights are."""
     import mlflow.diffusers
