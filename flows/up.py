@@ -72,6 +72,8 @@ def up(port: int, tracking_port: int, check: bool) -> None:
 def _environment(prefect: str, mlflow: str) -> dict[str, str]:
     return os.environ | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        # prefect.yaml has the runs take place in $PWD, which only a shell keeps true.
+        "PWD": str(Path.cwd()),
         "PREFECT_API_URL": f"{prefect}/api",
         "PREFECT_HOME": str((STATE / "prefect").resolve()),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -111,6 +111,9 @@ def answers(address: str) -> bool:
     """Return whether a server is up."""
     try:
         return ask(address, "health") is True
+    except urllib.error.HTTPError as error:
+        error.close()
+        return False
     except urllib.error.URLError:
         return False
 

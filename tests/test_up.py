@@ -62,7 +62,7 @@ def test_it_listens_on_loopback_and_ctrl_c_ends_all_that_it_started(project):
     assert {("127.0.0.1", port), ("127.0.0.1", tracking)} <= listens
     assert {ip for ip, _ in listens} == {"127.0.0.1"}
     process.send_signal(signal.SIGINT)
-    process.wait(60)
+    process.communicate(timeout=60)
     took = operated.wait_for(lambda: gone(started), 30)
     print(f"\nall ended {took:.1f} s after it")
 

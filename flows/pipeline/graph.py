@@ -63,6 +63,11 @@ def register() -> dict[str, Any]:
 @flow(name="sage-pipeline")
 def sage_pipeline(run: Range = _WHOLE) -> dict[str, Any]:
     """Bring stages up to date in the order of dvc.yaml, show the results, register the model."""
+    if run.overrides and versioning.stages()[-1] not in STAGES[: STAGES.index(run.until) + 1]:
+        raise ConfigurationError(
+            f"overrides make an experiment, which is the whole graph, but the range ends at {run.until}; leave out "
+            "`until`, or the overrides."
+        )
     reach_tracking()
     with _place(run.overrides) as (tree, tags), tracking.pipeline_run(tags) as pipeline:
         # A work tree of an experiment is empty, so what stands before the range is brought there as well.
