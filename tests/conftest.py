@@ -11,6 +11,8 @@ os.environ |= {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "DVC_NO_ANALYTICS": "true",
+    # Two processes of tests share two cores, and threads that wait for each other's core are slower than one.
+    "OMP_NUM_THREADS": "1",
 }
 
 # A runner in the background inherits SIGINT as ignored, and so would every process that a test interrupts.
