@@ -238,6 +238,7 @@ def test_only_loopback_is_listened_on(stack):
 
 
 @pytest.mark.slow
+@pytest.mark.stack
 def test_the_four_doors_of_a_team(stack, project):
     """One reproduces, one runs a deployment, one promotes, one is served a picture: on PostgreSQL, S3 and passwords."""
     stack.run(["dvc", "repro"], "worker", project)

@@ -26,6 +26,7 @@ from sage.files import sha256_tree, write_json
 TEXTS = ["red cat", "red dog", "blue cat", "tall tree", "big tree", "snow"]
 GROUPS = [["p0", "p1", "p2"], ["p3", "p4"], ["p5"]]
 SETTINGS = {"steps": 6, "warmup": 1, "decay": 2, "evaluations": 9, "learning_rate": 1.0e-3, "ema": 0.5}
+SETTINGS["weights"] = {"diffusion": 1.0, "shared": 1.0, "branch": 1.0, "consistency": 0.1}
 
 
 @pytest.fixture(scope="module")

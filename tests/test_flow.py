@@ -169,8 +169,11 @@ def test_a_promotion_waits_for_a_person_who_sees_figures_and_pictures(flow_run, 
             paused = ask(server, "flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}})
         assert len(paused) == 1, process.communicate()[0]
         run = paused[0]["id"]
-        form = ask(server, f"flow_runs/{run}/input/filter", {"prefix": "paused"})
-        shown = next(row["value"] for row in form if row["key"].endswith("description"))
+        shown = ""  # the form comes a moment after the state
+        while not shown and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.5)
+            form = ask(server, f"flow_runs/{run}/input/filter", {"prefix": "paused"})
+            shown = next((row["value"] for row in form if row["key"].endswith("description")), "")
         assert "Make version 1 champion?" in shown
         assert "| kernel_distance |" in shown
         assert "data:image/jpeg;base64," in shown
