@@ -3,6 +3,8 @@
 import os
 import signal
 
+import pytest
+
 # Before any library reads them.
 os.environ |= {
     "SAGE_TRACKING_URI": "off",
@@ -17,3 +19,9 @@ os.environ |= {
 
 # A runner in the background inherits SIGINT as ignored, and so would every process that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files with slow tests first, so that no process is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

@@ -4,15 +4,17 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import requests
+import small
+from requests.adapters import HTTPAdapter
+from urllib3 import Retry
 
 from flows import leash
 
@@ -59,14 +61,7 @@ def project(folder: Path) -> Path:
     (folder / ".gitignore").write_text("/work/\n/tries\n__pycache__\n/mlflow.db\n")
     for name in ("params.yaml", "prefect.yaml"):
         shutil.copy(ROOT / name, folder)
-    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
-    for command in (
-        ["git", "init", "-q"],
-        [sys.executable, "-m", "dvc", "init", "-q"],
-        ["git", "add", "-A"],
-        [*git, "commit", "-qm", "start"],
-    ):
-        subprocess.run(command, check=True, cwd=folder)
+    small.commit_all(folder)
     return folder
 
 
@@ -111,20 +106,19 @@ def answers(address: str) -> bool:
     """Return whether a server is up."""
     try:
         return ask(address, "health") is True
-    except urllib.error.HTTPError as error:
-        error.close()
-        return False
-    except urllib.error.URLError:
+    except requests.RequestException:
         return False
 
 
 def ask(address: str, path: str, body: object = None) -> Any:
     """Return what the server's interface answers."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"{address}/{path}", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        text = answer.read()
-        return json.loads(text) if text else None
+    # A server that finds its database busy says 503, and every client of its own asks again.
+    again = Retry(connect=0, read=0, status=6, backoff_factor=0.5, status_forcelist=[503], allowed_methods=None)
+    with requests.Session() as session:
+        session.mount(address, HTTPAdapter(max_retries=again))
+        answer = session.request("GET" if body is None else "POST", f"{address}/{path}", json=body, timeout=30)
+    answer.raise_for_status()
+    return answer.json() if answer.content else None
 
 
 def start(address: str, deployment: str, **parameters: object) -> str:

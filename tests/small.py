@@ -42,6 +42,12 @@ def project(folder: Path) -> Path:
         evaluate__resamples=100,
         evaluate__gates=[_GATE],
     )
+    commit_all(folder)
+    return folder
+
+
+def commit_all(folder: Path) -> None:
+    """Make a folder a git and DVC repository with everything committed."""
     git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
     for command in (
         ["git", "init", "-q"],
@@ -50,7 +56,6 @@ def project(folder: Path) -> Path:
         [*git, "commit", "-qm", "start"],
     ):
         subprocess.run(command, check=True, cwd=folder)
-    return folder
 
 
 def pictures(folder: Path) -> None:

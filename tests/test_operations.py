@@ -10,6 +10,7 @@ from pathlib import Path
 
 import operated
 import pytest
+import requests
 import tiny
 from operated import artifacts, ask, start, state, wait_for
 
@@ -159,10 +160,8 @@ def test_a_bad_input_fails_the_run_with_its_name(worker, address, run, said):
 
 @pytest.mark.parametrize("run", [{"until": "grouping"}, {"untill": "group"}, {"overrides": ["no value"]}])
 def test_what_no_form_allows_is_refused_before_there_is_a_run(worker, address, run):
-    with pytest.raises(operated.urllib.error.HTTPError) as caught:
+    with pytest.raises(requests.HTTPError, match=r"409|422"):
         start(address, "sage-pipeline/data", run=run)
-    with caught.value as refused:
-        assert refused.code in (409, 422)
 
 
 def test_a_stage_that_died_is_tried_again_and_nothing_else_is(worker, address, environment):
