@@ -24,7 +24,7 @@ from sage import adapter
 from sage import base as base_model
 from sage.batches import Batches
 from sage.config import Finetune, load_params
-from sage.data import Example, load_pixels, read_groups, read_split
+from sage.data import Example, check_sums, load_pixels, read_groups, read_split
 from sage.denoiser import Denoiser
 from sage.errors import DataError
 from sage.files import digest, new_folder, sha256, sha256_tree, write_json
@@ -54,6 +54,7 @@ def main(
     """Fine-tune the base model on the groups of the training split; a killed run goes on where it was."""
     settings = load_params().finetune
     accelerator = Accelerator(cpu=device() == "cpu", mixed_precision="no")
+    check_sums(data)
     pipeline = load(base).to(accelerator.device)
     examples = read_split(data, "train")
     members = tuple(map(tuple, read_groups(groups / "train.json", examples)[0]))

@@ -1,6 +1,7 @@
 """Captioned pictures as the stages share them: one ImageFolder (Hugging Face's form) a split.
 
-A prepared folder also holds `accounting.jsonl`, a line for every input row; sage.preparation writes both.
+A prepared folder also holds `accounting.jsonl`, a line for every input row, and SHA256SUMS, for `sha256sum --check`;
+sage.preparation writes them all.
 """
 
 import hashlib
@@ -15,7 +16,9 @@ import numpy as np
 from PIL import Image
 
 from sage.errors import DataError
+from sage.files import sha256
 
+SUMS = "SHA256SUMS"
 SPLITS = ("train", "validation", "test")
 SMALL_FAMILY = 4  # pictures; of a family with fewer, none is held out
 
@@ -57,6 +60,30 @@ def assign_splits(
         held_out = ["test"] * n_test + ["validation"] * n_validation
         split_of |= dict(zip(order[:-1], held_out, strict=False))
     return [split_of[picture] for picture in pictures]
+
+
+def write_sums(folder: Path) -> None:
+    """Write the hash of every file of a prepared folder into it."""
+    lines = (f"{found}  {name}\n" for name, found in _sums(folder).items())
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def check_sums(folder: Path) -> None:
+    """Raise DataError where a prepared folder's files are not those that were written; it names the first."""
+    if not (folder / SUMS).is_file():
+        raise DataError(f"{folder / SUMS} does not exist. Run `dvc repro prepare`.")
+    lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    wanted, found = {line[66:]: line[:64] for line in lines}, _sums(folder)
+    if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
+        raise DataError(
+            f"{folder} is damaged: {len(wrong)} files are not as they were prepared, first {wrong[0]}. Run "
+            "`dvc repro --force prepare`."
+        )
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name: sha256(folder / name) for name in names if name != SUMS}
 
 
 def read_split(folder: Path, split: str) -> list[Example]:

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from sage.captions import clean_caption
-from sage.data import SMALL_FAMILY, SPLITS, assign_splits
+from sage.data import SMALL_FAMILY, SPLITS, assign_splits, write_sums
 from sage.errors import DataError
 from sage.files import new_folder, sha256_tree
 from sage.pictures import compose, decode, pixel_hash
@@ -50,6 +50,7 @@ def prepare(
         for split in SPLITS:
             _write_split(temporary, split, [entry for entry in kept if entry["split"] == split])
         _write_lines(temporary / ACCOUNTING, entries)
+        write_sums(temporary)
     return _summary(entries, counts) | {"digest": sha256_tree(folder)}
 
 

@@ -2,6 +2,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from PIL import Image
 
 from flows import finetune
 from flows.terminal import guard
-from sage import base
+from sage import base, data
 from sage.errors import DataError, DivergedError
 from sage.files import sha256_tree, write_json
 
@@ -42,6 +43,7 @@ def project(tmp_path_factory):
         for row in rows:
             Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(pictures / row["file_name"])
         write_groups(folder / "data/groups", split, GROUPS)
+    data.write_sums(folder / "data/prepared")
     torch.manual_seed(0)
     base.save(base.assemble(tiny.autoencoder(), tiny.unet(cross_attention_dim=384)), folder / "base")
     return folder
@@ -59,13 +61,13 @@ def tune(project, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "CHECKPOINT_EVERY", 2)
     shipped = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())
 
-    def run(groups=project / "data/groups", base_folder=project / "base", **changes):
+    def run(
+        groups=project / "data/groups", base_folder=project / "base", prepared=project / "data/prepared", **changes
+    ):
         (tmp_path / "params.yaml").write_text(
             yaml.safe_dump(shipped | {"finetune": shipped["finetune"] | SETTINGS | changes})
         )
-        finetune.main(
-            base_folder, project / "data/prepared", groups, tmp_path / "tuned", tmp_path / "finetune.json", Path("work")
-        )
+        finetune.main(base_folder, prepared, groups, tmp_path / "tuned", tmp_path / "finetune.json", Path("work"))
         return json.loads((tmp_path / "finetune.json").read_text())
 
     return run
@@ -197,6 +199,30 @@ def test_groups_of_other_data_are_refused(groups, tune, tmp_path):
     write_groups(tmp_path / "groups", "validation", GROUPS)
     with pytest.raises(DataError, match="no partition of the split's 6 prompts"):
         tune(groups=tmp_path / "groups")
+
+
+@pytest.mark.parametrize("fault", ["a bit", "another caption", "cut off", "missing", "extra", "no sums"])
+def test_damaged_data_is_never_trained_on(fault, project, tune, tmp_path):
+    prepared = tmp_path / "prepared"
+    shutil.copytree(project / "data/prepared", prepared)
+    named = prepared / {"another caption": "train/metadata.jsonl", "no sums": data.SUMS}.get(fault, "train/p1.png")
+    content = named.read_bytes()
+    match fault:
+        case "a bit":
+            # In a chunk that no decoder needs, so that only the hash tells.
+            named.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        case "another caption":
+            named.write_bytes(content.replace(b"red dog", b"red fog"))
+        case "cut off":
+            named.write_bytes(content[:-20])
+        case "missing" | "no sums":
+            named.unlink()
+        case "extra":
+            named = prepared / "train/p9.png"
+            named.write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(named.relative_to(prepared).as_posix())):
+        tune(prepared=prepared)
+    assert not (tmp_path / "tuned").exists()
 
 
 def test_a_missing_base_is_named(tune, tmp_path):

@@ -20,7 +20,7 @@ from test_pictures import REJECTED, drawing, encoded, rejected_file
 from flows.prepare import main
 from flows.terminal import run
 from sage import twemoji
-from sage.data import SPLITS, load_pixels, read_split
+from sage.data import SPLITS, SUMS, load_pixels, read_split
 from sage.errors import DataError
 from sage.files import sha256_tree
 from sage.imagefolder import read_folder
@@ -150,7 +150,9 @@ def test_what_is_kept_is_written_as_an_image_folder_a_split(good: Path, tmp_path
             assert np.array_equal(pixels, np.asarray(noise(int(example.text.split()[-1]))))
         ids += [example.id for example in examples]
     assert len(ids) == len(set(ids)) == 20
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {*SPLITS, ACCOUNTING}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*SPLITS, ACCOUNTING, SUMS}
+    assert len((tmp_path / "out" / SUMS).read_text().splitlines()) == len(ids) + len(SPLITS) + 1
+    subprocess.run(["sha256sum", "--check", "--quiet", "--strict", SUMS], cwd=tmp_path / "out", check=True)
 
 
 def test_a_duplicate_is_dropped_and_a_repeated_picture_stays_in_one_split(tmp_path: Path) -> None:
