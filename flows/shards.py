@@ -4,6 +4,7 @@
     python -m flows.shards draw --out s3://pictures/run --shard 3/8     on any machine, in any order, again after a kill
     python -m flows.shards finish --out s3://pictures/run               manifest and contact sheet, once
 
+With --judge, `draw` also measures its pictures, and `finish` puts the measures together in evaluation.json.
 A shard is whole batches of whole groups, so what is evaluated together is the same whoever evaluates it. Addresses are
 fsspec's: a folder, s3://, memory://. A picture appears there whole or not at all; a shard makes only what is missing.
 """
@@ -11,6 +12,7 @@ fsspec's: a folder, s3://, memory://. A picture appears there whole or not at al
 import json
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,11 +26,18 @@ from flows import drawing, prompts
 from flows.machine import device
 from flows.prompts import Item
 from flows.terminal import guard
+from sage.config import load_params
+from sage.embedding import embed
 from sage.errors import ConfigurationError, DataError
 from sage.files import new_file, write_json
+from sage.metrics.alignment import cosines, load_alignment
+from sage.metrics.extractors import EfficientNetLite0, read_pictures
+from sage.metrics.parts import MEASURES, Sums, figures, sums
+from sage.plan import Plan
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-PLAN, RUN = "plan.json", "run.json"
+PLAN, RUN, EVALUATION = "plan.json", "run.json", "evaluation.json"
+ALIGNMENT = Path("models/alignment")
 Out = Annotated[str, typer.Option(help="Where the pictures go: a folder, s3://..., or another fsspec address.")]
 
 
@@ -74,17 +83,25 @@ def plan(
 def draw(
     out: Out,
     shard: Annotated[str, typer.Option(metavar="I/N", help="Which shard, from 1, of how many.")] = "1/1",
+    judge: Annotated[bool, typer.Option("--judge", help="Also measure how they fit their prompts and differ.")] = False,
 ) -> None:
     """Make the pictures of one shard that are missing."""
     found = _read_plan(out)
-    settings, groups = found["settings"], found["groups"]
-    items = [item for item in found["items"] if item.error is None]
-    mine = members(groups, settings["batch_size"], *_number(shard))
+    number, count = _number(shard)
+    batches = part(found["groups"], found["settings"]["batch_size"], number, count)
     there = set(_names(out))
+    mine = [member for batch in batches for _, group in batch for member in group]
+    items = _drawable(found)
     wanted = {place for place in mine if f"{items[place].id}.png" not in there}
     typer.echo(f"shard {shard}: {len(mine)} prompts, {len(wanted)} to draw")
-    if not wanted:
-        return
+    if wanted:
+        _draw(out, found, wanted)
+    if judge and _judged(number, count) not in there:
+        _judge(out, items, batches, _judged(number, count))
+
+
+def _draw(out: str, found: dict[str, Any], wanted: set[int]) -> None:
+    items, groups, settings = _drawable(found), found["groups"], found["settings"]
     pipe, name, _, _ = prompts.open_model(found["address"])
     if name != found["model"]:
         raise DataError(f"{found['address']} is model {name[:12]} now, but the run began with {found['model'][:12]}.")
@@ -97,11 +114,34 @@ def draw(
             picture.unlink()
 
 
+def _judge(out: str, items: Sequence[Item], batches: list[list[tuple[int, list[int]]]], name: str) -> None:
+    """Write the sums of a shard's groups; batch by batch, as it was drawn, for arithmetic depends on the company."""
+    extract, encoder = EfficientNetLite0(device()), load_alignment(ALIGNMENT)
+    rows: list[Sums] = []
+    for batch in batches:
+        mine = [member for _, group in batch for member in group]
+        place = {member: i for i, member in enumerate(mine)}
+        with tempfile.TemporaryDirectory() as temporary:
+            paths = [Path(temporary) / f"{items[member].id}.png" for member in mine]
+            for path in paths:
+                _get(f"{out}/{path.name}", path)
+            features = extract(read_pictures(paths))
+        fit = cosines(encoder, features[:, None], embed([items[member].prompt for member in mine]))[:, 0]
+        groups = [[place[member] for member in group] for _, group in batch]
+        rows += sums([number for number, _ in batch], groups, features, fit)
+    with tempfile.TemporaryDirectory() as temporary:
+        write_json(Path(temporary) / name, [asdict(row) for row in rows])
+        _put(Path(temporary) / name, f"{out}/{name}")
+
+
 @app.command()
-def finish(out: Out) -> None:
-    """Write the manifest and the contact sheet; raise DataError where a picture is missing."""
+def finish(
+    out: Out,
+    judged: Annotated[int, typer.Option(min=0, help="How many shards were drawn with --judge; 0: none.")] = 0,
+) -> None:
+    """Write the manifest and the contact sheet; raise DataError where a picture or a measure is missing."""
     found = _read_plan(out)
-    items = [item for item in found["items"] if item.error is None]
+    items = _drawable(found)
     there = set(_names(out))
     if missing := [item.id for item in items if f"{item.id}.png" not in there]:
         raise DataError(
@@ -115,13 +155,44 @@ def finish(out: Out) -> None:
         prompts.contact_sheet(folder, [item.id for item in items], found["groups"])
         for name in ("contact.png", "manifest.jsonl"):
             _put(folder / name, f"{out}/{name}")
+        if judged:
+            values = _evaluation(out, found, judged)
+            write_json(folder / EVALUATION, values)
+            _put(folder / EVALUATION, f"{out}/{EVALUATION}")
+            typer.echo(", ".join(f"{name} {values[name]['value']:.4g}" for name in MEASURES))
     typer.echo(f"{len(items)} pictures in {out}")
 
 
-def members(groups: list[list[int]], batch_size: int, number: int, count: int) -> list[int]:
-    """Return the prompts of one shard, from 1, of `count`: every count-th batch; shards are a partition."""
-    batches = list(drawing.batches(groups, 4 * batch_size))[number - 1 :: count]
-    return [member for batch in batches for group in batch for member in group]
+def _evaluation(out: str, found: dict[str, Any], shards: int) -> dict[str, Any]:
+    """Return what was measured of all pictures, and what they cost."""
+    names = [_judged(number, shards) for number in range(1, shards + 1)]
+    if missing := [name for name in names if name not in _names(out)]:
+        raise DataError(f"{len(missing)} of {shards} shards are not judged, first {missing[0]}: `draw --judge` them")
+    rows = [Sums(**row) for name in names for row in _read(out, name)]
+    settings, groups, params = found["settings"], found["groups"], load_params().evaluate
+    plan = Plan.shared(groups, found["steps"], settings["share_ratio"])
+    measured = figures(rows, len(groups), draws=params.resamples, confidence=params.confidence, seed=params.seed)
+    cost = {"nfe_per_image": plan.nfe(settings["guidance_scale"] > 1) / plan.prompts, "saving": plan.saving}
+    errors = len(found["items"]) - plan.prompts
+    return {"model": found["model"], "prompts": plan.prompts, "errors": errors, "groups": len(groups)} | cost | measured
+
+
+def part(groups: list[list[int]], batch_size: int, number: int, count: int) -> list[list[tuple[int, list[int]]]]:
+    """Return the batches of one shard, from 1, of `count`: every count-th batch of (number, members) of groups."""
+    batches = []
+    first = 0
+    for batch in drawing.batches(groups, 4 * batch_size):
+        batches.append([(first + i, list(group)) for i, group in enumerate(batch)])
+        first += len(batch)
+    return batches[number - 1 :: count]
+
+
+def _judged(number: int, count: int) -> str:
+    return f"judged-{number}-of-{count}.json"
+
+
+def _drawable(found: dict[str, Any]) -> list[Item]:
+    return [item for item in found["items"] if item.error is None]
 
 
 def _number(shard: str) -> tuple[int, int]:
@@ -134,9 +205,13 @@ def _number(shard: str) -> tuple[int, int]:
 def _read_plan(out: str) -> dict[str, Any]:
     if PLAN not in _names(out):
         raise DataError(f"{out} has no {PLAN}; run `python -m flows.shards plan` first")
-    with fsspec.open(f"{out}/{PLAN}", "rb") as file:
-        found: dict[str, Any] = json.load(file)
+    found: dict[str, Any] = _read(out, PLAN)
     return found | {"items": [Item(**item) for item in found["items"]]}
+
+
+def _read(out: str, name: str) -> Any:
+    with fsspec.open(f"{out}/{name}", "rb") as file:
+        return json.load(file)
 
 
 def _names(address: str) -> list[str]:

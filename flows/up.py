@@ -43,7 +43,7 @@ def up(port: int, tracking_port: int, check: bool) -> None:
     with ExitStack() as stack:
         parts = {
             "prefect": stack.enter_context(
-                _part("prefect", _prefect("server", "start", "--host", HOST, "--port", str(port)), environment)
+                _part("prefect", [sys.executable, "-m", "flows.pipeline.local", str(port)], environment)
             ),
             "mlflow": stack.enter_context(_part("mlflow", _mlflow(tracking_port), environment)),
         }

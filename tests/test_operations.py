@@ -1,6 +1,8 @@
 """How runs are operated, on a real Prefect server with a real worker: retries, cancelling, death, experiments."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -232,9 +234,11 @@ def test_a_lost_worker_costs_its_shard_only_and_the_bytes_are_those_of_one_machi
     ]
     (tmp_path / "prompts.txt").write_text("\n".join(texts) + "\n")
     (tmp_path / "params.yaml").write_text((operated.ROOT / "params.yaml").read_text())
+    shutil.copytree(operated.ROOT / "models/alignment", tmp_path / "models/alignment")
     out, whole = tmp_path / "out", tmp_path / "whole"
     settings = {"steps": 4, "share_ratio": 0.5, "guidance_scale": 3.0, "batch_size": 1}
     batch = {"prompts": str(tmp_path / "prompts.txt"), "out": str(out), "model": str(tmp_path / "model"), "shards": 4}
+    batch |= {"judge": True}
     code = (
         "from flows.pipeline import generate_batch; from flows.pipeline.forms import Batch\n"
         f"generate_batch(Batch(**{batch | settings!r}))"
@@ -257,5 +261,7 @@ def test_a_lost_worker_costs_its_shard_only_and_the_bytes_are_those_of_one_machi
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "flows.prompts", batch["prompts"], "--out", str(whole), "--model", batch["model"]]
     subprocess.run([*command, *options], env=one, cwd=tmp_path, check=True, capture_output=True)
-    (out / "plan.json").unlink()
+    assert json.loads((out / "evaluation.json").read_text())["alignment"]["n"] == len(texts)
+    for path in [out / "plan.json", out / "evaluation.json", *out.glob("judged-*")]:
+        path.unlink()
     assert sha256_tree(out) == sha256_tree(whole)

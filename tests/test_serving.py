@@ -17,6 +17,7 @@ import sage.torchvision_ops  # noqa: F401
 
 import pytest
 import test_tracking
+import tiny
 import torch
 from PIL import Image
 
@@ -38,7 +39,7 @@ def project(tmp_path_factory):
     """A folder whose registry has one champion."""
     folder = tmp_path_factory.mktemp("project")
     torch.manual_seed(0)
-    base.save(base.assemble(base.new_autoencoder(), base.new_unet()), folder / "weights")
+    base.save(base.assemble(tiny.autoencoder(), tiny.unet(cross_attention_dim=384)), folder / "weights")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("SAGE_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")

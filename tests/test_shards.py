@@ -12,8 +12,12 @@ import pytest
 import tiny
 
 from flows import leash, prompts, shards
+from sage.embedding import embed
 from sage.errors import ConfigurationError, DataError
 from sage.files import sha256, sha256_tree
+from sage.metrics.alignment import cosines, load_alignment
+from sage.metrics.diversity import group_diversity
+from sage.metrics.extractors import EfficientNetLite0, read_pictures
 
 TEXTS = [f"{colour} {thing}" for thing in ("cat", "dog", "tree", "house") for colour in ("red", "blue", "big")]
 OPTIONS = {"steps": 4, "share_ratio": 0.5, "guidance_scale": 3.0, "batch_size": 1, "seed": 0}
@@ -59,7 +63,10 @@ def hashes(out):
 @pytest.mark.parametrize("count", [1, 2, 3, 50])
 def test_shards_are_a_partition_of_whole_groups(count):
     groups = [[0, 3], [1], [2, 4, 5], [6], [7, 8], [9]]
-    parts = [shards.members(groups, 1, number, count) for number in range(1, count + 1)]
+    parts = [
+        [member for batch in shards.part(groups, 1, number, count) for _, group in batch for member in group]
+        for number in range(1, count + 1)
+    ]
     assert sorted(itertools.chain(*parts)) == list(range(10))
     assert all(set(group) <= set(part) or not set(group) & set(part) for group in groups for part in parts)
 
@@ -82,6 +89,36 @@ def test_a_shard_that_is_drawn_again_makes_only_what_is_missing(source, model, w
     draw_all(source, model, str(out), 2)
     assert hashes(str(out)) == whole
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+
+
+def test_judged_shards_give_the_figures_of_all_pictures(source, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(operated.ROOT)
+    found = []
+    for count in (1, 3):
+        out = str(tmp_path / f"of-{count}")
+        shards.plan(source, out, model, **OPTIONS)
+        for number in range(1, count + 1):
+            if number == 2:
+                with pytest.raises(DataError, match="pictures are missing"):
+                    shards.finish(out, judged=count)
+            shards.draw(out, f"{number}/{count}", judge=True)
+        shards.finish(out, judged=count)
+        found.append((tmp_path / f"of-{count}/evaluation.json").read_text())
+    assert found[0] == found[1]
+    values = json.loads(found[0])
+    # From all pictures at once, as no shard sees them.
+    groups = json.loads((tmp_path / "of-3/plan.json").read_text())["groups"]
+    features = EfficientNetLite0()(read_pictures(sorted((tmp_path / "of-3").glob("0*.png"))))
+    distances, n = group_diversity(features[:, None], groups)
+    assert values["group_diversity"]["value"] == pytest.approx(distances.sum() / n.sum(), rel=1e-4)
+    fit = cosines(load_alignment(shards.ALIGNMENT), features[:, None], embed(TEXTS))
+    assert values["alignment"]["value"] == pytest.approx(fit.mean(), abs=1e-4)
+    assert (values["prompts"], values["errors"], values["alignment"]["n"]) == (12, 0, 12)
+    # Half of four steps under guidance is shared: a group of m costs 2 * (2 + 2 m).
+    assert values["nfe_per_image"] == sum(4 + 4 * len(group) for group in groups) / 12
+    (tmp_path / "of-3/judged-2-of-3.json").unlink()
+    with pytest.raises(DataError, match=r"1 of 3 shards are not judged, first judged-2-of-3.json"):
+        shards.finish(out, judged=3)
 
 
 def test_a_folder_of_another_run_is_refused(source, model, tmp_path):
@@ -109,19 +146,16 @@ def test_a_shard_that_is_none_is_refused(source, model, tmp_path, shard):
         shards.draw(out, shard)
 
 
-def test_without_prompts_or_plan_there_is_one_message(tmp_path):
-    for command, said in (
-        (["plan", "memory://none.txt", "--out", "x", "--model", "y"], "memory://none.txt does not exist"),
-        (["draw", "--out", str(tmp_path), "--shard", "1/1"], "has no plan.json"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "flows.shards", *command],
-            env=os.environ,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert (done.returncode, said in done.stderr, "Traceback" in done.stderr) == (2, True, False)
+def test_without_prompts_there_is_no_plan(tmp_path, model):
+    with pytest.raises(DataError, match=r"memory://none.txt does not exist"):
+        shards.plan("memory://none.txt", str(tmp_path / "out"), model)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_plan_there_is_one_message(tmp_path):
+    command = [sys.executable, "-m", "flows.shards", "draw", "--out", str(tmp_path), "--shard", "1/1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "has no plan.json" in done.stderr, "Traceback" in done.stderr) == (2, True, False)
 
 
 @pytest.fixture

@@ -9,18 +9,22 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import sage.torchvision_ops  # noqa: F401
 
+import operated
+import psutil
 import pytest
 import tiny
 import torch
 from faults import in_child, kill
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from flows import tracking
+from flows import leash, tracking
 from flows.tracking import runs
 from sage import adapter, base
 from sage.config import Params, load_params
@@ -56,7 +60,7 @@ def weights(tmp_path_factory):
     """A small random model of the form that the registry keeps."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("weights") / "sage"
-    base.save(base.assemble(base.new_autoencoder(), base.new_unet()), folder)
+    base.save(base.assemble(tiny.autoencoder(), tiny.unet(cross_attention_dim=384)), folder)
     return folder
 
 
@@ -568,3 +572,41 @@ def test_no_acknowledged_version_is_lost_when_writers_are_killed(project):
     wanted = acknowledged.read_text().split()
     assert len(wanted) > 10
     assert set(wanted) <= known
+
+
+@pytest.mark.stack
+def test_no_acknowledged_version_is_lost_when_the_server_is_killed(project, monkeypatch):
+    port = operated.free_port()
+    where = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    stores = ["--backend-store-uri", tracking.address(), "--artifacts-destination", str(project / "store")]
+    command = [sys.executable, "-m", "mlflow", "server", *where, *stores]
+    monkeypatch.setenv("SAGE_TRACKING_URI", f"http://127.0.0.1:{port}")
+    acknowledged: list[str] = []
+
+    @contextmanager
+    def server():
+        with (project / "log").open("ab") as log:
+            process = leash.start(command, log, os.environ)
+        operated.wait_for(lambda: operated.listens(port), 120)
+        try:
+            yield process
+        finally:
+            leash.end(process)
+
+    def register_until_it_fails(name: str) -> None:
+        for number in itertools.count():
+            acknowledged.append(register(small_model(Path("m"), f"{name}-{number}")).version)
+
+    for number in range(10):
+        with server() as process:
+            tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+            threading.Timer(random.uniform(0.2, 2.0), lambda tree=tree: [one.kill() for one in tree]).start()
+            with pytest.raises((SageError, MlflowException)):
+                register_until_it_fails(str(number))
+        with sqlite3.connect("mlflow.db") as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    with server():
+        known = {str(version.version) for version in client().search_model_versions("name = 'sage'")}
+        assert len(acknowledged) > 10 and set(acknowledged) <= known
+        for version in known:
+            tracking.fetch(version, project / "check" / version)

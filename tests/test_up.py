@@ -9,6 +9,7 @@ import sys
 import operated
 import psutil
 import pytest
+import requests
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +32,10 @@ def start_up(project, *options):
         text=True,
     )
     return process, port, tracking
+
+
+def status(address, host):
+    return requests.get(address, headers={"Host": host}, timeout=30).status_code
 
 
 def gone(processes):
@@ -61,6 +66,10 @@ def test_it_listens_on_loopback_and_ctrl_c_ends_all_that_it_started(project):
     }
     assert {("127.0.0.1", port), ("127.0.0.1", tracking)} <= listens
     assert {ip for ip, _ in listens} == {"127.0.0.1"}
+    for number, path in ((port, "api/health"), (tracking, "api/2.0/mlflow/experiments/get?experiment_id=0")):
+        address = f"http://127.0.0.1:{number}/{path}"
+        assert [status(address, f"{host}:{number}") for host in ("127.0.0.1", "localhost")] == [200, 200]
+        assert status(address, "stranger.example") in (400, 403), path
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     took = operated.wait_for(lambda: gone(started), 30)

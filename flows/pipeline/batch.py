@@ -42,15 +42,16 @@ def plan(batch: Batch) -> None:
     retry_delay_seconds=exponential_backoff(2),
     retry_condition_fn=may_pass,
 )
-def draw(out: str, number: int, count: int) -> None:
-    """Draw what is missing of one shard, in a process of its own."""
-    shown.run(f"shard-{number}", "flows.shards", "draw", "--out", out, "--shard", f"{number}/{count}")
+def draw(out: str, number: int, count: int, judge: bool) -> None:
+    """Draw what is missing of one shard, and judge it, in a process of its own."""
+    options = ["--judge"] if judge else []
+    shown.run(f"shard-{number}", "flows.shards", "draw", "--out", out, "--shard", f"{number}/{count}", *options)
 
 
 @task(cache_policy=NO_CACHE, retries=3, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
-def finish(out: str) -> None:
-    """Write manifest and contact sheet."""
-    shown.run("finish", "flows.shards", "finish", "--out", out)
+def finish(out: str, judged: int) -> None:
+    """Write manifest and contact sheet, and the figures of so many judged shards."""
+    shown.run("finish", "flows.shards", "finish", "--out", out, f"--judged={judged}")
 
 
 @flow(name="sage-generate", task_runner=_runner())
@@ -58,9 +59,9 @@ def generate_batch(batch: Batch) -> dict[str, Any]:
     """Draw pictures for a list of prompts; the same bytes, however many draw them."""
     reach_tracking()
     plan(batch)
-    shards = [draw.submit(batch.out, number, batch.shards) for number in range(1, batch.shards + 1)]
+    shards = [draw.submit(batch.out, number, batch.shards, batch.judge) for number in range(1, batch.shards + 1)]
     wait(shards)
     for shard in shards:
         shard.result()
-    finish(batch.out)
+    finish(batch.out, batch.shards if batch.judge else 0)
     return {"out": batch.out, "shards": batch.shards}

@@ -84,6 +84,9 @@ class Batch(Form):
         description="A registered version, models:/sage@champion or models:/sage/3, or a pipeline's folder.",
     )
     shards: int = Field(1, ge=1, le=10_000, title="Shards", description="Parts that machines draw on their own.")
+    judge: bool = Field(
+        False, title="Judge", description="Also measure alignment and diversity within groups: evaluation.json."
+    )
     seed: int = Field(0, ge=0, lt=2**31, title="Seed", description="The same seed gives the same pictures.")
     steps: int | None = Field(None, ge=1, le=1000, title="Steps", description="Else as the version was judged.")
     share_ratio: float | None = Field(
