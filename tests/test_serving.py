@@ -1,9 +1,11 @@
 """A registered version, asked over HTTP, in Python and from the shell: MLflow's own server, started as a user does."""
 
 import base64
+import importlib.util
 import io
 import json
 import os
+import py_compile
 import signal
 import socket
 import subprocess
@@ -22,7 +24,7 @@ import torch
 from PIL import Image
 
 from flows import prompts, tracking
-from flows.tracking import runs
+from flows.tracking import content, runs
 from sage import base
 from sage.errors import RegistryError
 from sage.stream import image_seeds
@@ -70,6 +72,10 @@ def server(project):
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
+
+
+def store() -> Path:
+    return Path(runs.client(tracking.address()).get_model_version("sage", "1").source.removeprefix("file://"))
 
 
 def up(port: int) -> bool:
@@ -235,8 +241,7 @@ def test_another_kind_of_content_is_refused(server):
 def test_what_was_overwritten_after_registration_is_not_loaded(project, name, before, after):
     import mlflow.pyfunc
 
-    source = runs.client(tracking.address()).get_model_version("sage", "1").source
-    file = Path(source.removeprefix("file://")) / name
+    file = store() / name
     whole = file.read_bytes()
     assert before in whole
     try:
@@ -248,3 +253,25 @@ def test_what_was_overwritten_after_registration_is_not_loaded(project, name, be
     finally:
         file.write_bytes(whole)
     assert prompts.open_model("models:/sage@1")[2]["share_ratio"] == 0.5
+
+
+def test_bytecode_that_python_leaves_in_the_store_is_no_damage(project):
+    code = "import mlflow.pyfunc; mlflow.pyfunc.load_model('models:/sage@champion')"
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], env=kept, check=True, capture_output=True)
+    assert list((store() / "__pycache__").glob("served.*.pyc"))
+    assert prompts.open_model("models:/sage@1")[2]["share_ratio"] == 0.5
+
+
+def test_bytecode_that_somebody_left_in_the_store_is_never_run(project, tmp_path):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    # Python takes such bytecode without a look at its source.
+    planted = importlib.util.cache_from_source(str(store() / "served.py"))
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    py_compile.compile(str(tmp_path / "evil.py"), planted, doraise=True, invalidation_mode=mode)
+    try:
+        assert content.draws(tracking.fetch("1", tmp_path / "fetched"))
+        assert not (tmp_path / "ran").exists()
+    finally:
+        Path(planted).unlink()

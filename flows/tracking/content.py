@@ -5,6 +5,7 @@ make them fit. It is compared before anything of them is parsed.
 """
 
 import logging
+import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from sage.errors import RegistryError
 from sage.files import digest, sha256
 
 FILES_HASH = "sage.files_sha256"  # the tag of a version
-# MLflow writes it beside the files of a version when it loads one, where they are local even into the store itself.
-_LOADED_AS = "registered_model_meta"
+# Loading a version writes these beside its files, where they are local even into the store itself: MLflow what was
+# loaded, Python the bytecode of served.py.
+_LOADED_AS, _BYTECODE = "registered_model_meta", "__pycache__"
 _WEIGHTS = "artifacts/model"
 ADAPTER = "pytorch_lora_weights.safetensors"
 
@@ -111,7 +113,8 @@ def pyfunc() -> Any:
 
 def files_hash(folder: Path) -> str:
     """Return one SHA-256 for all files of a version, whether or not MLflow has loaded it from there."""
-    found = (path for path in folder.rglob("*") if path.is_file() and path != folder / _LOADED_AS)
+    written = {folder / _LOADED_AS, folder / _BYTECODE}
+    found = (path for path in folder.rglob("*") if path.is_file() and not written & {path, path.parent})
     return digest({path.relative_to(folder).as_posix(): sha256(path) for path in found})
 
 
@@ -123,6 +126,8 @@ def download(tracker: Any, version: Any, folder: Path) -> Version:
     source = tracker.get_model_version_download_uri(version.name, version.version)
     uri = tracker.tracking_uri
     files = Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=uri, registry_uri=uri))
+    # Python would run it in the place of served.py, whose hash is compared.
+    shutil.rmtree(files / _BYTECODE, ignore_errors=True)
     _compare(files, version)
     model = yaml.safe_load((files / "MLmodel").read_text(encoding="utf-8"))
     return Version(files, model["flavors"]["python_function"]["config"])
