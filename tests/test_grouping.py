@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.cluster.hierarchy import fcluster, linkage
 from sklearn.feature_extraction.text import TfidfVectorizer
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from sage import grouping, neighbours
 from sage import linkage as sage_linkage
@@ -182,6 +183,18 @@ def test_neighbours_of_a_large_set_are_nearly_those_of_all_pairs(monkeypatch):
     found = set(zip(a.tolist(), b.tolist(), strict=True))
     assert found <= exact and len(found) > 0.97 * len(exact)
     assert (a < b).all() and (cosine >= 0.9).all()
+
+
+def test_the_number_of_threads_does_not_matter(monkeypatch):
+    monkeypatch.setattr(neighbours, "ALL_PAIRS", 0)
+    monkeypatch.setattr(neighbours, "EXACT", 0)
+    x = random_rows(3000, d=32, spread=0.1)
+    found = []
+    for threads in (1, 2, 3):
+        with threadpool_limits(threads):
+            assert {pool["num_threads"] for pool in threadpool_info()} == {threads}
+            found.append(group(x, 0.8, 6))
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_limited_graph_costs_no_correctness_and_little_saving(monkeypatch):
