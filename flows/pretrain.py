@@ -74,8 +74,12 @@ def denoiser(
         seed=settings.seed,
     )
     _fit(network, loss, settings, work / "denoiser", data, files.sha256_tree(vae))
+    card = out / "README.md"
+    said = card.read_text(encoding="utf-8") if card.exists() else None
     base.save(base.assemble(autoencoder, network), out)
-    typer.echo(f"wrote {out}")
+    if said is not None:
+        files.write_text(card, said)
+    typer.echo(f"wrote {out}. Its card and what sharing costs it are not measured anew: edit {card}, `sage calibrate`.")
 
 
 @app.command("alignment")
