@@ -40,7 +40,7 @@ REPORT_EVERY = 10
 WITHOUT_EFFECT = {"pictures_every"}
 # The pictures to look at: so many groups of the validation split, so many of each, made as generate does by default.
 GROUPS, MEMBERS = 4, 4
-STEPS, GUIDANCE = 8, 3.0
+STEPS, GUIDANCE = 4, 1.0
 
 
 def main(
