@@ -54,8 +54,9 @@ class Form:
     ratios: tuple[float, ...]
 
 
-FULL = Form(3, (2, 3, 4, 5, 6, 8, 10, 14, 20, 30, 50), (4, 6, 8, 10, 14, 20), (0.2, 0.3, 0.4, 0.5, 0.6))
-QUICK = Form(1, (4, 5, 6, 8, 10, 14), (), (0.4,))
+# Four steps, as shipped, can share only quarters.
+FULL = Form(3, (1, 2, 3, 4, 5, 6, 8, 10, 14, 20, 50), (2, 3, 4, 6, 10, 20), (0.25, 0.5, 0.75))
+QUICK = Form(1, (1, 2, 3, 4, 6, 10), (), (0.25, 0.5))
 
 
 class Judge:

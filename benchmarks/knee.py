@@ -1,6 +1,6 @@
 """Where more steps stop to buy quality: the base model's distances against steps, on the validation split.
 
-    python -m benchmarks.knee --steps 2,3,4,5,6,8,10,12,16,20
+    python -m benchmarks.knee --steps 1,2,4,8,20 --guidance-scale 3
 
 Chosen on validation, never on the held-out test split. State is kept, so a second call makes only what is missing.
 """
@@ -33,8 +33,8 @@ def main(
     model: Annotated[Path, typer.Option(help="A model folder.")] = Path("models/base"),
     data: Annotated[Path, typer.Option(help="Prepared data.")] = Path("data/prepared"),
     alignment: Annotated[Path, typer.Option(help="The dual encoder.")] = Path("models/alignment"),
-    steps: Annotated[str, typer.Option(help="Numbers of steps.")] = "2,3,4,5,6,8,10,12,16,20",
-    guidance_scale: Annotated[float, typer.Option(help="Guidance scale.")] = 3.0,
+    steps: Annotated[str, typer.Option(help="Numbers of steps.")] = "1,2,3,4,6,8,10,14,20",
+    guidance_scale: Annotated[float, typer.Option(help="Guidance scale.")] = 1.0,
     work: Annotated[Path, typer.Option(help="Where features are kept.")] = Path("work/knee"),
 ) -> None:
     """Print kernel distance, Frechet distance and alignment of independent sampling for each number of steps."""

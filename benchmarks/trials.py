@@ -55,7 +55,7 @@ class Recipe:
 class Point:
     """One way to draw a split's pictures: a model, a number of steps, what is shared, and a solver.
 
-    `share`: a share ratio for all groups; or "adaptive" or "tree", plans of the evaluations that ratio 0.4 costs.
+    `share`: a share ratio for all groups; or "adaptive" or "tree", plans that cost what the shipped ratio does.
     """
 
     model: Recipe | None
@@ -90,7 +90,7 @@ class Trials:
         """Return which steps are shared."""
         if not isinstance(point.share, str):
             return Plan.shared(self.groups, point.steps, point.share)
-        saving = Plan.shared(self.groups, point.steps, 0.4).saving
+        saving = Plan.shared(self.groups, point.steps, self.params.generate.share_ratio).saving
         if point.share == "adaptive":
             pairs = zip(self.groups, self.similarity, strict=True)
             nested = [Cluster(s, tuple(group)) if len(group) > 1 else group[0] for group, s in pairs]
@@ -98,7 +98,7 @@ class Trials:
             settings = self.params.group
             found = tree(self.embeddings, 0.5, 2 * settings.max_size, settings.near_duplicate)
             nested = clusters(found.size, found.merges)
-        return plan_for_budget(nested, point.steps, saving, most=0.6).plan
+        return plan_for_budget(nested, point.steps, saving, most=0.75).plan
 
     def nfe(self, point: Point) -> float:
         """Return the network evaluations per image, guidance counted."""
