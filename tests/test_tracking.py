@@ -83,9 +83,9 @@ def client() -> MlflowClient:
 
 
 def params() -> Params:
-    """The shipped parameters, drawing in two steps."""
+    """The shipped parameters, drawing in two steps under guidance."""
     values = load_params(SHIPPED).model_dump()
-    values["generate"] |= {"steps": 2, "share_ratio": 0.5}
+    values["generate"] |= {"steps": 2, "share_ratio": 0.5, "guidance_scale": 3.0}
     return Params.model_validate(values)
 
 
