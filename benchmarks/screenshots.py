@@ -13,7 +13,9 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -69,7 +71,11 @@ def find_browser() -> str:
 def prefect_run(address: str) -> str:
     """Return the page of the newest finished run of the pipeline."""
     wanted = {"flows": {"name": {"any_": ["sage-pipeline"]}}, "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
-    found = ask(f"{address}/api/flow_runs/filter", wanted | {"sort": "START_TIME_DESC", "limit": 1})
+    # `sage up` has the server ask for a token with every change, and it takes a filter for one.
+    with urllib.request.urlopen(f"{address}/api/csrf-token?client=screenshots", timeout=30) as answer:
+        token = json.load(answer)["token"]
+    headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "screenshots"}
+    found = ask(f"{address}/api/flow_runs/filter", wanted | {"sort": "START_TIME_DESC", "limit": 1}, headers)
     if not found:
         sys.exit(f"error: {address} has no finished run of sage-pipeline: prefect deployment run sage-pipeline/all")
     return f"{address}/runs/flow-run/{found[0]['id']}"
@@ -87,9 +93,10 @@ def mlflow_comparison(address: str) -> str:
     return f"{address}/#/compare-runs?runs={quote(json.dumps(runs))}&experiments={quote(json.dumps([experiment]))}"
 
 
-def ask(address: str, body: object) -> Any:
+def ask(address: str, body: object, headers: Mapping[str, str] = MappingProxyType({})) -> Any:
     """Return what a server answers to JSON."""
-    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    kind = {"Content-Type": "application/json"}
+    request = urllib.request.Request(address, json.dumps(body).encode(), kind | dict(headers))
     with urllib.request.urlopen(request, timeout=30) as answer:
         return json.load(answer)
 
@@ -98,14 +105,7 @@ def shoot(browser: str, address: str, path: Path) -> None:
     """Write a picture of a page once it has had ten seconds of its own time to load."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         taken = Path(folder) / "page.png"
-        command = [
-            browser,
-            "--headless",
-            "--disable-gpu",
-            "--hide-scrollbars",
-            *_QUIET,
-            f"--user-data-dir={folder}/user",
-        ]
+        command = [browser, *_QUIET, f"--user-data-dir={folder}/user"]
         if os.geteuid() == 0:
             command.append("--no-sandbox")  # Chromium's own sandbox refuses root
         command += ["--window-size=1280,900", "--virtual-time-budget=10000", f"--screenshot={taken}", address]
