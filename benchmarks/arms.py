@@ -102,12 +102,12 @@ def choose(
     work: Work = Path("work/arms"),
     page: Page = Path("docs/results.md"),
     seeds: Annotated[int, typer.Option(help="Training seeds.")] = 1,
-    only: Annotated[str, typer.Option(help="Recipes whose name contains this.")] = "",
+    only: Annotated[str, typer.Option(help="Recipes whose name contains this, or one of several with commas.")] = "",
 ) -> None:
     """Train every recipe and judge its shared and its independent pictures on the validation split."""
     params = load_params()
     judge = Judge(Trials(params, "validation", work))
-    chosen = {name: recipe for name, recipe in recipes(params).items() if only in name}
+    chosen = {name: recipe for name, recipe in recipes(params).items() if any(part in name for part in only.split(","))}
     rows = []
     steps, ratio = params.generate.steps, params.generate.share_ratio
     for name, recipe in chosen.items():
