@@ -166,7 +166,8 @@ def finish(
 def _evaluation(out: str, found: dict[str, Any], shards: int) -> dict[str, Any]:
     """Return what was measured of all pictures, and what they cost."""
     names = [_judged(number, shards) for number in range(1, shards + 1)]
-    if missing := [name for name in names if name not in _names(out)]:
+    there = set(_names(out))
+    if missing := [name for name in names if name not in there]:
         raise DataError(f"{len(missing)} of {shards} shards are not judged, first {missing[0]}: `draw --judge` them")
     rows = [Sums(**row) for name in names for row in _read(out, name)]
     settings, groups, params = found["settings"], found["groups"], load_params().evaluate
