@@ -46,17 +46,17 @@ Page = Annotated[Path, typer.Option(help="The page whose figures are rewritten; 
 
 @dataclass(frozen=True)
 class Form:
-    """How much is measured: training seeds, steps of the frontiers by solver, and share ratios."""
+    """How much is measured: training seeds, share ratios, and the steps of both frontiers, of one training seed."""
 
     seeds: int
-    ddim: tuple[int, ...]
-    dpm: tuple[int, ...]
     ratios: tuple[float, ...]
+    independent: tuple[int, ...]
+    dpm: tuple[int, ...]
+    shared: tuple[int, ...]
 
 
-# Four steps, as shipped, can share only quarters.
-FULL = Form(3, (1, 2, 3, 4, 5, 6, 8, 10, 14, 20, 50), (2, 3, 4, 6, 10, 20), (0.25, 0.5, 0.75))
-QUICK = Form(1, (1, 2, 3, 4, 6, 10), (), (0.25, 0.5))
+FULL = Form(3, (0.25, 0.5, 0.75), (1, 2, 3, 4, 5, 6, 8, 12, 20, 50), (2, 4, 8, 20), (2, 4, 6, 8, 12, 20))
+QUICK = Form(1, (0.5,), (2, 4, 6, 8), (), (4, 8))
 
 
 class Judge:
@@ -226,7 +226,7 @@ def arms_table(judge: Judge, arms: Arms) -> str:
 
 def goals_table(judge: Judge, arms: Arms, form: Form) -> str:
     """Return the goals that the project set itself, what was reached, and whether the interval reaches it, too."""
-    steps, ratio, full = arms.steps, arms.ratio, max(form.ddim)
+    steps, ratio, full = arms.steps, arms.ratio, max(form.shared)
     sage, plain = arms.at("SAGE", steps, ratio), arms.at("standard", steps, ratio)
     alone, base_full = arms.at("base", steps), arms.at("base", full)
     goals: list[tuple[str, tuple[float, float, float], Callable[[float], bool]]] = [
@@ -289,14 +289,13 @@ def similarity_table(judge: Judge, arms: Arms) -> str:
 def frontiers(judge: Judge, arms: Arms, form: Form, picture: Path) -> str:
     """Return the iso-quality saving at every shared point, and draw quality against cost with both frontiers."""
     independent = {
-        (f"independent, {model}, {solver}"): [arms.at(model, steps, 0.0, solver) for steps in counts]
-        for solver, counts in (("ddim", form.ddim), ("dpm++", form.dpm))
+        (f"independent, {model}, {solver}"): [arms.at(model, steps, 0.0, solver)[:1] for steps in counts]
+        for solver, counts in (("ddim", form.independent), ("dpm++", form.dpm))
         for model in ("base", "standard")
         if counts
     }
     shared = {
-        f"shared, {model}": [arms.at(model, steps, arms.ratio) for steps in form.ddim if steps * arms.ratio >= 1]
-        for model in arms.models
+        f"shared, {model}": [arms.at(model, steps, arms.ratio)[:1] for steps in form.shared] for model in arms.models
     }
     nfe = np.array([judge.trials.nfe(points[0]) for series in independent.values() for points in series])
     frontier = np.column_stack([judge.draws(points) for series in independent.values() for points in series])

@@ -23,6 +23,7 @@ import sage
 from flows.machine import device
 from flows.terminal import progress
 from sage.config import Finetune, Params
+from sage.damage import model_digest
 from sage.data import read_groups, read_split
 from sage.embedding import embed
 from sage.files import digest, new_file, sha256, sha256_tree, write_text
@@ -47,7 +48,9 @@ class Recipe:
     def settings(self, shipped: Finetune) -> Finetune:
         """Return the whole configuration."""
         values = shipped.model_dump()
-        values |= dict(self.changes) | {"weights": values["weights"] | dict(self.weights), "seed": self.seed}
+        # A recipe is hashable, the configuration strict: its sequences are lists.
+        changes = {name: list(value) if isinstance(value, tuple) else value for name, value in self.changes}
+        values |= changes | {"weights": values["weights"] | dict(self.weights), "seed": self.seed}
         return Finetune.model_validate(values)
 
 
@@ -109,7 +112,7 @@ class Trials:
         if recipe is None:
             return self.base
         settings = recipe.settings(self.params.finetune)
-        sources = {"base": sha256_tree(self.base), "data": sha256_tree(self.data / "train")}
+        sources = {"base": model_digest(self.base), "data": sha256_tree(self.data / "train")}
         sources |= {"groups": sha256(self.group_files / "train.json")}
         identity = settings.model_dump() | sources
         name = digest(identity | {"code": _code("finetuning", "loss", "training", "diffusion", "denoiser")})[:16]
@@ -122,7 +125,7 @@ class Trials:
         """Return what the extractors see in a point's pictures, after drawing them where they are not kept."""
         settings = self.params.generate
         identity = asdict(point) | {
-            "model": sha256_tree(self.model(point.model)),
+            "model": model_digest(self.model(point.model)),
             "plan": repr(self.plan(point)),
             "split": [self.split, sha256_tree(self.data / self.split)],
             "settings": [settings.guidance_scale, settings.seeds],

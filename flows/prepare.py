@@ -28,7 +28,7 @@ def main(
 ) -> None:
     """Check every picture and caption, hold some out, and say what became of each row."""
     params = load_params().prepare
-    rows = twemoji.rows() if params.source == "twemoji" else read_folder(raw)
+    rows = twemoji.rows(params.words) if params.source == "twemoji" else read_folder(raw)
     with stage_run("prepare", params.model_dump()) as record:
         with progress(len(rows), "prepare") as advance:
             found = prepare(

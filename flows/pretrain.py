@@ -15,7 +15,9 @@ from flows.terminal import guard, progress
 from sage import base, files, pretraining
 from sage.config import Network, load_params
 from sage.data import load_pixels, read_split
+from sage.embedding import embed
 from sage.metrics import alignment
+from sage.metrics.extractors import EfficientNetLite0, read_pictures
 from sage.training import Losses, Schedule, fit
 
 app = typer.Typer(
@@ -54,6 +56,9 @@ def denoiser(
         "work/pretrain/vae"
     ),
     work: Work = Path("work/pretrain"),
+    start: Annotated[
+        Path | None, typer.Option(help="A base whose U-Net to go on from; without it, training begins from nothing.")
+    ] = None,
     out: Out = Path("models/base"),
 ) -> None:
     """Train the U-Net on the autoencoder's latents and write the whole base model."""
@@ -61,19 +66,22 @@ def denoiser(
     autoencoder = AutoencoderKL.from_pretrained(vae).eval().requires_grad_(False)
     examples = read_split(data, "train")
     latents = pretraining.encode_pictures(autoencoder, _pictures(data, "train")) * autoencoder.config.scaling_factor
-    states = pretraining.encode_texts([*(example.text for example in examples), ""])
+    texts, captions = pretraining.captions_of([example.texts for example in examples])
+    states = pretraining.encode_texts([*texts, ""])
     torch.manual_seed(settings.seed)
-    network = base.new_unet()
+    network = base.new_unet() if start is None else base.load(start).unet.requires_grad_(True)
+    ancestors = [files.sha256_tree(folder) for folder in (vae, start) if folder is not None]
     loss = pretraining.denoiser_loss(
         network,
         base.new_scheduler(),
         latents,
         states,
+        captions,
         batch_size=settings.batch_size,
         drop_text=settings.drop_text,
         seed=settings.seed,
     )
-    _fit(network, loss, settings, work / "denoiser", data, files.sha256_tree(vae))
+    _fit(network, loss, settings, work / "denoiser", data, *ancestors)
     card = out / "README.md"
     said = card.read_text(encoding="utf-8") if card.exists() else None
     base.save(base.assemble(autoencoder, network), out)
@@ -85,8 +93,16 @@ def denoiser(
 @app.command("alignment")
 def dual_encoder(data: Data = Path("data/prepared"), out: Out = Path("models/alignment")) -> None:
     """Train the dual encoder that judges how well a picture fits its prompt, on real training pictures only."""
-    alignment.save(alignment.train_alignment(read_split(data, "train"), seed=0), out)
-    typer.echo(f"wrote {out}")
+    model = alignment.train_alignment(read_split(data, "train"), seed=0)
+    alignment.save(model, out)
+    unseen = read_split(data, "validation")
+    features = EfficientNetLite0()(read_pictures(example.path for example in unseen))
+    embeddings = embed([example.text for example in unseen])
+    for k in (1, 5):
+        captions, pictures = alignment.retrieval(model, features, embeddings, k)
+        typer.echo(f"among the {k} nearest: own caption {captions:.1%}, own picture {pictures:.1%}")
+    own = alignment.cosines(model, features[:, None], embeddings)
+    typer.echo(f"mean cosine of {len(unseen)} unseen pictures and their captions: {own.mean():.3f}. Wrote {out}.")
 
 
 def _pictures(data: Path, split: str) -> Tensor:

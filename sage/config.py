@@ -29,6 +29,7 @@ class Prepare(Section):
     """Which pictures are read, and how many are held out."""
 
     source: Literal["twemoji", "folder"]
+    words: Annotated[float, Field(gt=0, le=1)]
     image_size: Annotated[int, Field(ge=8, le=2048)]
     validation: HeldOut
     test: HeldOut

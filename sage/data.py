@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,12 +26,18 @@ SMALL_FAMILY = 4  # pictures; of a family with fewer, none is held out
 
 @dataclass(frozen=True)
 class Example:
-    """One prepared picture."""
+    """One prepared picture with its caption; `other_texts` are further captions, which only training may see."""
 
     id: str
     path: Path
     text: str
     family: str
+    other_texts: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All captions."""
+        return self.text, *self.other_texts
 
 
 def assign_splits(
@@ -96,8 +103,12 @@ def read_split(folder: Path, split: str) -> list[Example]:
         raise DataError(f"{metadata} does not exist. Run `dvc repro prepare`.")
     # Not splitlines: it also ends lines where Unicode does and JSON does not.
     lines = metadata.read_text(encoding="utf-8").rstrip("\n").split("\n")
-    rows = (json.loads(line) for line in lines)
-    return [Example(row["id"], folder / split / row["file_name"], row["text"], row["family"]) for row in rows]
+    return [_example(folder / split, json.loads(line)) for line in lines]
+
+
+def _example(folder: Path, row: dict[str, Any]) -> Example:
+    others = tuple(row.get("other_texts", ()))
+    return Example(row["id"], folder / row["file_name"], row["text"], row["family"], others)
 
 
 def read_groups(path: Path, examples: Sequence[Example]) -> tuple[list[list[int]], list[float]]:

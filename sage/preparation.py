@@ -91,6 +91,8 @@ def _check(row: Row, size: int) -> tuple[Image.Image, dict[str, Any]]:
     found: dict[str, Any] = {"text": text, "family": row.family, "pixels": pixel_hash(square), "mode": decoded.mode}
     if decoded.animated:
         found["animated"] = True
+    if row.other_texts:
+        found["other_texts"] = [clean_caption(other) for other in row.other_texts]
     if text != row.text:
         found["original_text"] = row.text
     return square, found
@@ -98,11 +100,14 @@ def _check(row: Row, size: int) -> tuple[Image.Image, dict[str, Any]]:
 
 def _write_split(folder: Path, split: str, entries: Sequence[dict[str, Any]]) -> None:
     (folder / split).mkdir()
+    several = any("other_texts" in entry for entry in entries)
     lines = []
     for entry in entries:
         name = f"{entry['id']}.png"
         (folder / name).rename(folder / split / name)
-        lines.append({"file_name": name, "text": entry["text"], "id": entry["id"], "family": entry["family"] or ""})
+        line = {"file_name": name, "text": entry["text"], "id": entry["id"], "family": entry["family"] or ""}
+        # Every line has it or none, as a table's columns are.
+        lines.append(line | ({"other_texts": entry.get("other_texts", [])} if several else {}))
     _write_lines(folder / split / "metadata.jsonl", lines)
 
 

@@ -80,6 +80,14 @@ def normalise_latents(autoencoder: AutoencoderKL, pictures: Tensor) -> None:
     autoencoder.register_to_config(scaling_factor=1.0)
 
 
+def captions_of(texts: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
+    """Return all different captions, and which of them are each picture's, of shape (n, k): few are repeated."""
+    different = list(dict.fromkeys(text for own in texts for text in own))
+    place = {text: number for number, text in enumerate(different)}
+    most = max(map(len, texts))
+    return different, torch.tensor([[place[own[k % len(own)]] for k in range(most)] for own in texts])
+
+
 @torch.no_grad()
 def encode_texts(texts: Sequence[str], batch_size: int = 64) -> Tensor:
     """Return the text states of prompts, float32 of shape (n, tokens, width), as the base pipeline computes them."""
@@ -98,6 +106,7 @@ def denoiser_loss(
     scheduler: DDIMScheduler,
     latents: Tensor,
     states: Tensor,
+    captions: Tensor,
     *,
     batch_size: int,
     drop_text: float,
@@ -105,8 +114,9 @@ def denoiser_loss(
 ) -> Callable[[int], Losses]:
     """Return the loss of step k: the squared error of the predicted v, times uniform (Salimans & Ho, 2022).
 
-    `latents` are scaled, of shape (n, ...); `states` are those of the n captions and, last, of the empty prompt, which
-    replaces a share `drop_text` of the captions for classifier-free guidance.
+    `latents` are scaled, of shape (n, ...); `states` are those of all captions and, last, of the empty prompt, which
+    replaces a share `drop_text` of the captions for classifier-free guidance; `captions`, of shape (n, k), says which
+    are a picture's, of which each step draws one.
     """
     alphas, sigmas = diffusion.noise_levels(scheduler)
     kind = scheduler.config.prediction_type
@@ -116,7 +126,8 @@ def denoiser_loss(
         rows = batch(len(latents), batch_size, seed, step)
         x_0 = latents[rows]
         dropped = torch.rand(len(rows), generator=random) < drop_text
-        condition = states[torch.where(dropped, len(latents), rows)]
+        drawn = captions[rows, torch.randint(captions.shape[1], rows.shape, generator=random)]
+        condition = states[torch.where(dropped, len(states) - 1, drawn)]
         t = (spaced(len(rows), random) * len(alphas)).long()
         eps = torch.randn(x_0.shape, generator=random)
         x_t = diffusion.add_noise(x_0, eps, alphas[t], sigmas[t])

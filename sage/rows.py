@@ -20,7 +20,8 @@ class Row:
     """One input picture with its caption, not yet checked; rows of one family are variants of each other.
 
     `file` is its name in the input's own words; `root` is the folder that reading may not leave (None: a trusted file);
-    `sha256` is what the file's hash should be; `rejected` says why it is known already to be of no use.
+    `sha256` is what the file's hash should be; `rejected` says why it is known already to be of no use; `other_texts`
+    are further captions.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Row:
     root: Path | None = None
     sha256: object = None
     rejected: Rejected | None = None
+    other_texts: tuple[str, ...] = ()
 
     def read(self, limit: int) -> bytes:
         """Return the bytes of the picture file, at most `limit`; raise Rejected where they are not to be had."""

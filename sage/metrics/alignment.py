@@ -66,7 +66,8 @@ def train(
 ) -> DualEncoder:
     """Return a dual encoder trained on pairs: float32 features (n, image width) and embeddings (n, text width).
 
-    All randomness comes from `seed`, so the same build and thread count give the same weights.
+    Pairs with the same features or the same embedding are not told apart: both texts are the picture's, or both
+    pictures the text's. All randomness comes from `seed`: the same build and thread count give the same weights.
     """
     random = torch.Generator().manual_seed(seed)
     raw, e = torch.from_numpy(features), torch.from_numpy(embeddings)
@@ -84,6 +85,8 @@ def train(
         images = F.normalize(model.image(_drop(x[rows], dropout, random)), dim=-1)
         texts = F.normalize(model.text(_drop(e[rows], dropout, random)), dim=-1)
         logits, own = images @ texts.T / temperature, torch.arange(len(rows))
+        alike = _alike(raw[rows]) | _alike(e[rows])
+        logits = logits.masked_fill(alike.fill_diagonal_(False), -torch.inf)
         loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -97,6 +100,12 @@ def train(
     return model.requires_grad_(False)
 
 
+def _alike(x: Tensor) -> Tensor:
+    """Return which rows of x are the same, of shape (n, n)."""
+    kind = np.unique(x.numpy(), axis=0, return_inverse=True)[1]
+    return torch.from_numpy(kind[:, None] == kind)
+
+
 def _drop(x: Tensor, share: float, random: torch.Generator) -> Tensor:
     """Return x with a share of its numbers at zero and the others scaled up; torch's own dropout takes no generator."""
     return x * (torch.rand(x.shape, generator=random) >= share) / (1 - share)
@@ -105,10 +114,13 @@ def _drop(x: Tensor, share: float, random: torch.Generator) -> Tensor:
 def train_alignment(
     examples: Sequence[Example], seed: int, on_batch: Callable[[int], None] = lambda n: None
 ) -> DualEncoder:
-    """Return a dual encoder trained on real pictures and captions; `on_batch(k)` is told of k more pictures."""
+    """Return a dual encoder trained on real pictures and all captions; `on_batch(k)` is told of k more pictures."""
     extract = EfficientNetLite0()
     features = extract(read_pictures(example.path for example in examples), on_batch)
-    return train(features, embed([example.text for example in examples]), seed)
+    own = np.repeat(np.arange(len(examples)), [len(example.texts) for example in examples])
+    # The same text, the same embedding: computed in another batch, its last digits differ.
+    texts, places = np.unique([text for example in examples for text in example.texts], return_inverse=True)
+    return train(features[own], embed(texts.tolist())[places], seed)
 
 
 def retrieval(model: DualEncoder, features: np.ndarray, embeddings: np.ndarray, k: int) -> tuple[float, float]:
