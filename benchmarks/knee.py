@@ -11,20 +11,24 @@ from typing import Annotated, Any
 import sage.torchvision_ops  # noqa: F401
 
 import numpy as np
+import torch
 import typer
+from diffusers import AutoencoderKL
 from rich.console import Console
 from rich.table import Table
 
 from flows.terminal import progress, run
-from sage.data import Example, read_split
+from sage.damage import model_digest
+from sage.data import Example, load_pixels, read_split
 from sage.embedding import embed
-from sage.files import new_file, sha256_tree
+from sage.files import new_file
 from sage.metrics.alignment import cosines, load_alignment
 from sage.metrics.bootstrap import value
 from sage.metrics.distances import frechet_statistic, kernel_statistic
 from sage.metrics.extractors import EfficientNetLite0, read_pictures
 from sage.pipeline import SharedSamplingPipeline, prompt_seed
 from sage.plan import Plan
+from sage.pretraining import restored
 
 SEEDS = (0, 1)
 
@@ -45,19 +49,32 @@ def main(
     encoder = load_alignment(alignment)
     each = [[place] for place in range(len(examples))]
     table = Table("steps", "kernel distance", f"frechet distance (n = {len(examples)})", "alignment")
-    digest = sha256_tree(model)[:16]
+    digest = model_digest(model)[:16]
+
+    def row(name: str, features: np.ndarray) -> None:
+        features = features.reshape(len(examples), -1, features.shape[-1])
+        kernel, frechet = (
+            value(statistic(real, features, each), len(each)) for statistic in (kernel_statistic, frechet_statistic)
+        )
+        table.add_row(name, f"{kernel:.4g}", f"{frechet:.4g}", f"{cosines(encoder, features, texts).mean():.4f}")
+
+    row("the pictures themselves", real)
+    row("through the autoencoder", extract(through_autoencoder(model, examples)))
     for count in map(int, steps.split(",")):
         kept = work / f"{digest}-{guidance_scale}-{count}.npy"
         if not kept.exists():
             features = extract(sample(model, examples, count, guidance_scale))
             with new_file(kept) as temporary, temporary.open("wb") as file:
                 np.save(file, features)
-        features = np.load(kept).reshape(len(examples), len(SEEDS), -1)
-        kernel, frechet = (
-            value(statistic(real, features, each), len(each)) for statistic in (kernel_statistic, frechet_statistic)
-        )
-        table.add_row(str(count), f"{kernel:.4g}", f"{frechet:.4g}", f"{cosines(encoder, features, texts).mean():.4f}")
+        row(str(count), np.load(kept))
     Console().print(table)
+
+
+def through_autoencoder(model: Path, examples: list[Example]) -> list[np.ndarray]:
+    """Return the real pictures after encoding and decoding: no steps can do better."""
+    network = AutoencoderKL.from_pretrained(model / "vae").eval()
+    x = restored(network, torch.from_numpy(load_pixels(examples)))
+    return list(((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
 
 
 def sample(model: Path, examples: list[Example], steps: int, guidance_scale: float) -> list[np.ndarray]:

@@ -139,11 +139,13 @@ def denoiser_loss(
 
 
 @torch.no_grad()
-def reconstruction(autoencoder: AutoencoderKL, pictures: Tensor, batch_size: int = 64) -> float:
+def restored(autoencoder: AutoencoderKL, pictures: Tensor, batch_size: int = 64) -> Tensor:
+    """Return uint8 pictures after encoding and decoding, as floats in [-1, 1] of shape (n, 3, height, width)."""
+    parts = (to_pixels(part) for part in torch.split(pictures, batch_size))
+    return torch.cat([autoencoder.decode(autoencoder.encode(x).latent_dist.mode()).sample.clamp(-1, 1) for x in parts])
+
+
+def reconstruction(autoencoder: AutoencoderKL, pictures: Tensor) -> float:
     """Return the mean peak signal-to-noise ratio in dB of uint8 pictures after encoding and decoding."""
-    ratios = []
-    for part in torch.split(pictures, batch_size):
-        x = to_pixels(part)
-        restored = autoencoder.decode(autoencoder.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
-        ratios.append(-10 * ((restored - x) / 2).square().mean(dim=(1, 2, 3)).log10())
-    return float(torch.cat(ratios).mean())
+    error = (restored(autoencoder, pictures) - to_pixels(pictures)) / 2
+    return float(-10 * error.square().mean(dim=(1, 2, 3)).log10().mean())

@@ -66,7 +66,8 @@ def test_reconstruction_is_that_of_the_definition(autoencoder, pictures):
         restored = autoencoder.decode(autoencoder.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
     errors = [((a - b) / 2).square().mean() for a, b in zip(restored, x, strict=True)]
     expected = sum(float(-10 * error.log10()) for error in errors) / len(errors)
-    assert pretraining.reconstruction(autoencoder, pictures, batch_size=4) == pytest.approx(expected, rel=1e-5)
+    assert pretraining.reconstruction(autoencoder, pictures) == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(pretraining.restored(autoencoder, pictures, batch_size=4), restored)
 
 
 def test_normalised_latents_have_unit_deviation_and_the_same_reconstruction(autoencoder, pictures):
