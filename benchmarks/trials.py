@@ -128,7 +128,7 @@ class Trials:
             "model": model_digest(self.model(point.model)),
             "plan": repr(self.plan(point)),
             "split": [self.split, sha256_tree(self.data / self.split)],
-            "settings": [settings.guidance_scale, settings.seeds],
+            "settings": [settings.guidance_scale, settings.branch_noise, settings.seeds],
             "code": _code("plan", "sampling", "stream", "pipeline", "metrics/extractors"),
         }
         kept = self.work / "features" / f"{digest(identity)[:16]}.npy"
@@ -155,6 +155,7 @@ class Trials:
                     plan=self.plan(point),
                     num_inference_steps=point.steps,
                     guidance_scale=settings.guidance_scale,
+                    branch_noise=settings.branch_noise,
                     seed=[prompt_seed(seed, example.id) for example in self.examples],
                     batch_size=settings.batch_size,
                 )

@@ -57,6 +57,7 @@ def main(
         "seeds": list(SEEDS),
         "steps": settings.steps,
         "guidance_scale": settings.guidance_scale,
+        "branch_noise": settings.branch_noise,
     }
     named = {"model": model_digest(model), "share_ratio": settings.share_ratio, "groups": groups}
     folder = work / digest(how | named)[:16]
@@ -124,6 +125,7 @@ def _pictures(pipe: Any, examples: Sequence[Example], groups: Groups, settings: 
             plan=Plan.shared(blocks, settings.steps, settings.share_ratio),
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance_scale,
+            branch_noise=settings.branch_noise,
             seed=[prompt_seed(seed, example.id) for example in members],
             batch_size=settings.batch_size,
         )

@@ -17,8 +17,9 @@ def draw(
 ) -> Iterator[tuple[int, Result, int]]:
     """Yield for each wanted prompt its number, its picture and how many of its tokens the text encoder did not read.
 
-    `settings`: steps, share_ratio, guidance_scale, negative_prompt and batch_size. A batch of which any picture is
-    wanted is made whole, and batches do not depend on what is wanted: arithmetic depends on what is evaluated together.
+    `settings`: steps, share_ratio, branch_noise, guidance_scale, negative_prompt and batch_size. A batch of which any
+    picture is wanted is made whole, and batches do not depend on what is wanted: arithmetic depends on what is evaluated
+    together.
     """
     pipe.scheduler.set_timesteps(settings["steps"])
     steps = len(pipe.scheduler.timesteps)
@@ -32,6 +33,8 @@ def draw(
             plan=Plan.shared([[place[m] for m in group] for group in batch], steps, settings["share_ratio"]),
             num_inference_steps=settings["steps"],
             guidance_scale=settings["guidance_scale"],
+            # Versions that were registered before this was a setting were judged without it.
+            branch_noise=settings.get("branch_noise", 0.0),
             negative_prompt=settings["negative_prompt"] or None,
             seed=[seeds[member] for member in members],
             batch_size=settings["batch_size"],

@@ -130,6 +130,7 @@ def make(
                 plan=arm.plan,
                 num_inference_steps=arm.plan.steps,
                 guidance_scale=settings.guidance_scale,
+                branch_noise=settings.branch_noise,
                 # A function of the run's seed and the prompt's id: the same in every arm, whatever else is made.
                 seed=[prompt_seed(seed, example.id) for example in examples],
                 batch_size=settings.batch_size,

@@ -86,12 +86,16 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pictures.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Inference steps; else as in params.yaml.")] = None,
     share_ratio: Annotated[float | None, typer.Option(help="Share of the steps that a group takes together.")] = None,
+    branch_noise: Annotated[
+        float | None, typer.Option(min=0, max=1, help="How much of its noise each picture draws anew at a branch.")
+    ] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, help="Above 1, every step costs two.")] = None,
     negative_prompt: Annotated[str, typer.Option(help="What no picture shall show.")] = "",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Prompts a network call at most.")] = None,
 ) -> None:
     """Make pictures for a list of prompts, sharing early steps among similar ones; say what it saves first."""
-    given = {"steps": steps, "share_ratio": share_ratio, "guidance_scale": guidance_scale, "batch_size": batch_size}
+    given = {"steps": steps, "share_ratio": share_ratio, "branch_noise": branch_noise, "batch_size": batch_size}
+    given["guidance_scale"] = guidance_scale
     job = prepare(prompts, model, given, negative_prompt, seed)
     typer.echo(cost_line(job.plan, len(job.groups), job.settings["guidance_scale"] > 1))
     refused = [item for item in job.items if item.error is not None]
@@ -144,7 +148,7 @@ def open_model(model: str) -> tuple[Any, str, dict[str, Any], Group]:
             version = tracking.fetch(model, Path(folder))
             return SharedSamplingPipeline.from_pretrained(version.weights), *version.settings()
     params = load_params()
-    settings = params.generate.model_dump(include={"steps", "share_ratio", "guidance_scale", "batch_size"})
+    settings = params.generate.sampling()
     name = sha256_tree(Path(model)) if Path(model).is_dir() else model
     return SharedSamplingPipeline.from_pretrained(model), name, settings, params.group
 

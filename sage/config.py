@@ -161,6 +161,7 @@ class Generate(Section):
     steps: Annotated[int, Field(ge=2, le=1000)]
     guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     share_ratio: Share
+    branch_noise: Annotated[float, Field(ge=0, le=1)]
     seeds: Annotated[list[Seed], Field(min_length=1)]
     batch_size: Count
 
@@ -169,6 +170,10 @@ class Generate(Section):
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} repeat; a seed twice is one sample counted twice")
         return self
+
+    def sampling(self) -> dict[str, Any]:
+        """Return what holds for any prompts, not only for those that are judged."""
+        return self.model_dump(include={"steps", "share_ratio", "branch_noise", "guidance_scale", "batch_size"})
 
 
 class Gate(Section):

@@ -67,7 +67,7 @@ def check_scheduler(scheduler: Any, branch_noise: float = 0.0) -> None:
     if not 0 <= branch_noise <= 1:
         raise ConfigurationError(f"branch_noise {branch_noise} is outside [0, 1]; 0 adds none, 1 replaces all noise")
     if branch_noise and (name not in TURNABLE or "++" not in scheduler.config.get("algorithm_type", "++")):
-        raise UnsupportedError(f"branch noise needs one of {', '.join(TURNABLE)} (dpmsolver++), not {name}")
+        raise UnsupportedError(f"branch noise needs one of {', '.join(TURNABLE)} (dpmsolver++), not {name}; or give 0")
     if name not in HISTORY or scheduler.config.get("solver_p") is not None:
         raise UnsupportedError(
             f"{name}{' with solver_p' if name in HISTORY else ''} cannot be shared; use one of "

@@ -46,7 +46,7 @@ class Version:
 
 def describe(params: Params, threshold: float, model_sha256: str) -> dict[str, Any]:
     """Return what a version says of itself: the judged pictures were made so, and its own shall be."""
-    sampling = params.generate.model_dump(include={"steps", "share_ratio", "guidance_scale", "batch_size"})
+    sampling = params.generate.sampling()
     # The threshold that was used, also where the parameters ask for a budget.
     grouping = {"threshold": threshold, **params.group.model_dump(include={"max_size", "near_duplicate", "guard"})}
     return {
