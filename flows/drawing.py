@@ -18,8 +18,8 @@ def draw(
     """Yield for each wanted prompt its number, its picture and how many of its tokens the text encoder did not read.
 
     `settings`: steps, share_ratio, branch_noise, guidance_scale, negative_prompt and batch_size. A batch of which any
-    picture is wanted is made whole, and batches do not depend on what is wanted: arithmetic depends on what is evaluated
-    together.
+    picture is wanted is made whole, and batches do not depend on what is wanted: what is evaluated together has a part
+    in the arithmetic.
     """
     pipe.scheduler.set_timesteps(settings["steps"])
     steps = len(pipe.scheduler.timesteps)

@@ -36,7 +36,11 @@ def test_the_shipped_file_is_valid_and_frozen():
 
 @pytest.mark.parametrize("number", ["1e-05", "1.0e-5", "0.00001"])
 def test_a_number_is_a_number_however_dvc_writes_it(tmp_path, number):
-    text = changed(tmp_path).read_text().replace("learning_rate: 0.0001", f"learning_rate: {number}")
+    text = (
+        changed(tmp_path, finetune__learning_rate=0.125)
+        .read_text()
+        .replace("learning_rate: 0.125", f"learning_rate: {number}")
+    )
     (tmp_path / "params.yaml").write_text(text)
     assert load_params(tmp_path / "params.yaml").finetune.learning_rate == 1e-5
 
@@ -73,6 +77,7 @@ def test_a_number_is_a_number_however_dvc_writes_it(tmp_path, number):
             ["finetune.weights: ", "nothing to train"],
         ),
         ({"generate__seeds": [1, 1]}, ["generate: ", "seeds [1, 1] repeat"]),
+        ({"generate__branch_noise": 1.5}, ["generate.branch_noise: ", "less than or equal to 1", "found 1.5"]),
         ({"generate__seeds": []}, ["generate.seeds: "]),
         ({"generate__split": "train"}, ["generate.split: ", "'validation' or 'test'"]),
         ({"generate__steps": 1_000_000_000}, ["generate.steps: ", "less than or equal to 1000"]),

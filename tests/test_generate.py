@@ -66,6 +66,23 @@ def made(project):
         return run(project, monkeypatch, "first")
 
 
+def test_branch_noise_moves_shared_pictures_and_no_others(project, made, monkeypatch):
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    assert params["generate"]["branch_noise"] == 1
+    changed = params | {"generate": params["generate"] | {"branch_noise": 0.0}}
+    try:
+        (project / "params.yaml").write_text(yaml.safe_dump(changed))
+        run(project, monkeypatch, "quiet")
+    finally:
+        (project / "params.yaml").write_text(yaml.safe_dump(params))
+    ids = [id for group in GROUPS for id in group]
+    for arm, moves in (("independent", False), ("shared", True), ("sage", True)):
+        same = [
+            np.array_equal(picture(project, "first", arm, 0, id), picture(project, "quiet", arm, 0, id)) for id in ids
+        ]
+        assert not any(same) if moves else all(same)
+
+
 def test_costs_follow_from_the_plans(made):
     arms = made[0]["arms"]
     # 5 prompts, 2 seeds, guidance 2: 3 steps of 2 groups, then 3 steps of 5 prompts.
