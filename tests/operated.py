@@ -6,6 +6,7 @@ import shutil
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,8 +113,8 @@ def answers(address: str) -> bool:
 
 def ask(address: str, path: str, body: object = None) -> Any:
     """Return what the server's interface answers."""
-    # A server that finds its database busy says 503, and every client of its own asks again.
-    again = Retry(connect=0, read=0, status=6, backoff_factor=0.5, status_forcelist=[503], allowed_methods=None)
+    # A busy server says 503 or drops a connection, and every client of its own asks again.
+    again = Retry(connect=0, read=3, status=6, backoff_factor=0.5, status_forcelist=[503], allowed_methods=None)
     with requests.Session() as session:
         session.mount(address, HTTPAdapter(max_retries=again))
         answer = session.request("GET" if body is None else "POST", f"{address}/{path}", json=body, timeout=30)
@@ -124,7 +125,9 @@ def ask(address: str, path: str, body: object = None) -> Any:
 def start(address: str, deployment: str, **parameters: object) -> str:
     """Ask for a run of a deployment and return its id."""
     found = ask(address, f"deployments/name/{deployment}")
-    return ask(address, f"deployments/{found['id']}/create_flow_run", {"parameters": parameters})["id"]
+    # With a key, for asking again must not start another.
+    wanted = {"parameters": parameters, "idempotency_key": uuid.uuid4().hex}
+    return ask(address, f"deployments/{found['id']}/create_flow_run", wanted)["id"]
 
 
 def state(address: str, run: str) -> str:
