@@ -55,7 +55,8 @@ class Form:
     shared: tuple[int, ...]
 
 
-FULL = Form(3, (0.25, 0.5, 0.75), (1, 2, 3, 4, 5, 6, 8, 12, 20, 50), (2, 4, 8, 20), (2, 4, 6, 8, 12, 20))
+# At the shipped share ratio, fewer than four steps share none.
+FULL = Form(3, (0.25, 0.5, 0.75), (1, 2, 3, 4, 5, 6, 8, 12, 20, 50), (2, 4, 8, 20), (4, 6, 8, 12, 20))
 QUICK = Form(1, (0.5,), (2, 4, 6, 8), (), (4, 8))
 
 
