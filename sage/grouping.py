@@ -128,7 +128,11 @@ def _unit_rows(matrix: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 
 def _canonical(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the usable rows in an order that depends on their values alone, and where in it each value begins."""
+    """Return the usable rows in an order that depends on their values alone, and where in it each value begins.
+
+    Different rows are ordered by their projection on one fixed direction, which noise in their last bits does not turn
+    round: what is equally good is decided by this order, and should be decided alike on every machine.
+    """
     index = np.flatnonzero(usable(matrix))
     # A 64-bit hash of each row: sums of its bits times odd constants, modulo 2^64.
     factors = scramble(np.arange(matrix.shape[1], dtype=np.uint64)) | np.uint64(1)
@@ -141,7 +145,16 @@ def _canonical(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     new = np.ones(len(index), bool)
     alike = np.flatnonzero(keys[1:] == keys[:-1])
     new[alike + 1] = (matrix[index[alike + 1]] != matrix[index[alike]]).any(axis=1)
-    return index, np.flatnonzero(new)
+    first = np.flatnonzero(new)
+    direction = factors.astype(np.float64) / 2**63 - 1
+    places = np.empty(len(first))
+    for start in range(0, len(first), _PART):
+        places[start : start + _PART] = _unit_rows(matrix, index[first[start : start + _PART]]) @ direction
+    ranks = np.empty(len(first), np.int64)
+    ranks[np.argsort(places, kind="stable")] = np.arange(len(first))
+    ranks = ranks[np.cumsum(new) - 1]
+    order = np.argsort(ranks, kind="stable")
+    return index[order], np.flatnonzero(np.diff(ranks[order], prepend=-1))
 
 
 def _links(

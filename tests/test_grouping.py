@@ -91,6 +91,14 @@ def test_the_order_does_not_matter_in_a_large_set_either():
     assert plain == sorted(sorted(order[members].tolist()) for members in shuffled)
 
 
+def test_the_last_digits_of_the_embeddings_do_not_matter():
+    """Batches of other prompts, and other machines, change them."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(300, 8)).astype(np.float32)
+    noise = 1e-7 * random.normal(size=x.shape).astype(np.float32)
+    assert group(x + noise, 0.5, 6) == group(x, 0.5, 6)
+
+
 def test_a_tree_without_a_cap_is_the_complete_linkage_of_scipy():
     x = random_rows(60)
     built = tree(x, -1.0, len(x))
