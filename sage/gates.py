@@ -122,8 +122,14 @@ def _number(figure: Mapping[str, Any], key: str, what: str) -> float:
 def _sentence(
     metric: str, reference: str, relative: bool, limit: float, ends: tuple[float, float, float], kept: bool
 ) -> str:
+    def written(number: float, digits: int) -> str:
+        return f"{abs(number):.{digits}%}" if relative else f"{abs(number):.{digits + 3}g}"
+
+    # As many digits as tell the bad end from the limit.
+    digits = next((d for d in range(1, 13) if written(ends[2], d) != written(limit, d)), 1)
+
     def size(number: float) -> str:
-        return f"{abs(number):.1%}" if relative else f"{abs(number):.4g}"
+        return written(number, digits)
 
     def side(number: float) -> str:
         return f"{size(number)} {'worse' if number > 0 else 'better'}"

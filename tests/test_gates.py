@@ -128,6 +128,12 @@ def test_a_figure_that_cannot_be_trusted_fails_with_its_reason(found, words):
             "at most 8.0% worse is allowed, and the bad end does not.",
         ),
         (
+            gate(limit=0.08996),
+            False,
+            "Kernel distance: 5.000% worse (1.000% worse to 9.000% worse) than independent; "
+            "at most 8.996% worse is allowed, and the bad end does not.",
+        ),
+        (
             gate(limit=0.018, relative=False),
             True,
             "Kernel distance: 0.01 worse (0.002 worse to 0.018 worse) than independent; "
