@@ -131,18 +131,18 @@ def recipes(params: Params) -> dict[str, Recipe | None]:
     shipped = params.finetune
     weights = shipped.weights.model_dump()
     other_target = "posterior" if shipped.soft_target == "mean" else "mean"
-    other_noise = "plain" if shipped.branch_noise == "bridge" else "bridge"
     ratio = params.generate.share_ratio
     found: dict[str, Recipe | None] = {
         "base": None,
         "standard fine-tuning": standard(weights, 0),
         "SAGE as shipped": Recipe(),
         f"{other_target} soft target": Recipe((("soft_target", other_target),)),
-        f"{other_noise} branch noise": Recipe((("branch_noise", other_noise),)),
         "one branch time": Recipe((("share_ratios", (ratio, ratio)),)),
         "three times the learning rate": Recipe((("learning_rate", 3 * shipped.learning_rate),)),
         "twice the steps": Recipe((("steps", 2 * shipped.steps),)),
     }
+    starts = (start for start in ("sampled", "mixture", "plain") if start != shipped.branch_start)
+    found |= {f"{start} branch start": Recipe((("branch_start", start),)) for start in starts}
     for name, weight in weights.items():
         found[f"without {name}" if weight else f"with {name}"] = Recipe(weights=((name, 0.0 if weight else 0.1),))
     return found

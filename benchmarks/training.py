@@ -44,7 +44,8 @@ from sage.training import Schedule, fit
 PICTURES = 1024
 BATCH = 64
 TERMS = {"diffusion": 1.0, "shared": 1.0, "branch": 1.0, "consistency": 0.1}
-SETTINGS = {"share_ratios": (0.2, 0.6), "soft_target": "mean", "branch_noise": "bridge", "drop_text": 0.1, "seed": 0}
+SETTINGS = {"share_ratios": (0.2, 0.6), "soft_target": "mean", "branch_start": "mixture", "sampler_steps": 8}
+SETTINGS |= {"drop_text": 0.1, "seed": 0}
 # What a step of this project is: the weights of its terms, and whether everything is encoded anew.
 OURS = {
     "sage: plain diffusion, nothing cached": (dict.fromkeys(TERMS, 0.0) | {"diffusion": 1.0}, False),

@@ -28,7 +28,7 @@ from sage.data import Example, check_sums, load_pixels, read_groups, read_split
 from sage.denoiser import Denoiser
 from sage.errors import DataError
 from sage.files import digest, new_folder, sha256, sha256_tree, write_json
-from sage.finetuning import TrainingSet, finetuning_loss
+from sage.finetuning import TrainingSet, finetuning_loss, sampling_cost
 from sage.pipeline import SharedSamplingPipeline, prompt_seed
 from sage.training import Schedule, Trained, fit, processes
 
@@ -83,10 +83,14 @@ def main(
             return
         save(pipeline, base, out)
         costs = [batches.cost(step) for step in range(settings.steps)]
+        low, high = settings.share_ratios
+        sampled = range(settings.steps if settings.branch_start == "sampled" else 0)
+        sampling = sum(sampling_cost(batches, (low, high), settings.sampler_steps, step) for step in sampled)
         figures = {
             "steps": settings.steps,
             "evaluations": sum(trained for trained, _ in costs),
             "base_evaluations": sum(frozen for _, frozen in costs),
+            "sampling_evaluations": sampling,
             "pictures": len(examples),
             "groups": len(members),
             "losses": {name: round(value, 6) for name, value in trained.losses.items()},
@@ -150,7 +154,8 @@ def train(
         batches,
         share_ratios=(low, high),
         soft_target=settings.soft_target,
-        branch_noise=settings.branch_noise,
+        branch_start=settings.branch_start,
+        sampler_steps=settings.sampler_steps,
         drop_text=settings.drop_text,
         seed=settings.seed,
         min_snr=settings.min_snr,

@@ -128,7 +128,9 @@ class Finetune(Section):
     evaluations: Annotated[int, Field(ge=3)]
     share_ratios: Annotated[list[Share], Field(min_length=2, max_length=2)]
     soft_target: Literal["mean", "posterior"]
-    branch_noise: Literal["bridge", "plain"]
+    branch_start: Literal["sampled", "mixture", "plain"]
+    # One of them would leave no step to branch.
+    sampler_steps: Annotated[int, Field(ge=2)]
     weights: Weights
     drop_text: Share
     ema: Share

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sage import diffusion, loss, sampling
 from sage.batches import Batches
 from sage.errors import ConfigurationError, DataError
-from sage.loss import BranchNoise, Condition, Network, Process, Query, SoftTarget, taken
+from sage.loss import BranchStart, Condition, Network, Process, Query, SoftTarget, taken
 from sage.training import Losses, generator, spaced
 
 
@@ -60,7 +60,8 @@ def finetuning_loss(
     *,
     share_ratios: tuple[float, float],
     soft_target: SoftTarget,
-    branch_noise: BranchNoise,
+    branch_start: BranchStart,
+    sampler_steps: int,
     drop_text: float,
     seed: int,
     min_snr: float | None = None,
@@ -69,8 +70,11 @@ def finetuning_loss(
 
     `network` is a `sage.denoiser.Denoiser`, also as accelerate prepares it, of the base that will be trained; where
     consistency has a weight, a frozen copy is taken now. The share ratio of each group is drawn between `share_ratios`,
-    so that one model serves them all. A share `drop_text` of the plain diffusion items loses its caption, for
-    classifier-free guidance. `min_snr` is gamma of `sage.loss.min_snr`; None weighs all times equally.
+    so that one model serves them all. `branch_start` is where the branch phase starts: "sampled", where the network as
+    it now is arrives with its share of `sampler_steps` steps, each member with noise of its own (branch noise 1);
+    "mixture", see `sage.loss.mixture_start`; "plain", at the member itself, noised. A share `drop_text` of the plain
+    diffusion items loses its caption, for classifier-free guidance. `min_snr` is gamma of `sage.loss.min_snr`; None
+    weighs all times equally.
     The loss takes (step) or (step, part, parts): a step's items are dealt out to so many parts, whose losses add up to
     that of the step. Raises UnsupportedError for a scheduler that is neither variance-preserving nor flow matching and
     for text states that the network cannot read.
@@ -80,10 +84,11 @@ def finetuning_loss(
     frozen = denoiser.frozen() if batches.weights["consistency"] else None
     process = Process(diffusion.prediction_type(scheduler), *diffusion.noise_levels(scheduler))
     times = diffusion.network_times(scheduler)
-    draw = _Draws(process, data, share_ratios, soft_target, branch_noise, drop_text)
 
     def at_times(function: Network) -> Network:
         return lambda x_t, t, condition: function(x_t, times[t], condition)
+
+    draw = _Draws(process, data, at_times(denoiser), share_ratios, soft_target, branch_start, sampler_steps, drop_text)
 
     def weight(t: Tensor) -> Tensor:
         return torch.ones_like(t) if min_snr is None else loss.min_snr(process, t, min_snr)
@@ -96,13 +101,14 @@ def finetuning_loss(
             )
         random = generator(seed, step)
         rows = batches.rows(step)
-        # Drawn whole, whatever the parts.
-        queries = {term: draw.query(term, rows[term], random) for term in rows}
         count = {term: len(term_rows) for term, term_rows in rows.items()}
+        mine = deal(count, rows, part, parts)
+        k = shared_steps(share_ratios, sampler_steps, seed, step)
+        # Drawn whole, whatever the parts.
+        drawn = {term: draw.query(term, rows[term], random, mine.get(term, slice(0)), k) for term in rows}
+        queries = {term: drawn[term] for term in mine}
         if frozen is not None:
             count["consistency"] = count["diffusion"] + count.get("shared", 0)
-        mine = deal(count, queries, part, parts)
-        queries = {term: queries[term].taken(items) for term, items in mine.items()}
         anchors = {}
         if frozen is not None:
             base = at_times(frozen)
@@ -116,6 +122,19 @@ def finetuning_loss(
         return {"loss": loss.total({name: means[name] for name in values}, batches.weights)} | means
 
     return step_loss
+
+
+def shared_steps(share_ratios: tuple[float, float], sampler_steps: int, seed: int, step: int) -> int:
+    """Return how many sampler steps the groups of a training step share where their branches start sampled."""
+    fewest, most = (max(1, round(ratio * sampler_steps)) for ratio in share_ratios)
+    return int(torch.randint(fewest, most + 1, (), generator=generator(seed, "shared steps", step)))
+
+
+def sampling_cost(batches: Batches, share_ratios: tuple[float, float], sampler_steps: int, step: int) -> int:
+    """Return how many evaluations, without gradient, a step spends on where its branches start sampled."""
+    rows = set(batches.rows(step).get("branch", torch.empty(0)).tolist())
+    groups = sum(not rows.isdisjoint(group) for group in batches.groups)
+    return groups * shared_steps(share_ratios, sampler_steps, batches.seed, step)
 
 
 def deal(count: Mapping[str, int], terms: Iterable[str], part: int, parts: int) -> dict[str, slice]:
@@ -135,14 +154,20 @@ class _Draws:
 
     process: Process
     data: TrainingSet
+    network: Network
     share_ratios: tuple[float, float]
     soft_target: SoftTarget
-    branch_noise: BranchNoise
+    branch_start: BranchStart
+    sampler_steps: int
     drop_text: float
 
-    def query(self, term: str, rows: Tensor, random: torch.Generator) -> Query:
-        """Return a term's items for these rows."""
-        return {"diffusion": self.diffusion, "shared": self.shared, "branch": self.branch}[term](rows, random)
+    def query(self, term: str, rows: Tensor, random: torch.Generator, items: slice, steps: int) -> Query:
+        """Return some of a term's items for these rows; `steps` are shared where branches start sampled."""
+        if term == "branch" and self.branch_start == "sampled":
+            return self.sampled(rows, random, items, steps)
+        return {"diffusion": self.diffusion, "shared": self.shared, "branch": self.branch}[term](rows, random).taken(
+            items
+        )
 
     def diffusion(self, rows: Tensor, random: torch.Generator) -> Query:
         """Plain diffusion on single pictures, some without their caption."""
@@ -162,24 +187,40 @@ class _Draws:
         return loss.shared_query(self.process, self.soft_target, self.data.latents[rows], z, present, c_bar, t, eps)
 
     def branch(self, rows: Tensor, random: torch.Generator) -> Query:
-        """The branch phase; members of one group in a batch branch off the same shared latent, as in sampling.
+        """The branch phase; members of one group in a batch branch off the same shared latent, as without branch noise.
 
-        With plain branch noise it is ordinary diffusion at the branch phase's times, what the bridge is compared with.
+        With a plain start it is ordinary diffusion at the branch phase's times, what the others are compared with.
         """
         # One draw a group: every row takes that of the first of its group in the batch.
-        group = self.data.mates[rows, 0]
-        first = (group[:, None] == group).int().argmax(1)
+        first = self._first(rows)
         z, present = self._group(rows)
         t_star = self._branch_time(rows, random)[first]
         eps = self._noise(rows, random)[first]
         place = (torch.rand(len(rows), generator=random)[first] * present.sum(1)).long()
         z_m = z[torch.arange(len(rows)), place]
-        x_star = loss.branch_start(self.process, self.soft_target, z_m, z, present, t_star, eps)
+        x_star = loss.mixture_start(self.process, self.soft_target, z_m, z, present, t_star, eps)
         t = (spaced(len(rows), random) * (t_star + 1)).long()
         own, c = self.data.latents[rows], taken(self.data.conditions, rows)
-        if self.branch_noise == "plain":
+        if self.branch_start == "plain":
             return loss.diffusion_query(self.process, own, c, t, eps)
         return loss.branch_query(self.process, own, c, t, x_star, t_star)
+
+    def sampled(self, rows: Tensor, random: torch.Generator, items: slice, steps: int) -> Query:
+        """The branch phase from where the network arrives; siblings part with all their noise, as in sampling."""
+        first = self._first(rows)
+        shared_noise, own_noise = self._noise(rows, random), self._noise(rows, random)
+        t_star = loss.branch_time(torch.full((len(rows),), steps / self.sampler_steps), len(self.process.alphas))
+        t = (spaced(len(rows), random) * (t_star + 1)).long()
+        # Only the groups of these items are sampled, each once.
+        leaders, place = torch.unique(first[items], return_inverse=True)
+        if not len(leaders):
+            return Query(shared_noise[items], t[items], taken(self.data.conditions, rows[items]), own_noise[items])
+        c_bar, eps = self._merged(rows[leaders]), shared_noise[leaders]
+        x_0 = loss.shared_prediction(self.process, self.network, c_bar, eps, steps, self.sampler_steps)[place]
+        x_star = diffusion.add_noise(x_0, own_noise[items], *self.process.at(t_star[items]))
+        mine = rows[items]
+        own, c = self.data.latents[mine], taken(self.data.conditions, mine)
+        return loss.branch_query(self.process, own, c, t[items], x_star, t_star[items])
 
     def members(self, rows: Tensor) -> tuple[Condition, Tensor]:
         """Return the conditions of all members of the rows' groups, and the place in `rows` that each belongs to."""
@@ -196,6 +237,11 @@ class _Draws:
                 merged[int(group[0])] = sampling.merge({name: values[:, None] for name, values in members.items()})
         leaders = self.data.mates[rows, 0].tolist()
         return {name: torch.cat([merged[row][name][:, 0] for row in leaders]) for name in self.data.conditions}
+
+    def _first(self, rows: Tensor) -> Tensor:
+        """Return for each row the place of the first of its group among these rows."""
+        group = self.data.mates[rows, 0]
+        return (group[:, None] == group).int().argmax(1)
 
     def _group(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the latents of each row's group, (n, N, ...), padded, and which are present, (n, N)."""

@@ -26,7 +26,7 @@ from sage import diffusion
 from sage.diffusion import PredictionType, spread
 
 SoftTarget = Literal["mean", "posterior"]
-BranchNoise = Literal["bridge", "plain"]
+BranchStart = Literal["sampled", "mixture", "plain"]
 Condition = Mapping[str, Tensor]
 """What the network knows of the text, by name, each of shape (n, ...)."""
 Network = Callable[[Tensor, Tensor, Condition], Tensor]
@@ -118,17 +118,38 @@ def shared_query(
     return Query(x_t, t, c_bar, process.answer(x_t, soft_target, t))
 
 
-def branch_start(
+@torch.no_grad()
+def shared_prediction(
+    process: Process, network: Network, c_bar: Condition, eps: Tensor, steps: int, sampler_steps: int
+) -> Tensor:
+    """Return the x_0 that f predicts at the last of the first `steps` of `sampler_steps` steps, all under c_bar.
+
+    The sampler is deterministic (DDIM, Song et al., 2021), unguided and with trailing spacing; eps (n, ...) is the
+    noise that it begins with. Costs `steps` evaluations an item. Raises ValueError below one step.
+    """
+    if steps < 1:
+        raise ValueError(f"{steps} shared steps predict nothing; give at least 1")
+    x_t = x_0 = eps
+    for step in range(steps):
+        ratios = (torch.full((len(eps),), k / sampler_steps) for k in (step, step + 1))
+        t, after = (branch_time(ratio, len(process.alphas)) for ratio in ratios)
+        level = process.at(t)
+        x_0 = diffusion.predicted_sample(process.kind, network(x_t, t, c_bar).to(x_t), x_t, *level)
+        x_t = diffusion.add_noise(x_0, diffusion.implied_noise(x_t, x_0, *level), *process.at(after))
+    return x_0
+
+
+def mixture_start(
     process: Process, soft: SoftTarget, z_m: Tensor, z: Tensor, present: Tensor, t_star: Tensor, eps: Tensor
 ) -> Tensor:
-    """Return x_t* of shape (n, ...), where the group's shared latent stands when its members branch off.
+    """Return x_t* of shape (n, ...), where a group's shared latent would stand if f met its soft target exactly.
 
     It is what a deterministic sampler reaches from pure noise eps by following the shared phase's own soft target.
     mean: the prediction is z_bar at every t, so the sampler stays on x_t = alpha_t z_bar + sigma_t eps. (A noised
     member, which the shared phase is trained on, lies off this path by alpha_t (z_m - z_bar).)
     posterior: the predictions are those of the mixture of the members, whose marginals the sampler keeps (Song et al.,
-    2021), so x_t* is distributed as alpha_t* z_m + sigma_t* eps with a random member m.
-    Guidance pulls the sampler off both; that is not modelled.
+    2021), so x_t* is distributed as alpha_t* z_m + sigma_t* eps with a random member m. That takes many steps: a few
+    end nearer to the mean.
     """
     alpha, sigma = process.at(t_star)
     origin = torch.einsum("nm,nm...->n...", present / present.sum(1, keepdim=True), z) if soft == "mean" else z_m
@@ -140,6 +161,10 @@ def branch_query(process: Process, z_n: Tensor, c_n: Condition, t: Tensor, x_sta
 
     The path is a bridge: eps_n = (x_t* - alpha_t* z_n) / sigma_t* is the noise that a deterministic sampler sees when
     it predicts z_n at x_t*, and x_t = alpha_t z_n + sigma_t eps_n are what it then passes. Design, section 5.
+
+    Whatever the pairs of x_t* and z_n, the flow that answers with their mean carries the distribution of x_t* into that
+    of z_n (Lipman et al., 2023; Albergo and Vanden-Eijnden, 2023). So where x_t* are drawn as in sampling, branches end
+    among the pictures of c_n, however far off the shared phase ends.
     """
     return diffusion_query(process, z_n, c_n, t, diffusion.implied_noise(x_star, z_n, *process.at(t_star)))
 

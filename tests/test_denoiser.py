@@ -20,7 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 SIZE = (16, 16)
 GROUPS = ((0, 1, 2), (3, 4))
 WEIGHTS = {"diffusion": 1.0, "shared": 1.0, "branch": 1.0, "consistency": 0.1}
-SETTINGS = {"share_ratios": (0.2, 0.6), "soft_target": "mean", "branch_noise": "bridge", "drop_text": 0.1, "seed": 0}
+SETTINGS = {"share_ratios": (0.2, 0.6), "soft_target": "mean", "branch_start": "mixture", "sampler_steps": 8}
+SETTINGS |= {"drop_text": 0.1, "seed": 0}
 
 
 def pictures(n):
@@ -165,7 +166,10 @@ def test_without_consistency_there_is_no_frozen_base(tmp_path, monkeypatch):
     assert calls == [12]
 
 
-@pytest.mark.parametrize(("parts", "changes"), [(2, {}), (3, {"min_snr": 5.0}), (5, {"soft_target": "posterior"})])
+@pytest.mark.parametrize(
+    ("parts", "changes"),
+    [(2, {}), (3, {"min_snr": 5.0}), (5, {"soft_target": "posterior"}), (3, {"branch_start": "sampled"})],
+)
 def test_parts_add_up_to_the_step(parts, changes, tmp_path):
     pipe = tiny.pipeline("stable_diffusion", tmp_path)
     denoiser = Denoiser(pipe)

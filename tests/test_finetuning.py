@@ -12,7 +12,7 @@ from sage import base, diffusion, sampling
 from sage.batches import Batches, endless
 from sage.denoiser import Denoiser
 from sage.errors import DataError, UnsupportedError
-from sage.finetuning import TrainingSet, finetuning_loss
+from sage.finetuning import TrainingSet, finetuning_loss, sampling_cost
 from sage.training import Schedule, fit, spaced
 
 ALL = {"diffusion": 1.0, "shared": 1.0, "branch": 1.0, "consistency": 0.1}
@@ -59,7 +59,8 @@ def loss_of(network, batches, training_set=None, **changes):
     settings = {
         "share_ratios": (0.4, 0.4),
         "soft_target": "mean",
-        "branch_noise": "bridge",
+        "branch_start": "mixture",
+        "sampler_steps": 8,
         "drop_text": 0.0,
         "seed": 0,
     }
@@ -242,15 +243,61 @@ def test_siblings_in_a_batch_branch_off_one_shared_latent(soft, asked):
     assert (between[0] - between[1]).abs().mean() > 0.5
 
 
-def test_plain_branch_noise_is_fresh_for_every_sibling(asked):
-    loss_of(unet(), Batches(((0, 1),), weights(branch=1), 8, 0), data(((0, 1),)), branch_noise="plain")(0)
+def test_a_plain_branch_start_is_fresh_for_every_sibling(asked):
+    loss_of(unet(), Batches(((0, 1),), weights(branch=1), 8, 0), data(((0, 1),)), branch_start="plain")(0)
     [(_, t, *_)] = asked
     assert t.max() <= 599
     asked.clear()
     network = unet()
     batches = Batches(GROUPS, weights(branch=1), 27, 0)
-    bridge, plain = (loss_of(network, batches, branch_noise=noise)(0)["branch"] for noise in ("bridge", "plain"))
-    assert bridge != plain
+    mixture, plain = (loss_of(network, batches, branch_start=start)(0)["branch"] for start in ("mixture", "plain"))
+    assert mixture != plain
+
+
+def test_sampled_branches_start_where_the_sampler_arrives(asked):
+    """What the loss is asked for lies on bridges from the sampler's own shared prediction, its noise drawn anew."""
+    network, batches = unet(), Batches(GROUPS, weights(branch=1), 27, 0)
+    step_loss = loss_of(network, batches, branch_start="sampled", share_ratios=(0.2, 0.5))
+    alphas, sigmas = diffusion.noise_levels(base.new_scheduler())
+    shared = set()
+    for step in range(6):
+        asked.clear()
+        step_loss(step)
+        rows = batches.rows(step)["branch"]
+        *rollout, (x_t, t, condition, *_) = asked
+        k = len(rollout)
+        shared.add(k)
+        scheduler = base.new_scheduler()
+        scheduler.set_timesteps(8)
+        x = rollout[0][0]
+        for time, (seen, at, _, output, trained) in zip(scheduler.timesteps[:k], rollout, strict=True):
+            assert not trained and set(at.tolist()) == {int(time)}
+            torch.testing.assert_close(seen, x, rtol=1e-4, atol=1e-4)
+            stepped = scheduler.step(output, time, x)
+            x, x_0 = stepped.prev_sample, stepped.pred_original_sample
+        star = scheduler.timesteps[k]
+        assert torch.equal(condition, data().conditions["states"][rows]) and t.max() <= star
+        order = [next(group for group in GROUPS if row in group) for row in rows.tolist()]
+        place = torch.tensor([list(dict.fromkeys(order)).index(group) for group in order])
+        z = data().latents[rows]
+        bridge = diffusion.implied_noise(x_t, z, alphas[t], sigmas[t])
+        own = (alphas[star] * (z - x_0[place]) + sigmas[star] * bridge) / sigmas[star]
+        assert abs(own.std() - 1) < 0.05 and abs(own.mean()) < 0.05
+        assert abs(torch.corrcoef(own.flatten(1)).fill_diagonal_(0)).max() < 0.3  # no two share their noise
+        members = [list(dict.fromkeys(order))[i] for i in range(len(x_0))]
+        c_bar = [sampling.merge({"t": data().conditions["states"][list(m)][:, None]})["t"][0, 0] for m in members]
+        torch.testing.assert_close(rollout[-1][2], torch.stack(c_bar))
+    assert shared <= {2, 3, 4} and len(shared) > 1
+
+
+@pytest.mark.parametrize("evaluations", [3, 16])
+def test_where_branches_start_costs_what_is_said(evaluations, asked):
+    batches = Batches(GROUPS, ALL | {"consistency": 0.0}, evaluations, 0)
+    step_loss = loss_of(unet(), batches, branch_start="sampled", share_ratios=(0.1, 0.5))
+    for step in range(8):
+        asked.clear()
+        step_loss(step)
+        assert sum(len(call[0]) for call in asked if not call[4]) == sampling_cost(batches, (0.1, 0.5), 8, step) > 0
 
 
 def test_one_model_serves_a_range_of_share_ratios(asked):
@@ -274,7 +321,8 @@ def test_every_prediction_type_can_be_tuned(kind):
     settings = {
         "share_ratios": (0.2, 0.6),
         "soft_target": "mean",
-        "branch_noise": "bridge",
+        "branch_start": "mixture",
+        "sampler_steps": 8,
         "drop_text": 0.1,
         "seed": 0,
     }

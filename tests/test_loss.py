@@ -147,7 +147,7 @@ def test_mean_target_leads_the_sampler_to_the_branch_start(group):
     eps = x = randn(4, *SHAPE, seed=1)
     for t in scheduler.timesteps[:3]:
         x = scheduler.step(process.answer(x, mean, t.repeat(4)), t, x).prev_sample
-    start = loss.branch_start(process, "mean", z[:, 0], z, present, scheduler.timesteps[3].repeat(4), eps)
+    start = loss.mixture_start(process, "mean", z[:, 0], z, present, scheduler.timesteps[3].repeat(4), eps)
     torch.testing.assert_close(start, x, rtol=1e-4, atol=1e-4)
 
 
@@ -162,12 +162,37 @@ def test_posterior_target_leads_the_sampler_to_noised_members():
         x = scheduler.step(process.answer(x, (weights[..., None] * z).sum(1), t.repeat(n)), t, x).prev_sample
     member = torch.randint(3, (n,), generator=torch.Generator().manual_seed(2))
     t_star = scheduler.timesteps[120].repeat(n)
-    start = loss.branch_start(process, "posterior", z[torch.arange(n), member], z, present, t_star, randn(n, 1, seed=3))
+    z_m = z[torch.arange(n), member]
+    start = loss.mixture_start(process, "posterior", z_m, z, present, t_star, randn(n, 1, seed=3))
     shares = torch.linspace(0.05, 0.95, 19)
     torch.testing.assert_close(x.flatten().quantile(shares), start.flatten().quantile(shares), rtol=0, atol=0.15)
     # The mean's branch start, one bump between the members, is another distribution.
-    mean = loss.branch_start(process, "mean", z[:, 0], z, present, t_star, eps)
+    mean = loss.mixture_start(process, "mean", z[:, 0], z, present, t_star, eps)
     assert (x.flatten().quantile(shares) - mean.flatten().quantile(shares)).abs().max() > 0.4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_shared_prediction_is_the_samplers(kind, steps):
+    # At zero SNR, noise tells nothing of x_0.
+    scheduler = DDIMScheduler.from_config(scheduler_of(kind).config, rescale_betas_zero_snr=kind != "epsilon")
+    process = loss.Process(kind, *diffusion.noise_levels(scheduler))
+    scheduler.set_timesteps(8)
+    x = eps = randn(4, *SHAPE)
+
+    def network(x_t, t, condition):
+        return torch.tanh(x_t) + condition["states"].mean() + diffusion.spread(t / 1000, x_t)
+
+    for t in scheduler.timesteps[:steps]:
+        stepped = scheduler.step(network(x, t.repeat(4), text(4)), t, x)
+        x, x_0 = stepped.prev_sample, stepped.pred_original_sample
+    found = loss.shared_prediction(process, network, text(4), eps, steps, 8)
+    torch.testing.assert_close(found, x_0, rtol=1e-3, atol=1e-3)
+
+
+def test_a_shared_prediction_needs_a_step():
+    with pytest.raises(ValueError, match="0 shared steps predict nothing"):
+        loss.shared_prediction(process_of("sample"), lambda x, t, c: x, text(4), randn(4, *SHAPE), 0, 8)
 
 
 class Counted(torch.nn.Module):
