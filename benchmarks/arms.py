@@ -40,6 +40,7 @@ METRICS = {
     "group_diversity": "diversity within groups",
     "seed_diversity": "diversity over seeds",
 }
+CHOSEN_BY = ("kernel_distance", "alignment", "group_diversity")
 Work = Annotated[Path, typer.Option(help="Where models and features are kept.")]
 Page = Annotated[Path, typer.Option(help="The page whose figures are rewritten; pictures go beside it.")]
 
@@ -107,23 +108,24 @@ def choose(
     seeds: Annotated[int, typer.Option(help="Training seeds.")] = 1,
     only: Annotated[str, typer.Option(help="Recipes whose name contains this, or one of several with commas.")] = "",
 ) -> None:
-    """Train every recipe and judge its shared and its independent pictures on the validation split."""
+    """Train every recipe and judge its independent and its shared pictures on the validation split."""
     params = load_params()
     judge = Judge(Trials(params, "validation", work))
     chosen = {name: recipe for name, recipe in recipes(params).items() if any(part in name for part in only.split(","))}
     rows = []
-    steps, ratio = params.generate.steps, params.generate.share_ratio
+    steps, ratios = params.generate.steps, (0.0, params.generate.share_ratio, GOAL_RATIO)
     for name, recipe in chosen.items():
         models = [None] if recipe is None else [replace(recipe, seed=seed) for seed in range(seeds)]
-        arms = [[Point(model, steps, share) for model in models] for share in (ratio, 0.0)]
-        shared, alone = (judge.figures(arm) for arm in arms)
-        rows.append([name, *(_figure(shared[metric]) for metric in METRICS), _figure(alone["kernel_distance"])])
+        arms = [judge.figures([Point(model, steps, share) for model in models]) for share in ratios]
+        rows.append([name, *(_figure(arm[metric]) for metric in CHOSEN_BY for arm in arms)])
         typer.echo(" | ".join(rows[-1]))
-    head = ["recipe", *METRICS.values(), "kernel distance, independent"]
+    where = ["independent", *(f"share ratio {ratio}" for ratio in ratios[1:])]
+    head = ["recipe", *(f"{METRICS[metric]}, {form}" for metric in CHOSEN_BY for form in where)]
     trials = judge.trials
     note = (
         f"{len(trials.examples)} prompts of the validation split, {len(trials.groups)} groups, seeds "
-        f"{params.generate.seeds}, {steps} DDIM steps, share ratio {ratio}, {seeds} training seed(s)."
+        f"{params.generate.seeds}, {steps} DDIM steps, {seeds} training seed(s)"
+        f"{f'; recipes named {only}' if only else ''}."
     )
     _rewrite(page, "choose", f"{note}\n\n{_table(head, rows)}")
 
