@@ -77,20 +77,33 @@ class Judge:
         self.bootstrap = judging.Bootstrap.over(trials.groups, settings.resamples, settings.confidence, settings.seed)
         # The data themselves, then the draws.
         self.counts = np.vstack([np.ones((1, len(trials.groups))), self.bootstrap.counts])
+        # Every table asks for some of the same.
+        self._statistics: dict[Point, dict[str, Statistic]] = {}
+        self._figures: dict[tuple[Point, ...], dict[str, judging.Figure]] = {}
+        self._draws: dict[tuple[Point, str], Array] = {}
 
     def measured(self, points: Sequence[Point]) -> dict[str, Statistic]:
         """Return the statistics of an arm: their means over its points, one for each training seed."""
         trials = self.trials
-        all_ = [judging.statistics(trials.real, trials.pictures(point), trials.groups) for point in points]
-        return {name: _mean([statistics[name] for statistics in all_]) for name in METRICS}
+        for point in points:
+            if point not in self._statistics:
+                self._statistics[point] = judging.statistics(trials.real, trials.pictures(point), trials.groups)
+        return {name: _mean([self._statistics[point][name] for point in points]) for name in METRICS}
 
     def figures(self, points: Sequence[Point]) -> dict[str, judging.Figure]:
         """Return value and interval of everything measured."""
-        return judging.arm_figures(self.measured(points), self.trials.pictures(points[0]), self.bootstrap)
+        if (key := tuple(points)) not in self._figures:
+            pictures = self.trials.pictures(points[0])
+            self._figures[key] = judging.arm_figures(self.measured(points), pictures, self.bootstrap)
+        return self._figures[key]
 
     def draws(self, points: Sequence[Point], metric: str = "kernel_distance") -> Array:
         """Return a metric's value, then its draws."""
-        return self.measured(points)[metric](self.counts)
+        for point in points:
+            if (point, metric) not in self._draws:
+                self._draws[point, metric] = self.measured([point])[metric](self.counts)
+        mean: Array = np.mean([self._draws[point, metric] for point in points], axis=0)
+        return mean
 
     def change(self, arm: Sequence[Point], reference: Sequence[Point], metric: str) -> tuple[float, float, float]:
         """Return by what share a metric is higher than the reference's, with its interval."""
