@@ -38,8 +38,8 @@ CHECKPOINT_EVERY = 50
 REPORT_EVERY = 10
 # What changes no weight may differ between a killed run and the one that goes on.
 WITHOUT_EFFECT = {"pictures_every"}
-# The pictures to look at: so many groups of the validation split, so many of each. Without branch noise, which not every
-# base's scheduler takes: what the groups share is then seen best.
+# The pictures to look at: so many groups of the validation split, so many of each. Without branch noise, which some
+# schedulers do not take; what a group shares is then seen best.
 GROUPS, MEMBERS = 4, 4
 STEPS, GUIDANCE = 8, 1.0
 
