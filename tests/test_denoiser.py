@@ -168,7 +168,7 @@ def test_without_consistency_there_is_no_frozen_base(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("parts", "changes"),
-    [(2, {}), (3, {"min_snr": 5.0}), (5, {"soft_target": "posterior"}), (3, {"branch_start": "sampled"})],
+    [(2, {}), (3, {"min_snr": 5.0}), (5, {"soft_target": "posterior"}), (7, {"branch_start": "sampled"})],
 )
 def test_parts_add_up_to_the_step(parts, changes, tmp_path):
     pipe = tiny.pipeline("stable_diffusion", tmp_path)
