@@ -14,6 +14,10 @@ Where the draws come from, so that an image depends on its own prompt, seed and 
 Branch noise s, off at 0, makes children differ more: with x_0 what the block predicts at its branch, and
 x = alpha x_0 + sigma eps, each child goes on from eps' = sqrt(1 - s^2) eps + s xi, its own draw xi: as much noise as
 before, turned by arcsin(s).
+
+A child then predicts an x_0 of its own, x_0', and to its first step alpha (x_0 - x_0') looks like noise, which it would
+carry on. But how much of the noise was drawn is known, its share s^2 of the variance, so that step is made from
+x + s^2 alpha (x_0' - x_0): at s = 1 from x_0' under the very noise that was drawn. It costs no evaluation.
 """
 
 import copy
@@ -26,6 +30,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from sage import diffusion
 from sage.errors import ConfigurationError, PlanError, UnsupportedError
 from sage.plan import Block, Node, Plan, leaves_of
 
@@ -68,6 +73,8 @@ def check_scheduler(scheduler: Any, branch_noise: float = 0.0) -> None:
         raise ConfigurationError(f"branch_noise {branch_noise} is outside [0, 1]; 0 adds none, 1 replaces all noise")
     if branch_noise and (name not in TURNABLE or "++" not in scheduler.config.get("algorithm_type", "++")):
         raise UnsupportedError(f"branch noise needs one of {', '.join(TURNABLE)} (dpmsolver++), not {name}; or give 0")
+    if branch_noise:
+        diffusion.prediction_type(scheduler)  # what a block predicts is read from its output
     if name not in HISTORY or scheduler.config.get("solver_p") is not None:
         raise UnsupportedError(
             f"{name}{' with solver_p' if name in HISTORY else ''} cannot be shared; use one of "
@@ -85,7 +92,10 @@ class _Pack:
     latents: Tensor
     scheduler: Any
     generators: list[Generator]
+    # The x_0 that they predicted when they branched, and with branch noise that which their parents did: for each row
+    # that drew noise, its place and the prediction.
     clean: Tensor | None = None
+    inherited: tuple[list[int], Tensor] | None = None
 
 
 @dataclass
@@ -148,9 +158,11 @@ def sample(
             t = timesteps[step]
             x = pack.scheduler.scale_model_input(pack.latents, t) if scales else pack.latents
             output = predict(x, t, condition)
-            stepped = pack.scheduler.step(output, t, pack.latents, **kwargs, return_dict=False)
             if branch_noise and step == end - 1 < plan.steps - 1:
-                pack.clean = _predicted(pack.scheduler, stepped, step, pack.latents, output)
+                pack.clean = _predicted(pack.scheduler, step, pack.latents, output)
+            if pack.inherited is not None:
+                pack.latents, output = _recentred(pack, output, branch_noise)
+            stepped = pack.scheduler.step(output, t, pack.latents, **kwargs, return_dict=False)
             pack.latents = on_step(step, t, stepped[0])
         pack.step = end
 
@@ -204,21 +216,17 @@ def _start(
         same = leader == parent.leaders[row] or own.initial_seed() == before.initial_seed()
         generators.append(before.clone_state() if same else own)
     latents = parent.latents.index_select(0, rows)
+    inherited = None
     if parent.clean is not None:
-        for i, (node, row) in enumerate(zip(task.nodes, task.rows, strict=True)):
-            if node is not parent.nodes[row]:
-                xi = torch.randn(latents.shape[1:], generator=generators[i], device=generators[i].device).to(latents)
-                latents[i] = _turned(parent.scheduler, parent.step, latents[i], parent.clean[row], xi, branch_noise)
-    return _Pack(task.nodes, leaders, parent.step, latents, branched(parent.scheduler, rows), generators)
-
-
-def _predicted(scheduler: Any, stepped: tuple[Tensor, ...], step: int, x: Tensor, output: Tensor) -> Tensor:
-    """Return the x_0 that a step predicted, from what it returned and what went in."""
-    name = type(scheduler).__name__
-    if name == "FlowMatchEulerDiscreteScheduler":
-        return x - float(scheduler.sigmas[step]) * output
-    clean: Tensor = scheduler.model_outputs[-1] if name == "DPMSolverMultistepScheduler" else stepped[1]
-    return clean
+        pairs = enumerate(zip(task.nodes, task.rows, strict=True))
+        noisy = [i for i, (node, row) in pairs if node is not parent.nodes[row]]
+        clean = parent.clean.index_select(0, rows[noisy])
+        for i, x_0 in zip(noisy, clean, strict=True):
+            xi = torch.randn(latents.shape[1:], generator=generators[i], device=generators[i].device).to(latents)
+            latents[i] = _turned(parent.scheduler, parent.step, latents[i], x_0, xi, branch_noise)
+        inherited = noisy, clean
+    child = branched(parent.scheduler, rows)
+    return _Pack(task.nodes, leaders, parent.step, latents, child, generators, inherited=inherited)
 
 
 def _turned(scheduler: Any, step: int, x: Tensor, x_0: Tensor, xi: Tensor, s: float) -> Tensor:
@@ -227,6 +235,37 @@ def _turned(scheduler: Any, step: int, x: Tensor, x_0: Tensor, xi: Tensor, s: fl
     eps = (x - alpha * x_0) / sigma
     turned: Tensor = alpha * x_0 + sigma * ((1 - s**2) ** 0.5 * eps + s * xi)
     return turned.to(x.dtype)
+
+
+def _recentred(pack: _Pack, output: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    """Return a pack's latents around what its children predict, and the outputs that predict the same from there."""
+    assert pack.inherited is not None
+    (rows, inherited), pack.inherited = pack.inherited, None
+    latents, output = pack.latents.clone(), output.clone()
+    x_0 = _predicted(pack.scheduler, pack.step, latents[rows], output[rows])
+    alpha = float(_levels(pack.scheduler, pack.step)[0])
+    latents[rows] += (s**2 * alpha * (x_0 - inherited)).to(latents.dtype)
+    kind, level, x_t = _normal(pack.scheduler, pack.step, latents[rows])
+    eps = diffusion.implied_noise(x_t, x_0, *level)
+    output[rows] = diffusion.target(kind, x_0, eps, *level).to(output.dtype)
+    return latents, output
+
+
+def _predicted(scheduler: Any, step: int, x: Tensor, output: Tensor) -> Tensor:
+    """Return the x_0 that an output means for the latents that enter a step."""
+    kind, level, x_t = _normal(scheduler, step, x)
+    return diffusion.predicted_sample(kind, output.float(), x_t, *level)
+
+
+def _normal(scheduler: Any, step: int, x: Tensor) -> tuple[diffusion.PredictionType, tuple[Tensor, Tensor], Tensor]:
+    """Return what the network predicts, the levels that enter a step, and latents, all as `sage.diffusion` has them.
+
+    Euler schedulers divide them by alpha.
+    """
+    kind = diffusion.prediction_type(scheduler)
+    alpha, sigma = (torch.as_tensor(level, dtype=torch.float32) for level in _levels(scheduler, step))
+    norm = torch.ones(()) if kind == "flow_prediction" else torch.hypot(alpha, sigma)
+    return kind, (alpha / norm, sigma / norm), x.float() / norm.to(x.device)
 
 
 def _levels(scheduler: Any, step: int) -> tuple[Any, Any]:

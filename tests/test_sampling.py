@@ -37,6 +37,7 @@ SCHEDULERS = {
     "euler ancestral": lambda: EulerAncestralDiscreteScheduler(**BETAS),
     "heun": lambda: HeunDiscreteScheduler(**BETAS),
     "dpm multistep": lambda: DPMSolverMultistepScheduler(**BETAS, solver_order=3, use_karras_sigmas=True),
+    "dpm first order": lambda: DPMSolverMultistepScheduler(**BETAS, solver_order=1),
     "dpm sde": lambda: DPMSolverMultistepScheduler(**BETAS, algorithm_type="sde-dpmsolver++"),
     "dpm single": lambda: DPMSolverSinglestepScheduler(**BETAS),
     "unipc": lambda: UniPCMultistepScheduler(**BETAS),
@@ -265,6 +266,41 @@ def test_branch_noise_keeps_the_variance_of_noise():
     noise = (turned - alpha * x_0) / sigma
     assert noise.std() == pytest.approx(1, abs=0.02)
     assert (noise * eps).mean() == pytest.approx(0.8, abs=0.02)
+
+
+@pytest.mark.parametrize("s", [0.6, 1.0])
+@pytest.mark.parametrize("name", ["ddim", "ddim zero snr", "euler", "flow", "dpm first order"])
+def test_a_childs_first_step_carries_on_the_noise_that_it_drew(name, s):
+    scheduler = SCHEDULERS[name]()
+    if name == "ddim zero snr":
+        scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+    scheduler.set_timesteps(20)
+    network, seen = Network(), []
+    network.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    run(scheduler, Plan(20, (Block(8, tuple(range(4))),)), branch_noise=s, network=network)
+
+    def level(step):
+        if name == "flow":
+            return 1 - scheduler.sigmas[step], scheduler.sigmas[step]
+        if name == "euler":
+            return 1 / (1 + scheduler.sigmas[step] ** 2).sqrt(), 1 / (1 + scheduler.sigmas[step] ** -2).sqrt()
+        signal = scheduler.alphas_cumprod[int(scheduler.timesteps[step])]
+        return signal.sqrt(), (1 - signal).sqrt()
+
+    def predicted(step):
+        (x, output), (alpha, sigma) = seen[step], level(step)
+        if name == "flow":
+            return x - sigma * output
+        return alpha * x - sigma * output if name == "ddim zero snr" else (x - sigma * output) / alpha
+
+    (alpha, sigma), (alpha_after, sigma_after) = level(8), level(9)
+    shared, own, x, after = predicted(7), predicted(8), seen[8][0], seen[9][0]
+    assert len(shared) == 1
+    assert len(own) == 4
+    drawn, apparent = (x - alpha * shared) / sigma, (x - alpha * own) / sigma
+    assert not torch.allclose(drawn, apparent, atol=1e-2)
+    carried = s**2 * drawn + (1 - s**2) * apparent
+    torch.testing.assert_close(after, alpha_after * own + sigma_after * carried, rtol=1e-3, atol=1e-3)
 
 
 def test_branch_noise_leaves_those_who_do_not_branch():
