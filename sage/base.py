@@ -9,7 +9,7 @@ from pathlib import Path
 import sage.torchvision_ops  # noqa: F401
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
 from sage.embedding import minilm_folder
@@ -26,7 +26,7 @@ _INDEX = {
     "text_encoder": ["transformers", "BertModel"],
     "tokenizer": ["transformers", "BertTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
-    "scheduler": ["diffusers", "DDIMScheduler"],
+    "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
     "safety_checker": [None, None],
     "feature_extractor": [None, None],
     "requires_safety_checker": False,
@@ -72,17 +72,18 @@ def new_unet() -> UNet2DConditionModel:
     )
 
 
-def new_scheduler() -> DDIMScheduler:
-    """Return v-prediction on a schedule that reaches zero signal, sampled from its end (Lin et al., 2023)."""
-    return DDIMScheduler(
+def new_scheduler() -> DPMSolverMultistepScheduler:
+    """Return DPM-Solver++ (Lu et al., 2022) for v-prediction on a schedule that reaches zero signal (Lin et al., 2023).
+
+    It needs fewer steps here than DDIM does, alone and in groups (docs/results.md).
+    """
+    return DPMSolverMultistepScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=True,
         steps_offset=1,
     )
 

@@ -24,15 +24,15 @@ def draws():
 def test_levels_keep_the_variance_and_reach_zero_signal(levels):
     alphas, sigmas = levels
     torch.testing.assert_close(alphas**2 + sigmas**2, torch.ones(1000))
-    assert alphas[-1] == 0 and sigmas[-1] == 1
+    assert alphas[-1] < 3e-4 and sigmas[-1] > 1 - 1e-6
     assert (sigmas > 0).all()
 
 
-def test_noising_is_that_of_diffusers(levels, draws):
+def test_noising_is_that_of_diffusers(draws):
     x_0, eps = draws
     t = torch.tensor([0, 10, 500, 998, 999])
-    alpha, sigma = (level[t] for level in levels)
-    scheduler = base.new_scheduler()
+    scheduler = DDIMScheduler(rescale_betas_zero_snr=True)
+    alpha, sigma = (level[t] for level in diffusion.noise_levels(scheduler))
     torch.testing.assert_close(diffusion.add_noise(x_0, eps, alpha, sigma), scheduler.add_noise(x_0, eps, t))
     torch.testing.assert_close(
         diffusion.target("v_prediction", x_0, eps, alpha, sigma), scheduler.get_velocity(x_0, eps, t)

@@ -17,9 +17,6 @@ from diffusers import (
 from sage.pipeline import SharedSamplingPipeline
 from sage.plan import Block, Plan
 
-# diffusers 0.42's set_timesteps converts tensors as numpy 2 no longer likes.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 STEPS = 6
 # A batch of another size rounds differently; pictures are in [0, 1].
 TOLERANCE = {"rtol": 0, "atol": 2e-3}

@@ -20,7 +20,7 @@ def text(n):
 
 
 def scheduler_of(kind):
-    return DDIMScheduler.from_config(base.new_scheduler().config, prediction_type=kind)
+    return DDIMScheduler.from_config(base.new_scheduler().config, prediction_type=kind, clip_sample=False)
 
 
 def process_of(kind):

@@ -29,9 +29,6 @@ from sage.pipeline import SharedSamplingPipeline
 from sage.plan import Block, Plan
 from sage.stream import prompt_seed
 
-# diffusers 0.42's set_timesteps converts tensors as numpy 2 no longer likes.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 TOLERANCE = {"rtol": 0, "atol": 2e-3}
 CALL = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}
 

@@ -23,9 +23,6 @@ from sage import sampling
 from sage.errors import ConfigurationError, PlanError, UnsupportedError
 from sage.plan import Block, Plan
 
-# diffusers 0.42's set_timesteps converts tensors as numpy 2 no longer likes.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SCHEDULERS = {
     "ddim": lambda: DDIMScheduler(**BETAS, clip_sample=False),
