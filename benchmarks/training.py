@@ -27,6 +27,7 @@ import sage.torchvision_ops  # noqa: F401
 
 import torch
 from accelerate import Accelerator
+from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.nn import functional as F
@@ -73,7 +74,8 @@ class Data:
         if self._encoded is None:
             groups = tuple(map(tuple, group(embed(self.texts), 0.72, 6, 0.999)))
             latents = denoiser.encode_pictures(self.pictures)
-            self._encoded = TrainingSet(latents, denoiser.encode_texts([*self.texts, ""], (64, 64)), groups)
+            captions = torch.arange(len(self.texts))[:, None]
+            self._encoded = TrainingSet(latents, denoiser.encode_texts([*self.texts, ""], (64, 64)), captions, groups)
         return self._encoded
 
 
@@ -110,7 +112,9 @@ class Stock:
 
     def step(self) -> None:
         """Do one step."""
-        scheduler, accelerator = self.pipe.scheduler, self.accelerator
+        # As there: what adds noise is DDPM's, whatever the pipeline draws with.
+        scheduler = DDPMScheduler.from_config(self.pipe.scheduler.config)
+        accelerator = self.accelerator
         rows = torch.randint(len(self.data.texts), (BATCH,))
         with accelerator.accumulate(self.unet):
             latents = self.latents[rows] if self.cached else self._latents(rows)

@@ -24,7 +24,7 @@ from sage import adapter
 from sage import base as base_model
 from sage.batches import Batches
 from sage.config import Finetune, load_params
-from sage.data import Example, check_sums, load_pixels, read_groups, read_split
+from sage.data import Example, captions_of, check_sums, load_pixels, read_groups, read_split
 from sage.denoiser import Denoiser
 from sage.errors import DataError
 from sage.files import digest, new_folder, sha256, sha256_tree, write_json
@@ -131,8 +131,9 @@ def _main_run(accelerator: Accelerator, settings: Finetune) -> Iterator[Run]:
 def training_set(denoiser: Denoiser, examples: Sequence[Example], members: tuple[tuple[int, ...], ...]) -> TrainingSet:
     """Return latents and text states of all pictures and captions, computed once."""
     pictures = torch.from_numpy(load_pixels(examples))
-    texts = [*(example.text for example in examples), ""]
-    return TrainingSet(denoiser.encode_pictures(pictures), denoiser.encode_texts(texts, pictures.shape[1:3]), members)
+    texts, captions = captions_of([example.texts for example in examples])
+    conditions = denoiser.encode_texts([*texts, ""], pictures.shape[1:3])
+    return TrainingSet(denoiser.encode_pictures(pictures), conditions, torch.from_numpy(captions), members)
 
 
 def train(

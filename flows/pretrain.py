@@ -14,7 +14,7 @@ from torch import Tensor
 from flows.terminal import guard, progress
 from sage import base, files, pretraining
 from sage.config import Network, load_params
-from sage.data import load_pixels, read_split
+from sage.data import captions_of, load_pixels, read_split
 from sage.embedding import embed
 from sage.metrics import alignment
 from sage.metrics.extractors import EfficientNetLite0, read_pictures
@@ -66,7 +66,7 @@ def denoiser(
     autoencoder = AutoencoderKL.from_pretrained(vae).eval().requires_grad_(False)
     examples = read_split(data, "train")
     latents = pretraining.encode_pictures(autoencoder, _pictures(data, "train")) * autoencoder.config.scaling_factor
-    texts, captions = pretraining.captions_of([example.texts for example in examples])
+    texts, captions = captions_of([example.texts for example in examples])
     states = pretraining.encode_texts([*texts, ""])
     torch.manual_seed(settings.seed)
     network = base.new_unet() if start is None else base.load(start).unet.requires_grad_(True)
@@ -76,7 +76,7 @@ def denoiser(
         base.new_scheduler(),
         latents,
         states,
-        captions,
+        torch.from_numpy(captions),
         batch_size=settings.batch_size,
         drop_text=settings.drop_text,
         seed=settings.seed,

@@ -132,6 +132,15 @@ def read_groups(path: Path, examples: Sequence[Example]) -> tuple[list[list[int]
     return [[place[id] for id in group["ids"]] for group in groups], [float(group["similarity"]) for group in groups]
 
 
+def captions_of(texts: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray]:
+    """Return all different captions, and which of them are each picture's, of shape (n, k): few are repeated."""
+    different = list(dict.fromkeys(text for own in texts for text in own))
+    place = {text: number for number, text in enumerate(different)}
+    most = max(map(len, texts), default=0)
+    rows = [[place[own[k % len(own)]] for k in range(most)] for own in texts]
+    return different, np.array(rows, np.int64).reshape(len(texts), most)
+
+
 def load_pixels(examples: Sequence[Example]) -> np.ndarray:
     """Return the pictures as uint8 of shape (n, height, width, 3)."""
     return np.stack([np.asarray(Image.open(example.path).convert("RGB")) for example in examples])

@@ -23,13 +23,15 @@ from sage.training import Losses, generator, spaced
 class TrainingSet:
     """Pictures with their captions and groups, ready for the network.
 
-    `latents` are as the network sees them, of shape (n, ...); `conditions` are those of the n captions and, last, of
-    the empty prompt, by name, each of shape (n + 1, ...), "states" among them; `groups` are a partition of the row
-    numbers. Raises DataError where they do not fit.
+    `latents` are as the network sees them, of shape (n, ...); `conditions` are those of m different captions and, last,
+    of the empty prompt, by name, each of shape (m + 1, ...), "states" among them; `captions`, of shape (n, k), says
+    which are a picture's, first the one that it was grouped by; `groups` are a partition of the row numbers.
+    Raises DataError where they do not fit.
     """
 
     latents: Tensor
     conditions: Condition
+    captions: Tensor
     groups: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
@@ -37,9 +39,14 @@ class TrainingSet:
         n = len(self.latents)
         if n == 0:
             raise DataError("there are no pictures to train on.")
+        if len(self.captions) != n:
+            raise DataError(f"{n} pictures need as many rows of captions; found {len(self.captions)}.")
         for name, values in self.conditions.items():
-            if len(values) != n + 1:
-                raise DataError(f"{n} pictures need {n + 1} text {name}, the empty prompt's last; found {len(values)}.")
+            if len(values) < int(self.captions.max()) + 2:
+                raise DataError(
+                    f"caption {int(self.captions.max())} and the empty prompt after it need at least "
+                    f"{int(self.captions.max()) + 2} text {name}; found {len(values)}."
+                )
         if sorted(row for group in self.groups for row in group) != list(range(n)):
             raise DataError(f"the groups are no partition of the {n} training pictures; run the group stage again.")
 
@@ -50,6 +57,10 @@ class TrainingSet:
         for group in self.groups:
             table[list(group), : len(group)] = torch.tensor(group)
         return table
+
+    def conditions_of(self, rows: Tensor) -> Condition:
+        """Return the conditions of the captions that these rows were grouped by."""
+        return taken(self.conditions, self.captions[rows, 0])
 
 
 def finetuning_loss(
@@ -70,7 +81,8 @@ def finetuning_loss(
 
     `network` is a `sage.denoiser.Denoiser`, also as accelerate prepares it, of the base that will be trained; where
     consistency has a weight, a frozen copy is taken now. The share ratio of each group is drawn between `share_ratios`,
-    so that one model serves them all. `branch_start` is where the branch phase starts: "sampled", where the network as
+    so that one model serves them all. Plain diffusion draws from all captions of a picture, the other terms take those
+    that groups were formed by. `branch_start` is where the branch phase starts: "sampled", where the network as
     it now is arrives with its share of `sampler_steps` steps, each member with noise of its own (branch noise 1);
     "mixture", see `sage.loss.mixture_start`; "plain", at the member itself, noised. A share `drop_text` of the plain
     diffusion items loses its caption, for classifier-free guidance. `min_snr` is gamma of `sage.loss.min_snr`; None
@@ -170,10 +182,11 @@ class _Draws:
         )
 
     def diffusion(self, rows: Tensor, random: torch.Generator) -> Query:
-        """Plain diffusion on single pictures, some without their caption."""
+        """Plain diffusion on single pictures, each under any of its captions, some without."""
         data = self.data
         dropped = torch.rand(len(rows), generator=random) < self.drop_text
-        c = taken(data.conditions, torch.where(dropped, len(data.latents), rows))
+        drawn = data.captions[rows, torch.randint(data.captions.shape[1], (len(rows),), generator=random)]
+        c = taken(data.conditions, torch.where(dropped, len(data.conditions["states"]) - 1, drawn))
         t = (spaced(len(rows), random) * len(self.process.alphas)).long()
         return loss.diffusion_query(self.process, data.latents[rows], c, t, self._noise(rows, random))
 
@@ -200,7 +213,7 @@ class _Draws:
         z_m = z[torch.arange(len(rows)), place]
         x_star = loss.mixture_start(self.process, self.soft_target, z_m, z, present, t_star, eps)
         t = (spaced(len(rows), random) * (t_star + 1)).long()
-        own, c = self.data.latents[rows], taken(self.data.conditions, rows)
+        own, c = self.data.latents[rows], self.data.conditions_of(rows)
         if self.branch_start == "plain":
             return loss.diffusion_query(self.process, own, c, t, eps)
         return loss.branch_query(self.process, own, c, t, x_star, t_star)
@@ -214,26 +227,26 @@ class _Draws:
         # Only the groups of these items are sampled, each once.
         leaders, place = torch.unique(first[items], return_inverse=True)
         if not len(leaders):
-            return Query(shared_noise[items], t[items], taken(self.data.conditions, rows[items]), own_noise[items])
+            return Query(shared_noise[items], t[items], self.data.conditions_of(rows[items]), own_noise[items])
         c_bar, eps = self._merged(rows[leaders]), shared_noise[leaders]
         x_0 = loss.shared_prediction(self.process, self.network, c_bar, eps, steps, self.sampler_steps)[place]
         x_star = diffusion.add_noise(x_0, own_noise[items], *self.process.at(t_star[items]))
         mine = rows[items]
-        own, c = self.data.latents[mine], taken(self.data.conditions, mine)
+        own, c = self.data.latents[mine], self.data.conditions_of(mine)
         return loss.branch_query(self.process, own, c, t[items], x_star, t_star[items])
 
     def members(self, rows: Tensor) -> tuple[Condition, Tensor]:
         """Return the conditions of all members of the rows' groups, and the place in `rows` that each belongs to."""
         mates = self.data.mates[rows]
         item, member = (mates >= 0).nonzero(as_tuple=True)
-        return taken(self.data.conditions, mates[item, member]), item
+        return self.data.conditions_of(mates[item, member]), item
 
     def _merged(self, rows: Tensor) -> Condition:
         """Return the condition of each row's group, as the sampler makes it."""
         merged: dict[int, Condition] = {}
         for group in self.data.mates[rows]:
             if int(group[0]) not in merged:
-                members = taken(self.data.conditions, group[group >= 0])
+                members = self.data.conditions_of(group[group >= 0])
                 merged[int(group[0])] = sampling.merge({name: values[:, None] for name, values in members.items()})
         leaders = self.data.mates[rows, 0].tolist()
         return {name: torch.cat([merged[row][name][:, 0] for row in leaders]) for name in self.data.conditions}

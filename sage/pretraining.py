@@ -1,11 +1,12 @@
 """Training the base model from scratch: first the autoencoder on pictures, then the U-Net on their latents."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import sage.torchvision_ops  # noqa: F401
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -80,14 +81,6 @@ def normalise_latents(autoencoder: AutoencoderKL, pictures: Tensor) -> None:
     autoencoder.register_to_config(scaling_factor=1.0)
 
 
-def captions_of(texts: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
-    """Return all different captions, and which of them are each picture's, of shape (n, k): few are repeated."""
-    different = list(dict.fromkeys(text for own in texts for text in own))
-    place = {text: number for number, text in enumerate(different)}
-    most = max(map(len, texts))
-    return different, torch.tensor([[place[own[k % len(own)]] for k in range(most)] for own in texts])
-
-
 @torch.no_grad()
 def encode_texts(texts: Sequence[str], batch_size: int = 64) -> Tensor:
     """Return the text states of prompts, float32 of shape (n, tokens, width), as the base pipeline computes them."""
@@ -103,7 +96,7 @@ def encode_texts(texts: Sequence[str], batch_size: int = 64) -> Tensor:
 
 def denoiser_loss(
     network: UNet2DConditionModel,
-    scheduler: DDIMScheduler,
+    scheduler: Any,
     latents: Tensor,
     states: Tensor,
     captions: Tensor,

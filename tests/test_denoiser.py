@@ -14,9 +14,6 @@ from sage.errors import UnsupportedError
 from sage.finetuning import TrainingSet, finetuning_loss
 from sage.training import Schedule, fit
 
-# diffusers' Euler and DPM-Solver++ schedulers with numpy 2
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
-
 SIZE = (16, 16)
 GROUPS = ((0, 1, 2), (3, 4))
 WEIGHTS = {"diffusion": 1.0, "shared": 1.0, "branch": 1.0, "consistency": 0.1}
@@ -31,7 +28,7 @@ def pictures(n):
 def data_of(denoiser):
     texts = [*tiny.PROMPTS, ""]
     latents = denoiser.encode_pictures(pictures(len(tiny.PROMPTS)))
-    return TrainingSet(latents, denoiser.encode_texts(texts, SIZE), GROUPS)
+    return TrainingSet(latents, denoiser.encode_texts(texts, SIZE), torch.arange(len(latents))[:, None], GROUPS)
 
 
 def loss_of(denoiser, data, scheduler, evaluations=12, **changes):

@@ -28,9 +28,10 @@ def randn(*shape, seed=0):
 
 
 @functools.cache
-def data(groups=GROUPS):
+def data(groups=GROUPS, captions=1):
     n = sum(map(len, groups))
-    return TrainingSet(randn(n, 4, 8, 8), {"states": randn(n + 1, 5, 16, seed=1)}, groups)
+    own = torch.arange(captions * n).reshape(captions, n).T
+    return TrainingSet(randn(n, 4, 8, 8), {"states": randn(captions * n + 1, 5, 16, seed=1)}, own, groups)
 
 
 def unet(seed=0):
@@ -148,7 +149,7 @@ def test_rows_depend_on_seed_and_step_alone():
     ("latents", "states", "groups", "message"),
     [
         (0, 1, (), "no pictures"),
-        (2, 2, ((0, 1),), "2 pictures need 3 text states"),
+        (2, 2, ((0, 1),), "caption 1 and the empty prompt after it need at least 3 text states; found 2"),
         (2, 3, ((0,),), "no partition"),
         (2, 3, ((0, 1), (1,)), "no partition"),
         (2, 3, ((0, 2),), "no partition"),
@@ -156,7 +157,9 @@ def test_rows_depend_on_seed_and_step_alone():
 )
 def test_a_training_set_that_does_not_fit_is_refused(latents, states, groups, message):
     with pytest.raises(DataError, match=message):
-        TrainingSet(randn(latents, 4, 8, 8), {"states": randn(states, 5, 16)}, groups)
+        TrainingSet(randn(latents, 4, 8, 8), {"states": randn(states, 5, 16)}, torch.arange(latents)[:, None], groups)
+    with pytest.raises(DataError, match="2 pictures need as many rows of captions; found 1"):
+        TrainingSet(randn(2, 4, 8, 8), {"states": randn(2, 5, 16)}, torch.tensor([[0]]), ((0, 1),))
 
 
 def test_times_are_spread_and_stay_below_one():
@@ -189,6 +192,25 @@ def test_captions_are_dropped_from_plain_diffusion_alone(asked):
     loss_of(unet(), Batches(GROUPS, weights(diffusion=1, branch=1), 48, 0), drop_text=0.5)(0)
     empty = (asked[0][2] == data().conditions["states"][-1]).flatten(1).all(1)
     assert 8 < empty[:32].sum() < 24 and not empty[32:].any()
+
+
+def test_plain_diffusion_sees_every_caption_and_the_groups_those_that_made_them(asked):
+    terms = weights(diffusion=1, shared=1, branch=1)
+    training_set, batches = data(captions=3), Batches(GROUPS, terms, 48, 0)
+    states = training_set.conditions["states"]
+    step_loss = loss_of(unet(), batches, training_set, drop_text=0.0, branch_start="mixture")
+    drawn = set()
+    for step in range(4):
+        asked.clear()
+        step_loss(step)
+        rows, condition = batches.rows(step), torch.cat([asked_of[2] for asked_of in asked])
+        plain, _, branch = condition.split([len(rows[term]) for term in ("diffusion", "shared", "branch")])
+        assert torch.equal(branch, states[training_set.captions[rows["branch"], 0]])
+        for row, seen in zip(rows["diffusion"].tolist(), plain, strict=True):
+            own = training_set.captions[row]
+            (place,) = (states[own] == seen).flatten(1).all(1).nonzero().flatten().tolist()
+            drawn.add(place)
+    assert drawn == {0, 1, 2}
 
 
 @pytest.mark.parametrize("chosen", CHOICES)
@@ -267,12 +289,12 @@ def test_sampled_branches_start_where_the_sampler_arrives(asked):
         *rollout, (x_t, t, condition, *_) = asked
         k = len(rollout)
         shared.add(k)
-        scheduler = base.new_scheduler()
+        scheduler = DDIMScheduler.from_config(base.new_scheduler().config, clip_sample=False)
         scheduler.set_timesteps(8)
         x = rollout[0][0]
         for time, (seen, at, _, output, trained) in zip(scheduler.timesteps[:k], rollout, strict=True):
             assert not trained and set(at.tolist()) == {int(time)}
-            torch.testing.assert_close(seen, x, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(seen, x, rtol=1e-3, atol=1e-3)
             stepped = scheduler.step(output, time, x)
             x, x_0 = stepped.prev_sample, stepped.pred_original_sample
         star = scheduler.timesteps[k]
@@ -346,9 +368,8 @@ def test_consistency_is_measured_from_the_base_not_from_what_it_became():
 
 def test_a_base_that_does_not_fit_is_refused():
     with pytest.raises(UnsupportedError, match="text states 16 wide, but its text encoder gives 8"):
-        loss_of(
-            unet(), Batches(((0, 1),), ALL, 6, 0), TrainingSet(randn(2, 4, 8, 8), {"states": randn(3, 5, 8)}, ((0, 1),))
-        )
+        narrow = TrainingSet(randn(2, 4, 8, 8), {"states": randn(3, 5, 8)}, torch.tensor([[0], [1]]), ((0, 1),))
+        loss_of(unet(), Batches(((0, 1),), ALL, 6, 0), narrow)
 
 
 def test_it_learns_and_resumes_bit_for_bit(tmp_path):
