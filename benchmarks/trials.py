@@ -17,7 +17,7 @@ import sage.torchvision_ops
 
 import numpy as np
 import yaml
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler
 
 import sage
 from flows.machine import device
@@ -59,12 +59,13 @@ class Point:
     """One way to draw a split's pictures: a model, a number of steps, what is shared, and a solver.
 
     `share`: a share ratio for all groups; or "adaptive" or "tree", plans that cost what the shipped ratio does.
+    `solver`: "dpm++", the base's own, or "ddim".
     """
 
     model: Recipe | None
     steps: int
     share: float | str = 0.0
-    solver: str = "ddim"
+    solver: str = "dpm++"
 
 
 class Trials:
@@ -129,7 +130,7 @@ class Trials:
             "plan": repr(self.plan(point)),
             "split": [self.split, sha256_tree(self.data / self.split)],
             "settings": [settings.guidance_scale, settings.branch_noise, settings.seeds],
-            "code": _code("plan", "sampling", "stream", "pipeline", "metrics/extractors"),
+            "code": _code("plan", "sampling", "diffusion", "stream", "pipeline", "metrics/extractors"),
         }
         kept = self.work / "features" / f"{digest(identity)[:16]}.npy"
         if not kept.exists():
@@ -144,8 +145,8 @@ class Trials:
         settings = self.params.generate
         pipe: Any = SharedSamplingPipeline.from_pretrained(self.model(point.model)).to(device())
         pipe.set_progress_bar_config(disable=True)
-        if point.solver == "dpm++":
-            pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+        if point.solver == "ddim":
+            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
         drawn: dict[tuple[int, int], np.ndarray] = {}
         what = f"{point.steps} steps, {point.solver}, share {point.share}"
         with progress(len(self.texts) * len(settings.seeds), what) as advance:
