@@ -5,8 +5,8 @@ On several devices: `accelerate launch -m flows.finetune` with the arguments of 
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT_EVERY = 50
 REPORT_EVERY = 10
+ENCODED_TOGETHER = 512
 # What changes no weight may differ between a killed run and the one that goes on.
 WITHOUT_EFFECT = {"pictures_every"}
 # The pictures to look at: so many groups of the validation split, so many of each. Without branch noise, which some
@@ -132,8 +133,20 @@ def training_set(denoiser: Denoiser, examples: Sequence[Example], members: tuple
     """Return latents and text states of all pictures and captions, computed once."""
     pictures = torch.from_numpy(load_pixels(examples))
     texts, captions = captions_of([example.texts for example in examples])
-    conditions = denoiser.encode_texts([*texts, ""], pictures.shape[1:3])
+    texts.append("")
+    parts = []
+    with _shown(len(texts), "encoding captions") as advance:
+        for start in range(0, len(texts), ENCODED_TOGETHER):
+            some = texts[start : start + ENCODED_TOGETHER]
+            parts.append(denoiser.encode_texts(some, pictures.shape[1:3]))
+            advance(len(some))
+    conditions = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return TrainingSet(denoiser.encode_pictures(pictures), conditions, torch.from_numpy(captions), members)
+
+
+def _shown(total: int, what: str) -> AbstractContextManager[Callable[[int], None]]:
+    """Return a progress display; only one of several processes has one."""
+    return progress(total, what) if processes()[0] == 0 else nullcontext(lambda n: None)
 
 
 def train(
@@ -173,8 +186,7 @@ def train(
         watch_every=settings.pictures_every,
     )
     at = 0
-    shown = progress(settings.steps, "fine-tuning") if processes()[0] == 0 else nullcontext(lambda n: None)
-    with shown as advance:
+    with _shown(settings.steps, "fine-tuning") as advance:
 
         def on_step(step: int, values: dict[str, float]) -> None:
             nonlocal at
