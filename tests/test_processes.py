@@ -60,7 +60,7 @@ def train(work, processes, accumulate, rank):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("accumulate", "rank"), [(1, 0), (3, 2)])
+@pytest.mark.parametrize(("accumulate", "rank"), [pytest.param(1, 0, marks=pytest.mark.stack), (3, 2)])
 def test_two_processes_have_the_gradient_and_losses_of_one(accumulate, rank, tmp_path):
     whole = train(tmp_path / "whole", 1, 1, rank)
     halves = train(tmp_path / "halves", 2, accumulate, rank)
