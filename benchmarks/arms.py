@@ -161,7 +161,17 @@ def recipes(params: Params) -> dict[str, Recipe | None]:
         "one branch time": Recipe((("share_ratios", (ratio, ratio)),)),
         "three times the learning rate": Recipe((("learning_rate", 3 * shipped.learning_rate),)),
         "twice the steps": Recipe((("steps", 2 * shipped.steps),)),
+        "min-SNR weighting": Recipe((("min_snr", 5.0),)),
+        # LoRA wants a higher rate than all weights: its matrices begin at zero.
+        "LoRA of rank 8, ten times the learning rate": Recipe(
+            (("adapter", (("rank", 8),)), ("learning_rate", 10 * shipped.learning_rate))
+        ),
+        "half the weight of the shared and the branch term": Recipe(
+            weights=tuple((name, weights[name] / 2) for name in ("shared", "branch"))
+        ),
     }
+    counts = (count for count in (6, 8) if count != shipped.sampler_steps)
+    found |= {f"{count} sampler steps": Recipe((("sampler_steps", count),)) for count in counts}
     starts = (start for start in ("sampled", "mixture", "plain") if start != shipped.branch_start)
     found |= {f"{start} branch start": Recipe((("branch_start", start),)) for start in starts}
     for name, weight in weights.items():

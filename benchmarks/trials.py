@@ -48,10 +48,16 @@ class Recipe:
     def settings(self, shipped: Finetune) -> Finetune:
         """Return the whole configuration."""
         values = shipped.model_dump()
-        # A recipe is hashable, the configuration strict: its sequences are lists.
-        changes = {name: list(value) if isinstance(value, tuple) else value for name, value in self.changes}
+        changes = {name: _plain(value) for name, value in self.changes}
         values |= changes | {"weights": values["weights"] | dict(self.weights), "seed": self.seed}
         return Finetune.model_validate(values)
+
+
+def _plain(value: Any) -> Any:
+    """Return what a configuration takes: a recipe is hashable, so its lists are tuples, its sections pairs."""
+    if not isinstance(value, tuple):
+        return value
+    return dict(value) if all(isinstance(part, tuple) for part in value) else list(value)
 
 
 @dataclass(frozen=True)
