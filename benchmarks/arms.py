@@ -170,8 +170,8 @@ def recipes(params: Params) -> dict[str, Recipe | None]:
             weights=tuple((name, weights[name] / 2) for name in ("shared", "branch"))
         ),
     }
-    counts = (count for count in (6, 8) if count != shipped.sampler_steps)
-    found |= {f"{count} sampler steps": Recipe((("sampler_steps", count),)) for count in counts}
+    other = 8 if shipped.sampler_steps == params.generate.steps else params.generate.steps
+    found[f"{other} sampler steps"] = Recipe((("sampler_steps", other),))
     starts = (start for start in ("sampled", "mixture", "plain") if start != shipped.branch_start)
     found |= {f"{start} branch start": Recipe((("branch_start", start),)) for start in starts}
     for name, weight in weights.items():
