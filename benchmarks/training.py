@@ -45,7 +45,7 @@ from sage.training import Schedule, fit
 PICTURES = 1024
 BATCH = 64
 TERMS = {"diffusion": 1.0, "shared": 1.0, "branch": 1.0, "consistency": 0.1}
-RATIOS, SAMPLER_STEPS = (0.1, 0.5), 8
+RATIOS, SAMPLER_STEPS = (0.1, 0.5), 6
 SETTINGS = {"share_ratios": RATIOS, "soft_target": "posterior", "sampler_steps": SAMPLER_STEPS}
 SETTINGS |= {"drop_text": 0.1, "seed": 0}
 # What a step of this project is: the weights of its terms, whether what is encoded is cached, where branches start.
