@@ -1,6 +1,7 @@
 """What each part of SAGE is worth, and what sharing saves at equal quality: the figures of docs/results.md.
 
     python -m benchmarks.arms choose     every recipe on the validation split, the only one to choose by
+    python -m benchmarks.arms noise      how far one pair of seeds is to be trusted, on the validation split
     python -m benchmarks.arms prove      the arms, the goals and both frontiers on the held-out test split
     python -m benchmarks.arms prove --quick     one training seed and few points: minutes
 
@@ -177,6 +178,26 @@ def recipes(params: Params) -> dict[str, Recipe | None]:
     for name, weight in weights.items():
         found[f"without {name}" if weight else f"with {name}"] = Recipe(weights=((name, 0.0 if weight else 0.1),))
     return found
+
+
+@app.command()
+def noise(work: Work = Path("work/arms"), page: Page = Path("docs/results.md")) -> None:
+    """Judge the arms that a choice rests on under other noise, on the validation split."""
+    params = load_params()
+    settings, arms = params.generate, Arms(params, 1)
+    pairs = ((0, 1), (2, 3), (4, 5))
+    columns: list[list[str]] = []
+    names: list[str] = []
+    for pair in pairs:
+        drawn = params.model_copy(update={"generate": settings.model_copy(update={"seeds": list(pair)})})
+        judge = Judge(Trials(drawn, "validation", work))
+        main = arms.main(judge.trials)
+        names = [name for name in main if "standard" not in name and "training seed" not in name]
+        figures = [judge.figures(main[name]) for name in names]
+        columns += [[f"{arm[metric]['value']:.3g}" for arm in figures] for metric in ("kernel_distance", "alignment")]
+        typer.echo(f"seeds {pair}: {columns[-2:]}")
+    head = ["arm", *(f"{what}, seeds {a} and {b}" for a, b in pairs for what in ("kernel distance", "alignment"))]
+    _rewrite(page, "noise", _table(head, [list(row) for row in zip(names, *columns, strict=True)]))
 
 
 @app.command()
