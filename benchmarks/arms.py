@@ -397,6 +397,8 @@ def _draw(judge: Judge, series: Mapping[str, Sequence[Sequence[Point]]], ratio: 
         if name in ("independent, base, dpm++", f"shared, SAGE, {ratio}"):
             axes.fill_between(nfe, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
     axes.set(xscale="log", xlabel="network evaluations per image", ylabel="kernel distance (lower is better)")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     with new_file(picture) as temporary:
