@@ -148,36 +148,46 @@ def choose(
     _rewrite(page, "choose", f"{note}\n\n{_table(head, rows)}")
 
 
+# All three terms of the design's loss; the shipped recipe leaves out the shared one.
+WHOLE = {"diffusion": 1.0, "shared": 1.0, "branch": 1.0, "consistency": 0.0}
+
+
 def recipes(params: Params) -> dict[str, Recipe | None]:
-    """Return what is compared: no training, standard fine-tuning, the shipped recipe, and it with one thing changed."""
+    """Return what is compared: no training, standard and the shipped fine-tuning, and one thing changed at a time.
+
+    Changed is the loss with all terms, so that each is left out once; the shipped one is that without the shared term.
+    """
     shipped = params.finetune
-    weights = shipped.weights.model_dump()
-    other_target = "posterior" if shipped.soft_target == "mean" else "mean"
     ratio = params.generate.share_ratio
-    found: dict[str, Recipe | None] = {
-        "base": None,
-        "standard fine-tuning": standard(weights, 0),
-        "SAGE as shipped": Recipe(),
-        f"{other_target} soft target": Recipe((("soft_target", other_target),)),
-        "one branch time": Recipe((("share_ratios", (ratio, ratio)),)),
-        "three times the learning rate": Recipe((("learning_rate", 3 * shipped.learning_rate),)),
-        "twice the steps": Recipe((("steps", 2 * shipped.steps),)),
-        "min-SNR weighting": Recipe((("min_snr", 5.0),)),
+    changes: dict[str, tuple[tuple[str, Any], ...]] = {
+        "all terms": (),
+        "mean soft target": (("soft_target", "mean"),),
+        "8 sampler steps": (("sampler_steps", 8),),
+        "mixture branch start": (("branch_start", "mixture"),),
+        "plain branch start": (("branch_start", "plain"),),
+        "one branch time": (("share_ratios", (ratio, ratio)),),
+        "three times the learning rate": (("learning_rate", 3 * shipped.learning_rate),),
+        "twice the steps": (("steps", 2 * shipped.steps),),
+        "min-SNR weighting": (("min_snr", 5.0),),
         # LoRA wants a higher rate than all weights: its matrices begin at zero.
-        "LoRA of rank 8, ten times the learning rate": Recipe(
-            (("adapter", (("rank", 8),)), ("learning_rate", 10 * shipped.learning_rate))
-        ),
-        "half the weight of the shared and the branch term": Recipe(
-            weights=tuple((name, weights[name] / 2) for name in ("shared", "branch"))
+        "LoRA of rank 8, ten times the learning rate": (
+            ("adapter", (("rank", 8),)),
+            ("learning_rate", 10 * shipped.learning_rate),
         ),
     }
-    other = 8 if shipped.sampler_steps == params.generate.steps else params.generate.steps
-    found[f"{other} sampler steps"] = Recipe((("sampler_steps", other),))
-    starts = (start for start in ("sampled", "mixture", "plain") if start != shipped.branch_start)
-    found |= {f"{start} branch start": Recipe((("branch_start", start),)) for start in starts}
-    for name, weight in weights.items():
-        found[f"without {name}" if weight else f"with {name}"] = Recipe(weights=((name, 0.0 if weight else 0.1),))
-    return found
+    weights = {
+        "without diffusion": {"diffusion": 0.0},
+        "without branch": {"branch": 0.0},
+        "with consistency": {"consistency": 0.1},
+        "half the weight of the shared and the branch term": {"shared": 0.5, "branch": 0.5},
+    }
+    return {
+        "base": None,
+        "standard fine-tuning": standard(WHOLE, 0),
+        "SAGE as shipped, without shared": Recipe(),
+        **{name: Recipe(change, tuple(WHOLE.items())) for name, change in changes.items()},
+        **{name: Recipe(weights=tuple((WHOLE | changed).items())) for name, changed in weights.items()},
+    }
 
 
 @app.command()

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -131,8 +131,10 @@ class Trials:
     def pictures(self, point: Point) -> Pictures:
         """Return what the extractors see in a point's pictures, after drawing them where they are not kept."""
         settings = self.params.generate
-        identity = asdict(point) | {
+        identity = {
             "model": model_digest(self.model(point.model)),
+            "steps": point.steps,
+            "solver": point.solver,
             "plan": repr(self.plan(point)),
             "split": [self.split, sha256_tree(self.data / self.split)],
             "settings": [settings.guidance_scale, settings.branch_noise, settings.seeds],
