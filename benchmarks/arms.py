@@ -155,38 +155,39 @@ WHOLE = {"diffusion": 1.0, "shared": 1.0, "branch": 1.0, "consistency": 0.0}
 def recipes(params: Params) -> dict[str, Recipe | None]:
     """Return what is compared: no training, standard and the shipped fine-tuning, and one thing changed at a time.
 
-    Changed is the loss with all terms, so that each is left out once; the shipped one is that without the shared term.
+    Terms are left out of the loss with all of them, settings are changed in the shipped one.
     """
     shipped = params.finetune
     ratio = params.generate.share_ratio
-    changes: dict[str, tuple[tuple[str, Any], ...]] = {
-        "all terms": (),
-        "mean soft target": (("soft_target", "mean"),),
-        "8 sampler steps": (("sampler_steps", 8),),
-        "mixture branch start": (("branch_start", "mixture"),),
-        "plain branch start": (("branch_start", "plain"),),
-        "one branch time": (("share_ratios", (ratio, ratio)),),
-        "three times the learning rate": (("learning_rate", 3 * shipped.learning_rate),),
-        "twice the steps": (("steps", 2 * shipped.steps),),
-        "min-SNR weighting": (("min_snr", 5.0),),
-        # LoRA wants a higher rate than all weights: its matrices begin at zero.
-        "LoRA of rank 8, ten times the learning rate": (
-            ("adapter", (("rank", 8),)),
-            ("learning_rate", 10 * shipped.learning_rate),
-        ),
+    terms: dict[str, dict[str, float]] = {
+        "all terms": {},
+        "all terms without diffusion": {"diffusion": 0.0},
+        "all terms without branch": {"branch": 0.0},
+        "all terms with consistency": {"consistency": 0.1},
     }
-    weights = {
-        "without diffusion": {"diffusion": 0.0},
-        "without branch": {"branch": 0.0},
-        "with consistency": {"consistency": 0.1},
-        "half the weight of the shared and the branch term": {"shared": 0.5, "branch": 0.5},
+    settings: dict[str, Recipe] = {
+        "half the weight of branch": Recipe(weights=(("branch", shipped.weights.branch / 2),)),
+        "twice the weight of branch": Recipe(weights=(("branch", 2 * shipped.weights.branch),)),
+        "8 sampler steps": Recipe((("sampler_steps", 8),)),
+        "mixture branch start": Recipe((("branch_start", "mixture"),)),
+        "plain branch start": Recipe((("branch_start", "plain"),)),
+        "one branch time": Recipe((("share_ratios", (ratio, ratio)),)),
+        "three times the learning rate": Recipe((("learning_rate", 3 * shipped.learning_rate),)),
+        "twice the steps": Recipe((("steps", 2 * shipped.steps), ("decay", 2 * shipped.decay))),
+        "min-SNR weighting": Recipe((("min_snr", 5.0),)),
+        # LoRA wants a higher rate than all weights: its matrices begin at zero.
+        "LoRA of rank 8, ten times the learning rate": Recipe(
+            (("adapter", (("rank", 8),)), ("learning_rate", 10 * shipped.learning_rate))
+        ),
     }
     return {
         "base": None,
         "standard fine-tuning": standard(WHOLE, 0),
-        "SAGE as shipped, without shared": Recipe(),
-        **{name: Recipe(change, tuple(WHOLE.items())) for name, change in changes.items()},
-        **{name: Recipe(weights=tuple((WHOLE | changed).items())) for name, changed in weights.items()},
+        "SAGE as shipped: all terms without shared": Recipe(),
+        **{name: Recipe(weights=tuple((WHOLE | changed).items())) for name, changed in terms.items()},
+        # What the shared term aims at means nothing without it.
+        "all terms, mean soft target": Recipe((("soft_target", "mean"),), tuple(WHOLE.items())),
+        **{f"shipped, {name}": recipe for name, recipe in settings.items()},
     }
 
 
