@@ -51,41 +51,41 @@ class Form:
     """How much is measured.
 
     `seeds`: training seeds; `ratios`: share ratios; `full`: steps that stand for all steps, beyond which little is won;
-    `alone`: a model, a solver and the steps of each series of independent sampling; `shared`: a model, a share ratio
-    and the steps of each series of shared sampling.
+    `alone`: a model, a solver, training seeds and steps of each series of independent sampling; `shared`: a model, a
+    share ratio, training seeds and steps of each series of shared sampling.
     """
 
     seeds: int
     ratios: tuple[float, ...]
     full: tuple[int, ...]
-    alone: tuple[tuple[str, str, tuple[int, ...]], ...]
-    shared: tuple[tuple[str, float, tuple[int, ...]], ...]
+    alone: tuple[tuple[str, str, int, tuple[int, ...]], ...]
+    shared: tuple[tuple[str, float, int, tuple[int, ...]], ...]
 
 
-# A share ratio of 0.34 is one of three steps, two of six and sixteen of fifty; below three it shares none.
+# A share ratio of 0.34 is one of three steps, two of six and six of twenty; below three it shares none.
 FULL = Form(
     seeds=3,
     ratios=(0.34, 0.5),
     full=(8, 20),
     alone=(
-        ("base", "dpm++", (2, 3, 4, 5, 6, 7, 8, 12, 20, 50)),
-        ("base", "ddim", (4, 8)),
-        ("standard", "dpm++", (3, 4, 5, 6, 8, 12)),
-        ("SAGE", "dpm++", (3, 4, 5, 6, 8, 12)),
+        ("base", "dpm++", 1, (2, 3, 4, 5, 6, 7, 8, 12, 20, 50)),
+        ("base", "ddim", 1, (4, 8)),
+        ("standard", "dpm++", 1, (3, 4, 5, 6, 8, 12)),
+        ("SAGE", "dpm++", 3, (3, 4, 5, 6, 8)),
     ),
     shared=(
-        ("base", 0.34, (3, 4, 5, 6, 8)),
-        ("standard", 0.34, (3, 4, 5, 6, 8)),
-        ("SAGE", 0.34, (3, 4, 5, 6, 8, 12, 20, 50)),
-        ("SAGE", 0.5, (4, 5, 6, 8, 20)),
+        ("base", 0.34, 1, (4, 5, 6, 8)),
+        ("standard", 0.34, 1, (4, 5, 6, 8)),
+        ("SAGE", 0.34, 3, (4, 5, 6, 8, 20)),
+        ("SAGE", 0.5, 3, (4, 5, 6, 8, 20)),
     ),
 )
 QUICK = Form(
     seeds=1,
     ratios=(0.5,),
     full=(8,),
-    alone=(("base", "dpm++", (2, 4, 6, 8)), ("standard", "dpm++", (6,)), ("SAGE", "dpm++", (6,))),
-    shared=(("base", 0.34, (4, 6)), ("standard", 0.34, (4, 6)), ("SAGE", 0.34, (4, 6)), ("SAGE", 0.5, (4, 6))),
+    alone=(("base", "dpm++", 1, (2, 4, 6, 8)), ("standard", "dpm++", 1, (6,)), ("SAGE", "dpm++", 1, (6,))),
+    shared=(("base", 0.34, 1, (4, 6)), ("SAGE", 0.34, 1, (4, 6)), ("SAGE", 0.5, 1, (4, 6))),
 )
 # The goals were set for 25.5% fewer evaluations. Two of six steps save less and three more, so they are read at both.
 GOAL_RATIO = 0.5
@@ -385,12 +385,12 @@ def similarity_table(judge: Judge, arms: Arms) -> str:
 def frontiers(judge: Judge, arms: Arms, form: Form, picture: Path) -> str:
     """Return the iso-quality saving at every shared point, and draw quality against cost with both frontiers."""
     alone = {
-        f"independent, {model}, {solver}": [arms.at(model, steps, 0.0, solver) for steps in counts]
-        for model, solver, counts in form.alone
+        f"independent, {model}, {solver}": [arms.at(model, steps, 0.0, solver)[:seeds] for steps in counts]
+        for model, solver, seeds, counts in form.alone
     }
     shared = {
-        f"shared, {model}, {share}": [arms.at(model, steps, share) for steps in counts]
-        for model, share, counts in form.shared
+        f"shared, {model}, {share}": [arms.at(model, steps, share)[:seeds] for steps in counts]
+        for model, share, seeds, counts in form.shared
     }
     goal = [arm for name, series in alone.items() if "SAGE" not in name for arm in series]
     every = [arm for series in alone.values() for arm in series]
@@ -404,15 +404,15 @@ def frontiers(judge: Judge, arms: Arms, form: Form, picture: Path) -> str:
             ends = [percentiles(found[1:], judge.bootstrap.confidence) for found in savings]
             cells = [_percent(found[0], *pair) for found, pair in zip(savings, ends, strict=True)]
             at_knee = "yes" if distance[0] <= knee else "no"
-            rows.append([name, str(arm[0].steps), f"{cost:.1f}", f"{distance[0]:.4f}", *cells, at_knee])
+            rows.append([name, str(len(arm)), str(arm[0].steps), f"{cost:.1f}", f"{distance[0]:.4f}", *cells, at_knee])
     _draw(judge, alone | shared, arms.ratio, picture)
     against = ["saving against base and standard", "saving against SAGE's own model, too"]
+    head = ["series", "training seeds", "steps", "NFE per image", "kernel distance", *against, "within 5% of the best"]
     return (
         "Iso-quality saving: 1 - the evaluations of the shared point / those that independent sampling needs for the "
         f"same kernel distance (the best model and solver, {len(goal)} points without SAGE's own model and "
         f"{len(every)} with it). Where independent sampling never gets there, its dearest point counts.\n\n"
-        f"{_table(['series', 'steps', 'NFE per image', 'kernel distance', *against, 'within 5% of the best'], rows)}"
-        f"\n\n![Kernel distance against network evaluations per image]({picture.name})"
+        f"{_table(head, rows)}\n\n![Kernel distance against network evaluations per image]({picture.name})"
     )
 
 
