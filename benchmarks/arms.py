@@ -155,18 +155,20 @@ def choose(
     chosen = {name: recipe for name, recipe in recipes(params).items() if any(part in name for part in only.split(","))}
     rows = []
     steps, ratios = params.generate.steps, (0.0, params.generate.share_ratio, GOAL_RATIO)
+    shipped = [[Point(Recipe(seed=seed), steps, share) for seed in range(seeds)] for share in ratios]
     for name, recipe in chosen.items():
         models = [None] if recipe is None else [replace(recipe, seed=seed) for seed in range(seeds)]
-        arms = [judge.figures([Point(model, steps, share) for model in models]) for share in ratios]
-        rows.append([name, *(_figure(arm[metric]) for metric in CHOSEN_BY for arm in arms)])
+        arms = [[Point(model, steps, share) for model in models] for share in ratios]
+        pairs = list(zip(arms, shipped, strict=True))
+        rows.append([name, *(_against(judge, arm, other, metric) for metric in CHOSEN_BY for arm, other in pairs)])
         typer.echo(" | ".join(rows[-1]))
     where = ["independent", *(f"share ratio {ratio}" for ratio in ratios[1:])]
     head = ["recipe", *(f"{METRICS[metric]}, {form}" for metric in CHOSEN_BY for form in where)]
     trials = judge.trials
     note = (
         f"{len(trials.examples)} prompts of the validation split, {len(trials.groups)} groups, seeds "
-        f"{params.generate.seeds}, {steps} steps, {seeds} training seed(s)"
-        f"{f'; recipes named {only}' if only else ''}."
+        f"{params.generate.seeds}, {steps} steps, {seeds} training seed(s); in brackets the change against the shipped "
+        f"recipe on the same prompts and seeds{f'; recipes named {only}' if only else ''}."
     )
     _rewrite(page, "choose", f"{note}\n\n{_table(head, rows)}")
 
@@ -459,6 +461,11 @@ def _figure(figure: Mapping[str, Any]) -> str:
         return "-"
     ends = "" if figure["low"] is None else f" [{figure['low']:.3g}, {figure['high']:.3g}]"
     return f"{figure['value']:.3g}{ends}"
+
+
+def _against(judge: Judge, arm: Sequence[Point], shipped: Sequence[Point], metric: str) -> str:
+    value = f"{judge.draws(arm, metric)[0]:.3g}"
+    return value if arm == shipped else f"{value} [{_percent(*judge.change(arm, shipped, metric))}]"
 
 
 def _percent(value: float, low: float, high: float) -> str:
