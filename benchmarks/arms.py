@@ -191,6 +191,7 @@ def recipes(params: Params) -> dict[str, Recipe | None]:
         "all terms with consistency": {"consistency": 0.1},
     }
     settings: dict[str, Recipe] = {
+        "without diffusion": Recipe(weights=(("diffusion", 0.0),)),
         "half the weight of branch": Recipe(weights=(("branch", shipped.weights.branch / 2),)),
         "twice the weight of branch": Recipe(weights=(("branch", 2 * shipped.weights.branch),)),
         "mixture branch start": Recipe((("branch_start", "mixture"),)),
