@@ -53,7 +53,7 @@ OURS = {
     "sage: plain diffusion, nothing cached": (dict.fromkeys(TERMS, 0.0) | {"diffusion": 1.0}, False, "mixture"),
     "sage: plain diffusion": (dict.fromkeys(TERMS, 0.0) | {"diffusion": 1.0}, True, "mixture"),
     "sage: all terms but consistency, mixture": (TERMS | {"consistency": 0.0}, True, "mixture"),
-    "sage: all terms but consistency, sampled (shipped)": (TERMS | {"consistency": 0.0}, True, "sampled"),
+    "sage: diffusion and branch, sampled (shipped)": (TERMS | {"shared": 0.0, "consistency": 0.0}, True, "sampled"),
     "sage: all terms, mixture": (TERMS, True, "mixture"),
 }
 STOCK = {"stock": False, "stock, latents and text states cached": True}
