@@ -50,22 +50,25 @@ Page = Annotated[Path, typer.Option(help="The page whose figures are rewritten; 
 class Form:
     """How much is measured.
 
-    `seeds`: training seeds; `ratios`: share ratios; `full`: steps that stand for all steps, beyond which little is won;
-    `alone`: a model, a solver, training seeds and steps of each series of independent sampling; `shared`: a model, a
-    share ratio, training seeds and steps of each series of shared sampling.
+    `seeds`: training seeds; `sampling_seeds`: those of a prompt's pictures; `ratios`: share ratios; `full`: steps
+    that stand for all steps, beyond which little is won; `alone`: a model, a solver, training seeds and steps of each
+    series of independent sampling; `shared`: a model, a share ratio, training seeds and steps of each series of shared
+    sampling.
     """
 
     seeds: int
+    sampling_seeds: tuple[int, ...]
     ratios: tuple[float, ...]
     full: tuple[int, ...]
     alone: tuple[tuple[str, str, int, tuple[int, ...]], ...]
     shared: tuple[tuple[str, float, int, tuple[int, ...]], ...]
 
 
-# A share ratio of 0.34 is one of three steps, two of six and six of twenty; below three it shares none.
+# Of six steps these ratios share one, two, three and four. 0.34 is also one of three; below three it shares none.
 FULL = Form(
     seeds=3,
-    ratios=(0.34, 0.5),
+    sampling_seeds=(0, 1, 2, 3),
+    ratios=(0.2, 0.34, 0.5, 0.67),
     full=(8, 20),
     alone=(
         ("base", "dpm++", 1, (2, 3, 4, 5, 6, 7, 8, 12, 20, 50)),
@@ -82,6 +85,7 @@ FULL = Form(
 )
 QUICK = Form(
     seeds=1,
+    sampling_seeds=(0, 1),
     ratios=(0.5,),
     full=(8,),
     alone=(("base", "dpm++", 1, (2, 4, 6, 8)), ("standard", "dpm++", 1, (6,)), ("SAGE", "dpm++", 1, (6,))),
@@ -220,13 +224,12 @@ def recipes(params: Params) -> dict[str, Recipe | None]:
 def noise(work: Work = Path("work/arms"), page: Page = Path("docs/results.md")) -> None:
     """Judge the arms that a choice rests on under other noise, on the validation split."""
     params = load_params()
-    settings, arms = params.generate, Arms(params, 1)
+    arms = Arms(params, 1)
     pairs = ((0, 1), (2, 3), (4, 5))
     columns: list[list[str]] = []
     names: list[str] = []
     for pair in pairs:
-        drawn = params.model_copy(update={"generate": settings.model_copy(update={"seeds": list(pair)})})
-        judge = Judge(Trials(drawn, "validation", work))
+        judge = Judge(Trials(_with_seeds(params, pair), "validation", work))
         main = arms.main(judge.trials)
         names = [name for name in main if "standard" not in name and "training seed" not in name]
         figures = [judge.figures(main[name]) for name in names]
@@ -234,6 +237,11 @@ def noise(work: Work = Path("work/arms"), page: Page = Path("docs/results.md")) 
         typer.echo(f"seeds {pair}: {columns[-2:]}")
     head = ["arm", *(f"{what}, seeds {a} and {b}" for a, b in pairs for what in ("kernel distance", "alignment"))]
     _rewrite(page, "noise", _table(head, [list(row) for row in zip(names, *columns, strict=True)]))
+
+
+def _with_seeds(params: Params, seeds: Sequence[int]) -> Params:
+    """Return the configuration with other sampling seeds."""
+    return params.model_copy(update={"generate": params.generate.model_copy(update={"seeds": list(seeds)})})
 
 
 @app.command()
@@ -245,7 +253,7 @@ def prove(
     """Judge the arms on the held-out split, read the goals, and draw both frontiers."""
     params = load_params()
     form = QUICK if quick else FULL
-    judge = Judge(Trials(params, "test", work))
+    judge = Judge(Trials(_with_seeds(params, form.sampling_seeds), "test", work))
     arms = Arms(params, form.seeds)
     parts = [
         _conditions(judge.trials, form),
@@ -450,8 +458,9 @@ def sheet(trials: Trials, arms: Arms, picture: Path, groups: int = 4, members: i
     wanted = [place for group in largest[:: max(1, len(largest) // (3 * groups))][:groups] for place in group[:members]]
     main = list(arms.main(trials).values())
     rows = [[np.asarray(Image.open(trials.examples[place].path).convert("RGB")) for place in wanted]]
-    seeds = len(trials.params.generate.seeds)
-    rows += [trials.draw(points[0], wanted)[::seeds] for points in (main[0], main[1], main[4], main[5], main[6])]
+    for points in (main[0], main[1], main[4], main[5], main[6]):
+        drawn = trials.draw(points[0], trials.params.generate.seeds[0])
+        rows.append([drawn[place] for place in wanted])
     grid = Image.fromarray(np.vstack([np.hstack(row) for row in rows]))
     with new_file(picture) as temporary:
         grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.NEAREST).save(temporary, format="png")

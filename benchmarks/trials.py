@@ -7,7 +7,7 @@ was killed goes on, and nothing that changed is taken for what it was.
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -94,7 +94,7 @@ class Trials:
     def real(self) -> Pictures:
         """The split's own pictures."""
         extract = EfficientNetLite0(device())
-        return self._seen(extract(read_pictures(example.path for example in self.examples)))
+        return self._seen(extract(read_pictures(example.path for example in self.examples))[:, None])
 
     def plan(self, point: Point) -> Plan:
         """Return which steps are shared."""
@@ -130,6 +130,10 @@ class Trials:
 
     def pictures(self, point: Point) -> Pictures:
         """Return what the extractors see in a point's pictures, after drawing them where they are not kept."""
+        return self._seen(np.stack([self._features(point, seed) for seed in self.params.generate.seeds], axis=1))
+
+    def _features(self, point: Point, seed: int) -> np.ndarray:
+        """Return the features of one seed's pictures, (prompts, width); kept seed by seed, so that more can follow."""
         settings = self.params.generate
         identity = {
             "model": model_digest(self.model(point.model)),
@@ -137,41 +141,40 @@ class Trials:
             "solver": point.solver,
             "plan": repr(self.plan(point)),
             "split": [self.split, sha256_tree(self.data / self.split)],
-            "settings": [settings.guidance_scale, settings.branch_noise, settings.seeds],
+            "settings": [settings.guidance_scale, settings.branch_noise, seed],
             "code": _code("plan", "sampling", "diffusion", "stream", "pipeline", "metrics/extractors"),
         }
         kept = self.work / "features" / f"{digest(identity)[:16]}.npy"
         if not kept.exists():
             extract = EfficientNetLite0(device())
-            features = extract(self.draw(point, range(len(self.examples))))
+            features = extract(self.draw(point, seed))
             with new_file(kept) as temporary, temporary.open("wb") as file:
                 np.save(file, features.astype(np.float32))
-        return self._seen(np.load(kept))
+        return np.asarray(np.load(kept))
 
-    def draw(self, point: Point, wanted: Sequence[int]) -> list[np.ndarray]:
-        """Return pictures (height, width, 3) of the wanted prompts, each prompt's seeds together; all are drawn."""
+    def draw(self, point: Point, seed: int) -> list[np.ndarray]:
+        """Return a picture (height, width, 3) of every prompt."""
         settings = self.params.generate
         pipe: Any = SharedSamplingPipeline.from_pretrained(self.model(point.model)).to(device())
         pipe.set_progress_bar_config(disable=True)
         if point.solver == "ddim":
             pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-        drawn: dict[tuple[int, int], np.ndarray] = {}
-        what = f"{point.steps} steps, {point.solver}, share {point.share}"
-        with progress(len(self.texts) * len(settings.seeds), what) as advance:
-            for seed in settings.seeds:
-                stream = pipe.stream(
-                    self.texts,
-                    plan=self.plan(point),
-                    num_inference_steps=point.steps,
-                    guidance_scale=settings.guidance_scale,
-                    branch_noise=settings.branch_noise,
-                    seed=[prompt_seed(seed, example.id) for example in self.examples],
-                    batch_size=settings.batch_size,
-                )
-                for result in stream:
-                    drawn[result.index, seed] = np.asarray(result.image)
-                    advance(1)
-        return [drawn[place, seed] for place in wanted for seed in settings.seeds]
+        drawn: dict[int, np.ndarray] = {}
+        stream = pipe.stream(
+            self.texts,
+            plan=self.plan(point),
+            num_inference_steps=point.steps,
+            guidance_scale=settings.guidance_scale,
+            branch_noise=settings.branch_noise,
+            seed=[prompt_seed(seed, example.id) for example in self.examples],
+            batch_size=settings.batch_size,
+        )
+        what = f"{point.steps} steps, {point.solver}, share {point.share}, seed {seed}"
+        with progress(len(self.texts), what) as advance:
+            for result in stream:
+                drawn[result.index] = np.asarray(result.image)
+                advance(1)
+        return [drawn[place] for place in range(len(self.texts))]
 
     def _train(self, settings: Finetune, state: Path, out: Path) -> None:
         """Run the stage itself, under these settings."""
@@ -185,7 +188,6 @@ class Trials:
         subprocess.run([sys.executable, "-m", "flows.finetune", *options], cwd=state, env=environment, check=True)
 
     def _seen(self, features: np.ndarray) -> Pictures:
-        features = features.reshape(len(self.examples), -1, features.shape[-1])
         return Pictures(features, cosines(load_alignment(Path("models/alignment")), features, self.embeddings))
 
 
