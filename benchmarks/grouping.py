@@ -21,7 +21,7 @@ from benchmarks.grouping_embeddings import WORK, embeddings, tf_idf, word_vector
 from benchmarks.languages import SAID
 from flows.terminal import guard as command
 from sage import ambiguity, neighbours
-from sage.data import read_split
+from sage.data.dataset import read_split
 from sage.embedding import embed
 from sage.files import write_json
 from sage.grouping import Groups, cut, group, tree, worst_similarity

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from flows.terminal import progress, run
 from sage.damage import model_digest
-from sage.data import Example, load_pixels, read_split
+from sage.data.dataset import Example, load_pixels, read_split
 from sage.embedding import embed
 from sage.files import new_file
 from sage.metrics.alignment import cosines, load_alignment

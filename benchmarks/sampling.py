@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from flows.terminal import progress, quiet
 from sage import base
-from sage.data import read_split
+from sage.data.dataset import read_split
 from sage.files import write_json
 from sage.pipeline import SharedSamplingPipeline
 from sage.plan import Plan

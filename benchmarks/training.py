@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from sage import base
 from sage.batches import Batches
-from sage.data import load_pixels, read_split
+from sage.data.dataset import load_pixels, read_split
 from sage.denoiser import Denoiser
 from sage.embedding import embed
 from sage.files import write_json

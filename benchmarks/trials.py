@@ -24,7 +24,7 @@ from flows.machine import device
 from flows.terminal import progress
 from sage.config import Finetune, Params
 from sage.damage import model_digest
-from sage.data import read_groups, read_split
+from sage.data.dataset import read_groups, read_split
 from sage.embedding import embed
 from sage.files import digest, new_file, sha256, sha256_tree, write_text
 from sage.grouping import tree

@@ -19,7 +19,7 @@ from flows.machine import device
 from flows.terminal import progress, run
 from sage.config import load_params
 from sage.damage import FILE, Damage, by_similarity, distances, kept_form, model_digest
-from sage.data import Example, read_split
+from sage.data.dataset import Example, read_split
 from sage.embedding import embed
 from sage.errors import DataError
 from sage.files import digest, new_file, sha256_tree, write_json

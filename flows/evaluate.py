@@ -18,7 +18,7 @@ from flows.terminal import progress, run
 from flows.tracking import stage_run
 from sage import gates
 from sage.config import Evaluate, load_params
-from sage.data import read_split
+from sage.data.dataset import read_split
 from sage.embedding import embed
 from sage.errors import MetricError
 from sage.files import new_folder, sha256_tree, write_json

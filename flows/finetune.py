@@ -24,7 +24,7 @@ from sage import adapter
 from sage import base as base_model
 from sage.batches import Batches
 from sage.config import Finetune, load_params
-from sage.data import Example, captions_of, check_sums, load_pixels, read_groups, read_split
+from sage.data.dataset import Example, captions_of, check_sums, load_pixels, read_groups, read_split
 from sage.denoiser import Denoiser
 from sage.errors import DataError
 from sage.files import digest, new_folder, sha256, sha256_tree, write_json

@@ -27,7 +27,7 @@ from flows.machine import device
 from flows.terminal import progress, run
 from flows.tracking import stage_run
 from sage.config import Generate, load_params
-from sage.data import Example, read_groups, read_split
+from sage.data.dataset import Example, read_groups, read_split
 from sage.errors import PlanError
 from sage.files import new_folder, sha256, sha256_tree, write_json
 from sage.pipeline import SharedSamplingPipeline

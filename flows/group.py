@@ -13,7 +13,7 @@ from flows.tracking import stage_run
 from sage.ambiguity import guard
 from sage.config import Group, load_params
 from sage.damage import read_damage
-from sage.data import SPLITS, read_split
+from sage.data.dataset import SPLITS, read_split
 from sage.embedding import embed
 from sage.files import new_folder, sha256_tree, write_json
 from sage.grouping import Groups, group, tree, usable, worst_similarity

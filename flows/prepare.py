@@ -10,13 +10,13 @@ from rich.table import Column, Table
 
 from flows.terminal import progress, run
 from flows.tracking import stage_run
-from sage import twemoji
 from sage.config import load_params
-from sage.data import load_pixels, read_split
+from sage.data import twemoji
+from sage.data.dataset import load_pixels, read_split
+from sage.data.imagefolder import read_folder
+from sage.data.images import contact_sheet
+from sage.data.preparation import prepare
 from sage.files import write_json
-from sage.imagefolder import read_folder
-from sage.pictures import contact_sheet
-from sage.preparation import prepare
 
 _SHEET_COLUMNS = 8
 

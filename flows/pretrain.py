@@ -14,7 +14,7 @@ from torch import Tensor
 from flows.terminal import guard, progress
 from sage import base, files, pretraining
 from sage.config import Network, load_params
-from sage.data import captions_of, load_pixels, read_split
+from sage.data.dataset import captions_of, load_pixels, read_split
 from sage.embedding import embed
 from sage.metrics import alignment
 from sage.metrics.extractors import EfficientNetLite0, read_pictures

@@ -30,14 +30,14 @@ from flows import drawing
 from flows.group import ENCODER, cache, choose_threshold, form
 from flows.machine import device
 from flows.terminal import progress, run
-from sage.captions import clean_caption
 from sage.config import Group, load_params
+from sage.data.captions import clean_caption
+from sage.data.rows import Rejected
 from sage.embedding import embed
 from sage.errors import ConfigurationError, DataError
 from sage.files import digest, new_file, sha256, sha256_tree, write_json, write_text
 from sage.pipeline import SharedSamplingPipeline
 from sage.plan import Plan
-from sage.rows import Rejected
 from sage.stream import image_seeds
 
 KEY = "sage"  # of the metadata in a picture

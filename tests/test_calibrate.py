@@ -78,7 +78,7 @@ def test_groups_of_every_threshold_are_measured_once():
 
 def test_independent_pictures_have_no_damage(project):
     from sage.config import load_params
-    from sage.data import read_split
+    from sage.data.dataset import read_split
 
     examples, settings = read_split(project / "prepared", "validation")[:4], load_params().generate
     alone = np.stack(calibrate._pictures(calibrate._open(project / "model"), examples, [[0], [1], [2], [3]], settings))

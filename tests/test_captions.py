@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sage.captions import clean_caption
-from sage.rows import Rejected
+from sage.data.captions import clean_caption
+from sage.data.rows import Rejected
 
 
 @pytest.mark.parametrize(

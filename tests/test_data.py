@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sage.data import SMALL_FAMILY, SPLITS, assign_splits, load_pixels, read_split
+from sage.data.dataset import SMALL_FAMILY, SPLITS, assign_splits, load_pixels, read_split
 
 # Few names and pictures, so that families share pictures and pictures repeat.
 rows = st.lists(st.tuples(st.sampled_from([None, "", "a", "b", "c"]), st.integers(0, 30).map(str)), max_size=80)

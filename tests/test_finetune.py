@@ -20,7 +20,8 @@ from PIL import Image
 
 from flows import finetune
 from flows.terminal import guard
-from sage import base, data
+from sage import base
+from sage.data import dataset
 from sage.errors import DataError, DivergedError
 from sage.files import sha256_tree, write_json
 
@@ -32,7 +33,7 @@ SETTINGS["weights"] = {"diffusion": 1.0, "shared": 1.0, "branch": 1.0, "consiste
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A folder with prepared data, groups and a tiny base."""
+    """A folder with prepared dataset, groups and a tiny base."""
     folder = tmp_path_factory.mktemp("project")
     random = np.random.default_rng(0)
     for split in ("train", "validation"):
@@ -43,7 +44,7 @@ def project(tmp_path_factory):
         for row in rows:
             Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(pictures / row["file_name"])
         write_groups(folder / "data/groups", split, GROUPS)
-    data.write_sums(folder / "data/prepared")
+    dataset.write_sums(folder / "data/prepared")
     torch.manual_seed(0)
     base.save(base.assemble(tiny.autoencoder(), tiny.unet(cross_attention_dim=384)), folder / "base")
     return folder
@@ -205,7 +206,7 @@ def test_groups_of_other_data_are_refused(groups, tune, tmp_path):
 def test_damaged_data_is_never_trained_on(fault, project, tune, tmp_path):
     prepared = tmp_path / "prepared"
     shutil.copytree(project / "data/prepared", prepared)
-    named = prepared / {"another caption": "train/metadata.jsonl", "no sums": data.SUMS}.get(fault, "train/p1.png")
+    named = prepared / {"another caption": "train/metadata.jsonl", "no sums": dataset.SUMS}.get(fault, "train/p1.png")
     content = named.read_bytes()
     match fault:
         case "a bit":

@@ -10,7 +10,7 @@ import yaml
 
 from flows.group import main
 from sage.damage import FILE, Damage, Point, kept_form
-from sage.data import SPLITS
+from sage.data.dataset import SPLITS
 from sage.errors import ConfigurationError
 from sage.files import write_json
 

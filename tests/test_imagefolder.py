@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from sage.data.imagefolder import read_folder
+from sage.data.rows import Rejected, Row
 from sage.errors import DataError
-from sage.imagefolder import read_folder
-from sage.rows import Rejected, Row
 
 
 def put_picture(path: Path) -> None:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sage.pictures import compose, contact_sheet, decode, pixel_hash
-from sage.rows import Rejected
+from sage.data.images import compose, contact_sheet, decode, pixel_hash
+from sage.data.rows import Rejected
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 

@@ -20,13 +20,13 @@ from test_pictures import REJECTED, drawing, encoded, rejected_file
 
 from flows.prepare import main
 from flows.terminal import run
-from sage import twemoji
-from sage.data import SPLITS, SUMS, load_pixels, read_split
+from sage.data import twemoji
+from sage.data.dataset import SPLITS, SUMS, load_pixels, read_split
+from sage.data.imagefolder import read_folder
+from sage.data.preparation import ACCOUNTING, prepare
+from sage.data.rows import Row
 from sage.errors import DataError
 from sage.files import sha256_tree
-from sage.imagefolder import read_folder
-from sage.preparation import ACCOUNTING, prepare
-from sage.rows import Row
 
 SETTINGS: dict[str, Any] = {"size": 16, "validation": 0.1, "test": 0.2, "seed": 0}
 

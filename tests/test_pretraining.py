@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from sage import base, diffusion, pretraining
-from sage.data import captions_of
+from sage.data.dataset import captions_of
 
 OWN = torch.arange(512)[:, None]  # one caption a picture
 

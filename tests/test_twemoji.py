@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sage.captions import clean_caption
 from sage.config import load_params
-from sage.data import SPLITS, assign_splits
-from sage.pictures import compose, pixel_hash
-from sage.rows import Row
-from sage.twemoji import CAPTIONS, captions, family, rows
+from sage.data.captions import clean_caption
+from sage.data.dataset import SPLITS, assign_splits
+from sage.data.images import compose, pixel_hash
+from sage.data.rows import Row
+from sage.data.twemoji import CAPTIONS, captions, family, rows
 
 
 @pytest.fixture(scope="module")

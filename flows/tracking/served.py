@@ -21,14 +21,14 @@ from flows.drawing import draw
 from flows.group import form
 from flows.machine import device
 from flows.tracking.content import check_loaded
-from sage.captions import clean_caption
 from sage.config import Group
+from sage.data.captions import clean_caption
+from sage.data.rows import Rejected
 from sage.embedding import embed
 from sage.errors import RegistryError
 from sage.files import sha256_tree
 from sage.pipeline import SharedSamplingPipeline
 from sage.plan import Plan
-from sage.rows import Rejected
 from sage.stream import image_seeds
 
 _LARGEST_SEED = 2**63 - 1

@@ -17,7 +17,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sage.data import Example
+from sage.data.dataset import Example
 from sage.embedding import embed
 from sage.errors import CheckpointError
 from sage.files import new_folder, sha256, write_json

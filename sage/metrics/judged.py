@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sage.data import Example, read_groups, read_split
+from sage.data.dataset import Example, read_groups, read_split
 from sage.errors import MetricError
 from sage.files import digest, sha256
 

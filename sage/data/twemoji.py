@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
-from sage.rows import Row
+from sage.data.rows import Row
 
 LICENCE = "Twemoji graphics, copyright Twitter, Inc and other contributors, CC-BY 4.0"
 

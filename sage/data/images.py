@@ -9,7 +9,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from sage.rows import Rejected
+from sage.data.rows import Rejected
 
 MAX_PIXELS = 50_000_000
 MIN_SIDE = 8

@@ -9,12 +9,12 @@ from typing import Any
 
 from PIL import Image
 
-from sage.captions import clean_caption
-from sage.data import SMALL_FAMILY, SPLITS, assign_splits, write_sums
+from sage.data.captions import clean_caption
+from sage.data.dataset import SMALL_FAMILY, SPLITS, assign_splits, write_sums
+from sage.data.images import compose, decode, pixel_hash
+from sage.data.rows import Rejected, Row
 from sage.errors import DataError
 from sage.files import new_folder, sha256_tree
-from sage.pictures import compose, decode, pixel_hash
-from sage.rows import Rejected, Row
 
 ACCOUNTING = "accounting.jsonl"
 MAX_BYTES = 200_000_000  # of a picture file

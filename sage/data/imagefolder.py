@@ -15,9 +15,9 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sage.captions import clean_caption
+from sage.data.captions import clean_caption
+from sage.data.rows import Rejected, Row, read_below
 from sage.errors import DataError
-from sage.rows import Rejected, Row, read_below
 
 METADATA = "metadata.jsonl"
 _ACCEPTED = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")

@@ -3,7 +3,7 @@
 import re
 import unicodedata
 
-from sage.rows import Rejected
+from sage.data.rows import Rejected
 
 # Written and invisible: zero-width space and joins, directional marks and overrides, byte-order mark, annotations, soft
 # hyphen. The zero-width joiner and non-joiner stay: emoji, Persian and Indic scripts are spelt with them.

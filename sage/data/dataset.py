@@ -1,7 +1,7 @@
 """Captioned pictures as the stages share them: one ImageFolder (Hugging Face's form) a split.
 
 A prepared folder also holds `accounting.jsonl`, a line for every input row, and SHA256SUMS, for `sha256sum --check`;
-sage.preparation writes them all.
+sage.data.preparation writes them all.
 """
 
 import hashlib
