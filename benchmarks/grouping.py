@@ -20,14 +20,15 @@ from benchmarks.ambiguous import CONFUSED, MOVED, SAME
 from benchmarks.grouping_embeddings import WORK, embeddings, tf_idf, word_vectors
 from benchmarks.languages import SAID
 from flows.terminal import guard as command
-from sage import ambiguity, neighbours
 from sage.data.dataset import read_split
-from sage.embedding import embed
 from sage.files import write_json
-from sage.grouping import Groups, cut, group, tree, worst_similarity
-from sage.neighbours import NEAREST, PROBES, similar_pairs
-from sage.streaming import replay
-from sage.thresholds import share_reaching, threshold_for_share
+from sage.grouping import guard as ambiguity
+from sage.grouping import neighbours
+from sage.grouping.embedding import embed
+from sage.grouping.groups import Groups, cut, group, tree, worst_similarity
+from sage.grouping.neighbours import NEAREST, PROBES, similar_pairs
+from sage.grouping.online import replay
+from sage.grouping.thresholds import share_reaching, threshold_for_share
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 MAX_SIZE = 6
@@ -113,7 +114,7 @@ def _compare(name: str, x: np.ndarray, threshold: float) -> None:
     repair = _repair(x, threshold)
     greedy = others.greedy_cliques(graph, MAX_SIZE)
     runs: dict[str, Callable[[], Groups]] = {
-        "sage.grouping": lambda: group(x, threshold, MAX_SIZE),
+        "sage.grouping.groups": lambda: group(x, threshold, MAX_SIZE),
         "complete linkage": lambda: _tree_cut(x, threshold),
         "greedy cliques": lambda: greedy,
         "greedy cliques, dissolved": lambda: others.dissolve(greedy, graph, MAX_SIZE),
@@ -307,7 +308,7 @@ def measure(
     if name != "measure":  # not timed: a fair saving needs groups of the same cap and the same worst pair
         repair = _repair(x, threshold)
         groups = [part for members in groups for part in repair(members)]
-    write_json(out, {"algorithm": {"measure": "sage.grouping", "measure-communities": "community_detection",
+    write_json(out, {"algorithm": {"measure": "sage.grouping.groups", "measure-communities": "community_detection",
                                    "measure-scikit-learn": "AgglomerativeClustering"}[name],
                      "prompts": size, "threshold": threshold, "seconds": seconds, "peak GiB": peak,
                      "saving": _saving(groups, size)})  # fmt: skip

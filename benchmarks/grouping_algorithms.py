@@ -1,4 +1,4 @@
-"""Other ways to cover a similarity graph with cliques of a capped size, to compare `sage.grouping` with.
+"""Other ways to cover a similarity graph with cliques of a capped size, to compare `sage.grouping.groups` with.
 
 Each takes a graph (row -> {similar row: cosine}) and a cap, and returns groups whose pairs are all in the graph.
 """

@@ -12,8 +12,8 @@ import typer
 from benchmarks.captions import captions
 from flows.group_prompts import read_prompts
 from flows.terminal import progress, run
-from sage.embedding import embed, minilm_folder
 from sage.files import new_file
+from sage.grouping.embedding import embed, minilm_folder
 
 WORK = Path("work/grouping")
 PART = 10_000

@@ -20,8 +20,8 @@ from rich.table import Table
 from flows.terminal import progress, run
 from sage.damage import model_digest
 from sage.data.dataset import Example, load_pixels, read_split
-from sage.embedding import embed
 from sage.files import new_file
+from sage.grouping.embedding import embed
 from sage.metrics.alignment import cosines, load_alignment
 from sage.metrics.bootstrap import value
 from sage.metrics.distances import frechet_statistic, kernel_statistic

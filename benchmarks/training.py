@@ -36,10 +36,10 @@ from sage import base
 from sage.batches import Batches
 from sage.data.dataset import load_pixels, read_split
 from sage.denoiser import Denoiser
-from sage.embedding import embed
 from sage.files import write_json
 from sage.finetuning import TrainingSet, finetuning_loss, sampling_cost
-from sage.grouping import group
+from sage.grouping.embedding import embed
+from sage.grouping.groups import group
 from sage.training import Schedule, fit
 
 PICTURES = 1024

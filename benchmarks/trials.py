@@ -25,9 +25,9 @@ from flows.terminal import progress
 from sage.config import Finetune, Params
 from sage.damage import model_digest
 from sage.data.dataset import read_groups, read_split
-from sage.embedding import embed
 from sage.files import digest, new_file, sha256, sha256_tree, write_text
-from sage.grouping import tree
+from sage.grouping.embedding import embed
+from sage.grouping.groups import tree
 from sage.metrics.alignment import cosines, load_alignment
 from sage.metrics.extractors import EfficientNetLite0, read_pictures
 from sage.metrics.judging import Pictures

@@ -20,10 +20,10 @@ from flows.terminal import progress, run
 from sage.config import load_params
 from sage.damage import FILE, Damage, by_similarity, distances, kept_form, model_digest
 from sage.data.dataset import Example, read_split
-from sage.embedding import embed
 from sage.errors import DataError
 from sage.files import digest, new_file, sha256_tree, write_json
-from sage.grouping import Groups, group, worst_similarity
+from sage.grouping.embedding import embed
+from sage.grouping.groups import Groups, group, worst_similarity
 from sage.metrics.extractors import EfficientNetLite0
 from sage.pipeline import SharedSamplingPipeline, prompt_seed
 from sage.plan import Plan

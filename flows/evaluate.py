@@ -19,9 +19,9 @@ from flows.tracking import stage_run
 from sage import gates
 from sage.config import Evaluate, load_params
 from sage.data.dataset import read_split
-from sage.embedding import embed
 from sage.errors import MetricError
 from sage.files import new_folder, sha256_tree, write_json
+from sage.grouping.embedding import embed
 from sage.metrics import judging
 from sage.metrics.alignment import DualEncoder, cosines, load_alignment
 from sage.metrics.extractors import EfficientNetLite0, read_pictures

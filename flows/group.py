@@ -10,14 +10,14 @@ import typer
 
 from flows.terminal import progress, run
 from flows.tracking import stage_run
-from sage.ambiguity import guard
 from sage.config import Group, load_params
 from sage.damage import read_damage
 from sage.data.dataset import SPLITS, read_split
-from sage.embedding import embed
 from sage.files import new_folder, sha256_tree, write_json
-from sage.grouping import Groups, group, tree, usable, worst_similarity
-from sage.thresholds import threshold_for_saving
+from sage.grouping.embedding import embed
+from sage.grouping.groups import Groups, group, tree, usable, worst_similarity
+from sage.grouping.guard import guard
+from sage.grouping.thresholds import threshold_for_saving
 
 ENCODER = "minilm"
 # A budget takes no pair below: unrelated prompts of MiniLM lie around 0.

@@ -9,12 +9,12 @@ import typer
 from flows.group import ENCODER, cache, choose_threshold, figures, form
 from flows.groups_page import groups_page
 from flows.terminal import progress, run
-from sage.ambiguity import KINDS
 from sage.config import load_params
-from sage.embedding import embed
 from sage.errors import DataError
 from sage.files import write_text
-from sage.grouping import usable, worst_similarity
+from sage.grouping.embedding import embed
+from sage.grouping.groups import usable, worst_similarity
+from sage.grouping.guard import KINDS
 
 _RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6)
 _WIDEST = 5

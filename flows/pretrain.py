@@ -15,7 +15,7 @@ from flows.terminal import guard, progress
 from sage import base, files, pretraining
 from sage.config import Network, load_params
 from sage.data.dataset import captions_of, load_pixels, read_split
-from sage.embedding import embed
+from sage.grouping.embedding import embed
 from sage.metrics import alignment
 from sage.metrics.extractors import EfficientNetLite0, read_pictures
 from sage.training import Losses, Schedule, fit

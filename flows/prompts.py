@@ -33,9 +33,9 @@ from flows.terminal import progress, run
 from sage.config import Group, load_params
 from sage.data.captions import clean_caption
 from sage.data.rows import Rejected
-from sage.embedding import embed
 from sage.errors import ConfigurationError, DataError
 from sage.files import digest, new_file, sha256, sha256_tree, write_json, write_text
+from sage.grouping.embedding import embed
 from sage.pipeline import SharedSamplingPipeline
 from sage.plan import Plan
 from sage.stream import image_seeds

@@ -27,9 +27,9 @@ from flows.machine import device
 from flows.prompts import Item
 from flows.terminal import guard
 from sage.config import load_params
-from sage.embedding import embed
 from sage.errors import ConfigurationError, DataError
 from sage.files import new_file, write_json
+from sage.grouping.embedding import embed
 from sage.metrics.alignment import cosines, load_alignment
 from sage.metrics.extractors import EfficientNetLite0, read_pictures
 from sage.metrics.parts import MEASURES, Sums, figures, sums

@@ -7,21 +7,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sage.embedding import embed as embed
     from sage.errors import SageError as SageError
-    from sage.grouping import group as group
+    from sage.grouping.embedding import embed as embed
+    from sage.grouping.groups import group as group
+    from sage.grouping.online import StreamingGrouper as StreamingGrouper
     from sage.pipeline import SharedSamplingPipeline as SharedSamplingPipeline
     from sage.plan import Plan as Plan
     from sage.plan import plan_for_budget as plan_for_budget
-    from sage.streaming import StreamingGrouper as StreamingGrouper
 
 _HOME = {
     "Plan": "sage.plan",
     "SageError": "sage.errors",
     "SharedSamplingPipeline": "sage.pipeline",
-    "StreamingGrouper": "sage.streaming",
-    "embed": "sage.embedding",
-    "group": "sage.grouping",
+    "StreamingGrouper": "sage.grouping.online",
+    "embed": "sage.grouping.embedding",
+    "group": "sage.grouping.groups",
     "plan_for_budget": "sage.plan",
 }
 __all__ = sorted(_HOME)

@@ -12,9 +12,9 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
-from sage.embedding import minilm_folder
 from sage.errors import DataError
 from sage.files import new_folder, write_json
+from sage.grouping.embedding import minilm_folder
 
 PIXELS = 64
 LATENT_SIZE = 8

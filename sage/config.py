@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sage.ambiguity import Kind
 from sage.errors import ConfigurationError
+from sage.grouping.guard import Kind
 
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 HeldOut = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]

@@ -18,8 +18,8 @@ import numpy as np
 
 from sage.errors import ConfigurationError, DataError
 from sage.files import digest, sha256_tree
+from sage.grouping.thresholds import damage_curve, threshold_for_damage
 from sage.metrics import bootstrap
-from sage.thresholds import damage_curve, threshold_for_damage
 
 FILE = "sharing.json"
 

@@ -318,8 +318,8 @@ class SharedSamplingPipeline:
             raise ConfigurationError(
                 "prompt_embeds cannot be grouped; give groups=[[0, 1], ...], a plan, or share_ratio=0 for none"
             )
-        from sage.embedding import embed
-        from sage.grouping import group
+        from sage.grouping.embedding import embed
+        from sage.grouping.groups import group
 
         return group(embed(prompts), THRESHOLD, MAX_GROUP_SIZE, NEAR_DUPLICATE)
 

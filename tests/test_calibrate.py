@@ -11,7 +11,7 @@ import yaml
 from flows import calibrate
 from sage.damage import FILE, distances, read_damage
 from sage.errors import DataError
-from sage.grouping import worst_similarity
+from sage.grouping.groups import worst_similarity
 
 ROOT = Path(__file__).parents[1]
 COLOURS = ["red", "green", "blue", "black"]

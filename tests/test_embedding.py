@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from sage import embedding
-from sage.embedding import embed
+from sage.grouping import embedding
+from sage.grouping.embedding import embed
 
 PROMPTS = ["a red fox", "the fox is red", "a stock market crash", "a red fox"]
 

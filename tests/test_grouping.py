@@ -13,13 +13,14 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from sklearn.feature_extraction.text import TfidfVectorizer
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from sage import grouping, neighbours
-from sage import linkage as sage_linkage
-from sage.ambiguity import KINDS, differences, guard
-from sage.embedding import embed
 from sage.errors import ConfigurationError, DataError
-from sage.grouping import cut, group, tree, usable, worst_similarity
-from sage.thresholds import (
+from sage.grouping import groups as grouping
+from sage.grouping import linkage as sage_linkage
+from sage.grouping import neighbours
+from sage.grouping.embedding import embed
+from sage.grouping.groups import cut, group, tree, usable, worst_similarity
+from sage.grouping.guard import KINDS, differences, guard
+from sage.grouping.thresholds import (
     damage_curve,
     share_reaching,
     threshold_for_damage,

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sage import grouping
 from sage.errors import PlanError
+from sage.grouping import groups as grouping
 from sage.plan import Block, Cluster, Plan, clusters, plan_for_budget, shared_steps
 
 

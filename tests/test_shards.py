@@ -12,9 +12,9 @@ import pytest
 import tiny
 
 from flows import leash, prompts, shards
-from sage.embedding import embed
 from sage.errors import ConfigurationError, DataError
 from sage.files import sha256, sha256_tree
+from sage.grouping.embedding import embed
 from sage.metrics.alignment import cosines, load_alignment
 from sage.metrics.diversity import group_diversity
 from sage.metrics.extractors import EfficientNetLite0, read_pictures

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sage.errors import ConfigurationError, DataError
-from sage.grouping import worst_similarity
-from sage.streaming import StreamingGrouper, replay
+from sage.grouping.groups import worst_similarity
+from sage.grouping.online import StreamingGrouper, replay
 
 
 def rows(n, seed=0, centres=5):

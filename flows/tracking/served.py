@@ -24,9 +24,9 @@ from flows.tracking.content import check_loaded
 from sage.config import Group
 from sage.data.captions import clean_caption
 from sage.data.rows import Rejected
-from sage.embedding import embed
 from sage.errors import RegistryError
 from sage.files import sha256_tree
+from sage.grouping.embedding import embed
 from sage.pipeline import SharedSamplingPipeline
 from sage.plan import Plan
 from sage.stream import image_seeds

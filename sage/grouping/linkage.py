@@ -11,7 +11,7 @@ import itertools
 
 import numpy as np
 
-from sage.neighbours import ALL_PAIRS, Pairs, cosines, similar_pairs
+from sage.grouping.neighbours import ALL_PAIRS, Pairs, cosines, similar_pairs
 
 Link = tuple[int, int, float]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sage.errors import ConfigurationError, DataError
-from sage.grouping import Groups, group
+from sage.grouping.groups import Groups, group
 
 
 @dataclass

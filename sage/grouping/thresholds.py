@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from sage.errors import ConfigurationError
-from sage.grouping import Tree
-from sage.neighbours import cosines
+from sage.grouping.groups import Tree
+from sage.grouping.neighbours import cosines
 
 # Pairs drawn to estimate a distribution: a share of 1 in 10,000 then rests on some hundred pairs.
 _PAIRS = 1_000_000

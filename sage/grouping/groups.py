@@ -21,7 +21,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from sage.errors import ConfigurationError, DataError
-from sage.linkage import Link, agglomerate, pack, scramble
+from sage.grouping.linkage import Link, agglomerate, pack, scramble
 
 Groups = list[list[int]]
 _PART = 16384

@@ -1,0 +1,1 @@
+"""Prompts to groups of similar prompts (stage `group`)."""
