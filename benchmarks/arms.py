@@ -27,7 +27,7 @@ from sage.files import new_file, write_text
 from sage.metrics import judging
 from sage.metrics.bootstrap import Array, Statistic, percentiles
 from sage.metrics.frontier import saving
-from sage.plan import Plan
+from sage.sampling.plan import Plan
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

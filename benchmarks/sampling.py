@@ -26,11 +26,11 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from flows.terminal import progress, quiet
-from sage import base
 from sage.data.dataset import read_split
 from sage.files import write_json
-from sage.pipeline import SharedSamplingPipeline
-from sage.plan import Plan
+from sage.sampling import base
+from sage.sampling.pipeline import SharedSamplingPipeline
+from sage.sampling.plan import Plan
 
 
 class Clock:

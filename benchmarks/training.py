@@ -32,7 +32,6 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.nn import functional as F
 
-from sage import base
 from sage.batches import Batches
 from sage.data.dataset import load_pixels, read_split
 from sage.denoiser import Denoiser
@@ -40,6 +39,7 @@ from sage.files import write_json
 from sage.finetuning import TrainingSet, finetuning_loss, sampling_cost
 from sage.grouping.embedding import embed
 from sage.grouping.groups import group
+from sage.sampling import base
 from sage.training import Schedule, fit
 
 PICTURES = 1024

@@ -31,8 +31,8 @@ from sage.grouping.groups import tree
 from sage.metrics.alignment import cosines, load_alignment
 from sage.metrics.extractors import EfficientNetLite0, read_pictures
 from sage.metrics.judging import Pictures
-from sage.pipeline import SharedSamplingPipeline, prompt_seed
-from sage.plan import Cluster, Plan, clusters, plan_for_budget
+from sage.sampling.pipeline import SharedSamplingPipeline, prompt_seed
+from sage.sampling.plan import Cluster, Plan, clusters, plan_for_budget
 
 BASE = "base"
 

@@ -25,8 +25,8 @@ from sage.files import digest, new_file, sha256_tree, write_json
 from sage.grouping.embedding import embed
 from sage.grouping.groups import Groups, group, worst_similarity
 from sage.metrics.extractors import EfficientNetLite0
-from sage.pipeline import SharedSamplingPipeline, prompt_seed
-from sage.plan import Plan
+from sage.sampling.pipeline import SharedSamplingPipeline, prompt_seed
+from sage.sampling.plan import Plan
 
 SPLIT = "validation"
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8)

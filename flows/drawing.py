@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from sage.plan import Plan
-from sage.stream import Result
+from sage.sampling.plan import Plan
+from sage.sampling.stream import Result
 
 
 def draw(

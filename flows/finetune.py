@@ -21,7 +21,6 @@ from flows.machine import device
 from flows.terminal import progress, run
 from flows.tracking import Run, stage_run
 from sage import adapter
-from sage import base as base_model
 from sage.batches import Batches
 from sage.config import Finetune, load_params
 from sage.data.dataset import Example, captions_of, check_sums, load_pixels, read_groups, read_split
@@ -29,7 +28,8 @@ from sage.denoiser import Denoiser
 from sage.errors import DataError
 from sage.files import digest, new_folder, sha256, sha256_tree, write_json
 from sage.finetuning import TrainingSet, finetuning_loss, sampling_cost
-from sage.pipeline import SharedSamplingPipeline, prompt_seed
+from sage.sampling import base as base_model
+from sage.sampling.pipeline import SharedSamplingPipeline, prompt_seed
 from sage.training import Schedule, Trained, fit, processes
 
 log = logging.getLogger(__name__)

@@ -30,9 +30,9 @@ from sage.config import Generate, load_params
 from sage.data.dataset import Example, read_groups, read_split
 from sage.errors import PlanError
 from sage.files import new_folder, sha256, sha256_tree, write_json
-from sage.pipeline import SharedSamplingPipeline
-from sage.plan import Plan
-from sage.stream import prompt_seed
+from sage.sampling.pipeline import SharedSamplingPipeline
+from sage.sampling.plan import Plan
+from sage.sampling.stream import prompt_seed
 
 GRID_COLUMNS = 12
 

@@ -12,12 +12,13 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from flows.terminal import guard, progress
-from sage import base, files, pretraining
+from sage import files, pretraining
 from sage.config import Network, load_params
 from sage.data.dataset import captions_of, load_pixels, read_split
 from sage.grouping.embedding import embed
 from sage.metrics import alignment
 from sage.metrics.extractors import EfficientNetLite0, read_pictures
+from sage.sampling import base
 from sage.training import Losses, Schedule, fit
 
 app = typer.Typer(

@@ -36,9 +36,9 @@ from sage.data.rows import Rejected
 from sage.errors import ConfigurationError, DataError
 from sage.files import digest, new_file, sha256, sha256_tree, write_json, write_text
 from sage.grouping.embedding import embed
-from sage.pipeline import SharedSamplingPipeline
-from sage.plan import Plan
-from sage.stream import image_seeds
+from sage.sampling.pipeline import SharedSamplingPipeline
+from sage.sampling.plan import Plan
+from sage.sampling.stream import image_seeds
 
 KEY = "sage"  # of the metadata in a picture
 TILE, TILES, COLUMNS = 128, 240, 12

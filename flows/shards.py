@@ -33,7 +33,7 @@ from sage.grouping.embedding import embed
 from sage.metrics.alignment import cosines, load_alignment
 from sage.metrics.extractors import EfficientNetLite0, read_pictures
 from sage.metrics.parts import MEASURES, Sums, figures, sums
-from sage.plan import Plan
+from sage.sampling.plan import Plan
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 PLAN, RUN, EVALUATION = "plan.json", "run.json", "evaluation.json"

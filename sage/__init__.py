@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from sage.grouping.embedding import embed as embed
     from sage.grouping.groups import group as group
     from sage.grouping.online import StreamingGrouper as StreamingGrouper
-    from sage.pipeline import SharedSamplingPipeline as SharedSamplingPipeline
-    from sage.plan import Plan as Plan
-    from sage.plan import plan_for_budget as plan_for_budget
+    from sage.sampling.pipeline import SharedSamplingPipeline as SharedSamplingPipeline
+    from sage.sampling.plan import Plan as Plan
+    from sage.sampling.plan import plan_for_budget as plan_for_budget
 
 _HOME = {
-    "Plan": "sage.plan",
+    "Plan": "sage.sampling.plan",
     "SageError": "sage.errors",
-    "SharedSamplingPipeline": "sage.pipeline",
+    "SharedSamplingPipeline": "sage.sampling.pipeline",
     "StreamingGrouper": "sage.grouping.online",
     "embed": "sage.grouping.embedding",
     "group": "sage.grouping.groups",
-    "plan_for_budget": "sage.plan",
+    "plan_for_budget": "sage.sampling.plan",
 }
 __all__ = sorted(_HOME)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sage import adapter
 from sage.errors import UnsupportedError
 from sage.loss import Condition, Network
-from sage.pipeline import SharedSamplingPipeline
+from sage.sampling.pipeline import SharedSamplingPipeline
 
 Precision = Literal["bf16", "fp32"]
 # Where configurations say how wide the text states are that the network reads; a transformer's own width comes last.

@@ -12,10 +12,11 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from sage import diffusion, loss, sampling
+from sage import diffusion, loss
 from sage.batches import Batches
 from sage.errors import ConfigurationError, DataError
 from sage.loss import BranchStart, Condition, Network, Process, Query, SoftTarget, taken
+from sage.sampling import loop
 from sage.training import Losses, generator, spaced
 
 
@@ -219,7 +220,7 @@ class _Draws:
         return loss.branch_query(self.process, own, c, t, x_star, t_star)
 
     def sampled(self, rows: Tensor, random: torch.Generator, items: slice, steps: int) -> Query:
-        """The branch phase from where the network arrives; siblings part with all their noise, as in sampling."""
+        """The branch phase from where the network arrives; siblings part with all their noise, as in loop."""
         first = self._first(rows)
         shared_noise, own_noise = self._noise(rows, random), self._noise(rows, random)
         t_star = loss.branch_time(torch.full((len(rows),), steps / self.sampler_steps), len(self.process.alphas))
@@ -247,7 +248,7 @@ class _Draws:
         for group in self.data.mates[rows]:
             if int(group[0]) not in merged:
                 members = self.data.conditions_of(group[group >= 0])
-                merged[int(group[0])] = sampling.merge({name: values[:, None] for name, values in members.items()})
+                merged[int(group[0])] = loop.merge({name: values[:, None] for name, values in members.items()})
         leaders = self.data.mates[rows, 0].tolist()
         return {name: torch.cat([merged[row][name][:, 0] for row in leaders]) for name in self.data.conditions}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sage import diffusion
-from sage.base import text_parts
+from sage.sampling.base import text_parts
 from sage.training import Losses, generator, spaced
 
 

@@ -13,7 +13,7 @@ from sage import files
 
 # Children come from a process without threads of torch, faiss or MLflow, of which a fork of the tests' own would die.
 CLEAN = multiprocessing.get_context("forkserver")
-CLEAN.set_forkserver_preload(["torch", "mlflow.pyfunc", "pytest", "sage.base", "flows.tracking"])
+CLEAN.set_forkserver_preload(["torch", "mlflow.pyfunc", "pytest", "sage.sampling.base", "flows.tracking"])
 
 
 def in_child(work):

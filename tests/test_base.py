@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from sage import base
 from sage.errors import DataError
+from sage.sampling import base
 
 
 @pytest.fixture(scope="module")

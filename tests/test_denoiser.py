@@ -58,7 +58,7 @@ def pipe(family, tmp_path, monkeypatch):
     if family in tiny.OPTIONS:
         # What the tiny transformers have room for.
         from sage import families  # noqa: F401
-        from sage.pipeline import SharedSamplingPipeline
+        from sage.sampling.pipeline import SharedSamplingPipeline
 
         stock = tiny.pipeline(family, tmp_path)
         shared = type(SharedSamplingPipeline.from_pipe(stock))
@@ -134,7 +134,7 @@ def test_flow_matching_is_trained_on_the_formula(tmp_path):
 
 def test_group_conditions_are_those_of_the_sampler(tmp_path):
     """Also where tokens are masked: PixArt."""
-    from sage import sampling
+    from sage.sampling import loop
 
     pipe = tiny.pipeline("pixart_alpha", tmp_path)
     denoiser = Denoiser(pipe)
@@ -147,7 +147,7 @@ def test_group_conditions_are_those_of_the_sampler(tmp_path):
     rows = Batches(GROUPS, WEIGHTS | weights, 12, 0).rows(0)["shared"]
     for place, row in enumerate(rows.tolist()):
         group = next(list(group) for group in GROUPS if row in group)
-        merged = sampling.merge({name: values[group][:, None] for name, values in data.conditions.items()})
+        merged = loop.merge({name: values[group][:, None] for name, values in data.conditions.items()})
         for name, values in merged.items():
             assert torch.equal(condition[name][place], values[0, 0])
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
-from sage import base, diffusion
+from sage import diffusion
 from sage.errors import UnsupportedError
+from sage.sampling import base
 
 KINDS = ("epsilon", "v_prediction", "sample")
 

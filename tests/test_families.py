@@ -14,8 +14,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from sage.pipeline import SharedSamplingPipeline
-from sage.plan import Block, Plan
+from sage.sampling.pipeline import SharedSamplingPipeline
+from sage.sampling.plan import Block, Plan
 
 STEPS = 6
 # A batch of another size rounds differently; pictures are in [0, 1].

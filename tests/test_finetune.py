@@ -20,10 +20,10 @@ from PIL import Image
 
 from flows import finetune
 from flows.terminal import guard
-from sage import base
 from sage.data import dataset
 from sage.errors import DataError, DivergedError
 from sage.files import sha256_tree, write_json
+from sage.sampling import base
 
 TEXTS = ["red cat", "red dog", "blue cat", "tall tree", "big tree", "snow"]
 GROUPS = [["p0", "p1", "p2"], ["p3", "p4"], ["p5"]]

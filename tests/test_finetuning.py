@@ -8,11 +8,12 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch.nn import functional as F
 
-from sage import base, diffusion, sampling
+from sage import diffusion
 from sage.batches import Batches, endless
 from sage.denoiser import Denoiser
 from sage.errors import DataError, UnsupportedError
 from sage.finetuning import TrainingSet, finetuning_loss, sampling_cost
+from sage.sampling import base, loop
 from sage.training import Schedule, fit, spaced
 
 ALL = {"diffusion": 1.0, "shared": 1.0, "branch": 1.0, "consistency": 0.1}
@@ -236,7 +237,7 @@ def test_the_shared_phase_lies_above_the_branch_time_under_the_groups_condition(
     assert t.min() > 599 and t.max() <= 999 and t.min() < 620 and t.max() > 980
     for row, found in zip(batches.rows(0)["shared"].tolist(), condition, strict=True):
         members = next(group for group in GROUPS if row in group)
-        merged = sampling.merge({"text": data().conditions["states"][list(members)][:, None]})["text"][0, 0]
+        merged = loop.merge({"text": data().conditions["states"][list(members)][:, None]})["text"][0, 0]
         torch.testing.assert_close(found, merged)  # what the sampler gives the block
 
 
@@ -307,7 +308,7 @@ def test_sampled_branches_start_where_the_sampler_arrives(asked):
         assert abs(own.std() - 1) < 0.05 and abs(own.mean()) < 0.05
         assert abs(torch.corrcoef(own.flatten(1)).fill_diagonal_(0)).max() < 0.3  # no two share their noise
         members = [list(dict.fromkeys(order))[i] for i in range(len(x_0))]
-        c_bar = [sampling.merge({"t": data().conditions["states"][list(m)][:, None]})["t"][0, 0] for m in members]
+        c_bar = [loop.merge({"t": data().conditions["states"][list(m)][:, None]})["t"][0, 0] for m in members]
         torch.testing.assert_close(rollout[-1][2], torch.stack(c_bar))
     assert shared <= {2, 3, 4} and len(shared) > 1
 

@@ -5,7 +5,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch.nn import functional as F
 
-from sage import base, diffusion, loss
+from sage import diffusion, loss
+from sage.sampling import base
 
 KINDS = ("epsilon", "v_prediction", "sample")
 SHAPE = (2, 4, 4)

@@ -22,12 +22,12 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from sage import base
 from sage.errors import ConfigurationError, DataError, PlanError, SageError, UnsupportedError
-from sage.families import stable_diffusion
-from sage.pipeline import SharedSamplingPipeline
-from sage.plan import Block, Plan
-from sage.stream import prompt_seed
+from sage.sampling import base
+from sage.sampling.families import stable_diffusion
+from sage.sampling.pipeline import SharedSamplingPipeline
+from sage.sampling.plan import Block, Plan
+from sage.sampling.stream import prompt_seed
 
 TOLERANCE = {"rtol": 0, "atol": 2e-3}
 CALL = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sage.errors import PlanError
 from sage.grouping import groups as grouping
-from sage.plan import Block, Cluster, Plan, clusters, plan_for_budget, shared_steps
+from sage.sampling.plan import Block, Cluster, Plan, clusters, plan_for_budget, shared_steps
 
 
 def nfe_by_definition(plan: Plan, guidance: bool) -> int:

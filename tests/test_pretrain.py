@@ -9,9 +9,9 @@ import yaml
 from PIL import Image
 
 from flows import pretrain
-from sage import base
 from sage.files import sha256_tree
 from sage.metrics import alignment
+from sage.sampling import base
 
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
 NAMES = ["red cat", "red dog", "blue cat", "tall tree"]

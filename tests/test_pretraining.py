@@ -4,8 +4,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from sage import base, diffusion, pretraining
+from sage import diffusion, pretraining
 from sage.data.dataset import captions_of
+from sage.sampling import base
 
 OWN = torch.arange(512)[:, None]  # one caption a picture
 

@@ -19,9 +19,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from sage import sampling
 from sage.errors import ConfigurationError, PlanError, UnsupportedError
-from sage.plan import Block, Plan
+from sage.sampling import loop
+from sage.sampling.plan import Block, Plan
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SCHEDULERS = {
@@ -73,7 +73,7 @@ def run(scheduler, plan, seeds=None, prompts=None, batch_size=32, kwargs=None, n
     seeds = list(seeds or range(100, 100 + plan.prompts))
     prompts = list(prompts or range(plan.prompts))
     network = network or Network()
-    found = sampling.sample(
+    found = loop.sample(
         plan,
         scheduler,
         predict=network,
@@ -216,17 +216,17 @@ def test_a_shared_block_sees_the_mean_of_its_members():
 def test_merging_equal_members_is_exact_and_padding_does_not_count():
     rows = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0)).half()
     for n in (2, 3, 7):
-        assert torch.equal(sampling.merge({"states": rows.expand(n, 2, 5, 8)})["states"], rows)
+        assert torch.equal(loop.merge({"states": rows.expand(n, 2, 5, 8)})["states"], rows)
     states = torch.tensor([[[[1.0], [2.0], [9.0]]], [[[3.0], [9.0], [9.0]]]])
     mask = torch.tensor([[[1, 1, 0]], [[1, 0, 0]]])
-    merged = sampling.merge({"states": states, "mask": mask})
+    merged = loop.merge({"states": states, "mask": mask})
     assert merged["mask"].tolist() == [[[1, 1, 0]]]
     assert merged["states"][0, 0, :2, 0].tolist() == [2.0, 2.0]
 
 
 def test_the_medoid_is_a_member():
     rows = torch.tensor([[[0.0]], [[1.0]], [[5.0]]])
-    assert sampling.merge({"states": rows}, medoid=True)["states"].item() == 1.0
+    assert loop.merge({"states": rows}, medoid=True)["states"].item() == 1.0
     scheduler = SCHEDULERS["ddim"]()
     scheduler.set_timesteps(4)
     plan = Plan(4, (Block(2, (0, 1, 2)),))
@@ -259,7 +259,7 @@ def test_branch_noise_keeps_the_variance_of_noise():
     alpha = scheduler.alphas_cumprod[scheduler.timesteps[8]].sqrt()
     sigma = (1 - alpha**2).sqrt()
     x_0, eps, xi = torch.randn(3, 20_000, generator=torch.Generator().manual_seed(0))
-    turned = sampling._turned(scheduler, 8, alpha * x_0 + sigma * eps, x_0, xi, 0.6)
+    turned = loop._turned(scheduler, 8, alpha * x_0 + sigma * eps, x_0, xi, 0.6)
     noise = (turned - alpha * x_0) / sigma
     assert noise.std() == pytest.approx(1, abs=0.02)
     assert (noise * eps).mean() == pytest.approx(0.8, abs=0.02)
@@ -325,7 +325,7 @@ def test_memory_is_that_of_a_few_batches_and_images_leave_early(grouped):
     # Groups of 3, and others of 1, in calls of 8: the first images must not wait for the last prompts.
     blocks = [Block(2, (3 * i, 3 * i + 1, 3 * i + 2)) for i in range(grouped)]
     plan = Plan(4, (*blocks, *range(3 * grouped, 1000)))
-    sample = sampling.sample(
+    sample = loop.sample(
         plan,
         scheduler,
         predict=network,

@@ -25,9 +25,9 @@ from PIL import Image
 
 from flows import prompts, tracking
 from flows.tracking import content, runs
-from sage import base
 from sage.errors import RegistryError
-from sage.stream import image_seeds
+from sage.sampling import base
+from sage.sampling.stream import image_seeds
 
 pytestmark = pytest.mark.slow
 

@@ -26,10 +26,11 @@ from PIL import Image
 
 from flows import leash, tracking
 from flows.tracking import runs
-from sage import adapter, base
+from sage import adapter
 from sage.config import Params, load_params
 from sage.errors import RegistryError, SageError
 from sage.files import sha256, sha256_tree, write_json
+from sage.sampling import base
 
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
 # What a version must carry the moment that anybody can see it.
@@ -179,7 +180,7 @@ def test_stages_of_a_pipeline_are_children_of_one_run(project, monkeypatch):
                 pass
         pipeline.finish("FINISHED", write_results(small_model(project / "m")))
     found = client().search_runs([client().get_experiment_by_name("sage").experiment_id])
-    parents = [run for run in found if "sage.pipeline" in run.data.tags]
+    parents = [run for run in found if "sage.sampling.pipeline" in run.data.tags]
     children = {run.data.tags["sage.stage"]: run.data.tags["mlflow.parentRunId"] for run in found if run not in parents}
     assert len(parents) == 1
     assert set(children) == {"prepare", "group"}

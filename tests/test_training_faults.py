@@ -18,9 +18,10 @@ from faults import in_child
 
 from flows import finetune
 from flows.terminal import guard
-from sage import base, checkpoint, files
+from sage import checkpoint, files
 from sage.config import load_params
 from sage.errors import CheckpointError, ConfigurationError, DataError
+from sage.sampling import base
 
 IDENTITY = {"rate": 0.1}
 NOBODY = 65534

@@ -90,7 +90,7 @@ def save_adapter(folder: Path, adapter: Path, model_sha256: str) -> None:
 
     The version has it merged into its weights; this is for whoever wants it apart. MLflow can put it on a base that is
     a whole diffusers pipeline, by `load_pipeline(base_model=...)`; the embedded base, which has no text encoder in its
-    folder, loads by `sage.base.load` and then takes it by `load_lora_weights`.
+    folder, loads by `sage.sampling.base.load` and then takes it by `load_lora_weights`.
     """
     import sage.torchvision_ops  # noqa: F401
 

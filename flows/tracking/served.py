@@ -27,9 +27,9 @@ from sage.data.rows import Rejected
 from sage.errors import RegistryError
 from sage.files import sha256_tree
 from sage.grouping.embedding import embed
-from sage.pipeline import SharedSamplingPipeline
-from sage.plan import Plan
-from sage.stream import image_seeds
+from sage.sampling.pipeline import SharedSamplingPipeline
+from sage.sampling.plan import Plan
+from sage.sampling.stream import image_seeds
 
 _LARGEST_SEED = 2**63 - 1
 

@@ -32,7 +32,7 @@ from torch import Generator, Tensor
 
 from sage import diffusion
 from sage.errors import ConfigurationError, PlanError, UnsupportedError
-from sage.plan import Block, Node, Plan, leaves_of
+from sage.sampling.plan import Block, Node, Plan, leaves_of
 
 # A network's conditions by name, each of shape (rows, g, ...): g = 2, without and with text, under guidance, else 1.
 Condition = dict[str, Tensor]

@@ -9,8 +9,8 @@ from diffusers import PixArtAlphaPipeline
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha as stock
 from torch import Tensor
 
-from sage import pipeline
-from sage.sampling import Condition
+from sage.sampling import pipeline
+from sage.sampling.loop import Condition
 
 # A model made for one size draws any shape of about that size, at the nearest of these.
 _SHAPES = {128: stock.ASPECT_RATIO_1024_BIN, 64: stock.ASPECT_RATIO_512_BIN, 32: stock.ASPECT_RATIO_256_BIN}

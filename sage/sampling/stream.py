@@ -15,15 +15,15 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-from sage import sampling
 from sage.errors import ConfigurationError, PlanError
-from sage.plan import Plan
-from sage.sampling import Condition
+from sage.sampling import loop
+from sage.sampling.loop import Condition
+from sage.sampling.plan import Plan
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call cost: evaluations counted at the network, those of independent sampling, and seconds.
+    """What a call cost: evaluations counted at the network, those of independent loop, and seconds.
 
     `network_evaluations` counts images, not calls: one image with and without its text is two. It equals the plan's
     formula, `plan.nfe(guidance)`, or the call fails. `saving` is the share of `independent` that was not needed.
@@ -137,7 +137,7 @@ class Stream:
         pipe._interrupt, pipe._guidance_scale, pipe._num_timesteps = False, self._scale, self.plan.steps
         accepts_eta = "eta" in inspect.signature(self._scheduler.step).parameters
         with pipe.progress_bar(total=self.plan.nfe(guidance=False)) as self._bar:
-            packs = sampling.sample(
+            packs = loop.sample(
                 self.plan,
                 self._scheduler,
                 predict=self._predict,

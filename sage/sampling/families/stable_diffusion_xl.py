@@ -8,8 +8,8 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from sage import pipeline
-from sage.sampling import Condition
+from sage.sampling import pipeline
+from sage.sampling.loop import Condition
 
 
 class SharedStableDiffusionXLPipeline(pipeline.SharedSamplingPipeline, StableDiffusionXLPipeline):  # type: ignore[misc]

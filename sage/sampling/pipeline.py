@@ -25,19 +25,19 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from diffusers.utils import BaseOutput
 from torch import Generator, Tensor
 
-from sage import sampling
 from sage.errors import ConfigurationError, DataError, PlanError, UnsupportedError
-from sage.plan import Plan
-from sage.sampling import Condition
-from sage.stream import Cost, Stream
-from sage.stream import prompt_seed as prompt_seed
+from sage.sampling import loop
+from sage.sampling.loop import Condition
+from sage.sampling.plan import Plan
+from sage.sampling.stream import Cost, Stream
+from sage.sampling.stream import prompt_seed as prompt_seed
 
 # Stock class and the module with its family.
 FAMILIES = {
-    "StableDiffusionPipeline": "sage.families.stable_diffusion",
-    "StableDiffusionXLPipeline": "sage.families.stable_diffusion_xl",
-    "StableDiffusion3Pipeline": "sage.families.stable_diffusion_3",
-    "PixArtAlphaPipeline": "sage.families.pixart_alpha",
+    "StableDiffusionPipeline": "sage.sampling.families.stable_diffusion",
+    "StableDiffusionXLPipeline": "sage.sampling.families.stable_diffusion_xl",
+    "StableDiffusion3Pipeline": "sage.sampling.families.stable_diffusion_3",
+    "PixArtAlphaPipeline": "sage.sampling.families.pixart_alpha",
 }
 # Prompts are grouped as params.yaml groups this project's.
 THRESHOLD = 0.72
@@ -102,7 +102,7 @@ class SharedSamplingPipeline:
             and "text_encoder" in json.loads(index.read_text())
             and not (folder / "text_encoder").exists()
         ):
-            from sage import base
+            from sage.sampling import base
 
             return SharedSamplingPipeline.from_pipe(base.load(folder))
         return SharedSamplingPipeline.from_pipe(DiffusionPipeline.from_pretrained(path, **kwargs))
@@ -165,7 +165,7 @@ class SharedSamplingPipeline:
         under guidance, `guidance_scale` > 1). `seed` gives every image its own noise, a function of seed, prompt and
         how often the prompt came before; a list of seeds or generators has one for each image. `group_condition`:
         what a block's network sees, the mean of its members' text states or the member nearest to it. `branch_noise`
-        in [0, 1] makes the members of a group differ more (see `sage.sampling`). A callback is
+        in [0, 1] makes the members of a group differ more (see `sage.sampling.loop`). A callback is
         called after each step of each batch. Embeddings (`prompt_embeds`, ...) and what else the family's stock
         pipeline takes are `options`.
         Raises ConfigurationError, DataError, PlanError or UnsupportedError before anything is generated.
@@ -187,7 +187,7 @@ class SharedSamplingPipeline:
             )
         if extra := sorted(set(callback_on_step_end_tensor_inputs) - {"latents"}):
             raise ConfigurationError(f"a callback can be given latents only, not {', '.join(extra)}")
-        sampling.check_scheduler(self.scheduler, branch_noise)
+        loop.check_scheduler(self.scheduler, branch_noise)
         if self._network.config.get("time_cond_proj_dim") is not None:
             raise UnsupportedError(
                 "this network takes the guidance scale as an input (a consistency model); use another"

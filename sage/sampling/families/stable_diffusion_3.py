@@ -9,8 +9,8 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
 
-from sage import pipeline
-from sage.sampling import Condition
+from sage.sampling import pipeline
+from sage.sampling.loop import Condition
 
 
 class SharedStableDiffusion3Pipeline(pipeline.SharedSamplingPipeline, StableDiffusion3Pipeline):  # type: ignore[misc]

@@ -8,8 +8,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from sage import pipeline
-from sage.sampling import Condition
+from sage.sampling import pipeline
+from sage.sampling.loop import Condition
 
 
 class SharedStableDiffusionPipeline(pipeline.SharedSamplingPipeline, StableDiffusionPipeline):  # type: ignore[misc]
