@@ -26,9 +26,9 @@ from sage.metrics.alignment import cosines, load_alignment
 from sage.metrics.bootstrap import value
 from sage.metrics.distances import frechet_statistic, kernel_statistic
 from sage.metrics.extractors import EfficientNetLite0, read_pictures
-from sage.pretraining import restored
 from sage.sampling.pipeline import SharedSamplingPipeline, prompt_seed
 from sage.sampling.plan import Plan
+from sage.training.pretraining import restored
 
 SEEDS = (0, 1)
 

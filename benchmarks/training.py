@@ -32,15 +32,15 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.nn import functional as F
 
-from sage.batches import Batches
 from sage.data.dataset import load_pixels, read_split
-from sage.denoiser import Denoiser
 from sage.files import write_json
-from sage.finetuning import TrainingSet, finetuning_loss, sampling_cost
 from sage.grouping.embedding import embed
 from sage.grouping.groups import group
 from sage.sampling import base
-from sage.training import Schedule, fit
+from sage.training.batches import Batches
+from sage.training.denoiser import Denoiser
+from sage.training.finetuning import TrainingSet, finetuning_loss, sampling_cost
+from sage.training.loop import Schedule, fit
 
 PICTURES = 1024
 BATCH = 64
@@ -147,7 +147,7 @@ class Stock:
 
 
 class Ours:
-    """The step of this project: the loop of `sage.training.fit` with the loss of `sage.finetuning`."""
+    """The step of this project: the loop of `sage.training.loop.fit` with the loss of `sage.training.finetuning`."""
 
     def __init__(
         self, model: Path, data: Data, precision: str, weights: dict[str, float], cached: bool, start: str

@@ -20,17 +20,17 @@ from PIL import Image
 from flows.machine import device
 from flows.terminal import progress, run
 from flows.tracking import Run, stage_run
-from sage import adapter
-from sage.batches import Batches
 from sage.config import Finetune, load_params
 from sage.data.dataset import Example, captions_of, check_sums, load_pixels, read_groups, read_split
-from sage.denoiser import Denoiser
 from sage.errors import DataError
 from sage.files import digest, new_folder, sha256, sha256_tree, write_json
-from sage.finetuning import TrainingSet, finetuning_loss, sampling_cost
 from sage.sampling import base as base_model
 from sage.sampling.pipeline import SharedSamplingPipeline, prompt_seed
-from sage.training import Schedule, Trained, fit, processes
+from sage.training import lora
+from sage.training.batches import Batches
+from sage.training.denoiser import Denoiser
+from sage.training.finetuning import TrainingSet, finetuning_loss, sampling_cost
+from sage.training.loop import Schedule, Trained, fit, processes
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def main(
         denoiser = Denoiser(pipeline, settings.precision)
         inputs = training_set(denoiser, examples, members)
         if settings.adapter is not None:
-            adapter.add(denoiser.network, settings.adapter.rank, settings.seed)
+            lora.add(denoiser.network, settings.adapter.rank, settings.seed)
         if settings.gradient_checkpointing:
             denoiser.network.enable_gradient_checkpointing()
         network = accelerator.prepare(denoiser)
@@ -209,16 +209,16 @@ def train(
 def save(pipeline: Any, base: Path, out: Path) -> None:
     """Write the pipeline in the form that the base has; an adapter is merged, and stands beside it as a file."""
     network, layers = pipeline._network, None
-    if adapter.present(network):
-        layers = adapter.layers(network)
-        adapter.merge(network)
+    if lora.present(network):
+        layers = lora.layers(network)
+        lora.merge(network)
     with new_folder(out) as temporary:
         if (base / "text_encoder").exists():
             pipeline.save_pretrained(temporary)
         else:
             base_model.save(pipeline, temporary)
         if layers is not None:
-            adapter.save(pipeline, layers, temporary)
+            lora.save(pipeline, layers, temporary)
 
 
 def watch(data: Path, groups: Path) -> list[list[Example]]:

@@ -12,14 +12,15 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from flows.terminal import guard, progress
-from sage import files, pretraining
+from sage import files
 from sage.config import Network, load_params
 from sage.data.dataset import captions_of, load_pixels, read_split
 from sage.grouping.embedding import embed
 from sage.metrics import alignment
 from sage.metrics.extractors import EfficientNetLite0, read_pictures
 from sage.sampling import base
-from sage.training import Losses, Schedule, fit
+from sage.training import pretraining
+from sage.training.loop import Losses, Schedule, fit
 
 app = typer.Typer(
     no_args_is_help=True, help="Train the parts that models/ holds; a killed command resumes when called again."

@@ -9,8 +9,8 @@ import torch
 from faults import at_line, fill_disk, in_child, kill
 from safetensors.torch import load_file
 
-from sage import checkpoint
 from sage.errors import CheckpointError
+from sage.training import checkpoint
 
 IDENTITY = {"rate": 0.1, "data": "abc"}
 

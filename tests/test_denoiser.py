@@ -7,12 +7,13 @@ import pytest
 import tiny
 import torch
 
-from sage import adapter, diffusion, loss
-from sage.batches import Batches
-from sage.denoiser import Denoiser
+from sage import diffusion
 from sage.errors import UnsupportedError
-from sage.finetuning import TrainingSet, finetuning_loss
-from sage.training import Schedule, fit
+from sage.training import lora, loss
+from sage.training.batches import Batches
+from sage.training.denoiser import Denoiser
+from sage.training.finetuning import TrainingSet, finetuning_loss
+from sage.training.loop import Schedule, fit
 
 SIZE = (16, 16)
 GROUPS = ((0, 1, 2), (3, 4))
@@ -260,7 +261,7 @@ def test_min_snr_is_used(tmp_path):
 def tuned(pipe, tmp_path, rank=2):
     denoiser = Denoiser(pipe)
     data = data_of(denoiser)
-    adapter.add(denoiser.network, rank, seed=0)
+    lora.add(denoiser.network, rank, seed=0)
     step_loss = loss_of(denoiser, data, pipe.scheduler)
     fit(denoiser, step_loss, Schedule(6, 0.05, warmup=0, ema=0.0), work=tmp_path / "work", identity={})
     return denoiser, data
@@ -271,15 +272,15 @@ def test_stock_diffusers_draws_the_same_with_the_adapter(pipe, family, tmp_path)
     before = draw(pipe, family)
     denoiser, _ = tuned(pipe, tmp_path)
     ours = draw(pipe, family)
-    layers = adapter.layers(denoiser.network)
-    adapter.save(denoiser._pipe, layers, tmp_path)
+    layers = lora.layers(denoiser.network)
+    lora.save(denoiser._pipe, layers, tmp_path)
     assert np.abs(ours - before).max() > 1e-2
     stock = tiny.pipeline(family, tmp_path)
     assert np.array_equal(draw(stock, family), before)
     stock.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     np.testing.assert_allclose(draw(stock, family), ours, atol=1e-4)
-    adapter.merge(denoiser.network)
-    assert not adapter.present(denoiser.network)
+    lora.merge(denoiser.network)
+    assert not lora.present(denoiser.network)
     assert not any("lora" in name for name, _ in denoiser.network.named_parameters())
     np.testing.assert_allclose(draw(pipe, family), ours, atol=1e-4)
 
@@ -291,7 +292,7 @@ def test_with_an_adapter_the_base_is_the_same_network_with_it_off(pipe, tmp_path
     denoiser = Denoiser(pipe)
     data = data_of(denoiser)
     monkeypatch.undo()
-    adapter.add(denoiser.network, 2, seed=0)
+    lora.add(denoiser.network, 2, seed=0)
     trainable = {name for name, p in denoiser.named_parameters() if p.requires_grad}
     monkeypatch.setattr(copy, "deepcopy", lambda value, memo=None: pytest.fail("a copy was made"))
     step_loss = loss_of(denoiser, data, pipe.scheduler)
@@ -309,9 +310,9 @@ def test_an_adapter_begins_as_nothing_and_is_a_function_of_its_seed(tmp_path):
     def drawn(seed):
         network = tiny.unet()
         torch.manual_seed(7)
-        adapter.add(network, 2, seed)
+        lora.add(network, 2, seed)
         assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(7)))
-        return adapter.layers(network)
+        return lora.layers(network)
 
     first, again, other = drawn(0), drawn(0), drawn(1)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -321,5 +322,5 @@ def test_an_adapter_begins_as_nothing_and_is_a_function_of_its_seed(tmp_path):
 
 def test_a_network_that_stock_diffusers_loads_no_adapter_into_is_refused(tmp_path):
     pipe = tiny.pipeline("pixart_alpha", tmp_path)
-    with pytest.raises(UnsupportedError, match=r"PixArtTransformer2DModel takes no adapter.*adapter: null"):
-        adapter.add(pipe.transformer, 4, seed=0)
+    with pytest.raises(UnsupportedError, match=r"PixArtTransformer2DModel takes no lora.*adapter: null"):
+        lora.add(pipe.transformer, 4, seed=0)

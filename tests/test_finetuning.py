@@ -9,12 +9,12 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch.nn import functional as F
 
 from sage import diffusion
-from sage.batches import Batches, endless
-from sage.denoiser import Denoiser
 from sage.errors import DataError, UnsupportedError
-from sage.finetuning import TrainingSet, finetuning_loss, sampling_cost
 from sage.sampling import base, loop
-from sage.training import Schedule, fit, spaced
+from sage.training.batches import Batches, endless
+from sage.training.denoiser import Denoiser
+from sage.training.finetuning import TrainingSet, finetuning_loss, sampling_cost
+from sage.training.loop import Schedule, fit, spaced
 
 ALL = {"diffusion": 1.0, "shared": 1.0, "branch": 1.0, "consistency": 0.1}
 GROUPS = ((0, 1, 2), (3,), (4, 5), (6, 7, 8, 9), (10,), (11,))
@@ -173,7 +173,7 @@ def test_times_are_spread_and_stay_below_one():
 
 
 def test_plain_diffusion_alone_is_the_loss_of_pretraining(asked):
-    """The formula of sage.pretraining.denoiser_loss on the same draws, with its numbers."""
+    """The formula of sage.training.pretraining.denoiser_loss on the same draws, with its numbers."""
     network = unet()
     batches = Batches(GROUPS, weights(diffusion=1), 16, 0)
     values = loss_of(network, batches)(5)

@@ -5,8 +5,9 @@ import torch
 from diffusers import DDIMScheduler
 from torch.nn import functional as F
 
-from sage import diffusion, loss
+from sage import diffusion
 from sage.sampling import base
+from sage.training import loss
 
 KINDS = ("epsilon", "v_prediction", "sample")
 SHAPE = (2, 4, 4)

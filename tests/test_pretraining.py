@@ -4,9 +4,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from sage import diffusion, pretraining
+from sage import diffusion
 from sage.data.dataset import captions_of
 from sage.sampling import base
+from sage.training import pretraining
 
 OWN = torch.arange(512)[:, None]  # one caption a picture
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sage import checkpoint
+from sage.training import checkpoint
 
 SCRIPT = textwrap.dedent("""
     import sys
@@ -18,9 +18,9 @@ SCRIPT = textwrap.dedent("""
     import tempfile
     import tiny
     from accelerate import Accelerator
-    from sage import adapter
-    from sage.denoiser import Denoiser
-    from sage.training import Schedule, fit
+    from sage.training import lora
+    from sage.training.denoiser import Denoiser
+    from sage.training.loop import Schedule, fit
     from test_denoiser import data_of, loss_of
 
     accelerator = Accelerator(cpu=True)
@@ -29,7 +29,7 @@ SCRIPT = textwrap.dedent("""
     denoiser = Denoiser(pipe)
     data = data_of(denoiser)
     if int(rank):
-        adapter.add(denoiser.network, int(rank), 0)
+        lora.add(denoiser.network, int(rank), 0)
     network = accelerator.prepare(denoiser)
     loss = loss_of(network, data, pipe.scheduler, evaluations=7)
     schedule = Schedule(2, 1e-3, warmup=0, max_norm=1e9, checkpoint_every=1)

@@ -26,11 +26,11 @@ from PIL import Image
 
 from flows import leash, tracking
 from flows.tracking import runs
-from sage import adapter
 from sage.config import Params, load_params
 from sage.errors import RegistryError, SageError
 from sage.files import sha256, sha256_tree, write_json
 from sage.sampling import base
+from sage.training import lora
 
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
 # What a version must carry the moment that anybody can see it.
@@ -431,14 +431,14 @@ def test_an_adapter_is_also_there_in_mlflows_own_form(project, weights, tmp_path
     (tmp_path / "parts").mkdir()
     stock = tiny.pipeline("stable_diffusion", tmp_path / "parts")
     stock.save_pretrained(tmp_path / "base")
-    adapter.add(stock.unet, 2, 0)
+    lora.add(stock.unet, 2, 0)
     with torch.no_grad():
         for name, value in stock.unet.named_parameters():
             if "lora_B" in name:
                 value += 0.5
     model = tmp_path / "model"
     shutil.copytree(weights, model)
-    adapter.save(stock, adapter.layers(stock.unet), model)
+    lora.save(stock, lora.layers(stock.unet), model)
     register(model)
     run = client().get_model_version("sage", "1").run_id
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.address())

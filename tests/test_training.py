@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from sage import checkpoint
 from sage.errors import CheckpointError, DivergedError
-from sage.training import Schedule, fit, generator
+from sage.training import checkpoint
+from sage.training.loop import Schedule, fit, generator
 
 IDENTITY = {"case": "line"}
 

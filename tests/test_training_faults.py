@@ -18,10 +18,11 @@ from faults import in_child
 
 from flows import finetune
 from flows.terminal import guard
-from sage import checkpoint, files
+from sage import files
 from sage.config import load_params
 from sage.errors import CheckpointError, ConfigurationError, DataError
 from sage.sampling import base
+from sage.training import checkpoint
 
 IDENTITY = {"rate": 0.1}
 NOBODY = 65534

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sage import diffusion
 from sage.sampling.base import text_parts
-from sage.training import Losses, generator, spaced
+from sage.training.loop import Losses, generator, spaced
 
 
 def batch(n: int, size: int, seed: int, step: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sage.errors import DataError
-from sage.training import generator
+from sage.training.loop import generator
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from sage import checkpoint
 from sage.errors import DivergedError
+from sage.training import checkpoint
 
 Losses = Mapping[str, Tensor]
 

@@ -1,4 +1,4 @@
-"""Fine-tuning for shared sampling: the loss of step k for `sage.training.fit`.
+"""Fine-tuning for shared sampling: the loss of step k for `sage.training.loop.fit`.
 
 Everything drawn in a step comes from (seed, step) alone. Latents and text states are computed once, before training.
 """
@@ -12,12 +12,13 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from sage import diffusion, loss
-from sage.batches import Batches
+from sage import diffusion
 from sage.errors import ConfigurationError, DataError
-from sage.loss import BranchStart, Condition, Network, Process, Query, SoftTarget, taken
 from sage.sampling import loop
-from sage.training import Losses, generator, spaced
+from sage.training import loss
+from sage.training.batches import Batches
+from sage.training.loop import Losses, generator, spaced
+from sage.training.loss import BranchStart, Condition, Network, Process, Query, SoftTarget, taken
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,13 @@ def finetuning_loss(
 ) -> Callable[..., Losses]:
     """Return the loss of step k: each term's mean, and their weighted sum as "loss".
 
-    `network` is a `sage.denoiser.Denoiser`, also as accelerate prepares it, of the base that will be trained; where
+    `network` is a `sage.training.denoiser.Denoiser`, also as accelerate prepares it, of the base that will be trained; where
     consistency has a weight, a frozen copy is taken now. The share ratio of each group is drawn between `share_ratios`,
     so that one model serves them all. Plain diffusion draws from all captions of a picture, the other terms take those
     that groups were formed by. `branch_start` is where the branch phase starts: "sampled", where the network as
     it now is arrives with its share of `sampler_steps` steps, each member with noise of its own (branch noise 1);
-    "mixture", see `sage.loss.mixture_start`; "plain", at the member itself, noised. A share `drop_text` of the plain
-    diffusion items loses its caption, for classifier-free guidance. `min_snr` is gamma of `sage.loss.min_snr`; None
+    "mixture", see `sage.training.loss.mixture_start`; "plain", at the member itself, noised. A share `drop_text` of the plain
+    diffusion items loses its caption, for classifier-free guidance. `min_snr` is gamma of `sage.training.loss.min_snr`; None
     weighs all times equally.
     The loss takes (step) or (step, part, parts): a step's items are dealt out to so many parts, whose losses add up to
     that of the step. Raises UnsupportedError for a scheduler that is neither variance-preserving nor flow matching and

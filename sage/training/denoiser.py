@@ -13,10 +13,10 @@ import torch
 from diffusers.training_utils import cast_training_params
 from torch import Tensor, nn
 
-from sage import adapter
 from sage.errors import UnsupportedError
-from sage.loss import Condition, Network
 from sage.sampling.pipeline import SharedSamplingPipeline
+from sage.training import lora
+from sage.training.loss import Condition, Network
 
 Precision = Literal["bf16", "fp32"]
 # Where configurations say how wide the text states are that the network reads; a transformer's own width comes last.
@@ -49,11 +49,11 @@ class Denoiser(nn.Module):
         return output.float()  # type: ignore[no-any-return]
 
     def frozen(self) -> Network:
-        """Return the network as it is now, never to change: a copy, or where it has an adapter, itself without that."""
-        if adapter.present(self.network):
+        """Return the network as it is now, never to change: a copy, or where it has an lora, itself without that."""
+        if lora.present(self.network):
 
             def base(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-                with adapter.off(self.network):
+                with lora.off(self.network):
                     return self(x_t, t, condition)  # type: ignore[no-any-return]
 
             return base

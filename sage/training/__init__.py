@@ -1,0 +1,1 @@
+"""L_SAGE, the training loop and its checkpoints (stage `finetune`)."""
