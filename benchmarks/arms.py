@@ -23,10 +23,10 @@ from PIL import Image
 from benchmarks.trials import Point, Recipe, Trials, standard
 from flows.terminal import guard
 from sage.config import Params, load_params
+from sage.evaluation import results as judging
+from sage.evaluation.bootstrap import Array, Statistic, percentiles
+from sage.evaluation.frontier import saving
 from sage.files import new_file, write_text
-from sage.metrics import judging
-from sage.metrics.bootstrap import Array, Statistic, percentiles
-from sage.metrics.frontier import saving
 from sage.sampling.plan import Plan
 
 mpl.use("Agg")

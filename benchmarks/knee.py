@@ -18,14 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.terminal import progress, run
-from sage.damage import model_digest
 from sage.data.dataset import Example, load_pixels, read_split
+from sage.evaluation.alignment import cosines, load_alignment
+from sage.evaluation.bootstrap import value
+from sage.evaluation.damage import model_digest
+from sage.evaluation.distances import frechet_statistic, kernel_statistic
+from sage.evaluation.extractors import EfficientNetLite0, read_pictures
 from sage.files import new_file
 from sage.grouping.embedding import embed
-from sage.metrics.alignment import cosines, load_alignment
-from sage.metrics.bootstrap import value
-from sage.metrics.distances import frechet_statistic, kernel_statistic
-from sage.metrics.extractors import EfficientNetLite0, read_pictures
 from sage.sampling.pipeline import SharedSamplingPipeline, prompt_seed
 from sage.sampling.plan import Plan
 from sage.training.pretraining import restored

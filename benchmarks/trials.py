@@ -23,14 +23,14 @@ import sage
 from flows.machine import device
 from flows.terminal import progress
 from sage.config import Finetune, Params
-from sage.damage import model_digest
 from sage.data.dataset import read_groups, read_split
+from sage.evaluation.alignment import cosines, load_alignment
+from sage.evaluation.damage import model_digest
+from sage.evaluation.extractors import EfficientNetLite0, read_pictures
+from sage.evaluation.results import Pictures
 from sage.files import digest, new_file, sha256, sha256_tree, write_text
 from sage.grouping.embedding import embed
 from sage.grouping.groups import tree
-from sage.metrics.alignment import cosines, load_alignment
-from sage.metrics.extractors import EfficientNetLite0, read_pictures
-from sage.metrics.judging import Pictures
 from sage.sampling.pipeline import SharedSamplingPipeline, prompt_seed
 from sage.sampling.plan import Cluster, Plan, clusters, plan_for_budget
 

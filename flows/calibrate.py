@@ -18,13 +18,13 @@ from flows.group import ENCODER, cache
 from flows.machine import device
 from flows.terminal import progress, run
 from sage.config import load_params
-from sage.damage import FILE, Damage, by_similarity, distances, kept_form, model_digest
 from sage.data.dataset import Example, read_split
 from sage.errors import DataError
+from sage.evaluation.damage import FILE, Damage, by_similarity, distances, kept_form, model_digest
+from sage.evaluation.extractors import EfficientNetLite0
 from sage.files import digest, new_file, sha256_tree, write_json
 from sage.grouping.embedding import embed
 from sage.grouping.groups import Groups, group, worst_similarity
-from sage.metrics.extractors import EfficientNetLite0
 from sage.sampling.pipeline import SharedSamplingPipeline, prompt_seed
 from sage.sampling.plan import Plan
 

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from flows.report import METRICS, arm_name, number, percent
 from flows.tracking import Recorded
-from sage.gates import JUDGED
+from sage.evaluation.gates import JUDGED
 
 _COLUMNS = ("independent", JUDGED)  # the arms whose pictures are shown, beside the real one
 

@@ -16,16 +16,16 @@ from flows import report as page
 from flows.machine import device
 from flows.terminal import progress, run
 from flows.tracking import stage_run
-from sage import gates
 from sage.config import Evaluate, load_params
 from sage.data.dataset import read_split
 from sage.errors import MetricError
+from sage.evaluation import gates
+from sage.evaluation import results as judging
+from sage.evaluation.alignment import DualEncoder, cosines, load_alignment
+from sage.evaluation.extractors import EfficientNetLite0, read_pictures
+from sage.evaluation.samples import Judged, read_judged, siblings
 from sage.files import new_folder, sha256_tree, write_json
 from sage.grouping.embedding import embed
-from sage.metrics import judging
-from sage.metrics.alignment import DualEncoder, cosines, load_alignment
-from sage.metrics.extractors import EfficientNetLite0, read_pictures
-from sage.metrics.judged import Judged, read_judged, siblings
 
 COSTS = ("nfe_per_image", "seconds_per_image")
 

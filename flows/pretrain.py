@@ -15,9 +15,9 @@ from flows.terminal import guard, progress
 from sage import files
 from sage.config import Network, load_params
 from sage.data.dataset import captions_of, load_pixels, read_split
+from sage.evaluation import alignment
+from sage.evaluation.extractors import EfficientNetLite0, read_pictures
 from sage.grouping.embedding import embed
-from sage.metrics import alignment
-from sage.metrics.extractors import EfficientNetLite0, read_pictures
 from sage.sampling import base
 from sage.training import pretraining
 from sage.training.loop import Losses, Schedule, fit

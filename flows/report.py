@@ -14,8 +14,8 @@ from markupsafe import Markup
 from PIL import Image, ImageDraw
 
 from flows.groups_page import groups_picture
-from sage.gates import JUDGED
-from sage.metrics.judged import Judged
+from sage.evaluation.gates import JUDGED
+from sage.evaluation.samples import Judged
 
 NAMES = {
     "real": "Real",

@@ -28,11 +28,11 @@ from flows.prompts import Item
 from flows.terminal import guard
 from sage.config import load_params
 from sage.errors import ConfigurationError, DataError
+from sage.evaluation.alignment import cosines, load_alignment
+from sage.evaluation.extractors import EfficientNetLite0, read_pictures
+from sage.evaluation.shards import MEASURES, Sums, figures, sums
 from sage.files import new_file, write_json
 from sage.grouping.embedding import embed
-from sage.metrics.alignment import cosines, load_alignment
-from sage.metrics.extractors import EfficientNetLite0, read_pictures
-from sage.metrics.parts import MEASURES, Sums, figures, sums
 from sage.sampling.plan import Plan
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)

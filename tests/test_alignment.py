@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sage.errors import CheckpointError
-from sage.metrics.alignment import DualEncoder, cosines, load_alignment, retrieval, save, train
-from sage.metrics.extractors import WIDTH
+from sage.evaluation.alignment import DualEncoder, cosines, load_alignment, retrieval, save, train
+from sage.evaluation.extractors import WIDTH
 
 
 @pytest.fixture(scope="module")

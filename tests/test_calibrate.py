@@ -9,8 +9,8 @@ import tiny
 import yaml
 
 from flows import calibrate
-from sage.damage import FILE, distances, read_damage
 from sage.errors import DataError
+from sage.evaluation.damage import FILE, distances, read_damage
 from sage.grouping.groups import worst_similarity
 
 ROOT = Path(__file__).parents[1]

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sage.damage import FILE, Damage, Point, by_similarity, distances, kept_form, read_damage
 from sage.errors import ConfigurationError, DataError
+from sage.evaluation.damage import FILE, Damage, Point, by_similarity, distances, kept_form, read_damage
 
 
 def pictures(n=400, seeds=2, width=64, seed=0, centre=None):

@@ -11,12 +11,12 @@ import yaml
 from PIL import Image, ImageFilter
 
 from flows import evaluate
-from sage import gates
 from sage.data.dataset import Example
 from sage.data.twemoji import pictures
 from sage.errors import DataError, MetricError
-from sage.metrics.alignment import DualEncoder, save
-from sage.metrics.judged import read_judged, siblings
+from sage.evaluation import gates
+from sage.evaluation.alignment import DualEncoder, save
+from sage.evaluation.samples import read_judged, siblings
 
 SEEDS = [0, 1]
 GROUPS = [["p0", "p1", "p2"], ["p3", "p4"], ["p5", "p6"], ["p7"]]

@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from sage.errors import CheckpointError
-from sage.metrics.extractors import WIDTH, EfficientNetLite0, read_pictures
+from sage.evaluation.extractors import WIDTH, EfficientNetLite0, read_pictures
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_features_do_not_depend_on_the_company_and_progress_counts_every_picture
     done = []
     together = extract(iter(pictures), done.append)
     assert sum(done) == 3
-    monkeypatch.setattr("sage.metrics.extractors._BATCH", 2)
+    monkeypatch.setattr("sage.evaluation.extractors._BATCH", 2)
     assert extract(pictures) == pytest.approx(together, abs=1e-4)
     assert extract(pictures[1:2]) == pytest.approx(together[1:2], abs=1e-4)
     assert np.abs(together[0] - together[1]).max() > 0.1

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sage.errors import MetricError
-from sage.metrics.frontier import evaluations_for, saving
+from sage.evaluation.frontier import evaluations_for, saving
 
 NFE = np.array([4.0, 8.0, 16.0, 32.0])
 FRONTIER = np.array([[1.0, 0.5, 0.3, 0.2]])

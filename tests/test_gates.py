@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from sage.gates import judge, passed
+from sage.evaluation.gates import judge, passed
 
 SET = {"digest": "d" * 64, "generated": "m" * 64, "n_real": 4, "n_prompts": 4, "seeds": [0, 1]}
 N = 8

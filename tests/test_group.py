@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from flows.group import main
-from sage.damage import FILE, Damage, Point, kept_form
 from sage.data.dataset import SPLITS
 from sage.errors import ConfigurationError
+from sage.evaluation.damage import FILE, Damage, Point, kept_form
 from sage.files import write_json
 
 ROOT = Path(__file__).parents[1]

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sage.errors import DataError
-from sage.metrics.diversity import group_diversity
-from sage.metrics.parts import figures, sums
+from sage.evaluation.diversity import group_diversity
+from sage.evaluation.shards import figures, sums
 
 GROUPS = [[0, 3], [1], [2, 4, 5], [6, 7], [8]]
 DRAWS = {"draws": 50, "confidence": 0.9, "seed": 0}

@@ -9,8 +9,8 @@ import yaml
 from PIL import Image
 
 from flows import pretrain
+from sage.evaluation import alignment
 from sage.files import sha256_tree
-from sage.metrics import alignment
 from sage.sampling import base
 
 SHIPPED = Path(__file__).parents[1] / "params.yaml"

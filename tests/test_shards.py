@@ -13,11 +13,11 @@ import tiny
 
 from flows import leash, prompts, shards
 from sage.errors import ConfigurationError, DataError
+from sage.evaluation.alignment import cosines, load_alignment
+from sage.evaluation.diversity import group_diversity
+from sage.evaluation.extractors import EfficientNetLite0, read_pictures
 from sage.files import sha256, sha256_tree
 from sage.grouping.embedding import embed
-from sage.metrics.alignment import cosines, load_alignment
-from sage.metrics.diversity import group_diversity
-from sage.metrics.extractors import EfficientNetLite0, read_pictures
 
 TEXTS = [f"{colour} {thing}" for thing in ("cat", "dog", "tree", "house") for colour in ("red", "blue", "big")]
 OPTIONS = {"steps": 4, "share_ratio": 0.5, "guidance_scale": 3.0, "batch_size": 1, "seed": 0}

@@ -9,7 +9,7 @@ from typing import Any
 from flows.tracking import content
 from flows.tracking.registry import CHALLENGER, CHAMPION, GATES, METRIC, MODEL, SET, aliases, connect, find
 from sage.errors import RegistryError
-from sage.gates import HIGHER_IS_BETTER
+from sage.evaluation.gates import HIGHER_IS_BETTER
 
 _REPLACED = "sage.replaced"  # a tag of a version: the champion before it
 

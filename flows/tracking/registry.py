@@ -18,8 +18,8 @@ from flows.tracking.runs import address, client, ending, experiment, new_run
 from flows.versioning import revision
 from sage.config import Params
 from sage.errors import RegistryError
+from sage.evaluation.gates import JUDGED
 from sage.files import digest, sha256_tree
-from sage.gates import JUDGED
 
 MODEL = "sage"
 CHALLENGER = "challenger"

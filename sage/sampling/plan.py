@@ -204,7 +204,7 @@ def plan_for_budget(
     A cluster of similarity s shares most * (1 - (1 - s) / (1 - threshold)) of the steps: `most` at similarity 1,
     nothing from the threshold down. `nested` comes from `clusters`, or holds one Cluster for each flat group. Clusters
     less similar than `at_least` are refused: their members share in tighter clusters or not at all. A bound on quality
-    is such a similarity, together with the share ratio at which it was measured as `most` (sage.damage).
+    is such a similarity, together with the share ratio at which it was measured as `most` (sage.evaluation.damage).
     Raises PlanError when even sharing `most` everywhere saves less.
     """
     if not 0 <= saving < 1:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from sage.errors import DataError
-from sage.metrics.bootstrap import Array, Statistic, percentiles, ratio, resamples, value
-from sage.metrics.distances import Groups
-from sage.metrics.diversity import group_diversity
-from sage.metrics.judging import Figure, figure
+from sage.evaluation.bootstrap import Array, Statistic, percentiles, ratio, resamples, value
+from sage.evaluation.distances import Groups
+from sage.evaluation.diversity import group_diversity
+from sage.evaluation.results import Figure, figure
 
 MEASURES = ("alignment", "group_diversity")
 

@@ -7,7 +7,7 @@ lower envelope: the best that so many evaluations or fewer buy, between points l
 import numpy as np
 
 from sage.errors import MetricError
-from sage.metrics.bootstrap import Array
+from sage.evaluation.bootstrap import Array
 
 
 def evaluations_for(distance: Array, nfe: Array, frontier: Array) -> Array:

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from sage.data.dataset import Example
 from sage.errors import CheckpointError
+from sage.evaluation.extractors import EfficientNetLite0, read_pictures
 from sage.files import new_folder, sha256, write_json
 from sage.grouping.embedding import embed
-from sage.metrics.extractors import EfficientNetLite0, read_pictures
 
 TEXTS = "all-MiniLM-L6-v2"
 

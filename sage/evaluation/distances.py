@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sage.metrics.bootstrap import Array, Statistic, pair_ratio
+from sage.evaluation.bootstrap import Array, Statistic, pair_ratio
 
 Groups = Sequence[Sequence[int]]
 _ROWS = 1024  # rows of the kernel matrix at a time, so that memory does not grow with the square of the prompts

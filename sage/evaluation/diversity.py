@@ -6,8 +6,8 @@ Both return, for each group, the sum over its pictures and their number, as `boo
 
 import numpy as np
 
-from sage.metrics.bootstrap import Array
-from sage.metrics.distances import Groups
+from sage.evaluation.bootstrap import Array
+from sage.evaluation.distances import Groups
 
 
 def group_diversity(features: Array, groups: Groups) -> tuple[Array, Array]:

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from sage.errors import ConfigurationError, DataError
+from sage.evaluation import bootstrap
 from sage.files import digest, sha256_tree
 from sage.grouping.thresholds import damage_curve, threshold_for_damage
-from sage.metrics import bootstrap
 
 FILE = "sharing.json"
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from sage.gates import HIGHER_IS_BETTER
-from sage.metrics.bootstrap import Array, Statistic, jackknife, percentiles, ratio, resamples, value, within
-from sage.metrics.distances import Groups, frechet_statistic, kernel_statistic
-from sage.metrics.diversity import group_diversity, seed_diversity
+from sage.evaluation.bootstrap import Array, Statistic, jackknife, percentiles, ratio, resamples, value, within
+from sage.evaluation.distances import Groups, frechet_statistic, kernel_statistic
+from sage.evaluation.diversity import group_diversity, seed_diversity
+from sage.evaluation.gates import HIGHER_IS_BETTER
 
 _BOOTSTRAPPED = ("kernel_distance", "alignment", "group_diversity", "seed_diversity")
 _PARTS = ("loosest third", "middle third", "tightest third")

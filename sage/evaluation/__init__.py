@@ -1,0 +1,1 @@
+"""Metrics with intervals, and the gates that rest on them (stage `evaluate`)."""

@@ -1,1 +1,0 @@
-"""Functions on features, and the extractors that make them."""
