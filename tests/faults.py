@@ -33,7 +33,7 @@ def run(work, environment):
 
 
 def at_line(number, effect):
-    """Cause `effect` before the given line, counted from 1, of all that sage.files and sage.training.checkpoint now execute.
+    """Cause `effect` before the given line, counted from 1, of what sage.files and training.checkpoint now execute.
 
     Every point between two calls of the operating system is the start of a line or inside one of Python's own.
     """

@@ -38,7 +38,7 @@ def run(monkeypatch, kept: dict[str, object] | None, threshold: float, **changes
         pipeline.finish("FINISHED", metrics)
     client = test_tracking.client()
     (parent,) = client.search_runs(
-        [client.get_experiment_by_name("sage").experiment_id], f"tags.`sage.sampling.pipeline` = '{pipeline._id}'"
+        [client.get_experiment_by_name("sage").experiment_id], f"tags.`sage.pipeline` = '{pipeline._id}'"
     )
     return parent.info.run_id
 

@@ -90,7 +90,7 @@ def test_mlflow_holds_one_parent_with_a_run_for_each_stage(flow_run, project):
     uri = f"sqlite:///{project / 'mlflow.db'}"
     client = runs.client(uri)
     found = client.search_runs([client.get_experiment_by_name("sage").experiment_id])
-    parent = next(run for run in found if "sage.sampling.pipeline" in run.data.tags)
+    parent = next(run for run in found if "sage.pipeline" in run.data.tags)
     children = {run.data.tags["sage.stage"]: run for run in found if "mlflow.parentRunId" in run.data.tags}
     assert set(children) == set(small.STAGES)
     assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parent.info.run_id}

@@ -180,7 +180,7 @@ def test_stages_of_a_pipeline_are_children_of_one_run(project, monkeypatch):
                 pass
         pipeline.finish("FINISHED", write_results(small_model(project / "m")))
     found = client().search_runs([client().get_experiment_by_name("sage").experiment_id])
-    parents = [run for run in found if "sage.sampling.pipeline" in run.data.tags]
+    parents = [run for run in found if "sage.pipeline" in run.data.tags]
     children = {run.data.tags["sage.stage"]: run.data.tags["mlflow.parentRunId"] for run in found if run not in parents}
     assert len(parents) == 1
     assert set(children) == {"prepare", "group"}

@@ -11,12 +11,7 @@ from flows.tracking.registry import aliases, connect, find, split
 from sage.errors import SageError
 
 _TAGS = ("sage.", "prefect.", "mlflow.source.git.commit")
-_ELSEWHERE = (
-    "sage.metric.",
-    "sage.params",
-    "sage.sampling.pipeline",
-    "sage.process",
-)  # said by the results, or to machines
+_ELSEWHERE = ("sage.metric.", "sage.params", "sage.pipeline", "sage.process")  # said by the results, or to machines
 
 
 @dataclass(frozen=True)

@@ -264,12 +264,12 @@ def headline(evaluate: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _find_parent(tracker: Any, home: str, pipeline: str) -> str | None:
-    found = tracker.search_runs([home], filter_string=f"tags.`sage.sampling.pipeline` = '{pipeline}'", max_results=1)
+    found = tracker.search_runs([home], filter_string=f"tags.`sage.pipeline` = '{pipeline}'", max_results=1)
     return found[0].info.run_id if found else None
 
 
 def _new_parent(tracker: Any, home: str, pipeline: str) -> str:
-    tags = {"sage.sampling.pipeline": pipeline} | json.loads(os.environ.get(_PIPELINE_TAGS, "{}"))
+    tags = {"sage.pipeline": pipeline} | json.loads(os.environ.get(_PIPELINE_TAGS, "{}"))
     return str(new_run(tracker, home, "pipeline", tags).id)
 
 

@@ -81,13 +81,13 @@ def finetuning_loss(
 ) -> Callable[..., Losses]:
     """Return the loss of step k: each term's mean, and their weighted sum as "loss".
 
-    `network` is a `sage.training.denoiser.Denoiser`, also as accelerate prepares it, of the base that will be trained; where
+    `network` is a `training.denoiser.Denoiser`, also as accelerate prepares it, of the base that will be trained; where
     consistency has a weight, a frozen copy is taken now. The share ratio of each group is drawn between `share_ratios`,
     so that one model serves them all. Plain diffusion draws from all captions of a picture, the other terms take those
     that groups were formed by. `branch_start` is where the branch phase starts: "sampled", where the network as
     it now is arrives with its share of `sampler_steps` steps, each member with noise of its own (branch noise 1);
-    "mixture", see `sage.training.loss.mixture_start`; "plain", at the member itself, noised. A share `drop_text` of the plain
-    diffusion items loses its caption, for classifier-free guidance. `min_snr` is gamma of `sage.training.loss.min_snr`; None
+    "mixture", see `training.loss.mixture_start`; "plain", at the member itself, noised. A share `drop_text` of the plain
+    diffusion items loses its caption, for classifier-free guidance. `min_snr` is gamma of `training.loss.min_snr`; None
     weighs all times equally.
     The loss takes (step) or (step, part, parts): a step's items are dealt out to so many parts, whose losses add up to
     that of the step. Raises UnsupportedError for a scheduler that is neither variance-preserving nor flow matching and
@@ -221,7 +221,7 @@ class _Draws:
         return loss.branch_query(self.process, own, c, t, x_star, t_star)
 
     def sampled(self, rows: Tensor, random: torch.Generator, items: slice, steps: int) -> Query:
-        """The branch phase from where the network arrives; siblings part with all their noise, as in loop."""
+        """The branch phase from where the network arrives; siblings part with all their noise, as in sampling."""
         first = self._first(rows)
         shared_noise, own_noise = self._noise(rows, random), self._noise(rows, random)
         t_star = loss.branch_time(torch.full((len(rows),), steps / self.sampler_steps), len(self.process.alphas))
