@@ -10,7 +10,7 @@ import numpy as np
 import typer
 
 from benchmarks.captions import captions
-from flows.group_prompts import read_prompts
+from flows.prompts.group import read_prompts
 from flows.terminal import progress, run
 from sage.files import new_file
 from sage.grouping.embedding import embed, minilm_folder

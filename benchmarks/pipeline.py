@@ -17,7 +17,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from flows import tracking, versioning
+from flows import tracking
+from flows.versioning import repository
 from sage.config import load_params
 
 ROOT = Path(__file__).parents[1]
@@ -65,13 +66,13 @@ def main() -> None:
         # The clone's own code, not the installed one; and a database of its own.
         os.environ |= {"PYTHONPATH": folder, "SAGE_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
         jobs: dict[str, Callable[[], object]] = {
-            stage: lambda stage=stage: versioning.reproduce(show, stage, alone=True) for stage in versioning.stages()
+            stage: lambda stage=stage: repository.reproduce(show, stage, alone=True) for stage in repository.stages()
         }
         jobs |= {
             "register": lambda: tracking.register(
                 Path("models/sage"), Path("metrics"), Path("data/groups"), load_params()
             ),
-            "dvc repro, up to date": lambda: versioning.reproduce(show),
+            "dvc repro, up to date": lambda: repository.reproduce(show),
             "sage run, up to date": lambda: subprocess.run([*command, "run"], check=True),
             "sage --help": lambda: subprocess.run([*command, "--help"], check=True, stdout=subprocess.DEVNULL),
         }
@@ -79,7 +80,7 @@ def main() -> None:
         for name, job in jobs.items():
             seconds, memory = measure(job)
             table.add_row(name, f"{seconds:.1f}", f"{memory:.2f}", end_section=name in ("register",))
-            if name in versioning.stages() or name == "register":
+            if name in repository.stages() or name == "register":
                 total, most = total + seconds, max(most, memory)
     table.add_row("all stages and register", f"{total:.1f}", f"{most:.2f}")
     Console().print(table)

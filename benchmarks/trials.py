@@ -185,7 +185,9 @@ class Trials:
         paths |= {"metrics": state / "finetune.json", "work": state}
         options = [text for name, path in paths.items() for text in (f"--{name}", str(path.resolve()))]
         environment = os.environ | {"SAGE_TRACKING_URI": "off"}
-        subprocess.run([sys.executable, "-m", "flows.finetune", *options], cwd=state, env=environment, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "flows.stages.finetune", *options], cwd=state, env=environment, check=True
+        )
 
     def _seen(self, features: np.ndarray) -> Pictures:
         return Pictures(features, cosines(load_alignment(Path("models/alignment")), features, self.embeddings))

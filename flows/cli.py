@@ -59,16 +59,17 @@ def run(
 
     Stages that are up to date are not repeated. `dvc repro` alone leaves the same files.
     """
-    from flows import tracking, versioning
+    from flows import tracking
+    from flows.versioning import repository
     from sage.config import load_params
     from sage.errors import ConfigurationError
 
     params = load_params()
-    names = versioning.stages()
+    names = repository.stages()
     if stage is not None and stage not in names:
         raise ConfigurationError(f"there is no stage {stage!r}; the stages are {', '.join(names)}.")
-    with versioning.only_writer(), tracking.pipeline_run() as pipeline:
-        outcomes = versioning.reproduce(_write, stage, environment=pipeline.environment)
+    with repository.only_writer(), tracking.pipeline_run() as pipeline:
+        outcomes = repository.reproduce(_write, stage, environment=pipeline.environment)
         executed = [name for name, outcome in outcomes.items() if outcome.state == "executed"]
         for name, outcome in outcomes.items():
             typer.echo(f"{name:<10} {outcome.state:<10} {outcome.seconds:7.1f} s")
@@ -88,12 +89,12 @@ def flow() -> None:
 
     Without PREFECT_API_URL a temporary server is started, which takes some 15 seconds.
     """
-    from flows import versioning
+    from flows.versioning import repository
     from sage.config import load_params
 
     # Before a server is started for nothing.
     load_params()
-    versioning.stages()
+    repository.stages()
 
     from flows.pipeline import sage_pipeline
 
@@ -111,7 +112,7 @@ def up(
 
     They listen on this machine only.
     """
-    from flows import up as everything
+    from flows.commands import up as everything
 
     everything.up(port, tracking_port, check)
 
@@ -122,7 +123,7 @@ def doctor() -> None:
 
     Ends with code 1 where something is not.
     """
-    from flows import doctor as checks
+    from flows.commands import doctor as checks
 
     if not checks.report(typer.echo):
         raise typer.Exit(1)
@@ -131,25 +132,25 @@ def doctor() -> None:
 @app.command(context_settings=_DELEGATE, rich_help_panel="Pictures for your own prompts")
 def generate(context: typer.Context) -> None:
     """Make pictures for a list of prompts, sharing early steps among similar ones; say what it saved."""
-    _delegate("flows.prompts", context)
+    _delegate("flows.prompts.generate", context)
 
 
 @app.command(context_settings=_DELEGATE, rich_help_panel="Pictures for your own prompts")
 def group(context: typer.Context) -> None:
     """Show which prompts of a file would share their early steps, and what that would save."""
-    _delegate("flows.group_prompts", context)
+    _delegate("flows.prompts.group", context)
 
 
 @app.command(context_settings=_DELEGATE, rich_help_panel="Models")
 def pretrain(context: typer.Context) -> None:
     """Train the base model from scratch: autoencoder, denoiser, and the judge of text and picture."""
-    _delegate("flows.pretrain", context)
+    _delegate("flows.commands.pretrain", context)
 
 
 @app.command(context_settings=_DELEGATE, rich_help_panel="Models")
 def calibrate(context: typer.Context) -> None:
     """Measure what sharing costs at which similarity, and keep it with the model; `group.quality` reads it."""
-    _delegate("flows.calibrate", context)
+    _delegate("flows.commands.calibrate", context)
 
 
 @app.command(rich_help_panel="Models")
@@ -195,7 +196,7 @@ def compare(
     if runs and len(runs) != 2:
         raise ConfigurationError(f"{len(runs)} runs were given; two are compared.")
     if runs:
-        from flows import comparison
+        from flows.report import comparison
         from sage.files import write_text
 
         write_text(out, comparison.build(*map(tracking.recorded, runs)))
@@ -209,7 +210,7 @@ def compare(
 @app.command(rich_help_panel="Data")
 def push(remote: Annotated[str | None, typer.Argument(help="The DVC remote; else the default one.")] = None) -> None:
     """Upload data and models to the DVC remote, unless the cache is damaged."""
-    from flows import integrity
+    from flows.versioning import integrity
 
     typer.echo(integrity.push(remote))
 
@@ -217,7 +218,7 @@ def push(remote: Annotated[str | None, typer.Argument(help="The DVC remote; else
 @app.command(rich_help_panel="Data")
 def pull(remote: Annotated[str | None, typer.Argument(help="The DVC remote; else the default one.")] = None) -> None:
     """Download data and models from the DVC remote, and check them."""
-    from flows import integrity
+    from flows.versioning import integrity
 
     typer.echo(integrity.pull(remote))
 
@@ -231,7 +232,7 @@ def verify(
 
     Ends with code 1 where anything is.
     """
-    from flows import integrity
+    from flows.versioning import integrity
 
     checked, findings = integrity.verify(name or ("" if remote else None))
     for finding in findings:
@@ -266,7 +267,7 @@ def _say(registration: "Registration") -> None:
 
 
 def _show_results() -> None:
-    from flows import tables
+    from flows.report import tables
 
     evaluate = json.loads((_METRICS / "evaluate.json").read_text(encoding="utf-8"))
     _table("arms, on held-out prompts", tables.arms(evaluate))
@@ -278,7 +279,7 @@ def _table(title: str, rows: Sequence[dict[str, str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from flows import tables
+    from flows.report import tables
 
     names = tables.columns(rows)
     table = Table(*(name.replace("_", " ") for name in names), title=title, title_justify="left")

@@ -15,7 +15,7 @@ import typer
 from sage.errors import DivergedError, SageError
 
 # Beside 0: 2 what a person can mend, 4 training diverged, 130 interrupted, 143 told to end; 75, try again later, is
-# that of flows.versioning.BusyError.
+# that of flows.versioning.repository.BusyError.
 _EXIT_CODE = 2
 _EXIT_DIVERGED = 4
 _EXIT_INTERRUPTED = 128 + signal.SIGINT

@@ -1,4 +1,4 @@
-"""`python -m flows.calibrate` on a tiny model: what it writes is what a bound reads, and a killed run goes on."""
+"""`sage calibrate` on a tiny model: what it writes is what a bound reads, and a killed run goes on."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import tiny
 import yaml
 
-from flows import calibrate
+from flows.commands import calibrate
 from sage.errors import DataError
 from sage.evaluation.damage import FILE, distances, read_damage
 from sage.grouping.groups import worst_similarity

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flows import tables
 from flows.cli import main
+from flows.report import tables
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ["run", "flow", "doctor", "generate", "group", "pretrain", "calibrate", "register", "promote", "compare"]

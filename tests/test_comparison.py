@@ -7,7 +7,9 @@ import test_tracking
 from PIL import Image
 from test_tracking import database, project, small_model, write_results  # noqa: F401
 
-from flows import comparison, report, tracking
+from flows import tracking
+from flows.report import comparison
+from flows.report import page as report
 from sage.errors import SageError
 from sage.files import write_json
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image, ImageFilter
 
-from flows import evaluate
+from flows.stages import evaluate
 from sage.data.dataset import Example
 from sage.data.twemoji import pictures
 from sage.errors import DataError, MetricError

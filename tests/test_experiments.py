@@ -5,7 +5,7 @@ import sys
 import operated
 import pytest
 
-from flows import experiments, versioning
+from flows.versioning import experiments, repository
 from sage.config import load_params
 from sage.errors import ConfigurationError, SageError
 
@@ -86,7 +86,7 @@ def test_outside_git_the_reason_is_said(tmp_path, monkeypatch):
 def test_a_saved_tree_is_an_experiment_of_the_checkout(project):
     with experiments.work_tree("kept") as tree:
         experiments.set_parameters(tree, ["group.max_size=2"])
-        versioning.reproduce(lambda text: None, folder=tree)
+        repository.reproduce(lambda text: None, folder=tree)
         experiments.save(tree, "kept")
-    assert versioning.dvc("exp", "list", "--name-only").split() == ["kept"]
+    assert repository.dvc("exp", "list", "--name-only").split() == ["kept"]
     assert status(project) == ""

@@ -18,7 +18,7 @@ from diffusers import StableDiffusion3Pipeline
 from faults import in_child
 from PIL import Image
 
-from flows import finetune
+from flows.stages import finetune
 from flows.terminal import guard
 from sage.data import dataset
 from sage.errors import DataError, DivergedError
@@ -95,7 +95,7 @@ def test_a_killed_stage_resumes_to_the_same_model(tune, tmp_path, project):
         import os, signal, sys
         from pathlib import Path
         import torch
-        from flows import finetune
+        from flows.stages import finetune
         project, threads = sys.argv[1:]
         torch.set_num_threads(int(threads))
         finetune.CHECKPOINT_EVERY, finetune.REPORT_EVERY = 2, 1

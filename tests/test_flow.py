@@ -220,7 +220,7 @@ def test_a_training_that_is_killed_is_tried_again_and_goes_on_where_it_was(flow_
     (training,) = [
         found
         for found in psutil.Process(process.pid).children(recursive=True)
-        if found.cmdline()[1:3] == ["-m", "flows.finetune"]
+        if found.cmdline()[1:3] == ["-m", "flows.stages.finetune"]
     ]
     training.kill()
     said, _ = process.communicate(timeout=300)

@@ -3,14 +3,14 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from flows import versioning
 from flows.pipeline.forms import STAGES, Judged, Promotion, Range
+from flows.versioning import repository
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_the_form_knows_the_stages_of_the_graph():
-    assert list(STAGES) == versioning.stages(ROOT / "dvc.yaml")
+    assert list(STAGES) == repository.stages(ROOT / "dvc.yaml")
 
 
 @pytest.mark.parametrize("form", [Range, Judged, Promotion])

@@ -10,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from flows import generate
+from flows.stages import generate
 from sage.errors import DataError
 from sage.files import sha256, sha256_tree
 

@@ -4,7 +4,7 @@ What a stage reaches is read from the imports of its file, theirs, and so on, al
 text ("sage.sampling.families.stable_diffusion") and files beside a module ("report.html.j2") count as well.
 
 Five kinds of files cannot change a result, so that a change in them must not cost a training; they are listed nowhere:
-flows/machine.py names the device, flows/terminal.py shows, flows/tracking/ and flows/versioning.py record,
+flows/machine.py names the device, flows/terminal.py shows, flows/tracking/ and flows/versioning/repository.py record,
 sage/errors.py names what is raised, sage/config.py has neither defaults nor conversions (tests/test_config.py), and a
 package's `__init__.py` only says what lies where. The last test keeps them so.
 """
@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 import yaml
 
-from flows import versioning
+from flows.versioning import repository
 from sage.config import Params
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +24,7 @@ WITHOUT_EFFECT = (
     "flows/machine.py",
     "flows/terminal.py",
     "flows/tracking/",
-    "flows/versioning.py",
+    "flows/versioning/repository.py",
     "sage/errors.py",
     "sage/config.py",
 )
@@ -71,7 +71,7 @@ def effective(path: Path) -> bool:
 def reached(stage: str) -> set[str]:
     """Return all files, with an effect, that a stage reaches."""
     seen: set[Path] = set()
-    waiting = [ROOT / f"flows/{stage}.py"]
+    waiting = [ROOT / f"flows/stages/{stage}.py"]
     while waiting:
         path = waiting.pop()
         if path not in seen and effective(path):
@@ -82,7 +82,7 @@ def reached(stage: str) -> set[str]:
 
 def code(stage: str) -> set[str]:
     """Return the deps of a stage that are code."""
-    return {str(path) for path in versioning.paths(GRAPH[stage], "deps") if path.parts[0] in ("sage", "flows")}
+    return {str(path) for path in repository.paths(GRAPH[stage], "deps") if path.parts[0] in ("sage", "flows")}
 
 
 @pytest.mark.parametrize("stage", GRAPH)
@@ -94,10 +94,10 @@ def test_deps_are_what_the_stage_reaches(stage):
 
 @pytest.mark.parametrize("stage", GRAPH)
 def test_a_stage_has_one_name_everywhere(stage):
-    assert (ROOT / f"flows/{stage}.py").is_file()
-    assert GRAPH[stage]["cmd"].startswith(f"python -m flows.{stage} ")
+    assert (ROOT / f"flows/stages/{stage}.py").is_file()
+    assert GRAPH[stage]["cmd"].startswith(f"python -m flows.stages.{stage} ")
     assert stage in GRAPH[stage]["params"]
-    assert versioning.paths(GRAPH[stage], "metrics") == [PurePosixPath(f"metrics/{stage}.json")]
+    assert repository.paths(GRAPH[stage], "metrics") == [PurePosixPath(f"metrics/{stage}.json")]
 
 
 def parameters(path: Path) -> set[str]:
@@ -113,7 +113,7 @@ def parameters(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("stage", GRAPH)
 def test_params_are_what_the_stage_reads(stage):
-    read, watched = parameters(ROOT / f"flows/{stage}.py"), set(GRAPH[stage]["params"])
+    read, watched = parameters(ROOT / f"flows/stages/{stage}.py"), set(GRAPH[stage]["params"])
     assert read
     for name in read:
         parents = {".".join(name.split(".")[:depth]) for depth in range(1, name.count(".") + 2)}
@@ -125,7 +125,7 @@ def test_params_are_what_the_stage_reads(stage):
 def test_a_path_in_a_command_is_something_that_dvc_watches(stage):
     """A path that is neither dep nor out would change, or be changed, behind DVC's back."""
     arguments = [word for word in GRAPH[stage]["cmd"].split() if "/" in word or word == "report"]
-    watched = {str(path) for key in ("deps", "outs", "metrics") for path in versioning.paths(GRAPH[stage], key)}
+    watched = {str(path) for key in ("deps", "outs", "metrics") for path in repository.paths(GRAPH[stage], key)}
     assert set(arguments) <= watched
 
 
@@ -147,4 +147,4 @@ def test_reaching_follows_imports_in_functions_and_names_in_text():
         "sage/sampling/plan.py",
         "sage/sampling/base.py",
     } <= found
-    assert "flows/report.html.j2" in reached("evaluate")
+    assert "flows/report/report.html.j2" in reached("evaluate")

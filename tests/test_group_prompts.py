@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flows.group_prompts import main, read_prompts
-from flows.groups_page import groups_page, positions
+from flows.prompts.group import main, read_prompts
+from flows.report.groups_page import groups_page, positions
 from sage.errors import DataError
 
 ROOT = Path(__file__).parents[1]

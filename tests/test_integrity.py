@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flows import cli, integrity, versioning
+from flows import cli
+from flows.versioning import integrity, repository
 from sage.errors import DataError, SageError
 from sage.files import sha256
 
@@ -53,7 +54,7 @@ def template(tmp_path_factory):
         patch.chdir(folder)
         git("init", "-q")
         dvc("init", "-q")
-        versioning.reproduce(lambda text: None)
+        repository.reproduce(lambda text: None)
         git("add", ".")
         git("commit", "-qm", "start")
     return folder
@@ -199,8 +200,8 @@ def test_an_s3_store_holds_it_and_a_fresh_clone_runs_nothing_again(project, s3, 
     monkeypatch.chdir(tmp_path / "clone")
     assert not Path("made").exists()
     integrity.pull()
-    assert versioning.stale() == []
-    assert {name: outcome.state for name, outcome in versioning.reproduce(lambda text: None).items()} == {
+    assert repository.stale() == []
+    assert {name: outcome.state for name, outcome in repository.reproduce(lambda text: None).items()} == {
         "copy": "up to date"
     }
     assert integrity.verify("") == (2 * (FILES + 1) + FILES, [])

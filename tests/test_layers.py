@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from flows import versioning
+from flows.versioning import repository
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("sage/**/*.py"), *ROOT.glob("flows/**/*.py")])
 # Each outside tool, and the only place that imports it.
-ONLY_IN = {"prefect": ("flows/pipeline/",), "mlflow": ("flows/tracking/",), "dvc": ("flows/objects.py",)}
+ONLY_IN = {"prefect": ("flows/pipeline/",), "mlflow": ("flows/tracking/",), "dvc": ("flows/versioning/objects.py",)}
 # Takes plain arguments: no configuration, no command line.
 MATHEMATICS = ("diffusion", "plan", "sampling", "loss", "metrics", "gates", "grouping")
-STAGES = versioning.stages(ROOT / "dvc.yaml")
+STAGES = repository.stages(ROOT / "dvc.yaml")
 
 
 def imports(path: Path) -> set[str]:
@@ -60,9 +60,9 @@ def test_mathematics_takes_plain_arguments(noun):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_imports_the_library_and_what_records_and_shows(stage):
-    shell = {module for module in imports(ROOT / f"flows/{stage}.py") if top(module) == "flows"}
+    shell = {module for module in imports(ROOT / f"flows/stages/{stage}.py") if top(module) == "flows"}
     # The report is a part of its stage, in a file of its own.
-    own = {"flows.report"} if stage == "evaluate" else set()
+    own = {"flows.report.page"} if stage == "evaluate" else set()
     assert {".".join(module.split(".")[:2]) for module in shell} <= {
         "flows.tracking",
         "flows.terminal",

@@ -259,7 +259,16 @@ def test_a_lost_worker_costs_its_shard_only_and_the_bytes_are_those_of_one_machi
     assert flow.returncode == 0, said
     assert 0 < at < len(texts)
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "flows.prompts", batch["prompts"], "--out", str(whole), "--model", batch["model"]]
+    command = [
+        sys.executable,
+        "-m",
+        "flows.prompts.generate",
+        batch["prompts"],
+        "--out",
+        str(whole),
+        "--model",
+        batch["model"],
+    ]
     subprocess.run([*command, *options], env=one, cwd=tmp_path, check=True, capture_output=True)
     assert json.loads((out / "evaluation.json").read_text())["alignment"]["n"] == len(texts)
     for path in [out / "plan.json", out / "evaluation.json", *out.glob("judged-*")]:

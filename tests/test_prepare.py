@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 from test_pictures import REJECTED, drawing, encoded, rejected_file
 
-from flows.prepare import main
+from flows.stages.prepare import main
 from flows.terminal import run
 from sage.data import twemoji
 from sage.data.dataset import SPLITS, SUMS, load_pixels, read_split
@@ -303,7 +303,17 @@ def test_the_stage_writes_data_and_figures_and_prints_the_accounting(
 
 def test_the_stage_records_what_it_did(project: Path, good: Path) -> None:
     # A process of its own: MLflow's imports warn, and here a warning is an error.
-    command = [sys.executable, "-m", "flows.prepare", "--raw", "raw", "--out", "out", "--metrics", "prepare.json"]
+    command = [
+        sys.executable,
+        "-m",
+        "flows.stages.prepare",
+        "--raw",
+        "raw",
+        "--out",
+        "out",
+        "--metrics",
+        "prepare.json",
+    ]
     environment = os.environ | {"SAGE_TRACKING_URI": f"sqlite:///{project / 'runs.db'}"}
     subprocess.run(command, check=True, env=environment, capture_output=True)
     found = json.loads((project / "prepare.json").read_text())

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from flows import pretrain
+from flows.commands import pretrain
 from sage.evaluation import alignment
 from sage.files import sha256_tree
 from sage.sampling import base

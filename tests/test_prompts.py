@@ -11,7 +11,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from flows import prompts
+from flows.prompts import generate as prompts
 from sage.errors import ConfigurationError, DataError
 from sage.files import sha256, sha256_tree
 from sage.sampling.pipeline import SharedSamplingPipeline
@@ -103,7 +103,16 @@ def test_what_is_missing_is_made_again_to_the_same_bytes(generate, tmp_path):
 def test_killed_at_random_and_started_again_it_ends_as_if_never_killed(generate, tmp_path, model):
     source = write(tmp_path, [f"{a} {b}" for a in ("red", "blue", "big") for b in ("cat", "dog", "tree", "house")])
     whole = sha256_tree(generate(source, tmp_path / "whole"))
-    command = [sys.executable, "-m", "flows.prompts", source, "--out", str(tmp_path / "killed"), "--model", model]
+    command = [
+        sys.executable,
+        "-m",
+        "flows.prompts.generate",
+        source,
+        "--out",
+        str(tmp_path / "killed"),
+        "--model",
+        model,
+    ]
     command += ["--steps", "4", "--share-ratio", "0.5", "--guidance-scale", "3", "--batch-size", "1"]
     kills = 0
     for wanted in (1, 7, 11):
@@ -154,7 +163,7 @@ def test_every_form_of_list_is_read(tmp_path, name, lines, expected):
 
 
 def test_standard_input_is_read(tmp_path):
-    code = "from flows.prompts import read_prompts; print([item.prompt for item in read_prompts('-')])"
+    code = "from flows.prompts.generate import read_prompts; print([item.prompt for item in read_prompts('-')])"
     done = subprocess.run([sys.executable, "-c", code], input=b"a cat\n\xff\na dog\n", capture_output=True, check=True)
     assert done.stdout.decode().strip() == "['a cat', '', 'a dog']"
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flows import report
-from flows.groups_page import groups_picture
+from flows.report import page as report
+from flows.report.groups_page import groups_picture
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -23,7 +23,8 @@ import tiny
 import torch
 from PIL import Image
 
-from flows import prompts, tracking
+from flows import tracking
+from flows.prompts import generate
 from flows.tracking import content, runs
 from sage.errors import RegistryError
 from sage.sampling import base
@@ -97,7 +98,7 @@ def post(address: str, body: bytes, kind: str = "application/json") -> tuple[int
 
 
 def ask(address: str, prompts: list[object], **params: object) -> list[dict[str, object]]:
-    status, answer = post(address, json.dumps({"inputs": prompts, "params": params}).encode())
+    status, answer = post(address, json.dumps({"inputs": generate, "params": params}).encode())
     assert status == 200, answer
     return json.loads(answer)["predictions"]
 
@@ -181,9 +182,9 @@ def test_parameters_are_obeyed(server):
         ("one text", {}, "list"),
     ],
 )
-def test_what_asks_too_much_or_nonsense_is_refused_at_once(server, prompts, params, reason):
+def test_what_asks_too_much_or_nonsense_is_refused_at_once(server, generate, params, reason):
     start = time.monotonic()
-    status, answer = post(server, json.dumps({"inputs": prompts, "params": params}).encode())
+    status, answer = post(server, json.dumps({"inputs": generate, "params": params}).encode())
     assert status == 400, answer
     assert reason in answer
     assert time.monotonic() - start < 5
@@ -249,10 +250,10 @@ def test_what_was_overwritten_after_registration_is_not_loaded(project, name, be
         with pytest.raises(RegistryError, match="version 1 of sage is damaged"):
             mlflow.pyfunc.load_model("models:/sage@champion")
         with pytest.raises(RegistryError, match="version 1 of sage is damaged"):
-            prompts.open_model("models:/sage@champion")
+            generate.open_model("models:/sage@champion")
     finally:
         file.write_bytes(whole)
-    assert prompts.open_model("models:/sage@1")[2]["share_ratio"] == 0.5
+    assert generate.open_model("models:/sage@1")[2]["share_ratio"] == 0.5
 
 
 def test_bytecode_that_python_leaves_in_the_store_is_no_damage(project):
@@ -260,7 +261,7 @@ def test_bytecode_that_python_leaves_in_the_store_is_no_damage(project):
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     subprocess.run([sys.executable, "-c", code], env=kept, check=True, capture_output=True)
     assert list((store() / "__pycache__").glob("served.*.pyc"))
-    assert prompts.open_model("models:/sage@1")[2]["share_ratio"] == 0.5
+    assert generate.open_model("models:/sage@1")[2]["share_ratio"] == 0.5
 
 
 def test_bytecode_that_somebody_left_in_the_store_is_never_run(project, tmp_path):

@@ -11,7 +11,8 @@ import operated
 import pytest
 import tiny
 
-from flows import leash, prompts, shards
+from flows import leash
+from flows.prompts import generate, shards
 from sage.errors import ConfigurationError, DataError
 from sage.evaluation.alignment import cosines, load_alignment
 from sage.evaluation.diversity import group_diversity
@@ -43,7 +44,7 @@ def source(tmp_path, monkeypatch):
 def whole(source, model, tmp_path):
     """The pictures that `sage generate` makes on one machine."""
     out = tmp_path / "whole"
-    prompts.main(source, out, model=model, negative_prompt="", plan=False, **OPTIONS)
+    generate.main(source, out, model=model, negative_prompt="", plan=False, **OPTIONS)
     return {path.name: sha256(path) for path in out.iterdir()}
 
 
@@ -153,7 +154,7 @@ def test_without_prompts_there_is_no_plan(tmp_path, model):
 
 
 def test_without_a_plan_there_is_one_message(tmp_path):
-    command = [sys.executable, "-m", "flows.shards", "draw", "--out", str(tmp_path), "--shard", "1/1"]
+    command = [sys.executable, "-m", "flows.prompts.shards", "draw", "--out", str(tmp_path), "--shard", "1/1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, "has no plan.json" in done.stderr, "Traceback" in done.stderr) == (2, True, False)
 

@@ -16,7 +16,7 @@ import tiny
 import torch
 from faults import in_child
 
-from flows import finetune
+from flows.stages import finetune
 from flows.terminal import guard
 from sage import files
 from sage.config import load_params

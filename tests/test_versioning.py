@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flows import versioning
-from flows.versioning import BusyError, StageError
+from flows.versioning import repository
+from flows.versioning.repository import BusyError, StageError
 from sage.errors import ConfigurationError, SageError
 
 # Two stages, written in the other order than they must run; what they do is said by the environment.
@@ -42,12 +42,12 @@ target.write_text(source.read_text() + target.name)
 """
 CALL = """
 import sys
-from flows import versioning
+from flows.versioning import repository
 from flows.terminal import guard
 
 def main():
-    with versioning.only_writer():
-        versioning.reproduce(sys.stdout.write)
+    with repository.only_writer():
+        repository.reproduce(sys.stdout.write)
 
 guard(main)
 """
@@ -75,7 +75,7 @@ def project(template, tmp_path, monkeypatch):
 
 
 def states(*arguments, alone=False, **environment):
-    outcomes = versioning.reproduce(lambda text: None, *arguments, alone=alone, environment=environment)
+    outcomes = repository.reproduce(lambda text: None, *arguments, alone=alone, environment=environment)
     return {name: outcome.state for name, outcome in outcomes.items()}
 
 
@@ -88,24 +88,24 @@ def wait_for(path: Path) -> None:
 
 def test_the_shipped_graph_is_in_the_order_of_the_design():
     graph = Path(__file__).parents[1] / "dvc.yaml"
-    assert versioning.stages(graph) == ["prepare", "group", "finetune", "generate", "evaluate"]
+    assert repository.stages(graph) == ["prepare", "group", "finetune", "generate", "evaluate"]
 
 
 def test_the_order_follows_what_stages_need_not_how_they_are_written(project):
-    assert versioning.stages() == ["first", "second"]
+    assert repository.stages() == ["first", "second"]
 
 
 def test_no_graph_says_where_to_stand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigurationError, match="top folder"):
-        versioning.stages()
+        repository.stages()
 
 
 def test_what_became_of_each_stage_is_known(project):
-    assert versioning.stale() == ["first", "second"]
+    assert repository.stale() == ["first", "second"]
     assert states() == {"first": "executed", "second": "executed"}
     assert (project / "made/second").read_text() == "in firstsecond"
-    assert versioning.stale() == []
+    assert repository.stale() == []
     assert states() == {"first": "up to date", "second": "up to date"}
     assert states("first") == {"first": "up to date"}
     assert states("second") == {"first": "up to date", "second": "up to date"}
@@ -118,7 +118,7 @@ def test_what_became_of_each_stage_is_known(project):
 
 def test_output_is_passed_on_as_it_comes(project):
     pieces = []
-    versioning.reproduce(pieces.append)
+    repository.reproduce(pieces.append)
     assert "Running stage 'first':" in "".join(pieces)
 
 
@@ -162,14 +162,14 @@ def test_a_second_run_in_the_same_folder_is_told_to_come_again(project):
 
 
 def test_the_revision_says_when_files_differ_from_it(project):
-    assert versioning.revision() == "none"
+    assert repository.revision() == "none"
     commit = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qam", "x"]
     subprocess.run(["git", "add", "."], check=True)
     subprocess.run(commit, check=True)
-    clean = versioning.revision()
+    clean = repository.revision()
     assert len(clean) == 40
     (project / "input").write_text("changed")
-    assert versioning.revision() == f"{clean}-dirty"
+    assert repository.revision() == f"{clean}-dirty"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def plan(batch: Batch) -> None:
     """Group the prompts and write down what is to be drawn."""
     values = batch.model_dump(include={"model", "seed", "steps", "share_ratio", "guidance_scale", "batch_size"})
     options = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
-    shown.run("plan", "flows.shards", "plan", batch.prompts, "--out", batch.out, *options)
+    shown.run("plan", "flows.prompts.shards", "plan", batch.prompts, "--out", batch.out, *options)
 
 
 @task(
@@ -45,13 +45,13 @@ def plan(batch: Batch) -> None:
 def draw(out: str, number: int, count: int, judge: bool) -> None:
     """Draw what is missing of one shard, and judge it, in a process of its own."""
     options = ["--judge"] if judge else []
-    shown.run(f"shard-{number}", "flows.shards", "draw", "--out", out, "--shard", f"{number}/{count}", *options)
+    shown.run(f"shard-{number}", "flows.prompts.shards", "draw", "--out", out, "--shard", f"{number}/{count}", *options)
 
 
 @task(cache_policy=NO_CACHE, retries=3, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
 def finish(out: str, judged: int) -> None:
     """Write manifest and contact sheet, and the figures of so many judged shards."""
-    shown.run("finish", "flows.shards", "finish", "--out", out, f"--judged={judged}")
+    shown.run("finish", "flows.prompts.shards", "finish", "--out", out, f"--judged={judged}")
 
 
 @flow(name="sage-generate", task_runner=_runner())

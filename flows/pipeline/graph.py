@@ -11,10 +11,11 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import get_run_context
 from prefect.tasks import Task, exponential_backoff
 
-from flows import experiments, tracking, versioning
+from flows import tracking
 from flows.pipeline import shown
 from flows.pipeline.forms import STAGES, Range
 from flows.pipeline.server import one_writer
+from flows.versioning import experiments, repository
 from sage.config import load_params
 from sage.errors import ConfigurationError, RegistryError
 
@@ -27,7 +28,7 @@ _WHOLE = Range()
 def may_pass(task: "Task[..., Any]", run: TaskRun, state: "State[Any]") -> bool:
     """Return whether another try may help: not where a person must mend something."""
     error = state.result(raise_on_failure=False)
-    if isinstance(error, versioning.StageError):
+    if isinstance(error, repository.StageError):
         return error.transient
     return not isinstance(error, ConfigurationError | RegistryError)
 
@@ -41,7 +42,7 @@ def reproduce(stage: str, environment: dict[str, str], folder: str = ".") -> dic
     # In a log, a bar that redraws itself would be thousands of lines.
     environment = {**environment, "TTY_COMPATIBLE": "0"}
     write = shown.lines(stage)
-    outcome = versioning.reproduce(write, stage, alone=True, environment=environment, folder=Path(folder))[stage]
+    outcome = repository.reproduce(write, stage, alone=True, environment=environment, folder=Path(folder))[stage]
     log.info("%s: %s in %.1f s", stage, outcome.state, outcome.seconds)
     return {"stage": stage, "state": outcome.state, "seconds": round(outcome.seconds, 1)}
 
@@ -63,7 +64,7 @@ def register() -> dict[str, Any]:
 @flow(name="sage-pipeline")
 def sage_pipeline(run: Range = _WHOLE) -> dict[str, Any]:
     """Bring stages up to date in the order of dvc.yaml, show the results, register the model."""
-    if run.overrides and versioning.stages()[-1] not in STAGES[: STAGES.index(run.until) + 1]:
+    if run.overrides and repository.stages()[-1] not in STAGES[: STAGES.index(run.until) + 1]:
         raise ConfigurationError(
             f"overrides make an experiment, which is the whole graph, but the range ends at {run.until}; leave out "
             "`until`, or the overrides."
@@ -74,7 +75,7 @@ def sage_pipeline(run: Range = _WHOLE) -> dict[str, Any]:
         first = 0 if run.overrides else STAGES.index(run.from_stage)
         wanted = STAGES[first : STAGES.index(run.until) + 1]
         environment = pipeline.environment | {"SAGE_TRACKING_URI": tracking.address() or "off"}
-        stages = [stage for stage in versioning.stages() if stage in wanted]
+        stages = [stage for stage in repository.stages() if stage in wanted]
         outcomes = [reproduce(stage, environment, str(tree)) for stage in stages]
         executed = sum(outcome["state"] == "executed" for outcome in outcomes)
         whole = run.until == STAGES[-1]
@@ -101,7 +102,7 @@ def _place(overrides: list[str]) -> Iterator[tuple[Path, dict[str, str]]]:
     """Yield where the stages run, and what the runs say of it: this folder, or a work tree with other parameters."""
     tags = run_tags()
     if not overrides:
-        with one_writer(Path()), versioning.only_writer():
+        with one_writer(Path()), repository.only_writer():
             yield Path(), tags
         return
     name = tags["prefect.flow_run"]

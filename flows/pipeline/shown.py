@@ -21,9 +21,10 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from flows import leash, tables
+from flows import leash
+from flows.report import tables
 from flows.tracking import runs
-from flows.versioning import FINAL, Output, StageError, Write
+from flows.versioning.repository import FINAL, Output, StageError, Write
 
 _COLUMNS = 12
 _PROGRESS = re.compile(r"^(?P<what>[a-z][a-z -]*): (?P<done>\d+)/(?P<total>\d+) \((?P<rest>.*)\)$")

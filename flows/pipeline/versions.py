@@ -10,11 +10,12 @@ from prefect.artifacts import create_image_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
-from flows import experiments, tracking
+from flows import tracking
 from flows.pipeline import shown
 from flows.pipeline.forms import Approval, Judged, Promotion
 from flows.pipeline.graph import MODEL, may_pass, reach_tracking, reproduce, run_tags
-from flows.tables import Row
+from flows.report.tables import Row
+from flows.versioning import experiments
 from sage.errors import RegistryError
 
 _CHAMPION = "champion"
@@ -44,7 +45,7 @@ def draw(version: str, prompts: list[str], out: str) -> None:
     source = folder / "prompts.txt"
     source.write_text("\n".join(prompts) + "\n", encoding="utf-8")
     pictures, model = str(folder / "pictures"), f"models:/sage/{version}"
-    shown.run(f"version-{version}", "flows.prompts", str(source), "--out", pictures, "--model", model)
+    shown.run(f"version-{version}", "flows.prompts.generate", str(source), "--out", pictures, "--model", model)
 
 
 @flow(name="sage-evaluate")

@@ -15,7 +15,7 @@ from typing import Any
 
 from flows.tracking import content
 from flows.tracking.runs import address, client, ending, experiment, new_run
-from flows.versioning import revision
+from flows.versioning.repository import revision
 from sage.config import Params
 from sage.errors import RegistryError
 from sage.evaluation.gates import JUDGED

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from flows.versioning import revision
+from flows.versioning.repository import revision
 from sage.errors import SageError
 from sage.files import sha256
 

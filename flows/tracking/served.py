@@ -18,8 +18,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from flows.drawing import draw
-from flows.group import form
 from flows.machine import device
+from flows.stages.group import form
 from flows.tracking.content import check_loaded
 from sage.config import Group
 from sage.data.captions import clean_caption

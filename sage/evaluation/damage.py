@@ -101,7 +101,10 @@ def read_damage(model: Path, share_ratio: float, max_size: int) -> Damage:
 
     Raises ConfigurationError where it was not, or was on other weights, for less sharing or for smaller groups.
     """
-    path, remedy = model / FILE, "Run `python -m flows.calibrate`, or give group.threshold instead of group.quality."
+    path, remedy = (
+        model / FILE,
+        "Run `sage calibrate`, or give group.threshold instead of group.quality.",
+    )
     if not path.is_file():
         raise ConfigurationError(f"{path} does not exist, so what sharing costs is unknown. {remedy}")
     kept = json.loads(path.read_text(encoding="utf-8"))

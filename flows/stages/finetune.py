@@ -1,6 +1,6 @@
 """Stage finetune: the base model learns to share its early steps.
 
-On several devices: `accelerate launch -m flows.finetune` with the arguments of the stage's command in dvc.yaml.
+On several devices: `accelerate launch -m flows.stages.finetune` with the arguments of the stage's command in dvc.yaml.
 """
 
 import logging

@@ -12,8 +12,8 @@ import sage.torchvision_ops  # noqa: F401
 import numpy as np
 import typer
 
-from flows import report as page
 from flows.machine import device
+from flows.report import page as page
 from flows.terminal import progress, run
 from flows.tracking import stage_run
 from sage.config import Evaluate, load_params

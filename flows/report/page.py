@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, ImageDraw
 
-from flows.groups_page import groups_picture
+from flows.report.groups_page import groups_picture
 from sage.evaluation.gates import JUDGED
 from sage.evaluation.samples import Judged
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows import versioning
+from flows.versioning import repository
 from sage.errors import DataError
 
 
@@ -27,7 +27,7 @@ def verify(remote: str | None = None) -> tuple[int, list[Finding]]:
 
     What is missing from the cache or the work tree can be pulled; what is missing from all can only be made again.
     """
-    kept = versioning.objects() if remote is None else versioning.objects(remote)
+    kept = repository.objects() if remote is None else repository.objects(remote)
     outs, members = kept["outs"], kept["members"]
     findings, checked = [], 0
     for place, states in kept["states"].items():
@@ -52,17 +52,17 @@ def push(remote: str | None = None) -> str:
 
     Raises DataError where an object is not what its name says: DVC would upload it under its good name.
     """
-    kept = versioning.objects()
+    kept = repository.objects()
     states = kept["states"]["cache"]
     bad = [path for path, name in _named(kept["outs"], kept["members"]) if states[name] == "corrupt"]
     if bad:
         raise DataError(f"the cache is damaged, so nothing was pushed: {', '.join(bad)}. `sage verify` shows all.")
-    return versioning.dvc("push", *_to(remote))
+    return repository.dvc("push", *_to(remote))
 
 
 def pull(remote: str | None = None) -> str:
     """Download what is missing here and check it; return what DVC says. Raises DataError where it is damaged."""
-    said = versioning.dvc("pull", *_to(remote))
+    said = repository.dvc("pull", *_to(remote))
     bad = [finding.path for finding in verify()[1] if finding.state == "corrupt"]
     if bad:
         raise DataError(f"what was pulled is damaged: {', '.join(bad)}. Verify the remote: `sage verify --remote`.")

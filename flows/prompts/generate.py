@@ -27,8 +27,8 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from flows import drawing
-from flows.group import ENCODER, cache, choose_threshold, form
 from flows.machine import device
+from flows.stages.group import ENCODER, cache, choose_threshold, form
 from flows.terminal import progress, run
 from sage.config import Group, load_params
 from sage.data.captions import clean_caption

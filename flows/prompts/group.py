@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from flows.group import ENCODER, cache, choose_threshold, figures, form
-from flows.groups_page import groups_page
+from flows.report.groups_page import groups_page
+from flows.stages.group import ENCODER, cache, choose_threshold, figures, form
 from flows.terminal import progress, run
 from sage.config import load_params
 from sage.errors import DataError

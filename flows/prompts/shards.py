@@ -1,8 +1,8 @@
 """Pictures for a large list of prompts on many machines, the same bytes as `sage generate` makes on one.
 
-    python -m flows.shards plan prompts.txt --out s3://pictures/run     groups and cost, once
-    python -m flows.shards draw --out s3://pictures/run --shard 3/8     on any machine, in any order, again after a kill
-    python -m flows.shards finish --out s3://pictures/run               manifest and contact sheet, once
+    python -m flows.prompts.shards plan prompts.txt --out s3://pictures/run     groups and cost, once
+    python -m flows.prompts.shards draw --out s3://pictures/run --shard 3/8     on any machine, in any order, again after a kill
+    python -m flows.prompts.shards finish --out s3://pictures/run               manifest and contact sheet, once
 
 With --judge, `draw` also measures its pictures, and `finish` puts the measures together in evaluation.json.
 A shard is whole batches of whole groups, so what is evaluated together is the same whoever evaluates it. Addresses are
@@ -22,9 +22,10 @@ import sage.torchvision_ops  # noqa: F401
 import fsspec
 import typer
 
-from flows import drawing, prompts
+from flows import drawing
 from flows.machine import device
-from flows.prompts import Item
+from flows.prompts import generate as prompts
+from flows.prompts.generate import Item
 from flows.terminal import guard
 from sage.config import load_params
 from sage.errors import ConfigurationError, DataError
@@ -205,7 +206,7 @@ def _number(shard: str) -> tuple[int, int]:
 
 def _read_plan(out: str) -> dict[str, Any]:
     if PLAN not in _names(out):
-        raise DataError(f"{out} has no {PLAN}; run `python -m flows.shards plan` first")
+        raise DataError(f"{out} has no {PLAN}; run `python -m flows.prompts.shards plan` first")
     found: dict[str, Any] = _read(out, PLAN)
     return found | {"items": [Item(**item) for item in found["items"]]}
 

@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows.group import ENCODER, cache
 from flows.machine import device
+from flows.stages.group import ENCODER, cache
 from flows.terminal import progress, run
 from sage.config import load_params
 from sage.data.dataset import Example, read_split

@@ -10,8 +10,9 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.resources import files
 from pathlib import Path
 
-from flows import tracking, versioning
+from flows import tracking
 from flows.machine import device
+from flows.versioning import repository
 from sage.errors import SageError
 from sage.files import sha256
 
@@ -120,7 +121,7 @@ def _git_status(*paths: str) -> str:
 def _git() -> Iterator[Finding]:
     if shutil.which("git") is None:
         yield Finding("git: missing", "install git")
-    elif (revision := versioning.revision()) == "none":
+    elif (revision := repository.revision()) == "none":
         yield Finding("git: no repository here", "run in a clone of the project")
     else:
         yield Finding(f"git: {revision}")
@@ -128,7 +129,7 @@ def _git() -> Iterator[Finding]:
 
 def _dvc() -> Iterator[Finding]:
     try:
-        stale = versioning.stale()
+        stale = repository.stale()
     except SageError as error:
         yield Finding(f"DVC: {error}", "run in the project's top folder; `dvc init` makes .dvc")
     else:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from flows.report import METRICS, arm_name, number, percent
+from flows.report.page import METRICS, arm_name, number, percent
 from flows.tracking import Recorded
 from sage.evaluation.gates import JUDGED
 

@@ -144,11 +144,11 @@ def dvc(*arguments: str, folder: Path = Path()) -> str:
 
 
 def objects(*remote: str) -> Any:
-    """Return what `flows.objects` finds in the cache, and in a remote, "" being the default one.
+    """Return what `flows.versioning.objects` finds in the cache, and in a remote, "" being the default one.
 
     Raises SageError where that cannot be read.
     """
-    command = [sys.executable, "-m", "flows.objects", *remote]
+    command = [sys.executable, "-m", "flows.versioning.objects", *remote]
     done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
     if done.returncode:
         place = "cache and remote" if remote else "the cache"

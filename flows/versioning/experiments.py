@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows import versioning
-from flows.versioning import BusyError
+from flows.versioning import repository
+from flows.versioning.repository import BusyError
 from sage.config import load_params
 from sage.errors import ConfigurationError, SageError
 
@@ -68,8 +68,8 @@ def work_tree(name: str) -> Iterator[Path]:
         raise SageError(f"{tree} exists: experiment {name} is running. Choose another name, or wait for it.")
     _git("worktree", "add", "--quiet", "--detach", str(tree), "HEAD")
     try:
-        with versioning.only_writer(tree):
-            cache = versioning.dvc("cache", "dir")
+        with repository.only_writer(tree):
+            cache = repository.dvc("cache", "dir")
             (tree / ".dvc/config.local").write_text(f"[cache]\n    dir = {Path(cache).resolve()}\n", encoding="utf-8")
             yield tree
     finally:
@@ -78,7 +78,7 @@ def work_tree(name: str) -> Iterator[Path]:
 
 def save(tree: Path, name: str) -> None:
     """Keep the state of a work tree as the DVC experiment of this name, which the checkout sees too."""
-    versioning.dvc("exp", "save", "--name", name, folder=tree)
+    repository.dvc("exp", "save", "--name", name, folder=tree)
 
 
 def _sweep() -> None:
@@ -87,7 +87,7 @@ def _sweep() -> None:
         if time.time() - tree.stat().st_mtime < _NEW:
             continue  # made a moment ago by a run that does not hold it yet
         try:
-            with versioning.only_writer(tree):
+            with repository.only_writer(tree):
                 _remove(tree)
         except BusyError:
             continue

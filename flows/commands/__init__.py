@@ -1,0 +1,1 @@
+"""Commands that are no stage of the graph."""

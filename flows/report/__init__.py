@@ -1,0 +1,1 @@
+"""What people look at: report page, comparison page, map of the groups, tables."""

@@ -1,0 +1,1 @@
+"""What DVC and git know: the graph, experiments, integrity of data and models."""
