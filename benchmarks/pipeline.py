@@ -17,7 +17,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from flows import tracking
+from flows.tracking import registry
 from flows.versioning import repository
 from sage.config import load_params
 
@@ -69,7 +69,7 @@ def main() -> None:
             stage: lambda stage=stage: repository.reproduce(show, stage, alone=True) for stage in repository.stages()
         }
         jobs |= {
-            "register": lambda: tracking.register(
+            "register": lambda: registry.register(
                 Path("models/sage"), Path("metrics"), Path("data/groups"), load_params()
             ),
             "dvc repro, up to date": lambda: repository.reproduce(show),

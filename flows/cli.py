@@ -13,7 +13,7 @@ import typer
 from flows.terminal import guard, quiet
 
 if TYPE_CHECKING:
-    from flows.tracking import Registration
+    from flows.tracking.registry import Registration
 
 _HELP = """
 Shared sampling for text-to-image diffusion: groups of similar prompts pay their early steps once.
@@ -59,7 +59,7 @@ def run(
 
     Stages that are up to date are not repeated. `dvc repro` alone leaves the same files.
     """
-    from flows import tracking
+    from flows.tracking import registry, runs
     from flows.versioning import repository
     from sage.config import load_params
     from sage.errors import ConfigurationError
@@ -68,7 +68,7 @@ def run(
     names = repository.stages()
     if stage is not None and stage not in names:
         raise ConfigurationError(f"there is no stage {stage!r}; the stages are {', '.join(names)}.")
-    with repository.only_writer(), tracking.pipeline_run() as pipeline:
+    with repository.only_writer(), runs.pipeline_run() as pipeline:
         outcomes = repository.reproduce(_write, stage, environment=pipeline.environment)
         executed = [name for name, outcome in outcomes.items() if outcome.state == "executed"]
         for name, outcome in outcomes.items():
@@ -77,10 +77,10 @@ def run(
         pipeline.finish("FINISHED", _METRICS if stage is None else None)
         if stage is None:
             _show_results()
-            if tracking.address() is None:
+            if runs.address() is None:
                 typer.echo("tracking is off, so nothing is registered")
             else:
-                _say(tracking.register(_MODEL, _METRICS, _GROUPS, params))
+                _say(registry.register(_MODEL, _METRICS, _GROUPS, params))
 
 
 @app.command(rich_help_panel="The main job")
@@ -96,7 +96,7 @@ def flow() -> None:
     load_params()
     repository.stages()
 
-    from flows.pipeline import sage_pipeline
+    from flows.orchestration.graph import sage_pipeline
 
     sage_pipeline()
     _show_results()
@@ -156,10 +156,10 @@ def calibrate(context: typer.Context) -> None:
 @app.command(rich_help_panel="Models")
 def register() -> None:
     """Register the model that `sage run` made as challenger, if it passed its gates; twice makes no second version."""
-    from flows import tracking
+    from flows.tracking import registry
     from sage.config import load_params
 
-    _say(tracking.register(_MODEL, _METRICS, _GROUPS, load_params()))
+    _say(registry.register(_MODEL, _METRICS, _GROUPS, load_params()))
 
 
 @app.command(rich_help_panel="Models")
@@ -172,12 +172,12 @@ def promote(
 
     With --to production, the champion, or the version, is copied there and becomes champion there.
     """
-    from flows import tracking
+    from flows.tracking import promotion
     from sage.errors import ConfigurationError
 
     if rollback and version:
         raise ConfigurationError("--rollback goes to the champion before, so it takes no version.")
-    champion = tracking.rollback(to) if rollback else tracking.promote(version, to)
+    champion = promotion.rollback(to) if rollback else promotion.promote(version, to)
     typer.echo(f"version {champion} of {to} is champion")
 
 
@@ -190,7 +190,7 @@ def compare(
     model: Annotated[str, typer.Option(help="Whose versions to show.")] = "sage",
 ) -> None:
     """Show all registered versions, or write a page with two runs side by side: parameters, figures, pictures."""
-    from flows import tracking
+    from flows.tracking import recorded, registry
     from sage.errors import ConfigurationError
 
     if runs and len(runs) != 2:
@@ -199,9 +199,9 @@ def compare(
         from flows.report import comparison
         from sage.files import write_text
 
-        write_text(out, comparison.build(*map(tracking.recorded, runs)))
+        write_text(out, comparison.build(*map(recorded.recorded, runs)))
         typer.echo(f"{runs[0]} and {runs[1]}: {out}")
-    elif rows := tracking.versions(model):
+    elif rows := registry.versions(model):
         _table(f"registered versions of {model}", rows)
     else:
         typer.echo("nothing is registered yet; `sage run` registers a model that passes its gates")

@@ -7,9 +7,9 @@ import test_tracking
 from PIL import Image
 from test_tracking import database, project, small_model, write_results  # noqa: F401
 
-from flows import tracking
 from flows.report import comparison
 from flows.report import page as report
+from flows.tracking import recorded, runs
 from sage.errors import SageError
 from sage.files import write_json
 
@@ -26,12 +26,12 @@ def samples(colour: str, texts: list[str], seed: int = 0) -> dict[str, object]:
 
 def run(monkeypatch, kept: dict[str, object] | None, threshold: float, **changes) -> str:
     """Record a pipeline as its stages do; return the id of its run."""
-    with tracking.pipeline_run() as pipeline, monkeypatch.context() as patch:
+    with runs.pipeline_run() as pipeline, monkeypatch.context() as patch:
         for name, value in pipeline.environment.items():
             patch.setenv(name, value)
-        with tracking.stage_run("group", {"threshold": threshold, "max_size": 6}) as group:
+        with runs.stage_run("group", {"threshold": threshold, "max_size": 6}) as group:
             pass
-        with tracking.stage_run("evaluate", {"note": HOSTILE if threshold > 0.8 else "plain"}) as evaluate:
+        with runs.stage_run("evaluate", {"note": HOSTILE if threshold > 0.8 else "plain"}) as evaluate:
             if kept is not None:
                 write_json(Path("report/samples.json"), kept)
                 evaluate.artifact(Path("report"), "report")
@@ -48,7 +48,7 @@ def run(monkeypatch, kept: dict[str, object] | None, threshold: float, **changes
 def test_two_runs_stand_side_by_side(project, monkeypatch):  # noqa: F811
     first = run(monkeypatch, samples("red", ["red cat", HOSTILE]), 0.7)
     second = run(monkeypatch, samples("blue", [HOSTILE, "tall tree", "red cat"]), 0.9, alignment=0.7)
-    sides = [tracking.recorded(name) for name in (first, second)]
+    sides = [recorded.recorded(name) for name in (first, second)]
     page = comparison.build(*sides)
     rows = re.findall(r"<tr><th>([^<]*)</th><td>([^<]*)</td><td>([^<]*)</td></tr>", page)
     assert ("group.threshold", "0.7", "0.9") in rows
@@ -79,19 +79,19 @@ def test_two_runs_stand_side_by_side(project, monkeypatch):  # noqa: F811
 def test_pictures_that_cannot_be_compared_are_not_shown(project, monkeypatch, kept, reason):  # noqa: F811
     first = run(monkeypatch, samples("red", ["red cat"]), 0.7)
     second = run(monkeypatch, kept, 0.7, held_out="b" * 64)
-    page = comparison.build(*map(tracking.recorded, (first, second)))
+    page = comparison.build(*map(recorded.recorded, (first, second)))
     assert reason in page
     assert "<figure>" not in page
     assert "judged on different held-out sets" in page
 
 
 def test_a_run_without_results_is_named(project):  # noqa: F811
-    with tracking.stage_run("group", {}) as stage:
+    with runs.stage_run("group", {}) as stage:
         pass
     with pytest.raises(SageError, match=f"run {stage.id} has no results"):
-        tracking.recorded(stage.id)
+        recorded.recorded(stage.id)
     with pytest.raises(SageError, match="there is no run abc"):
-        tracking.recorded("abc")
+        recorded.recorded("abc")
 
 
 def test_the_evaluation_keeps_what_the_comparison_reads():

@@ -40,7 +40,9 @@ def flow_run(server, project):
 
 def run_flow(server: str, project: Path) -> dict[str, Any]:
     """Run the flow as a worker does: in a process of its own, in the project's folder, against the running server."""
-    code = "import json; from flows.pipeline import sage_pipeline; print('ANSWER', json.dumps(sage_pipeline()))"
+    code = (
+        "import json; from flows.orchestration.graph import sage_pipeline; print('ANSWER', json.dumps(sage_pipeline()))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=project,
@@ -157,7 +159,7 @@ def champion(project: Path) -> str | None:
 
 def test_a_promotion_waits_for_a_person_who_sees_figures_and_pictures(flow_run, server, project):
     code = (
-        "from flows.pipeline import promote_version; from flows.pipeline.forms import Promotion\n"
+        "from flows.orchestration.versions import promote_version; from flows.orchestration.forms import Promotion\n"
         "print(promote_version(Promotion(ask=True, prompts=['red circle', 'blue ring'])))"
     )
     for answer, expected in ((False, None), (True, "1")):
@@ -187,7 +189,7 @@ def test_a_promotion_waits_for_a_person_who_sees_figures_and_pictures(flow_run, 
 def test_a_registered_version_is_judged_again_to_the_same_figures_beside_the_checkout(flow_run, server, project):
     before = fingerprint(project)
     code = (
-        "from flows.pipeline import evaluate_version; from flows.pipeline.forms import Judged\n"
+        "from flows.orchestration.versions import evaluate_version; from flows.orchestration.forms import Judged\n"
         "print(evaluate_version(Judged(version='1')))"
     )
     process = start_flow(server, project, code)
@@ -210,7 +212,7 @@ def arms(server: str) -> list[dict[str, Any]]:
 def test_a_training_that_is_killed_is_tried_again_and_goes_on_where_it_was(flow_run, server, project):
     small.set_params(project, finetune__steps=70)
     code = (
-        "from flows.pipeline import sage_pipeline; from flows.pipeline.forms import Range\n"
+        "from flows.orchestration.graph import sage_pipeline; from flows.orchestration.forms import Range\n"
         "print(sage_pipeline(Range(until='finetune')))"
     )
     process = start_flow(server, project, code)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from flows.pipeline.forms import STAGES, Judged, Promotion, Range
+from flows.orchestration.forms import STAGES, Judged, Promotion, Range
 from flows.versioning import repository
 
 ROOT = Path(__file__).parents[1]

@@ -73,7 +73,7 @@ def test_a_stage_imports_the_library_and_what_records_and_shows(stage):
 @pytest.mark.parametrize(
     ("module", "never"),
     [
-        ("flows.pipeline", {"torch", "mlflow", "diffusers"}),
+        ("flows.orchestration", {"torch", "mlflow", "diffusers"}),
         ("flows.cli", {"torch", "mlflow", "prefect", "dvc", "diffusers", "transformers", "pydantic", "numpy"}),
         ("flows.tracking", {"torch", "mlflow", "prefect"}),
         ("sage", {"torch", "diffusers"}),

@@ -22,8 +22,8 @@ from sage.files import sha256_tree
 pytestmark = pytest.mark.slow
 
 DIRECT = """
-from flows.pipeline import sage_pipeline
-from flows.pipeline.forms import Range
+from flows.orchestration.graph import sage_pipeline
+from flows.orchestration.forms import Range
 print(sage_pipeline(Range(until="group")))
 """
 
@@ -53,7 +53,7 @@ def project(tmp_path_factory):
 def killed(address, environment, tmp_path_factory):
     """A folder, the run that was killed in it, and when; first of all, for it takes long to be seen."""
     folder = operated.project(tmp_path_factory.mktemp("killed") / "project")
-    subprocess.run([sys.executable, "-m", "flows.pipeline"], env=environment, cwd=folder, check=True)
+    subprocess.run([sys.executable, "-m", "flows.orchestration"], env=environment, cwd=folder, check=True)
     pid = folder / "work-pid"
     waiting = environment | {"WAIT": "prepare", "PID": str(pid)}
     process = subprocess.Popen([sys.executable, "-c", DIRECT], env=waiting, cwd=folder, stdout=subprocess.DEVNULL)
@@ -240,7 +240,7 @@ def test_a_lost_worker_costs_its_shard_only_and_the_bytes_are_those_of_one_machi
     batch = {"prompts": str(tmp_path / "prompts.txt"), "out": str(out), "model": str(tmp_path / "model"), "shards": 4}
     batch |= {"judge": True}
     code = (
-        "from flows.pipeline import generate_batch; from flows.pipeline.forms import Batch\n"
+        "from flows.orchestration.batch import generate_batch; from flows.orchestration.forms import Batch\n"
         f"generate_batch(Batch(**{batch | settings!r}))"
     )
     one = environment | {"SAGE_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "SAGE_CACHE": str(tmp_path / "cache")}

@@ -23,9 +23,8 @@ import tiny
 import torch
 from PIL import Image
 
-from flows import tracking
 from flows.prompts import generate
-from flows.tracking import content, runs
+from flows.tracking import content, promotion, registry, runs
 from sage.errors import RegistryError
 from sage.sampling import base
 from sage.sampling.stream import image_seeds
@@ -48,9 +47,9 @@ def project(tmp_path_factory):
         patch.setenv("SAGE_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         patch.setenv("SAGE_CACHE", str(folder / "cache"))
-        runs.client(tracking.address()).search_experiments()
+        runs.client(runs.address()).search_experiments()
         test_tracking.register(folder / "weights")
-        tracking.promote()
+        promotion.promote()
         yield folder
 
 
@@ -76,7 +75,7 @@ def server(project):
 
 
 def store() -> Path:
-    return Path(runs.client(tracking.address()).get_model_version("sage", "1").source.removeprefix("file://"))
+    return Path(runs.client(runs.address()).get_model_version("sage", "1").source.removeprefix("file://"))
 
 
 def up(port: int) -> bool:
@@ -271,7 +270,7 @@ def test_bytecode_that_somebody_left_in_the_store_is_never_run(project, tmp_path
     mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
     py_compile.compile(str(tmp_path / "evil.py"), planted, doraise=True, invalidation_mode=mode)
     try:
-        assert content.draws(tracking.fetch("1", tmp_path / "fetched"))
+        assert content.draws(registry.fetch("1", tmp_path / "fetched"))
         assert not (tmp_path / "ran").exists()
     finally:
         Path(planted).unlink()

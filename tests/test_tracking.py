@@ -24,8 +24,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from flows import leash, tracking
-from flows.tracking import runs
+from flows import leash
+from flows.tracking import promotion, registry, runs
 from sage.config import Params, load_params
 from sage.errors import RegistryError, SageError
 from sage.files import sha256, sha256_tree, write_json
@@ -80,7 +80,7 @@ def enter(folder: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def client() -> MlflowClient:
-    return runs.client(tracking.address())
+    return runs.client(runs.address())
 
 
 def params() -> Params:
@@ -131,8 +131,8 @@ def write_results(
     return folder
 
 
-def register(model: Path, **changes) -> tracking.Registration:
-    return tracking.register(model, write_results(model, **changes), Path("groups"), params())
+def register(model: Path, **changes) -> registry.Registration:
+    return registry.register(model, write_results(model, **changes), Path("groups"), params())
 
 
 def aliases() -> dict[str, str]:
@@ -144,7 +144,7 @@ def aliases() -> dict[str, str]:
 
 
 def test_a_run_holds_what_the_stage_says(project):
-    with tracking.stage_run("group", {"threshold": 0.8, "weights": {"branch": 1}, "seeds": [0, 1]}) as run:
+    with runs.stage_run("group", {"threshold": 0.8, "weights": {"branch": 1}, "seeds": [0, 1]}) as run:
         run.metrics({"loss": 3.0}, step=1)
         run.metrics({"loss": 2.0}, step=2)
         run.image(Image.new("RGB", (8, 8), "red"), "samples", step=2)
@@ -166,17 +166,17 @@ def test_a_run_holds_what_the_stage_says(project):
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")])
 def test_a_run_ends_as_its_stage_does(project, error, status):
-    with pytest.raises(error), tracking.stage_run("group", {}) as run:
+    with pytest.raises(error), runs.stage_run("group", {}) as run:
         raise error
     assert client().get_run(run.id).info.status == status
 
 
 def test_stages_of_a_pipeline_are_children_of_one_run(project, monkeypatch):
-    with tracking.pipeline_run() as pipeline:
+    with runs.pipeline_run() as pipeline:
         for name, value in pipeline.environment.items():
             monkeypatch.setenv(name, value)
         for stage in ("prepare", "group"):
-            with tracking.stage_run(stage, {}):
+            with runs.stage_run(stage, {}):
                 pass
         pipeline.finish("FINISHED", write_results(small_model(project / "m")))
     found = client().search_runs([client().get_experiment_by_name("sage").experiment_id])
@@ -192,10 +192,10 @@ def test_stages_of_a_pipeline_are_children_of_one_run(project, monkeypatch):
 def test_a_pipelines_run_says_of_what_it_is_and_the_machine_is_watched(project, monkeypatch):
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
     Path("dvc.lock").write_text("schema: '2.0'")
-    with tracking.pipeline_run({"prefect.flow_run": "brave-fox"}) as pipeline:
+    with runs.pipeline_run({"prefect.flow_run": "brave-fox"}) as pipeline:
         for name, value in pipeline.environment.items():
             monkeypatch.setenv(name, value)
-        with tracking.stage_run("prepare", {}) as stage:
+        with runs.stage_run("prepare", {}) as stage:
             time.sleep(1.0)
         pipeline.finish("FINISHED", write_results(small_model(project / "m")))
     (parent,) = client().search_runs(
@@ -212,9 +212,9 @@ def test_a_pipelines_run_says_of_what_it_is_and_the_machine_is_watched(project, 
 
 def test_the_next_run_ends_those_whose_process_was_killed(project):
     def work() -> None:
-        with tracking.pipeline_run() as pipeline:
+        with runs.pipeline_run() as pipeline:
             os.environ.update(pipeline.environment)
-            with tracking.stage_run("prepare", {}):
+            with runs.stage_run("prepare", {}):
                 kill()
 
     def running() -> list[str]:
@@ -223,22 +223,22 @@ def test_the_next_run_ends_those_whose_process_was_killed(project):
 
     assert in_child(work) == -9
     assert running() == ["RUNNING", "RUNNING"]
-    with tracking.stage_run("group", {}):
+    with runs.stage_run("group", {}):
         # This one lives, and so does another of its kind that begins now.
-        with tracking.stage_run("finetune", {}):
+        with runs.stage_run("finetune", {}):
             pass
         assert running() == ["FINISHED", "KILLED", "KILLED", "RUNNING"]
     assert in_child(work) == -9
     # Also where nothing is left to execute.
-    with tracking.pipeline_run() as pipeline:
+    with runs.pipeline_run() as pipeline:
         pipeline.finish("FINISHED")
     assert running() == ["FINISHED", "FINISHED", "KILLED", "KILLED", "KILLED", "KILLED"]
 
 
 def test_a_pipeline_with_nothing_to_do_leaves_no_run(project):
-    with tracking.pipeline_run():
+    with runs.pipeline_run():
         pass
-    with pytest.raises(ValueError, match="early"), tracking.pipeline_run():
+    with pytest.raises(ValueError, match="early"), runs.pipeline_run():
         raise ValueError("early")
     assert not client().search_runs([client().get_experiment_by_name("sage").experiment_id])
 
@@ -247,7 +247,7 @@ def test_off_records_nothing_and_loads_nothing(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from flows.tracking import stage_run
+from flows.tracking.runs import stage_run
 
 with stage_run("group", {"a": 1}) as run:
     run.metrics({"loss": 1.0})
@@ -270,7 +270,7 @@ def test_a_dead_address_is_said_at_once(tmp_path, monkeypatch):
         pytest.raises(
             SageError, match=r"tracking at http://127\.0\.0\.1:9 does not answer(.|\n)*SAGE_TRACKING_URI=off"
         ),
-        tracking.stage_run("group", {}),
+        runs.stage_run("group", {}),
     ):
         pass
     assert time.monotonic() - start < 30
@@ -288,7 +288,7 @@ def test_a_model_that_passes_becomes_challenger_once(project, weights):
     found = client().get_model_version("sage", "1")
     assert found.tags.keys() >= COMPLETE
     assert json.loads(found.tags["sage.params"])["generate"]["steps"] == 2
-    fetched = tracking.fetch("models:/sage@challenger", project / "out")
+    fetched = registry.fetch("models:/sage@challenger", project / "out")
     assert sha256_tree(fetched.weights) == sha256_tree(weights)
     model, sampling, group = fetched.settings()
     assert model == sha256_tree(weights)
@@ -301,7 +301,7 @@ def test_a_version_holds_no_pickle_and_draws(project, weights):
     import mlflow.pyfunc
 
     register(weights)
-    files = tracking.fetch("challenger", project / "out").folder
+    files = registry.fetch("challenger", project / "out").folder
     assert not [path for path in files.rglob("*") if path.suffix in {".pkl", ".pickle", ".pt", ".bin"}]
     answer = mlflow.pyfunc.load_model(str(files)).predict(["red heart", "blue heart"])
     assert [item["prompt"] for item in answer] == ["red heart", "blue heart"]
@@ -336,7 +336,7 @@ def test_results_of_another_model_register_nothing(project):
     metrics = write_results(model)
     small_model(model, "other weights")
     with pytest.raises(RegistryError, match="but the results are of"):
-        tracking.register(model, metrics, Path("groups"), params())
+        registry.register(model, metrics, Path("groups"), params())
 
 
 def test_missing_or_infinite_results_register_nothing(project):
@@ -344,45 +344,45 @@ def test_missing_or_infinite_results_register_nothing(project):
     metrics = write_results(model)
     (metrics / "evaluate.json").write_text('{"passed": true, "gates": [], "arms": {"sage": {"alignment": NaN}}}')
     with pytest.raises(RegistryError, match="NaN"):
-        tracking.register(model, metrics, Path("groups"), params())
+        registry.register(model, metrics, Path("groups"), params())
     (metrics / "evaluate.json").unlink()
     with pytest.raises(RegistryError, match="no results of evaluate"):
-        tracking.register(model, metrics, Path("groups"), params())
+        registry.register(model, metrics, Path("groups"), params())
 
 
 def test_promotion_moves_the_champion_and_rollback_moves_it_back(project, weights):
     register(weights)
-    assert tracking.promote() == "1"
+    assert promotion.promote() == "1"
     assert aliases() == {"champion": "1"}
     register(weights, alignment=0.52)
     assert aliases() == {"champion": "1", "challenger": "2"}
-    assert tracking.promote() == "2"
+    assert promotion.promote() == "2"
     assert aliases() == {"champion": "2"}
-    assert tracking.rollback() == "1"
+    assert promotion.rollback() == "1"
     assert aliases() == {"champion": "1"}
     with pytest.raises(RegistryError, match="replaced no champion"):
-        tracking.rollback()
-    rows = tracking.versions()
+        promotion.rollback()
+    rows = registry.versions()
     assert [(row["version"], row["alias"]) for row in rows] == [("2", ""), ("1", "champion")]
     assert rows[0]["alignment"] == "0.52"
 
 
 def test_nothing_that_is_worse_foreign_or_unknown_is_promoted(project, weights):
     with pytest.raises(RegistryError, match="there is no challenger"):
-        tracking.promote()
+        promotion.promote()
     register(weights)
-    tracking.promote()
+    promotion.promote()
     register(weights, alignment=0.3)
     with pytest.raises(RegistryError, match=r"worse than champion 1:\n  alignment 0.3 \[0.25, 0.35\], champion 0.5"):
-        tracking.promote()
+        promotion.promote()
     register(weights, held_out="b" * 64)
     with pytest.raises(RegistryError, match="cannot be compared"):
-        tracking.promote("3")
+        promotion.promote("3")
     with pytest.raises(RegistryError, match="there is no version 9 of sage"):
-        tracking.promote("9")
+        promotion.promote("9")
     client().set_model_version_tag("sage", "3", "sage.gates", json.dumps([{"metric": "alignment", "passed": False}]))
     with pytest.raises(RegistryError, match="has not passed its gates"):
-        tracking.promote("3")
+        promotion.promote("3")
     assert aliases()["champion"] == "1"
 
 
@@ -391,7 +391,7 @@ def test_a_version_that_was_altered_is_refused_before_it_is_loaded(project, weig
     source = Path(client().get_model_version("sage", "1").source.removeprefix("file://"))
     code = next(source.glob("*.py"))
     code.write_text(f"open({str(project / 'executed')!r}, 'w')\n" + code.read_text())
-    for attempt in (tracking.promote, lambda: tracking.fetch("challenger", project / "out")):
+    for attempt in (promotion.promote, lambda: registry.fetch("challenger", project / "out")):
         with pytest.raises(RegistryError, match="version 1 of sage is damaged"):
             attempt()
     assert not (project / "executed").exists()
@@ -400,27 +400,27 @@ def test_a_version_that_was_altered_is_refused_before_it_is_loaded(project, weig
 
 def test_promotion_to_another_registry_copies_once_and_verifies_the_copy(project, weights):
     with pytest.raises(RegistryError, match="there is no champion of sage"):
-        tracking.promote(to="production")
+        promotion.promote(to="production")
     register(weights)
-    tracking.promote()
-    assert tracking.promote(to="production") == "1"
-    assert tracking.promote(to="production") == "1"
+    promotion.promote()
+    assert promotion.promote(to="production") == "1"
+    assert promotion.promote(to="production") == "1"
     here, there = (client().get_model_version(name, "1") for name in ("sage", "production"))
     assert there.tags == here.tags
-    assert tracking.fetch("models:/production@champion", project / "out").settings()[0] == sha256_tree(weights)
+    assert registry.fetch("models:/production@champion", project / "out").settings()[0] == sha256_tree(weights)
     # A better one is copied and takes the place; the copy remembers the champion there, not the one here.
     register(weights, alignment=0.52)
-    tracking.promote()
-    assert tracking.promote(to="production") == "2"
-    assert tracking.rollback(of="production") == "1"
+    promotion.promote()
+    assert promotion.promote(to="production") == "2"
+    assert promotion.rollback(of="production") == "1"
     assert aliases() == {"champion": "2"}
     register(weights, alignment=0.3)
     with pytest.raises(RegistryError, match="worse than champion 1"):
-        tracking.promote("3", to="production")
+        promotion.promote("3", to="production")
     code = next(Path(here.source.removeprefix("file://")).glob("*.py"))
     code.write_text("raise SystemExit\n")
     with pytest.raises(RegistryError, match="version 1 of production is damaged"):
-        tracking.fetch("models:/production@champion", project / "again")
+        registry.fetch("models:/production@champion", project / "again")
 
 
 @pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated:FutureWarning")  # MLflow's loader calls it so
@@ -441,7 +441,7 @@ def test_an_adapter_is_also_there_in_mlflows_own_form(project, weights, tmp_path
     lora.save(stock, lora.layers(stock.unet), model)
     register(model)
     run = client().get_model_version("sage", "1").run_id
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.address())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", runs.address())
     loaded = mlflow.diffusers.load_model(f"runs:/{run}/lora")
     assert loaded.base_model == "./models/base"
     pipe = loaded.load_pipeline(base_model=str(tmp_path / "base"), device="cpu")
@@ -462,7 +462,7 @@ def test_a_figure_that_could_not_be_measured_is_listed_as_missing(project, weigh
     sage = {"kernel_distance": figure(0.1), "seed_diversity": {"value": None, "low": None, "high": None, "n": 96}}
     sage |= {"alignment": figure(0.5), "group_diversity": figure(0.4), "nfe_per_image": figure(12.0)}
     register(weights, arms={"sage": sage})
-    (row,) = tracking.versions()
+    (row,) = registry.versions()
     assert (row["seed_diversity"], row["kernel_distance"]) == ("-", "0.1")
 
 
@@ -496,7 +496,7 @@ def test_a_kill_at_any_point_leaves_a_version_invisible_or_complete(tmp_path, da
         ended = in_child(work)
         for version in client().search_model_versions("name = 'sage'"):
             assert version.tags.keys() >= COMPLETE
-            tracking.fetch(str(version.version), Path("check"))
+            registry.fetch(str(version.version), Path("check"))
         with sqlite3.connect("mlflow.db") as connection:
             assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert register(model).version == "1"
@@ -511,17 +511,17 @@ def test_a_kill_at_any_point_leaves_a_version_invisible_or_complete(tmp_path, da
 @pytest.mark.slow
 def test_a_kill_at_any_point_of_a_promotion_leaves_a_champion(project, weights):
     register(weights)
-    tracking.promote()
+    promotion.promote()
     for number in itertools.count(random.choice((1, 2)), 2):
         version = register(weights, alignment=0.5 + number / 10_000).version
 
         def work(number=number):
             before_call(number)
-            tracking.promote()
+            promotion.promote()
 
         ended = in_child(work)
         assert aliases()["champion"] in {version, str(int(version) - 1)}
-        assert tracking.promote(version) == version
+        assert promotion.promote(version) == version
         assert aliases() == {"champion": version}
         if ended == 0:
             break
@@ -541,7 +541,7 @@ def test_processes_that_register_and_promote_at_once_make_one_version_each(proje
             os.chdir(folder)
             assert register(small_model(Path("m"), folder.name)).new
         if process < 2:
-            assert tracking.promote(ready[process]) in ready
+            assert promotion.promote(ready[process]) in ready
 
     start = time.monotonic()
     with ThreadPoolExecutor(processes) as pool:
@@ -580,7 +580,7 @@ def test_no_acknowledged_version_is_lost_when_writers_are_killed(project):
 def test_no_acknowledged_version_is_lost_when_the_server_is_killed(project, monkeypatch):
     port = operated.free_port()
     where = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    stores = ["--backend-store-uri", tracking.address(), "--artifacts-destination", str(project / "store")]
+    stores = ["--backend-store-uri", runs.address(), "--artifacts-destination", str(project / "store")]
     command = [sys.executable, "-m", "mlflow", "server", *where, *stores]
     monkeypatch.setenv("SAGE_TRACKING_URI", f"http://127.0.0.1:{port}")
     acknowledged: list[str] = []
@@ -613,4 +613,4 @@ def test_no_acknowledged_version_is_lost_when_the_server_is_killed(project, monk
         known = {str(version.version) for version in client().search_model_versions("name = 'sage'")}
         assert len(acknowledged) >= 10 and set(acknowledged) <= known
         for version in known:
-            tracking.fetch(version, project / "check" / version)
+            registry.fetch(version, project / "check" / version)

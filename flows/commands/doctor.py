@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.resources import files
 from pathlib import Path
 
-from flows import tracking
 from flows.machine import device
+from flows.tracking import runs
 from flows.versioning import repository
 from sage.errors import SageError
 from sage.files import sha256
@@ -137,12 +137,12 @@ def _dvc() -> Iterator[Finding]:
 
 
 def _tracking() -> Iterator[Finding]:
-    uri = tracking.address()
+    uri = runs.address()
     if uri is None:
         yield Finding("tracking: off, so runs and versions are not recorded")
         return
     try:
-        tracking.check(uri)
+        runs.check(uri)
     except SageError as error:
         yield Finding(f"tracking: {str(error).splitlines()[0]}", str(error).splitlines()[-1])
     else:

@@ -43,7 +43,7 @@ def up(port: int, tracking_port: int, check: bool) -> None:
     with ExitStack() as stack:
         parts = {
             "prefect": stack.enter_context(
-                _part("prefect", [sys.executable, "-m", "flows.pipeline.local", str(port)], environment)
+                _part("prefect", [sys.executable, "-m", "flows.orchestration.local", str(port)], environment)
             ),
             "mlflow": stack.enter_context(_part("mlflow", _mlflow(tracking_port), environment)),
         }
@@ -51,7 +51,7 @@ def up(port: int, tracking_port: int, check: bool) -> None:
         _await(f"{mlflow}/health", "mlflow", parts)
         _do(_prefect("--no-prompt", "work-pool", "create", "--overwrite", "--type", "process", "sage"), environment)
         _do(_prefect("--no-prompt", "deploy", "--all"), environment)
-        _do([sys.executable, "-m", "flows.pipeline"], environment)
+        _do([sys.executable, "-m", "flows.orchestration"], environment)
         parts["worker"] = stack.enter_context(
             _part("worker", _prefect("worker", "start", "--pool", "sage"), environment)
         )

@@ -142,10 +142,10 @@ def open_model(model: str) -> tuple[Any, str, dict[str, Any], Group]:
     those of params.yaml. Raises RegistryError for a version that is damaged or unknown.
     """
     if model.startswith("models:/"):
-        from flows import tracking
+        from flows.tracking import registry
 
         with tempfile.TemporaryDirectory() as folder:
-            version = tracking.fetch(model, Path(folder))
+            version = registry.fetch(model, Path(folder))
             return SharedSamplingPipeline.from_pretrained(version.weights), *version.settings()
     params = load_params()
     settings = params.generate.sampling()

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from flows.report.page import METRICS, arm_name, number, percent
-from flows.tracking import Recorded
+from flows.tracking.recorded import Recorded
 from sage.evaluation.gates import JUDGED
 
 _COLUMNS = ("independent", JUDGED)  # the arms whose pictures are shown, beside the real one

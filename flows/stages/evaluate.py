@@ -15,7 +15,7 @@ import typer
 from flows.machine import device
 from flows.report import page as page
 from flows.terminal import progress, run
-from flows.tracking import stage_run
+from flows.tracking.runs import stage_run
 from sage.config import Evaluate, load_params
 from sage.data.dataset import read_split
 from sage.errors import MetricError

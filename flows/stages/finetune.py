@@ -19,7 +19,7 @@ from PIL import Image
 
 from flows.machine import device
 from flows.terminal import progress, run
-from flows.tracking import Run, stage_run
+from flows.tracking.runs import Run, stage_run
 from sage.config import Finetune, load_params
 from sage.data.dataset import Example, captions_of, check_sums, load_pixels, read_groups, read_split
 from sage.errors import DataError

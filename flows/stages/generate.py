@@ -25,7 +25,7 @@ from PIL import Image
 
 from flows.machine import device
 from flows.terminal import progress, run
-from flows.tracking import stage_run
+from flows.tracking.runs import stage_run
 from sage.config import Generate, load_params
 from sage.data.dataset import Example, read_groups, read_split
 from sage.errors import PlanError

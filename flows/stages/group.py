@@ -9,7 +9,7 @@ import numpy as np
 import typer
 
 from flows.terminal import progress, run
-from flows.tracking import stage_run
+from flows.tracking.runs import stage_run
 from sage.config import Group, load_params
 from sage.data.dataset import SPLITS, read_split
 from sage.evaluation.damage import read_damage

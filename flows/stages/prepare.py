@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from flows.terminal import progress, run
-from flows.tracking import stage_run
+from flows.tracking.runs import stage_run
 from sage.config import load_params
 from sage.data import twemoji
 from sage.data.dataset import load_pixels, read_split

@@ -1,8 +1,8 @@
 """What DVC keeps, as it is: each object of the graph re-hashed in cache and remote. The only file that imports dvc.
 
-Run as a process of its own (`python -m flows.versioning.objects [REMOTE]`), as all of DVC is. Prints one JSON object: `outs`, path
-to object; `members`, object of a folder to a list of path in it and object, from any intact copy of its listing;
-`states`, for cache and remote, object to ok, corrupt or missing.
+Run as a process of its own (`python -m flows.versioning.objects [REMOTE]`), like every use of DVC. Prints one JSON
+object: `outs`, path to object; `members`, object of a folder to a list of path in it and object, from any intact copy
+of its listing; `states`, for cache and remote, object to ok, corrupt or missing.
 DVC itself compares an object with its name only where the file's mode does not say that it is protected.
 """
 

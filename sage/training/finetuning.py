@@ -86,9 +86,9 @@ def finetuning_loss(
     so that one model serves them all. Plain diffusion draws from all captions of a picture, the other terms take those
     that groups were formed by. `branch_start` is where the branch phase starts: "sampled", where the network as
     it now is arrives with its share of `sampler_steps` steps, each member with noise of its own (branch noise 1);
-    "mixture", see `training.loss.mixture_start`; "plain", at the member itself, noised. A share `drop_text` of the plain
-    diffusion items loses its caption, for classifier-free guidance. `min_snr` is gamma of `training.loss.min_snr`; None
-    weighs all times equally.
+    "mixture", see `training.loss.mixture_start`; "plain", at the member itself, noised. A share `drop_text` of the
+    plain diffusion items loses its caption, for classifier-free guidance. `min_snr` is gamma of
+    `training.loss.min_snr`; None weighs all times equally.
     The loss takes (step) or (step, part, parts): a step's items are dealt out to so many parts, whose losses add up to
     that of the step. Raises UnsupportedError for a scheduler that is neither variance-preserving nor flow matching and
     for text states that the network cannot read.

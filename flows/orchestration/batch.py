@@ -7,15 +7,17 @@ scheduler's workers; a shard whose worker is lost goes to another one, and begin
 import os
 from typing import Any
 
+import flows.orchestration.settings  # noqa: F401
+
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import wait
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 
-from flows.pipeline import shown
-from flows.pipeline.forms import Batch
-from flows.pipeline.graph import may_pass, reach_tracking
+from flows.orchestration import shown
+from flows.orchestration.forms import Batch
+from flows.orchestration.graph import may_pass, reach_tracking
 
 
 def _runner() -> "TaskRunner[Any]":

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import flows.orchestration.settings  # noqa: F401
+
 from prefect.automations import AutomationCore, EventTrigger, Posture
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType

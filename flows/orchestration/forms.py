@@ -2,6 +2,8 @@
 
 from typing import Annotated, Literal, Self, get_args
 
+import flows.orchestration.settings  # noqa: F401
+
 from prefect.input import RunInput
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 

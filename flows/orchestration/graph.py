@@ -5,16 +5,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import flows.orchestration.settings  # noqa: F401
+
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import get_run_context
 from prefect.tasks import Task, exponential_backoff
 
-from flows import tracking
-from flows.pipeline import shown
-from flows.pipeline.forms import STAGES, Range
-from flows.pipeline.server import one_writer
+from flows.orchestration import shown
+from flows.orchestration.forms import STAGES, Range
+from flows.orchestration.server import one_writer
+from flows.tracking import registry, runs
 from flows.versioning import experiments, repository
 from sage.config import load_params
 from sage.errors import ConfigurationError, RegistryError
@@ -50,14 +52,14 @@ def reproduce(stage: str, environment: dict[str, str], folder: str = ".") -> dic
 @task(cache_policy=NO_CACHE, retries=4, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
 def reach_tracking() -> None:
     """See that MLflow answers, before hours of work depend on it."""
-    if (uri := tracking.address()) is not None:
-        tracking.check(uri)
+    if (uri := runs.address()) is not None:
+        runs.check(uri)
 
 
 @task(cache_policy=NO_CACHE, retries=4, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
 def register() -> dict[str, Any]:
     """Register the model if it passed its gates, once."""
-    done = tracking.register(MODEL, METRICS, GROUPS, load_params())
+    done = registry.register(MODEL, METRICS, GROUPS, load_params())
     return {"version": done.version, "new": done.new, "reasons": done.reasons}
 
 
@@ -70,11 +72,11 @@ def sage_pipeline(run: Range = _WHOLE) -> dict[str, Any]:
             "`until`, or the overrides."
         )
     reach_tracking()
-    with _place(run.overrides) as (tree, tags), tracking.pipeline_run(tags) as pipeline:
+    with _place(run.overrides) as (tree, tags), runs.pipeline_run(tags) as pipeline:
         # A work tree of an experiment is empty, so what stands before the range is brought there as well.
         first = 0 if run.overrides else STAGES.index(run.from_stage)
         wanted = STAGES[first : STAGES.index(run.until) + 1]
-        environment = pipeline.environment | {"SAGE_TRACKING_URI": tracking.address() or "off"}
+        environment = pipeline.environment | {"SAGE_TRACKING_URI": runs.address() or "off"}
         stages = [stage for stage in repository.stages() if stage in wanted]
         outcomes = [reproduce(stage, environment, str(tree)) for stage in stages]
         executed = sum(outcome["state"] == "executed" for outcome in outcomes)
@@ -85,7 +87,7 @@ def sage_pipeline(run: Range = _WHOLE) -> dict[str, Any]:
             shown.results(tree)
         if run.overrides:
             experiments.save(tree, tree.name)
-        registers = whole and not run.overrides and tracking.address() is not None
+        registers = whole and not run.overrides and runs.address() is not None
         registration = register() if registers else None
     return {"stages": outcomes, "executed": executed, "registration": registration}
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
 
+import flows.orchestration.settings  # noqa: F401
+
 from PIL import Image
 from prefect import get_run_logger
 from prefect.artifacts import (

@@ -1,10 +1,12 @@
-"""Prefect's server for this machine alone: `python -m flows.pipeline.local PORT`.
+"""Prefect's server for this machine alone: `python -m flows.orchestration.local PORT`.
 
 `prefect server start` answers whatever host a request names, so a stranger's page whose name comes to point at this
 machine (DNS rebinding) could read and start runs. Here such a request is refused.
 """
 
 import sys
+
+import flows.orchestration.settings  # noqa: F401
 
 import uvicorn
 from prefect.server.api.server import create_app

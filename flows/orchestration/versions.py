@@ -5,16 +5,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import flows.orchestration.settings  # noqa: F401
+
 from prefect import flow, get_run_logger, pause_flow_run, task
 from prefect.artifacts import create_image_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
-from flows import tracking
-from flows.pipeline import shown
-from flows.pipeline.forms import Approval, Judged, Promotion
-from flows.pipeline.graph import MODEL, may_pass, reach_tracking, reproduce, run_tags
+from flows.orchestration import shown
+from flows.orchestration.forms import Approval, Judged, Promotion
+from flows.orchestration.graph import MODEL, may_pass, reach_tracking, reproduce, run_tags
 from flows.report.tables import Row
+from flows.tracking import promotion, registry, runs
 from flows.versioning import experiments
 from sage.errors import RegistryError
 
@@ -26,7 +28,7 @@ _POLL = 5  # seconds between looks for an answer
 def fetch(version: str, out: str) -> None:
     """Put the verified weights of a version into a folder."""
     with tempfile.TemporaryDirectory() as temporary:
-        weights = tracking.fetch(version, Path(temporary)).weights
+        weights = registry.fetch(version, Path(temporary)).weights
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(weights, out)
 
@@ -34,7 +36,7 @@ def fetch(version: str, out: str) -> None:
 @task(cache_policy=NO_CACHE, retries=4, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
 def promote(version: str) -> str:
     """Make a version champion, unless it is damaged, failed a gate, or is worse; return its number."""
-    return tracking.promote(version)
+    return promotion.promote(version)
 
 
 @task(task_run_name="draw with {version}", cache_policy=NO_CACHE)
@@ -54,8 +56,8 @@ def evaluate_version(judged: Judged = Judged()) -> dict[str, Any]:  # noqa: B008
     reach_tracking()
     name = run_tags()["prefect.flow_run"]
     tags = run_tags() | {"sage.judged_version": judged.version}
-    with experiments.work_tree(name) as tree, tracking.pipeline_run(tags) as pipeline:
-        environment = pipeline.environment | {"SAGE_TRACKING_URI": tracking.address() or "off"}
+    with experiments.work_tree(name) as tree, runs.pipeline_run(tags) as pipeline:
+        environment = pipeline.environment | {"SAGE_TRACKING_URI": runs.address() or "off"}
         outcomes = [reproduce(stage, environment, str(tree)) for stage in ("prepare", "group")]
         fetch(judged.version, str(tree / MODEL))
         outcomes += [reproduce(stage, environment, str(tree)) for stage in ("generate", "evaluate")]
@@ -82,7 +84,7 @@ def promote_version(promotion: Promotion = Promotion()) -> dict[str, Any]:  # no
 
 def _compared(version: str) -> list[Row]:
     """Return the rows of a version and of the champion, where there is one; raise RegistryError for no such version."""
-    found = tracking.versions()
+    found = registry.versions()
     candidate = next((row for row in found if version in (row["version"], *row["alias"].split(", "))), None)
     if candidate is None:
         raise RegistryError(f"there is no version {version}; `sage compare` lists them.")

@@ -1,6 +1,0 @@
-"""`python -m flows.pipeline`: tell the server at PREFECT_API_URL how to know a dead run; again changes nothing."""
-
-from flows.pipeline.server import watch_for_dead_runs
-
-if __name__ == "__main__":
-    watch_for_dead_runs()
