@@ -1,7 +1,7 @@
 """Pictures for a large list of prompts on many machines, the same bytes as `sage generate` makes on one.
 
     python -m flows.prompts.shards plan prompts.txt --out s3://pictures/run     groups and cost, once
-    python -m flows.prompts.shards draw --out s3://pictures/run --shard 3/8     any machine, any order; after a kill, again
+    python -m flows.prompts.shards draw --out s3://pictures/run --shard 3/8     any machine, any order, and again
     python -m flows.prompts.shards finish --out s3://pictures/run               manifest and contact sheet, once
 
 With --judge, `draw` also measures its pictures, and `finish` puts the measures together in evaluation.json.
