@@ -18,7 +18,7 @@ ONLY_IN = {
     "dvc": ("flows/versioning/objects.py",),
 }
 # Takes plain arguments: no configuration, no command line.
-MATHEMATICS = ("diffusion", "randomness", "data", "grouping", "sampling", "training", "evaluation")
+MATHEMATICS = ("diffusion", "data", "grouping", "sampling", "training", "evaluation")
 STAGES = repository.stages(ROOT / "dvc.yaml")
 
 
@@ -77,7 +77,7 @@ def test_a_stage_imports_the_library_and_what_records_and_shows(stage):
 @pytest.mark.parametrize(
     ("module", "never"),
     [
-        ("flows.orchestration", {"torch", "mlflow", "diffusers"}),
+        ("flows.orchestration.graph", {"torch", "mlflow", "diffusers"}),
         ("flows.cli", {"torch", "mlflow", "prefect", "dvc", "diffusers", "transformers", "pydantic", "numpy"}),
         ("flows.tracking.registry", {"torch", "mlflow", "prefect"}),
         ("sage", {"torch", "diffusers"}),
