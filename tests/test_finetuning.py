@@ -10,11 +10,12 @@ from torch.nn import functional as F
 
 from sage import diffusion
 from sage.errors import DataError, UnsupportedError
+from sage.randomness import stratified_uniform
 from sage.sampling import base, loop
 from sage.training.batches import Batches, endless
 from sage.training.denoiser import Denoiser
 from sage.training.finetuning import TrainingSet, finetuning_loss, sampling_cost
-from sage.training.loop import Schedule, fit, spaced
+from sage.training.loop import Schedule, fit
 
 ALL = {"diffusion": 1.0, "shared": 1.0, "branch": 1.0, "consistency": 0.1}
 GROUPS = ((0, 1, 2), (3,), (4, 5), (6, 7, 8, 9), (10,), (11,))
@@ -164,7 +165,7 @@ def test_a_training_set_that_does_not_fit_is_refused(latents, states, groups, me
 
 
 def test_times_are_spread_and_stay_below_one():
-    u = spaced(64, torch.Generator().manual_seed(0))
+    u = stratified_uniform(64, torch.Generator().manual_seed(0))
     assert sorted((u * 64).long().tolist()) == list(range(64)) and u.max() < 1
     assert (u * 64).long().tolist() != list(range(64))
 

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from sage.errors import CheckpointError, DivergedError
+from sage.randomness import generator
 from sage.training import checkpoint
-from sage.training.loop import Schedule, fit, generator
+from sage.training.loop import Schedule, fit
 
 IDENTITY = {"case": "line"}
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sage.errors import DataError
-from sage.training.loop import generator
+from sage.randomness import generator
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from sage import diffusion
 from sage.errors import ConfigurationError, DataError
+from sage.randomness import generator, stratified_uniform
 from sage.sampling import loop
 from sage.training import loss
 from sage.training.batches import Batches
-from sage.training.loop import Losses, generator, spaced
+from sage.training.loop import Losses
 from sage.training.loss import BranchStart, Condition, Network, Process, Query, SoftTarget, taken
 
 
@@ -189,7 +190,7 @@ class _Draws:
         dropped = torch.rand(len(rows), generator=random) < self.drop_text
         drawn = data.captions[rows, torch.randint(data.captions.shape[1], (len(rows),), generator=random)]
         c = taken(data.conditions, torch.where(dropped, len(data.conditions["states"]) - 1, drawn))
-        t = (spaced(len(rows), random) * len(self.process.alphas)).long()
+        t = (stratified_uniform(len(rows), random) * len(self.process.alphas)).long()
         return loss.diffusion_query(self.process, data.latents[rows], c, t, self._noise(rows, random))
 
     def shared(self, rows: Tensor, random: torch.Generator) -> Query:
@@ -197,7 +198,9 @@ class _Draws:
         z, present = self._group(rows)
         t_star = self._branch_time(rows, random)
         above = len(self.process.alphas) - 1 - t_star
-        t = (t_star + 1 + (spaced(len(rows), random) * above).long()).clamp(max=len(self.process.alphas) - 1)
+        t = (t_star + 1 + (stratified_uniform(len(rows), random) * above).long()).clamp(
+            max=len(self.process.alphas) - 1
+        )
         c_bar, eps = self._merged(rows), self._noise(rows, random)
         return loss.shared_query(self.process, self.soft_target, self.data.latents[rows], z, present, c_bar, t, eps)
 
@@ -214,7 +217,7 @@ class _Draws:
         place = (torch.rand(len(rows), generator=random)[first] * present.sum(1)).long()
         z_m = z[torch.arange(len(rows)), place]
         x_star = loss.mixture_start(self.process, self.soft_target, z_m, z, present, t_star, eps)
-        t = (spaced(len(rows), random) * (t_star + 1)).long()
+        t = (stratified_uniform(len(rows), random) * (t_star + 1)).long()
         own, c = self.data.latents[rows], self.data.conditions_of(rows)
         if self.branch_start == "plain":
             return loss.diffusion_query(self.process, own, c, t, eps)
@@ -225,7 +228,7 @@ class _Draws:
         first = self._first(rows)
         shared_noise, own_noise = self._noise(rows, random), self._noise(rows, random)
         t_star = loss.branch_time(torch.full((len(rows),), steps / self.sampler_steps), len(self.process.alphas))
-        t = (spaced(len(rows), random) * (t_star + 1)).long()
+        t = (stratified_uniform(len(rows), random) * (t_star + 1)).long()
         # Only the groups of these items are sampled, each once.
         leaders, place = torch.unique(first[items], return_inverse=True)
         if not len(leaders):

@@ -4,7 +4,6 @@ The loss of step k draws order and noise from (seed, k) alone, so a resumed run 
 the same build and thread count. On several processes (`accelerate launch`) each computes its part of every step.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -48,18 +47,6 @@ class Schedule:
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         fall = min(1.0, (self.steps - step) / self.decay) if self.decay else 1.0
         return self.learning_rate * min(rise, fall)
-
-
-def generator(*key: int | str) -> torch.Generator:
-    """Return the source of all randomness that belongs to a key, such as (seed, step); another key, another stream."""
-    # Hashed, for torch's generator of the CPU reads only the low 32 bits of a seed: `seed << 32` would change nothing.
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4]))
-
-
-def spaced(n: int, random: torch.Generator) -> Tensor:
-    """Return n numbers in [0, 1), one in each n-th, in random order: the mean of independent ones, less variance."""
-    # In double: 63 plus a float just below 1 is 64 in single precision, and a timestep T does not exist.
-    return (torch.randperm(n, generator=random) + torch.rand(n, generator=random, dtype=torch.float64)) / n
 
 
 def processes() -> tuple[int, int]:

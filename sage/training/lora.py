@@ -16,7 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from sage.errors import UnsupportedError
-from sage.training.loop import generator
+from sage.randomness import generator
 
 FILE = "pytorch_lora_weights.safetensors"
 # Attention, also to text that is transformed along with the picture (SD 3), and what follows it in each block.

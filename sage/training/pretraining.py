@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sage import diffusion
+from sage.randomness import generator, stratified_uniform
 from sage.sampling.base import text_parts
-from sage.training.loop import Losses, generator, spaced
+from sage.training.loop import Losses
 
 
 def batch(n: int, size: int, seed: int, step: int) -> Tensor:
@@ -121,7 +122,7 @@ def denoiser_loss(
         dropped = torch.rand(len(rows), generator=random) < drop_text
         drawn = captions[rows, torch.randint(captions.shape[1], rows.shape, generator=random)]
         condition = states[torch.where(dropped, len(states) - 1, drawn)]
-        t = (spaced(len(rows), random) * len(alphas)).long()
+        t = (stratified_uniform(len(rows), random) * len(alphas)).long()
         eps = torch.randn(x_0.shape, generator=random)
         x_t = diffusion.add_noise(x_0, eps, alphas[t], sigmas[t])
         with torch.autocast("cpu", torch.bfloat16):
