@@ -21,13 +21,14 @@ from flows.terminal import progress, run
 from sage.data.dataset import Example, load_pixels, read_split
 from sage.evaluation.alignment import cosines, load_alignment
 from sage.evaluation.bootstrap import value
-from sage.evaluation.damage import model_digest
 from sage.evaluation.distances import frechet_statistic, kernel_statistic
 from sage.evaluation.extractors import EfficientNetLite0, read_pictures
 from sage.files import new_file
+from sage.grouping.cost import model_digest
 from sage.grouping.embedding import embed
-from sage.sampling.pipeline import SharedSamplingPipeline, prompt_seed
+from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
+from sage.sampling.seeds import prompt_seed
 from sage.training.pretraining import restored
 
 SEEDS = (0, 1)

@@ -25,14 +25,16 @@ from flows.terminal import progress
 from sage.config import Finetune, Params
 from sage.data.dataset import read_groups, read_split
 from sage.evaluation.alignment import cosines, load_alignment
-from sage.evaluation.damage import model_digest
 from sage.evaluation.extractors import EfficientNetLite0, read_pictures
 from sage.evaluation.results import Pictures
 from sage.files import digest, new_file, sha256, sha256_tree, write_text
+from sage.grouping.cost import model_digest
 from sage.grouping.embedding import embed
 from sage.grouping.groups import tree
-from sage.sampling.pipeline import SharedSamplingPipeline, prompt_seed
-from sage.sampling.plan import Cluster, Plan, clusters, plan_for_budget
+from sage.sampling.budget import Cluster, clusters, plan_for_budget
+from sage.sampling.pipeline import SharedSamplingPipeline
+from sage.sampling.plan import Plan
+from sage.sampling.seeds import prompt_seed
 
 BASE = "base"
 

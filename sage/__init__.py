@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from sage.grouping.embedding import embed as embed
     from sage.grouping.groups import group as group
     from sage.grouping.online import StreamingGrouper as StreamingGrouper
+    from sage.sampling.budget import plan_for_budget as plan_for_budget
     from sage.sampling.pipeline import SharedSamplingPipeline as SharedSamplingPipeline
     from sage.sampling.plan import Plan as Plan
-    from sage.sampling.plan import plan_for_budget as plan_for_budget
 
 _HOME = {
     "Plan": "sage.sampling.plan",
@@ -22,7 +22,7 @@ _HOME = {
     "StreamingGrouper": "sage.grouping.online",
     "embed": "sage.grouping.embedding",
     "group": "sage.grouping.groups",
-    "plan_for_budget": "sage.sampling.plan",
+    "plan_for_budget": "sage.sampling.budget",
 }
 __all__ = sorted(_HOME)
 

@@ -9,6 +9,7 @@ Notation
 Variance-preserving schedules have alpha_t^2 + sigma_t^2 = 1, flow matching alpha_t + sigma_t = 1.
 """
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -95,3 +96,37 @@ def predicted_sample(kind: PredictionType, output: Tensor, x_t: Tensor, alpha: T
     if kind == "flow_prediction":
         return x_t - spread(sigma, x_t) * output
     return spread(alpha, x_t) * x_t - spread(sigma, x_t) * output
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The noise schedule that a network is trained on: alpha and sigma, each of shape (T,), and its prediction type."""
+
+    kind: PredictionType
+    alphas: Tensor
+    sigmas: Tensor
+
+    @classmethod
+    def of(cls, scheduler: Any) -> "NoiseSchedule":
+        """Return the schedule of a diffusers scheduler; raise UnsupportedError for one of another kind."""
+        return cls(prediction_type(scheduler), *noise_levels(scheduler))
+
+    def __len__(self) -> int:
+        """Return T, the number of timesteps."""
+        return len(self.alphas)
+
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha and sigma at timesteps of shape (n,)."""
+        return self.alphas[t], self.sigmas[t]
+
+    def target(self, x_t: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
+        """Return the network output that means x_0 at x_t; finite at alpha_t = 0, needs sigma_t > 0."""
+        alpha, sigma = self.at(t)
+        return target(self.kind, x_0, implied_noise(x_t, x_0, alpha, sigma), alpha, sigma)
+
+    def timestep_after(self, share: Tensor) -> Tensor:
+        """Return the timestep at which a sampler with trailing spacing stands after this share of its steps, (n,).
+
+        Share 0 gives T - 1, the start.
+        """
+        return ((1 - share) * len(self)).round().long().clamp(1, len(self)) - 1

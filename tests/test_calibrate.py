@@ -10,7 +10,8 @@ import yaml
 
 from flows.commands import calibrate
 from sage.errors import DataError
-from sage.evaluation.damage import FILE, distances, read_damage
+from sage.evaluation.damage import distances
+from sage.grouping.cost import FILE, read_damage
 from sage.grouping.groups import worst_similarity
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from sage.errors import ConfigurationError, DataError
-from sage.evaluation.damage import FILE, Damage, Point, by_similarity, distances, kept_form, read_damage
+from sage.evaluation.damage import by_similarity, distances
+from sage.grouping.cost import FILE, Damage, Point, kept_form, read_damage
 
 
 def pictures(n=400, seeds=2, width=64, seed=0, centre=None):

@@ -8,7 +8,9 @@ import tiny
 import torch
 
 from sage import diffusion
+from sage.diffusion import NoiseSchedule
 from sage.errors import UnsupportedError
+from sage.sampling.conditions import merge, select
 from sage.training import lora, loss
 from sage.training.batches import Batches
 from sage.training.denoiser import Denoiser
@@ -58,7 +60,7 @@ def family(request):
 def pipe(family, tmp_path, monkeypatch):
     if family in tiny.OPTIONS:
         # What the tiny transformers have room for.
-        from sage import families  # noqa: F401
+        from sage.sampling import families  # noqa: F401
         from sage.sampling.pipeline import SharedSamplingPipeline
 
         stock = tiny.pipeline(family, tmp_path)
@@ -135,7 +137,6 @@ def test_flow_matching_is_trained_on_the_formula(tmp_path):
 
 def test_group_conditions_are_those_of_the_sampler(tmp_path):
     """Also where tokens are masked: PixArt."""
-    from sage.sampling import loop
 
     pipe = tiny.pipeline("pixart_alpha", tmp_path)
     denoiser = Denoiser(pipe)
@@ -148,7 +149,7 @@ def test_group_conditions_are_those_of_the_sampler(tmp_path):
     rows = Batches(GROUPS, WEIGHTS | weights, 12, 0).rows(0)["shared"]
     for place, row in enumerate(rows.tolist()):
         group = next(list(group) for group in GROUPS if row in group)
-        merged = loop.merge({name: values[group][:, None] for name, values in data.conditions.items()})
+        merged = merge({name: values[group][:, None] for name, values in data.conditions.items()})
         for name, values in merged.items():
             assert torch.equal(condition[name][place], values[0, 0])
 
@@ -217,10 +218,10 @@ def test_min_snr_is_the_weight_of_the_stock_trainer(tmp_path):
     t = torch.tensor([0, 10, 200, 500, 990])
     for kind, divisor in (("epsilon", 0), ("v_prediction", 1)):
         scheduler = DDIMScheduler(prediction_type=kind)
-        process = loss.Process(kind, *diffusion.noise_levels(scheduler))
+        schedule = NoiseSchedule(kind, *diffusion.noise_levels(scheduler))
         snr = compute_snr(scheduler, t)
         expected = snr.clamp(max=5) / (snr + divisor)
-        torch.testing.assert_close(loss.min_snr(process, t, 5.0), expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(loss.min_snr(schedule, t, 5.0), expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow_prediction"])
@@ -228,19 +229,19 @@ def test_min_snr_weighs_the_same_error_of_the_sample_alike(kind):
     """Whatever the network predicts: weight times squared error of the answer is min(SNR, gamma) times that of x_0."""
     sigmas = torch.linspace(0.02, 0.98, 9)
     alphas = 1 - sigmas if kind == "flow_prediction" else (1 - sigmas.square()).sqrt()
-    process, t = loss.Process(kind, alphas, sigmas), torch.arange(9)
+    schedule, t = NoiseSchedule(kind, alphas, sigmas), torch.arange(9)
     random = torch.Generator().manual_seed(0)
     x_t, answer, wrong = (torch.randn(9, 3, generator=random) for _ in range(3))
     clean = [diffusion.predicted_sample(kind, output, x_t, alphas, sigmas) for output in (answer, wrong)]
     expected = (alphas / sigmas).square().clamp(max=5) * (clean[0] - clean[1]).square().mean(1)
-    found = loss.min_snr(process, t, 5.0) * (answer - wrong).square().mean(1)
+    found = loss.min_snr(schedule, t, 5.0) * (answer - wrong).square().mean(1)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_min_snr_is_finite_at_the_ends():
     levels = torch.tensor([1.0, 0.0]), torch.tensor([1e-3, 1.0])
     for kind in ("epsilon", "v_prediction", "sample", "flow_prediction"):
-        weights = loss.min_snr(loss.Process(kind, *levels), torch.tensor([0, 1]), 5.0)
+        weights = loss.min_snr(NoiseSchedule(kind, *levels), torch.tensor([0, 1]), 5.0)
         assert weights.isfinite().all() and (weights >= 0).all()
 
 
@@ -298,7 +299,7 @@ def test_with_an_adapter_the_base_is_the_same_network_with_it_off(pipe, tmp_path
     step_loss = loss_of(denoiser, data, pipe.scheduler)
     fit(denoiser, step_loss, Schedule(4, 0.05, warmup=0, ema=0.0), work=tmp_path / "work", identity={})
     rows = slice(0, 3)
-    asked = data.latents[rows], torch.tensor([900, 500, 20]), loss.taken(data.conditions, rows)
+    asked = data.latents[rows], torch.tensor([900, 500, 20]), select(data.conditions, rows)
     with torch.no_grad():
         torch.testing.assert_close(denoiser.frozen()(*asked), original(*asked))
         assert (denoiser(*asked) - original(*asked)).abs().max() > 1e-3
@@ -322,5 +323,5 @@ def test_an_adapter_begins_as_nothing_and_is_a_function_of_its_seed(tmp_path):
 
 def test_a_network_that_stock_diffusers_loads_no_adapter_into_is_refused(tmp_path):
     pipe = tiny.pipeline("pixart_alpha", tmp_path)
-    with pytest.raises(UnsupportedError, match=r"PixArtTransformer2DModel takes no lora.*adapter: null"):
+    with pytest.raises(UnsupportedError, match=r"PixArtTransformer2DModel takes no adapter.*adapter: null"):
         lora.add(pipe.transformer, 4, seed=0)

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from sage import diffusion
 from sage.errors import DataError, UnsupportedError
 from sage.randomness import stratified_uniform
-from sage.sampling import base, loop
+from sage.sampling import base
+from sage.sampling.conditions import merge
 from sage.training.batches import Batches, endless
 from sage.training.denoiser import Denoiser
 from sage.training.finetuning import TrainingSet, finetuning_loss, sampling_cost
@@ -238,7 +239,7 @@ def test_the_shared_phase_lies_above_the_branch_time_under_the_groups_condition(
     assert t.min() > 599 and t.max() <= 999 and t.min() < 620 and t.max() > 980
     for row, found in zip(batches.rows(0)["shared"].tolist(), condition, strict=True):
         members = next(group for group in GROUPS if row in group)
-        merged = loop.merge({"text": data().conditions["states"][list(members)][:, None]})["text"][0, 0]
+        merged = merge({"text": data().conditions["states"][list(members)][:, None]})["text"][0, 0]
         torch.testing.assert_close(found, merged)  # what the sampler gives the block
 
 
@@ -309,7 +310,7 @@ def test_sampled_branches_start_where_the_sampler_arrives(asked):
         assert abs(own.std() - 1) < 0.05 and abs(own.mean()) < 0.05
         assert abs(torch.corrcoef(own.flatten(1)).fill_diagonal_(0)).max() < 0.3  # no two share their noise
         members = [list(dict.fromkeys(order))[i] for i in range(len(x_0))]
-        c_bar = [loop.merge({"t": data().conditions["states"][list(m)][:, None]})["t"][0, 0] for m in members]
+        c_bar = [merge({"t": data().conditions["states"][list(m)][:, None]})["t"][0, 0] for m in members]
         torch.testing.assert_close(rollout[-1][2], torch.stack(c_bar))
     assert shared <= {2, 3, 4} and len(shared) > 1
 

@@ -115,7 +115,7 @@ def test_arms_and_seeds_differ_as_they_should(project, made):
 def test_an_independent_picture_is_the_stock_pipelines(project, made):
     from diffusers import StableDiffusionPipeline
 
-    from sage.sampling.stream import prompt_seed
+    from sage.sampling.seeds import prompt_seed
 
     stock = StableDiffusionPipeline.from_pretrained(project / "base")
     stock.set_progress_bar_config(disable=True)

@@ -11,8 +11,8 @@ import yaml
 from flows.stages.group import main
 from sage.data.dataset import SPLITS
 from sage.errors import ConfigurationError
-from sage.evaluation.damage import FILE, Damage, Point, kept_form
 from sage.files import write_json
+from sage.grouping.cost import FILE, Damage, Point, kept_form
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [

@@ -6,7 +6,9 @@ from diffusers import DDIMScheduler
 from torch.nn import functional as F
 
 from sage import diffusion
+from sage.diffusion import NoiseSchedule
 from sage.sampling import base
+from sage.sampling.loop import rollout
 from sage.training import loss
 
 KINDS = ("epsilon", "v_prediction", "sample")
@@ -25,8 +27,8 @@ def scheduler_of(kind):
     return DDIMScheduler.from_config(base.new_scheduler().config, prediction_type=kind, clip_sample=False)
 
 
-def process_of(kind):
-    return loss.Process(kind, *diffusion.noise_levels(scheduler_of(kind)))
+def schedule_of(kind):
+    return NoiseSchedule(kind, *diffusion.noise_levels(scheduler_of(kind)))
 
 
 @pytest.fixture
@@ -42,14 +44,14 @@ def group():
 
 def test_posterior_is_the_mean_at_pure_noise_and_the_member_without_noise(group):
     z, present = group
-    process = process_of("v_prediction")
-    mean = loss.member_weights("mean", z[:, 0], z, present, *process.at(torch.tensor([500] * 4)))
+    schedule = schedule_of("v_prediction")
+    mean = loss.member_weights("mean", z[:, 0], z, present, *schedule.at(torch.tensor([500] * 4)))
     assert mean[3].tolist() == [0.5, 0.5, 0] and mean[0].tolist() == pytest.approx([1 / 3] * 3)
 
-    alpha, sigma = process.at(torch.full((4,), 999))
+    alpha, sigma = schedule.at(torch.full((4,), 999))
     torch.testing.assert_close(loss.member_weights("posterior", randn(4, *SHAPE), z, present, alpha, sigma), mean)
 
-    alpha, sigma = process.at(torch.full((4,), 0))
+    alpha, sigma = schedule.at(torch.full((4,), 0))
     x_t = diffusion.add_noise(z[:, 1], randn(4, *SHAPE), alpha, sigma)
     weights = loss.member_weights("posterior", x_t, z, present, alpha, sigma)
     assert weights[:, 1].tolist() == [1, 1, 1, 1]
@@ -57,9 +59,9 @@ def test_posterior_is_the_mean_at_pure_noise_and_the_member_without_noise(group)
 
 def test_posterior_is_bayes_rule(group):
     z, present = group
-    process = process_of("v_prediction")
+    schedule = schedule_of("v_prediction")
     t = torch.tensor([300, 600, 900, 800])
-    alpha, sigma = process.at(t)
+    alpha, sigma = schedule.at(t)
     x_t = diffusion.add_noise(z[:, 0], randn(4, *SHAPE, seed=1), alpha, sigma)
     weights = loss.member_weights("posterior", x_t, z, present, alpha, sigma)
     for i in range(4):
@@ -75,36 +77,36 @@ def test_posterior_is_bayes_rule(group):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_finite_from_no_noise_to_no_signal(kind):
-    process = process_of(kind)
+    schedule = schedule_of(kind)
     t = torch.tensor([0, 1, 500, 998, 999])
     x_t, x_0 = randn(5, *SHAPE), randn(5, *SHAPE, seed=1)
-    answer = process.answer(x_t, x_0, t)
-    assert answer.isfinite().all()
-    # But for eps at pure noise, where it says nothing, the answer means the x_0 asked for.
+    target = schedule.target(x_t, x_0, t)
+    assert target.isfinite().all()
+    # But for eps at pure noise, where it says nothing, the target means the x_0 asked for.
     some = slice(0, 3) if kind == "epsilon" else slice(None)
-    found = diffusion.predicted_sample(kind, answer, x_t, *process.at(t))
+    found = diffusion.predicted_sample(kind, target, x_t, *schedule.at(t))
     torch.testing.assert_close(found[some], x_0[some], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("soft", ["mean", "posterior"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_shared_phase_of_one_member_is_plain_diffusion(kind, soft):
-    process, t = process_of(kind), torch.tensor([0, 400, 999])
+    schedule, t = schedule_of(kind), torch.tensor([0, 400, 999])
     z, c, eps = randn(3, *SHAPE), text(3), randn(3, *SHAPE, seed=1)
-    alone = loss.shared_query(process, soft, z, z[:, None], torch.ones(3, 1, dtype=torch.bool), c, t, eps)
-    plain = loss.diffusion_query(process, z, c, t, eps)
+    alone = loss.shared_query(schedule, soft, z, z[:, None], torch.ones(3, 1, dtype=torch.bool), c, t, eps)
+    plain = loss.diffusion_query(schedule, z, c, t, eps)
     assert torch.equal(alone.x_t, plain.x_t) and torch.equal(alone.condition["states"], plain.condition["states"])
-    torch.testing.assert_close(alone.answer, plain.answer, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(alone.target, plain.target, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("soft", ["mean", "posterior"])
 def test_shared_phase_answers_with_the_soft_target(soft, group):
     z, present = group
-    process, t = process_of("sample"), torch.tensor([500, 700, 900, 800])
-    query = loss.shared_query(process, soft, z[:, 0], z, present, text(4), t, randn(4, *SHAPE, seed=1))
-    weights = loss.member_weights(soft, query.x_t, z, present, *process.at(t))
+    schedule, t = schedule_of("sample"), torch.tensor([500, 700, 900, 800])
+    query = loss.shared_query(schedule, soft, z[:, 0], z, present, text(4), t, randn(4, *SHAPE, seed=1))
+    weights = loss.member_weights(soft, query.x_t, z, present, *schedule.at(t))
     expected = torch.stack([sum(weights[i, n] * z[i, n] for n in range(3)) for i in range(4)])
-    torch.testing.assert_close(query.answer, expected)
+    torch.testing.assert_close(query.target, expected)
 
 
 @pytest.mark.parametrize("steps", [2, 5, 8, 20, 50])
@@ -112,73 +114,76 @@ def test_branch_time_is_where_the_sampler_stands(steps):
     scheduler = base.new_scheduler()
     scheduler.set_timesteps(steps)
     ratios = torch.arange(steps) / steps
-    assert loss.branch_time(ratios, 1000).tolist() == scheduler.timesteps.tolist()
+    assert (
+        NoiseSchedule("sample", torch.ones(1000), torch.ones(1000)).timestep_after(ratios).tolist()
+        == scheduler.timesteps.tolist()
+    )
 
 
 def test_branch_time_ends_at_the_first_and_last_timestep():
-    assert loss.branch_time(torch.tensor([0, 0.4, 0.9999]), 1000).tolist() == [999, 599, 0]
+    assert schedule_of("sample").timestep_after(torch.tensor([0, 0.4, 0.9999])).tolist() == [999, 599, 0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [1, 3, 7])
 def test_deterministic_sampler_walks_the_bridge_and_reaches_the_member(kind, share):
-    process, scheduler = process_of(kind), scheduler_of(kind)
+    schedule, scheduler = schedule_of(kind), scheduler_of(kind)
     scheduler.set_timesteps(8)
     z, c, x = randn(3, *SHAPE), text(3), randn(3, *SHAPE, seed=1)
     x_star, t_star = x, scheduler.timesteps[share].repeat(3)
     for t in scheduler.timesteps[share:]:
-        query = loss.branch_query(process, z, c, t.repeat(3), x_star, t_star)
+        query = loss.branch_query(schedule, z, c, t.repeat(3), x_star, t_star)
         torch.testing.assert_close(query.x_t, x, rtol=1e-4, atol=1e-4)
-        x = scheduler.step(query.answer, t, x).prev_sample
+        x = scheduler.step(query.target, t, x).prev_sample
     torch.testing.assert_close(x, z, rtol=1e-3, atol=1e-3)
 
 
 def test_bridge_from_pure_noise_is_plain_diffusion():
-    process = process_of("v_prediction")
+    schedule = schedule_of("v_prediction")
     z, c, eps, t = randn(3, *SHAPE), text(3), randn(3, *SHAPE, seed=1), torch.tensor([0, 500, 999])
-    bridge = loss.branch_query(process, z, c, t, eps, torch.full((3,), 999))
-    plain = loss.diffusion_query(process, z, c, t, eps)
-    assert torch.equal(bridge.x_t, plain.x_t) and torch.equal(bridge.answer, plain.answer)
+    bridge = loss.branch_query(schedule, z, c, t, eps, torch.full((3,), 999))
+    plain = loss.diffusion_query(schedule, z, c, t, eps)
+    assert torch.equal(bridge.x_t, plain.x_t) and torch.equal(bridge.target, plain.target)
 
 
 def test_mean_target_leads_the_sampler_to_the_branch_start(group):
     z, present = group
-    process, scheduler = process_of("v_prediction"), scheduler_of("v_prediction")
+    schedule, scheduler = schedule_of("v_prediction"), scheduler_of("v_prediction")
     scheduler.set_timesteps(8)
     mean = torch.stack([z[i, present[i]].mean(0) for i in range(4)])
     eps = x = randn(4, *SHAPE, seed=1)
     for t in scheduler.timesteps[:3]:
-        x = scheduler.step(process.answer(x, mean, t.repeat(4)), t, x).prev_sample
-    start = loss.mixture_start(process, "mean", z[:, 0], z, present, scheduler.timesteps[3].repeat(4), eps)
+        x = scheduler.step(schedule.target(x, mean, t.repeat(4)), t, x).prev_sample
+    start = loss.mixture_start(schedule, "mean", z[:, 0], z, present, scheduler.timesteps[3].repeat(4), eps)
     torch.testing.assert_close(start, x, rtol=1e-4, atol=1e-4)
 
 
 def test_posterior_target_leads_the_sampler_to_noised_members():
-    process, scheduler = process_of("v_prediction"), scheduler_of("v_prediction")
+    schedule, scheduler = schedule_of("v_prediction"), scheduler_of("v_prediction")
     scheduler.set_timesteps(200)
     n = 4000
     z, present = torch.tensor([-2.0, 1.0, 1.5]).expand(n, 3)[..., None], torch.ones(n, 3, dtype=torch.bool)
     eps = x = randn(n, 1)
     for t in scheduler.timesteps[:120]:
-        weights = loss.member_weights("posterior", x, z, present, *process.at(t.repeat(n)))
-        x = scheduler.step(process.answer(x, (weights[..., None] * z).sum(1), t.repeat(n)), t, x).prev_sample
+        weights = loss.member_weights("posterior", x, z, present, *schedule.at(t.repeat(n)))
+        x = scheduler.step(schedule.target(x, (weights[..., None] * z).sum(1), t.repeat(n)), t, x).prev_sample
     member = torch.randint(3, (n,), generator=torch.Generator().manual_seed(2))
     t_star = scheduler.timesteps[120].repeat(n)
     z_m = z[torch.arange(n), member]
-    start = loss.mixture_start(process, "posterior", z_m, z, present, t_star, randn(n, 1, seed=3))
+    start = loss.mixture_start(schedule, "posterior", z_m, z, present, t_star, randn(n, 1, seed=3))
     shares = torch.linspace(0.05, 0.95, 19)
     torch.testing.assert_close(x.flatten().quantile(shares), start.flatten().quantile(shares), rtol=0, atol=0.15)
     # The mean's branch start, one bump between the members, is another distribution.
-    mean = loss.mixture_start(process, "mean", z[:, 0], z, present, t_star, eps)
+    mean = loss.mixture_start(schedule, "mean", z[:, 0], z, present, t_star, eps)
     assert (x.flatten().quantile(shares) - mean.flatten().quantile(shares)).abs().max() > 0.4
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("steps", [1, 3])
-def test_the_shared_prediction_is_the_samplers(kind, steps):
+def test_a_rollout_is_the_samplers(kind, steps):
     # At zero SNR, noise tells nothing of x_0.
     scheduler = DDIMScheduler.from_config(scheduler_of(kind).config, rescale_betas_zero_snr=kind != "epsilon")
-    process = loss.Process(kind, *diffusion.noise_levels(scheduler))
+    schedule = NoiseSchedule(kind, *diffusion.noise_levels(scheduler))
     scheduler.set_timesteps(8)
     x = eps = randn(4, *SHAPE)
 
@@ -188,13 +193,13 @@ def test_the_shared_prediction_is_the_samplers(kind, steps):
     for t in scheduler.timesteps[:steps]:
         stepped = scheduler.step(network(x, t.repeat(4), text(4)), t, x)
         x, x_0 = stepped.prev_sample, stepped.pred_original_sample
-    found = loss.shared_prediction(process, network, text(4), eps, steps, 8)
+    found = rollout(schedule, network, text(4), eps, steps, 8)
     torch.testing.assert_close(found, x_0, rtol=1e-3, atol=1e-3)
 
 
-def test_a_shared_prediction_needs_a_step():
+def test_a_rollout_needs_a_step():
     with pytest.raises(ValueError, match="0 shared steps predict nothing"):
-        loss.shared_prediction(process_of("sample"), lambda x, t, c: x, text(4), randn(4, *SHAPE), 0, 8)
+        rollout(schedule_of("sample"), lambda x, t, c: x, text(4), randn(4, *SHAPE), 0, 8)
 
 
 class Counted(torch.nn.Module):
@@ -214,9 +219,9 @@ class Counted(torch.nn.Module):
 
 @pytest.fixture
 def queries():
-    process = process_of("v_prediction")
+    schedule = schedule_of("v_prediction")
     return {
-        name: loss.diffusion_query(process, randn(n, *SHAPE), text(n), torch.arange(n) * 90, randn(n, *SHAPE, seed=n))
+        name: loss.diffusion_query(schedule, randn(n, *SHAPE), text(n), torch.arange(n) * 90, randn(n, *SHAPE, seed=n))
         for n, name in ((4, "diffusion"), (3, "shared"), (2, "branch"))
     }
 
@@ -232,7 +237,7 @@ def test_terms_are_unreduced_squared_errors_of_one_evaluation(queries):
     }
     for name, query in queries.items():
         output = network(query.x_t, query.t, query.condition)
-        expected = torch.stack([F.mse_loss(output[i], query.answer[i]) for i in range(len(output))])
+        expected = torch.stack([F.mse_loss(output[i], query.target[i]) for i in range(len(output))])
         torch.testing.assert_close(values[name], expected)
 
 

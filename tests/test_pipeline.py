@@ -27,7 +27,7 @@ from sage.sampling import base
 from sage.sampling.families import stable_diffusion
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Block, Plan
-from sage.sampling.stream import prompt_seed
+from sage.sampling.seeds import prompt_seed
 
 TOLERANCE = {"rtol": 0, "atol": 2e-3}
 CALL = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from sage.errors import PlanError
 from sage.grouping import groups as grouping
-from sage.sampling.plan import Block, Cluster, Plan, clusters, plan_for_budget, shared_steps
+from sage.sampling.budget import Cluster, clusters, nested_plan, plan_for_budget
+from sage.sampling.plan import Block, Plan, shared_steps
 
 
 def nfe_by_definition(plan: Plan, guidance: bool) -> int:
@@ -112,11 +113,11 @@ def test_a_hundred_thousand_prompts_over_a_thousand_steps_cost_little():
 
 def test_a_tree_shares_longer_where_prompts_are_closer():
     nested = clusters(4, [(0, 1, 0.9), (2, 3, 0.8), (4, 5, 0.5)])
-    plan = Plan.nested(nested, 10, lambda similarity: similarity - 0.3)
+    plan = nested_plan(nested, 10, lambda similarity: similarity - 0.3)
     assert plan == Plan(10, (Block(2, (Block(6, (0, 1)), Block(5, (2, 3)))),))
     # An outer cluster that shares as long as the inner one is one block with it.
-    assert Plan.nested(nested, 10, lambda similarity: 0.5) == Plan(10, (Block(5, (0, 1, 2, 3)),))
-    assert Plan.nested(nested, 10, lambda similarity: 0.0) == Plan.independent(4, 10)
+    assert nested_plan(nested, 10, lambda similarity: 0.5) == Plan(10, (Block(5, (0, 1, 2, 3)),))
+    assert nested_plan(nested, 10, lambda similarity: 0.0) == Plan.independent(4, 10)
 
 
 def test_a_budget_is_met_at_the_highest_threshold_that_meets_it():

@@ -15,7 +15,7 @@ from flows.prompts import generate as prompts
 from sage.errors import ConfigurationError, DataError
 from sage.files import sha256, sha256_tree
 from sage.sampling.pipeline import SharedSamplingPipeline
-from sage.sampling.stream import image_seeds
+from sage.sampling.seeds import image_seeds
 
 TEXTS = ["red cat", "tall tree", "red dog", "tall trees", "red cat", "blue house", "a big red cat"]
 

@@ -21,6 +21,8 @@ from diffusers import (
 
 from sage.errors import ConfigurationError, PlanError, UnsupportedError
 from sage.sampling import loop
+from sage.sampling.branch_noise import rotated
+from sage.sampling.conditions import merge
 from sage.sampling.plan import Block, Plan
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -138,7 +140,8 @@ def test_equal_prompts_of_other_seeds_start_as_their_leader():
     scheduler.set_timesteps(6)
     shared = run(scheduler, Plan(6, (Block(3, (0, 1)),)), [9, 7], [4, 4])
     alone = run(scheduler, Plan.independent(1, 6), [7], [4])
-    torch.testing.assert_close(shared, alone.expand(2, *SHAPE), rtol=0, atol=2e-6)
+    # Batches of one and two round differently: a few units in the last place of float32.
+    torch.testing.assert_close(shared, alone.expand(2, *SHAPE), rtol=1e-6, atol=2e-6)
 
 
 TREE = ((0, 1, 2), (3, 4), 5)
@@ -216,17 +219,17 @@ def test_a_shared_block_sees_the_mean_of_its_members():
 def test_merging_equal_members_is_exact_and_padding_does_not_count():
     rows = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0)).half()
     for n in (2, 3, 7):
-        assert torch.equal(loop.merge({"states": rows.expand(n, 2, 5, 8)})["states"], rows)
+        assert torch.equal(merge({"states": rows.expand(n, 2, 5, 8)})["states"], rows)
     states = torch.tensor([[[[1.0], [2.0], [9.0]]], [[[3.0], [9.0], [9.0]]]])
     mask = torch.tensor([[[1, 1, 0]], [[1, 0, 0]]])
-    merged = loop.merge({"states": states, "mask": mask})
+    merged = merge({"states": states, "mask": mask})
     assert merged["mask"].tolist() == [[[1, 1, 0]]]
     assert merged["states"][0, 0, :2, 0].tolist() == [2.0, 2.0]
 
 
 def test_the_medoid_is_a_member():
     rows = torch.tensor([[[0.0]], [[1.0]], [[5.0]]])
-    assert loop.merge({"states": rows}, medoid=True)["states"].item() == 1.0
+    assert merge({"states": rows}, medoid=True)["states"].item() == 1.0
     scheduler = SCHEDULERS["ddim"]()
     scheduler.set_timesteps(4)
     plan = Plan(4, (Block(2, (0, 1, 2)),))
@@ -259,7 +262,7 @@ def test_branch_noise_keeps_the_variance_of_noise():
     alpha = scheduler.alphas_cumprod[scheduler.timesteps[8]].sqrt()
     sigma = (1 - alpha**2).sqrt()
     x_0, eps, xi = torch.randn(3, 20_000, generator=torch.Generator().manual_seed(0))
-    turned = loop._turned(scheduler, 8, alpha * x_0 + sigma * eps, x_0, xi, 0.6)
+    turned = rotated(scheduler, 8, alpha * x_0 + sigma * eps, x_0, xi, 0.6)
     noise = (turned - alpha * x_0) / sigma
     assert noise.std() == pytest.approx(1, abs=0.02)
     assert (noise * eps).mean() == pytest.approx(0.8, abs=0.02)

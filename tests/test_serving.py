@@ -27,7 +27,7 @@ from flows.prompts import generate
 from flows.tracking import content, promotion, registry, runs
 from sage.errors import RegistryError
 from sage.sampling import base
-from sage.sampling.stream import image_seeds
+from sage.sampling.seeds import image_seeds
 
 pytestmark = pytest.mark.slow
 

@@ -20,13 +20,15 @@ from flows.terminal import progress, run
 from sage.config import load_params
 from sage.data.dataset import Example, read_split
 from sage.errors import DataError
-from sage.evaluation.damage import FILE, Damage, by_similarity, distances, kept_form, model_digest
+from sage.evaluation.damage import by_similarity, distances
 from sage.evaluation.extractors import EfficientNetLite0
 from sage.files import digest, new_file, sha256_tree, write_json
+from sage.grouping.cost import FILE, Damage, kept_form, model_digest
 from sage.grouping.embedding import embed
 from sage.grouping.groups import Groups, group, worst_similarity
-from sage.sampling.pipeline import SharedSamplingPipeline, prompt_seed
+from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
+from sage.sampling.seeds import prompt_seed
 
 SPLIT = "validation"
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8)

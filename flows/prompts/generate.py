@@ -38,7 +38,7 @@ from sage.files import digest, new_file, sha256, sha256_tree, write_json, write_
 from sage.grouping.embedding import embed
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
-from sage.sampling.stream import image_seeds
+from sage.sampling.seeds import image_seeds
 
 KEY = "sage"  # of the metadata in a picture
 TILE, TILES, COLUMNS = 128, 240, 12

@@ -25,7 +25,8 @@ from sage.data.dataset import Example, captions_of, check_sums, load_pixels, rea
 from sage.errors import DataError
 from sage.files import digest, new_folder, sha256, sha256_tree, write_json
 from sage.sampling import base as base_model
-from sage.sampling.pipeline import SharedSamplingPipeline, prompt_seed
+from sage.sampling.pipeline import SharedSamplingPipeline
+from sage.sampling.seeds import prompt_seed
 from sage.training import lora
 from sage.training.batches import Batches
 from sage.training.denoiser import Denoiser

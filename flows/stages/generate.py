@@ -32,7 +32,7 @@ from sage.errors import PlanError
 from sage.files import new_folder, sha256, sha256_tree, write_json
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
-from sage.sampling.stream import prompt_seed
+from sage.sampling.seeds import prompt_seed
 
 GRID_COLUMNS = 12
 

@@ -12,8 +12,8 @@ from flows.terminal import progress, run
 from flows.tracking.runs import stage_run
 from sage.config import Group, load_params
 from sage.data.dataset import SPLITS, read_split
-from sage.evaluation.damage import read_damage
 from sage.files import new_folder, sha256_tree, write_json
+from sage.grouping.cost import read_damage
 from sage.grouping.embedding import embed
 from sage.grouping.groups import Groups, group, tree, usable, worst_similarity
 from sage.grouping.guard import guard

@@ -29,7 +29,7 @@ from sage.files import sha256_tree
 from sage.grouping.embedding import embed
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
-from sage.sampling.stream import image_seeds
+from sage.sampling.seeds import image_seeds
 
 _LARGEST_SEED = 2**63 - 1
 

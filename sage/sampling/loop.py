@@ -1,23 +1,15 @@
 """The one denoising loop: it follows a plan, whatever the network, the scheduler and the plan.
 
 A *pack* is up to `batch_size` blocks of the plan that are at the same step: one network call evaluates them together.
-A pack runs until its first block branches; what comes out is packed again and goes on depth first, so finished images
-leave early, and memory is that of a few packs, however many prompts there are.
+A pack runs until its first block branches; what comes out is packed again, depth first, so finished images leave early
+and memory is that of a few packs, however many prompts there are.
 
-Where the draws come from, so that an image depends on its own prompt, seed and group and on nothing else:
+Where random numbers come from, so that an image depends on its own prompt, seed and group and on nothing else:
 
-- A block is led by its member of lowest `rank`. It starts from that member's noise and draws from its generator.
-- At a branch, a child led by the same member, or by one of the same seed, goes on in that stream; any other
-  child begins its own, of which nothing was used. So a prompt alone, and equal prompts of equal seed, are exactly the
-  independent image, also with schedulers that draw.
-
-Branch noise s, off at 0, makes children differ more: with x_0 what the block predicts at its branch, and
-x = alpha x_0 + sigma eps, each child goes on from eps' = sqrt(1 - s^2) eps + s xi, its own draw xi: as much noise as
-before, turned by arcsin(s).
-
-A child then predicts an x_0 of its own, x_0', and to its first step alpha (x_0 - x_0') looks like noise, which it would
-carry on. But how much of the noise was drawn is known, its share s^2 of the variance, so that step is made from
-x + s^2 alpha (x_0' - x_0): at s = 1 from x_0' under the very noise that was drawn. It costs no evaluation.
+- A block's leader is its member of lowest `rank`: the block starts from its noise and draws from its generator.
+- At a branch, the child that contains the block's leader (or a member with the same seed) continues the leader's random
+  stream; every other child starts its own. So a prompt alone, and equal prompts of equal seed, get exactly their
+  independent image, also with schedulers that draw noise.
 """
 
 import copy
@@ -31,11 +23,11 @@ import torch
 from torch import Generator, Tensor
 
 from sage import diffusion
-from sage.errors import ConfigurationError, PlanError, UnsupportedError
+from sage.diffusion import NoiseSchedule
+from sage.errors import PlanError, UnsupportedError
+from sage.sampling.branch_noise import check_branch_noise, predicted_x_0, recentred, rotated
+from sage.sampling.conditions import Condition, block_conditions
 from sage.sampling.plan import Block, Node, Plan, leaves_of
-
-# A network's conditions by name, each of shape (rows, g, ...): g = 2, without and with text, under guidance, else 1.
-Condition = dict[str, Tensor]
 
 # The schedulers that can be followed, and where each keeps what it remembers of every image in the batch.
 HISTORY: dict[str, tuple[str, ...]] = {
@@ -52,29 +44,14 @@ HISTORY: dict[str, tuple[str, ...]] = {
     "FlowMatchEulerDiscreteScheduler": (),
 }
 
-# Those that remember no noise, or only predicted pictures, which branch noise leaves as they are.
-TURNABLE = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "DPMSolverMultistepScheduler",
-    "FlowMatchEulerDiscreteScheduler",
-)
-
 
 def check_scheduler(scheduler: Any, branch_noise: float = 0.0) -> None:
     """Raise UnsupportedError, naming what is supported, for a scheduler that cannot be branched like this.
 
     Raises ConfigurationError for branch noise outside [0, 1].
     """
+    check_branch_noise(scheduler, branch_noise)
     name = type(scheduler).__name__
-    if not 0 <= branch_noise <= 1:
-        raise ConfigurationError(f"branch_noise {branch_noise} is outside [0, 1]; 0 adds none, 1 replaces all noise")
-    if branch_noise and (name not in TURNABLE or "++" not in scheduler.config.get("algorithm_type", "++")):
-        raise UnsupportedError(f"branch noise needs one of {', '.join(TURNABLE)} (dpmsolver++), not {name}; or give 0")
-    if branch_noise:
-        diffusion.prediction_type(scheduler)  # what a block predicts is read from its output
     if name not in HISTORY or scheduler.config.get("solver_p") is not None:
         raise UnsupportedError(
             f"{name}{' with solver_p' if name in HISTORY else ''} cannot be shared; use one of "
@@ -148,7 +125,8 @@ def sample(
     waiting = [_Waiting([roots[i] for i in rows]) for rows in reversed(_packs(len(roots), batch_size))]
     while waiting:
         pack = _start(waiting.pop(), scheduler, noise, generator, rank, branch_noise)
-        condition = _condition(pack.nodes, encode, rank, batch_size, medoid)
+        blocks = [list(leaves_of((node,))) for node in pack.nodes]
+        condition = block_conditions(blocks, encode, rank, batch_size, medoid)
         kwargs = dict(step_kwargs or {}) | ({"generator": pack.generators} if takes_generator else {})
         end = min(node.until if isinstance(node, Block) else plan.steps for node in pack.nodes)
 
@@ -159,9 +137,10 @@ def sample(
             x = pack.scheduler.scale_model_input(pack.latents, t) if scales else pack.latents
             output = predict(x, t, condition)
             if branch_noise and step == end - 1 < plan.steps - 1:
-                pack.clean = _predicted(pack.scheduler, step, pack.latents, output)
+                pack.clean = predicted_x_0(pack.scheduler, step, pack.latents, output)
             if pack.inherited is not None:
-                pack.latents, output = _recentred(pack, output, branch_noise)
+                (rows, x_0), pack.inherited = pack.inherited, None
+                pack.latents, output = recentred(pack.scheduler, step, pack.latents, output, rows, x_0, branch_noise)
             stepped = pack.scheduler.step(output, t, pack.latents, **kwargs, return_dict=False)
             pack.latents = on_step(step, t, stepped[0])
         pack.step = end
@@ -223,61 +202,10 @@ def _start(
         clean = parent.clean.index_select(0, rows[noisy])
         for i, x_0 in zip(noisy, clean, strict=True):
             xi = torch.randn(latents.shape[1:], generator=generators[i], device=generators[i].device).to(latents)
-            latents[i] = _turned(parent.scheduler, parent.step, latents[i], x_0, xi, branch_noise)
+            latents[i] = rotated(parent.scheduler, parent.step, latents[i], x_0, xi, branch_noise)
         inherited = noisy, clean
     child = branched(parent.scheduler, rows)
     return _Pack(task.nodes, leaders, parent.step, latents, child, generators, inherited=inherited)
-
-
-def _turned(scheduler: Any, step: int, x: Tensor, x_0: Tensor, xi: Tensor, s: float) -> Tensor:
-    """Return latents with their noise turned towards xi, as they enter a step."""
-    alpha, sigma = (float(level) for level in _levels(scheduler, step))
-    eps = (x - alpha * x_0) / sigma
-    turned: Tensor = alpha * x_0 + sigma * ((1 - s**2) ** 0.5 * eps + s * xi)
-    return turned.to(x.dtype)
-
-
-def _recentred(pack: _Pack, output: Tensor, s: float) -> tuple[Tensor, Tensor]:
-    """Return a pack's latents around what its children predict, and the outputs that predict the same from there."""
-    assert pack.inherited is not None
-    (rows, inherited), pack.inherited = pack.inherited, None
-    latents, output = pack.latents.clone(), output.clone()
-    x_0 = _predicted(pack.scheduler, pack.step, latents[rows], output[rows])
-    alpha = float(_levels(pack.scheduler, pack.step)[0])
-    latents[rows] += (s**2 * alpha * (x_0 - inherited)).to(latents.dtype)
-    kind, level, x_t = _normal(pack.scheduler, pack.step, latents[rows])
-    eps = diffusion.implied_noise(x_t, x_0, *level)
-    output[rows] = diffusion.target(kind, x_0, eps, *level).to(output.dtype)
-    return latents, output
-
-
-def _predicted(scheduler: Any, step: int, x: Tensor, output: Tensor) -> Tensor:
-    """Return the x_0 that an output means for the latents that enter a step."""
-    kind, level, x_t = _normal(scheduler, step, x)
-    return diffusion.predicted_sample(kind, output.float(), x_t, *level)
-
-
-def _normal(scheduler: Any, step: int, x: Tensor) -> tuple[diffusion.PredictionType, tuple[Tensor, Tensor], Tensor]:
-    """Return what the network predicts, the levels that enter a step, and latents, all as `sage.diffusion` has them.
-
-    Euler schedulers divide them by alpha.
-    """
-    kind = diffusion.prediction_type(scheduler)
-    alpha, sigma = (torch.as_tensor(level, dtype=torch.float32) for level in _levels(scheduler, step))
-    norm = torch.ones(()) if kind == "flow_prediction" else torch.hypot(alpha, sigma)
-    return kind, (alpha / norm, sigma / norm), x.float() / norm.to(x.device)
-
-
-def _levels(scheduler: Any, step: int) -> tuple[Any, Any]:
-    """Return alpha and sigma, the levels of signal and noise of the latents that enter a step."""
-    name = type(scheduler).__name__
-    if name in ("DDIMScheduler", "DDPMScheduler"):
-        signal = scheduler.alphas_cumprod[int(scheduler.timesteps[step])]
-        return signal.sqrt(), (1 - signal).sqrt()
-    sigma = scheduler.sigmas[step]
-    if name == "FlowMatchEulerDiscreteScheduler":
-        return 1 - sigma, sigma
-    return scheduler._sigma_to_alpha_sigma_t(sigma) if name == "DPMSolverMultistepScheduler" else (1.0, sigma)
 
 
 def branched(scheduler: Any, rows: Tensor | None) -> Any:
@@ -295,59 +223,27 @@ def branched(scheduler: Any, rows: Tensor | None) -> Any:
     return child
 
 
-def _condition(
-    nodes: list[Node],
-    encode: Callable[[list[int]], Condition],
-    rank: Callable[[int], Any],
-    batch_size: int,
-    medoid: bool,
-) -> Condition:
-    """Return the blocks' conditions for the network: a prompt's as it is, a block's merged from its members'."""
-    if all(isinstance(node, int) for node in nodes):
-        return _joined(encode([node for node in nodes if isinstance(node, int)]))
-    # In order of rank, so that not even rounding depends on the order of the prompts.
-    members = [sorted(leaves_of((node,)), key=rank) for node in nodes]
-    merged: list[Condition] = []
-    while len(merged) < len(nodes):
-        # Encode whole blocks together, about a batch of prompts at a time.
-        some = [members[len(merged)]]
-        while len(merged) + len(some) < len(nodes) and sum(map(len, some)) < batch_size:
-            some.append(members[len(merged) + len(some)])
-        rows = encode([member for block in some for member in block])
-        sizes = [len(block) for block in some]
-        parts = {name: torch.split(values, sizes) for name, values in rows.items()}
-        merged += [merge({name: parts[name][i] for name in parts}, medoid) for i in range(len(some))]
-    return _joined({name: torch.cat([block[name] for block in merged]) for name in merged[0]})
+@torch.no_grad()
+def rollout(
+    schedule: NoiseSchedule,
+    network: Callable[[Tensor, Tensor, Condition], Tensor],
+    condition: Condition,
+    eps: Tensor,
+    steps: int,
+    total_steps: int,
+) -> Tensor:
+    """Return the x_0 that a network predicts at the last of the first `steps` of `total_steps` sampler steps.
 
-
-def _joined(condition: Condition) -> Condition:
-    """Return conditions as the network takes them, (g * rows, ...): all without their text, then all with it."""
-    return {name: rows.transpose(0, 1).flatten(0, 1) for name, rows in condition.items()}
-
-
-def merge(members: Condition, medoid: bool = False) -> Condition:
-    """Return one condition, (1, g, ...), for several members, (n, g, ...): their mean, or the member nearest to it.
-
-    Equal members give exactly their own condition. With a "mask", a token's state is the mean over the members that
-    have this token, and the merged mask has it if any has.
+    The clear version of the loop above for one block a row, which training runs on its own network: deterministic
+    (DDIM, Song et al., 2021), without guidance, with trailing spacing, from noise eps (n, ...). Costs `steps`
+    evaluations an item. Raises ValueError below one step.
     """
-    mask = members.get("mask")
-    mean = {}
-    for name, rows in members.items():
-        if name == "mask":
-            mean[name] = rows.amax(0, keepdim=True)
-            continue
-        # Around the first, not around zero: equal members differ by nothing, and nothing is rounded.
-        first = rows[:1]
-        difference = rows.float() - first.float()
-        if mask is None or rows.ndim == mask.ndim:
-            shift = difference.mean(0, keepdim=True)
-        else:
-            weight = mask.to(difference).reshape(*mask.shape, *[1] * (rows.ndim - mask.ndim))
-            shift = (weight * difference).sum(0, keepdim=True) / weight.sum(0, keepdim=True).clamp(min=1)
-        mean[name] = (first.float() + shift).to(rows.dtype)
-    if not medoid:
-        return mean
-    distance = sum((rows.float() - mean[name].float()).flatten(1).square().sum(1) for name, rows in members.items())
-    nearest = int(torch.as_tensor(distance).argmin())
-    return {name: rows[nearest : nearest + 1] for name, rows in members.items()}
+    if steps < 1:
+        raise ValueError(f"{steps} shared steps predict nothing; give at least 1")
+    x_t = x_0 = eps
+    for step in range(steps):
+        t, after = (schedule.timestep_after(torch.full((len(eps),), k / total_steps)) for k in (step, step + 1))
+        level = schedule.at(t)
+        x_0 = diffusion.predicted_sample(schedule.kind, network(x_t, t, condition).to(x_t), x_t, *level)
+        x_t = diffusion.add_noise(x_0, diffusion.implied_noise(x_t, x_0, *level), *schedule.at(after))
+    return x_0

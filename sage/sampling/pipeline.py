@@ -27,10 +27,10 @@ from torch import Generator, Tensor
 
 from sage.errors import ConfigurationError, DataError, PlanError, UnsupportedError
 from sage.sampling import loop
-from sage.sampling.loop import Condition
+from sage.sampling.conditions import Condition
 from sage.sampling.plan import Plan
+from sage.sampling.seeds import prompt_seed as prompt_seed
 from sage.sampling.stream import Cost, Stream
-from sage.sampling.stream import prompt_seed as prompt_seed
 
 # Stock class and the module with its family.
 FAMILIES = {
@@ -346,13 +346,6 @@ def _negatives(negative: str | Sequence[str] | None, count: int) -> list[str] | 
 
 def _bad_rows(rows: Tensor) -> list[int]:
     return torch.nonzero(~torch.isfinite(rows).flatten(1).all(1)).flatten().tolist()
-
-
-def stacked(without: Condition | None, with_text: Condition) -> Condition:
-    """Return conditions (n, ...) as (n, g, ...): without and with text under guidance, else with text alone."""
-    if without is None:
-        return {name: rows[:, None] for name, rows in with_text.items()}
-    return {name: torch.stack([without[name], rows], dim=1) for name, rows in with_text.items()}
 
 
 def guided(output: Tensor, rows: int, scale: float, rescale: float = 0.0) -> Tensor:

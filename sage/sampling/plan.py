@@ -12,7 +12,7 @@ schedulers at 30 inference steps, 59 for Heun's, 31 for PNDM's.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Union
 
@@ -76,28 +76,6 @@ class Plan:
             else:
                 roots.extend(members)
         return cls(steps, tuple(sorted(roots, key=lambda node: min(leaves_of((node,))))))
-
-    @classmethod
-    def nested(cls, clusters: Sequence["Cluster | int"], steps: int, share: Callable[[float], float]) -> "Plan":
-        """Return the plan in which every cluster shares `share(similarity)` of the steps, clusters in clusters.
-
-        A cluster that would not share longer than the one around it dissolves into it.
-        """
-
-        def nodes(inside: "Sequence[Cluster | int]", start: int) -> list[Node]:
-            found: list[Node] = []
-            for cluster in inside:
-                if isinstance(cluster, int):
-                    found.append(cluster)
-                    continue
-                until = shared_steps(share(cluster.similarity), steps)
-                if until > start:
-                    found.append(Block(until, tuple(nodes(cluster.children, until))))
-                else:
-                    found.extend(nodes(cluster.children, start))
-            return found
-
-        return cls(steps, tuple(nodes(clusters, 0)))
 
     @property
     def prompts(self) -> int:
@@ -165,82 +143,6 @@ def shared_steps(share_ratio: float, steps: int) -> int:
         )
     # 0.29 * 100 is 28.999999999999996 and means 29.
     return min(math.floor(share_ratio * steps + 1e-9), steps - 1)
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Prompts and clusters, and the cosine similarity of the least similar pair among them."""
-
-    similarity: float
-    children: tuple["Cluster | int", ...]
-
-
-def clusters(size: int, merges: Sequence[tuple[int, int, float]]) -> list[Cluster | int]:
-    """Return merges (a, b, similarity) as clusters in clusters; `size` + k names what merge k made, as in scipy."""
-    nodes: dict[int, Cluster | int] = {prompt: prompt for prompt in range(size)}
-    for k, (a, b, similarity) in enumerate(merges):
-        nodes[size + k] = Cluster(similarity, (nodes.pop(a), nodes.pop(b)))
-    return list(nodes.values())
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A plan that saves what was asked, and what it costs in likeness.
-
-    `threshold`: the similarity from which on prompts share; `merges`: for every block its similarity, the share of the
-    steps that it takes together, and how many prompts it holds, least similar first.
-    """
-
-    plan: Plan
-    threshold: float
-    merges: list[tuple[float, float, int]]
-
-
-def plan_for_budget(
-    nested: Sequence[Cluster | int], steps: int, saving: float, most: float = 0.9, at_least: float = -1.0
-) -> Budget:
-    """Return the plan that saves this share of the evaluations at the highest threshold that does.
-
-    A cluster of similarity s shares most * (1 - (1 - s) / (1 - threshold)) of the steps: `most` at similarity 1,
-    nothing from the threshold down. `nested` comes from `clusters`, or holds one Cluster for each flat group. Clusters
-    less similar than `at_least` are refused: their members share in tighter clusters or not at all. A bound on quality
-    is such a similarity, together with the share ratio at which it was measured as `most` (sage.evaluation.damage).
-    Raises PlanError when even sharing `most` everywhere saves less.
-    """
-    if not 0 <= saving < 1:
-        raise PlanError(f"saving {saving} is outside [0, 1); 0.4 saves 40% of the network evaluations")
-
-    def share(similarity: float, width: float) -> float:
-        return most * max(0.0, 1 - (1 - similarity) / width) if similarity >= at_least else 0.0
-
-    def plan(width: float) -> Plan:
-        return Plan.nested(nested, steps, lambda s: share(s, width))
-
-    # The saving grows with the width 1 - threshold; at 1e12 every cluster shares `most`.
-    low, high = 1e-9, 1e12
-    if plan(high).saving < saving:
-        raise PlanError(
-            f"groups of similarity {at_least:.4g} or more save at most {plan(high).saving:.1%} when each shares "
-            f"{most:.0%} of {steps} steps, less than the {saving:.1%} asked; ask for less, or allow less alike groups"
-        )
-    for _ in range(100):
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if plan(middle).saving >= saving else (middle, high)
-    found = plan(high)
-    shares = [(s, shared_steps(share(s, high), steps) / steps, n) for s, n in _merges(nested)]
-    return Budget(found, max(1 - high, at_least), sorted(row for row in shares if row[1]))
-
-
-def _merges(nested: Sequence[Cluster | int]) -> Iterator[tuple[float, int]]:
-    """Yield similarity and number of prompts of every cluster."""
-
-    def prompts(node: Cluster | int) -> int:
-        return 1 if isinstance(node, int) else sum(prompts(child) for child in node.children)
-
-    for node in nested:
-        if isinstance(node, Cluster):
-            yield node.similarity, prompts(node)
-            yield from _merges(node.children)
 
 
 def _excerpt(values: Sequence[int]) -> str:

@@ -4,7 +4,6 @@ import copy
 import hashlib
 import inspect
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,9 @@ from torch import Generator, Tensor
 
 from sage.errors import ConfigurationError, PlanError
 from sage.sampling import loop
-from sage.sampling.loop import Condition
+from sage.sampling.conditions import Condition
 from sage.sampling.plan import Plan
+from sage.sampling.seeds import image_seeds
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,6 @@ class Result:
     image: Any
     seed: int
     nsfw: bool | None
-
-
-def prompt_seed(seed: int, key: str) -> int:
-    """Return the seed of one image: 63 bits of the SHA-256 of a run's seed and what names the image in it."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode(errors="surrogatepass")).digest()[:8]) >> 1
-
-
-def image_seeds(seed: int, prompts: Sequence[str]) -> list[int]:
-    """Return a seed for each image of a run: a function of its prompt and of how often that came before."""
-    times: Counter[str] = Counter()
-    seeds = []
-    for prompt in prompts:
-        seeds.append(prompt_seed(seed, f"{times[prompt]}:{prompt}"))
-        times[prompt] += 1
-    return seeds
 
 
 class Stream:

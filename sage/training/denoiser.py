@@ -14,9 +14,10 @@ from diffusers.training_utils import cast_training_params
 from torch import Tensor, nn
 
 from sage.errors import UnsupportedError
+from sage.sampling.conditions import Condition
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.training import lora
-from sage.training.loss import Condition, Network
+from sage.training.loss import Network
 
 Precision = Literal["bf16", "fp32"]
 # Where configurations say how wide the text states are that the network reads; a transformer's own width comes last.
@@ -49,7 +50,7 @@ class Denoiser(nn.Module):
         return output.float()  # type: ignore[no-any-return]
 
     def frozen(self) -> Network:
-        """Return the network as it is now, never to change: a copy, or where it has an lora, itself without that."""
+        """Return the network as it is now, never to change: a copy, or or, if it has an adapter, itself without it."""
         if lora.present(self.network):
 
             def base(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

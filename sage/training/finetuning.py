@@ -13,13 +13,15 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from sage import diffusion
+from sage.diffusion import NoiseSchedule
 from sage.errors import ConfigurationError, DataError
 from sage.randomness import generator, stratified_uniform
-from sage.sampling import loop
+from sage.sampling.conditions import Condition, merge, select
+from sage.sampling.loop import rollout
 from sage.training import loss
 from sage.training.batches import Batches
 from sage.training.loop import Losses
-from sage.training.loss import BranchStart, Condition, Network, Process, Query, SoftTarget, taken
+from sage.training.loss import BranchStart, Network, Query, SoftTarget
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class TrainingSet:
             raise DataError(f"the groups are no partition of the {n} training pictures; run the group stage again.")
 
     @cached_property
-    def mates(self) -> Tensor:
+    def group_members(self) -> Tensor:
         """The rows of each row's group, itself included: (n, N of the largest group), -1 where there are fewer."""
         table = torch.full((len(self.latents), max(map(len, self.groups))), -1)
         for group in self.groups:
@@ -63,7 +65,7 @@ class TrainingSet:
 
     def conditions_of(self, rows: Tensor) -> Condition:
         """Return the conditions of the captions that these rows were grouped by."""
-        return taken(self.conditions, self.captions[rows, 0])
+        return select(self.conditions, self.captions[rows, 0])
 
 
 def finetuning_loss(
@@ -97,16 +99,16 @@ def finetuning_loss(
     denoiser = extract_model_from_parallel(network)
     denoiser.check_width(data.conditions)
     frozen = denoiser.frozen() if batches.weights["consistency"] else None
-    process = Process(diffusion.prediction_type(scheduler), *diffusion.noise_levels(scheduler))
+    schedule = NoiseSchedule.of(scheduler)
     times = diffusion.network_times(scheduler)
 
     def at_times(function: Network) -> Network:
         return lambda x_t, t, condition: function(x_t, times[t], condition)
 
-    draw = _Draws(process, data, at_times(denoiser), share_ratios, soft_target, branch_start, sampler_steps, drop_text)
+    draw = _Draws(schedule, data, at_times(denoiser), share_ratios, soft_target, branch_start, sampler_steps, drop_text)
 
     def weight(t: Tensor) -> Tensor:
-        return torch.ones_like(t) if min_snr is None else loss.min_snr(process, t, min_snr)
+        return torch.ones_like(t) if min_snr is None else loss.min_snr(schedule, t, min_snr)
 
     def step_loss(step: int, part: int = 0, parts: int = 1) -> Losses:
         if parts > batches.evaluations:
@@ -117,7 +119,7 @@ def finetuning_loss(
         random = generator(seed, step)
         rows = batches.rows(step)
         count = {term: len(term_rows) for term, term_rows in rows.items()}
-        mine = deal(count, rows, part, parts)
+        mine = split_items(count, rows, part, parts)
         k = shared_steps(share_ratios, sampler_steps, seed, step)
         # Drawn whole, whatever the parts.
         drawn = {term: draw.query(term, rows[term], random, mine.get(term, slice(0)), k) for term in rows}
@@ -152,7 +154,7 @@ def sampling_cost(batches: Batches, share_ratios: tuple[float, float], sampler_s
     return groups * shared_steps(share_ratios, sampler_steps, batches.seed, step)
 
 
-def deal(count: Mapping[str, int], terms: Iterable[str], part: int, parts: int) -> dict[str, slice]:
+def split_items(count: Mapping[str, int], terms: Iterable[str], part: int, parts: int) -> dict[str, slice]:
     """Return the items of each term that belong to a part; one after another goes to the next part, over all terms."""
     dealt, place = {}, 0
     for term in terms:
@@ -167,7 +169,7 @@ def deal(count: Mapping[str, int], terms: Iterable[str], part: int, parts: int) 
 class _Draws:
     """Noise, time, member and branch time of a step's items, drawn on the CPU from one generator."""
 
-    process: Process
+    schedule: NoiseSchedule
     data: TrainingSet
     network: Network
     share_ratios: tuple[float, float]
@@ -180,7 +182,7 @@ class _Draws:
         """Return some of a term's items for these rows; `steps` are shared where branches start sampled."""
         if term == "branch" and self.branch_start == "sampled":
             return self.sampled(rows, random, items, steps)
-        return {"diffusion": self.diffusion, "shared": self.shared, "branch": self.branch}[term](rows, random).taken(
+        return {"diffusion": self.diffusion, "shared": self.shared, "branch": self.branch}[term](rows, random).select(
             items
         )
 
@@ -189,20 +191,18 @@ class _Draws:
         data = self.data
         dropped = torch.rand(len(rows), generator=random) < self.drop_text
         drawn = data.captions[rows, torch.randint(data.captions.shape[1], (len(rows),), generator=random)]
-        c = taken(data.conditions, torch.where(dropped, len(data.conditions["states"]) - 1, drawn))
-        t = (stratified_uniform(len(rows), random) * len(self.process.alphas)).long()
-        return loss.diffusion_query(self.process, data.latents[rows], c, t, self._noise(rows, random))
+        c = select(data.conditions, torch.where(dropped, len(data.conditions["states"]) - 1, drawn))
+        t = (stratified_uniform(len(rows), random) * len(self.schedule)).long()
+        return loss.diffusion_query(self.schedule, data.latents[rows], c, t, self._noise(rows, random))
 
     def shared(self, rows: Tensor, random: torch.Generator) -> Query:
         """The shared phase, with the row's own picture as the random member."""
         z, present = self._group(rows)
         t_star = self._branch_time(rows, random)
-        above = len(self.process.alphas) - 1 - t_star
-        t = (t_star + 1 + (stratified_uniform(len(rows), random) * above).long()).clamp(
-            max=len(self.process.alphas) - 1
-        )
+        above = len(self.schedule) - 1 - t_star
+        t = (t_star + 1 + (stratified_uniform(len(rows), random) * above).long()).clamp(max=len(self.schedule) - 1)
         c_bar, eps = self._merged(rows), self._noise(rows, random)
-        return loss.shared_query(self.process, self.soft_target, self.data.latents[rows], z, present, c_bar, t, eps)
+        return loss.shared_query(self.schedule, self.soft_target, self.data.latents[rows], z, present, c_bar, t, eps)
 
     def branch(self, rows: Tensor, random: torch.Generator) -> Query:
         """The branch phase; members of one group in a batch branch off the same shared latent, as without branch noise.
@@ -216,60 +216,60 @@ class _Draws:
         eps = self._noise(rows, random)[first]
         place = (torch.rand(len(rows), generator=random)[first] * present.sum(1)).long()
         z_m = z[torch.arange(len(rows)), place]
-        x_star = loss.mixture_start(self.process, self.soft_target, z_m, z, present, t_star, eps)
+        x_star = loss.mixture_start(self.schedule, self.soft_target, z_m, z, present, t_star, eps)
         t = (stratified_uniform(len(rows), random) * (t_star + 1)).long()
         own, c = self.data.latents[rows], self.data.conditions_of(rows)
         if self.branch_start == "plain":
-            return loss.diffusion_query(self.process, own, c, t, eps)
-        return loss.branch_query(self.process, own, c, t, x_star, t_star)
+            return loss.diffusion_query(self.schedule, own, c, t, eps)
+        return loss.branch_query(self.schedule, own, c, t, x_star, t_star)
 
     def sampled(self, rows: Tensor, random: torch.Generator, items: slice, steps: int) -> Query:
         """The branch phase from where the network arrives; siblings part with all their noise, as in sampling."""
         first = self._first(rows)
         shared_noise, own_noise = self._noise(rows, random), self._noise(rows, random)
-        t_star = loss.branch_time(torch.full((len(rows),), steps / self.sampler_steps), len(self.process.alphas))
+        t_star = self.schedule.timestep_after(torch.full((len(rows),), steps / self.sampler_steps))
         t = (stratified_uniform(len(rows), random) * (t_star + 1)).long()
         # Only the groups of these items are sampled, each once.
         leaders, place = torch.unique(first[items], return_inverse=True)
         if not len(leaders):
             return Query(shared_noise[items], t[items], self.data.conditions_of(rows[items]), own_noise[items])
         c_bar, eps = self._merged(rows[leaders]), shared_noise[leaders]
-        x_0 = loss.shared_prediction(self.process, self.network, c_bar, eps, steps, self.sampler_steps)[place]
-        x_star = diffusion.add_noise(x_0, own_noise[items], *self.process.at(t_star[items]))
+        x_0 = rollout(self.schedule, self.network, c_bar, eps, steps, self.sampler_steps)[place]
+        x_star = diffusion.add_noise(x_0, own_noise[items], *self.schedule.at(t_star[items]))
         mine = rows[items]
         own, c = self.data.latents[mine], self.data.conditions_of(mine)
-        return loss.branch_query(self.process, own, c, t[items], x_star, t_star[items])
+        return loss.branch_query(self.schedule, own, c, t[items], x_star, t_star[items])
 
     def members(self, rows: Tensor) -> tuple[Condition, Tensor]:
         """Return the conditions of all members of the rows' groups, and the place in `rows` that each belongs to."""
-        mates = self.data.mates[rows]
-        item, member = (mates >= 0).nonzero(as_tuple=True)
-        return self.data.conditions_of(mates[item, member]), item
+        members = self.data.group_members[rows]
+        item, member = (members >= 0).nonzero(as_tuple=True)
+        return self.data.conditions_of(members[item, member]), item
 
     def _merged(self, rows: Tensor) -> Condition:
         """Return the condition of each row's group, as the sampler makes it."""
         merged: dict[int, Condition] = {}
-        for group in self.data.mates[rows]:
+        for group in self.data.group_members[rows]:
             if int(group[0]) not in merged:
                 members = self.data.conditions_of(group[group >= 0])
-                merged[int(group[0])] = loop.merge({name: values[:, None] for name, values in members.items()})
-        leaders = self.data.mates[rows, 0].tolist()
+                merged[int(group[0])] = merge({name: values[:, None] for name, values in members.items()})
+        leaders = self.data.group_members[rows, 0].tolist()
         return {name: torch.cat([merged[row][name][:, 0] for row in leaders]) for name in self.data.conditions}
 
     def _first(self, rows: Tensor) -> Tensor:
         """Return for each row the place of the first of its group among these rows."""
-        group = self.data.mates[rows, 0]
+        group = self.data.group_members[rows, 0]
         return (group[:, None] == group).int().argmax(1)
 
     def _group(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the latents of each row's group, (n, N, ...), padded, and which are present, (n, N)."""
-        mates = self.data.mates[rows]
-        return self.data.latents[mates.clamp(min=0)], mates >= 0
+        members = self.data.group_members[rows]
+        return self.data.latents[members.clamp(min=0)], members >= 0
 
     def _branch_time(self, rows: Tensor, random: torch.Generator) -> Tensor:
         low, high = self.share_ratios
         share_ratio = low + (high - low) * torch.rand(len(rows), generator=random)
-        return loss.branch_time(share_ratio, len(self.process.alphas))
+        return self.schedule.timestep_after(share_ratio)
 
     def _noise(self, rows: Tensor, random: torch.Generator) -> Tensor:
         return torch.randn((len(rows), *self.data.latents.shape[1:]), generator=random)

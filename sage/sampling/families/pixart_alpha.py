@@ -10,7 +10,7 @@ from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha as stock
 from torch import Tensor
 
 from sage.sampling import pipeline
-from sage.sampling.loop import Condition
+from sage.sampling.conditions import Condition, stacked
 
 # A model made for one size draws any shape of about that size, at the nearest of these.
 _SHAPES = {128: stock.ASPECT_RATIO_1024_BIN, 64: stock.ASPECT_RATIO_512_BIN, 32: stock.ASPECT_RATIO_256_BIN}
@@ -62,7 +62,7 @@ class SharedPixArtAlphaPipeline(pipeline.SharedSamplingPipeline, PixArtAlphaPipe
             max_sequence_length=options["max_sequence_length"],
             **given,
         )
-        return pipeline.stacked(
+        return stacked(
             {"states": without, "mask": mask_without} if guided else None, {"states": with_text, "mask": mask}
         )
 

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from sage.sampling import pipeline
-from sage.sampling.loop import Condition
+from sage.sampling.conditions import Condition, stacked
 
 
 class SharedStableDiffusionPipeline(pipeline.SharedSamplingPipeline, StableDiffusionPipeline):  # type: ignore[misc]
@@ -35,7 +35,7 @@ class SharedStableDiffusionPipeline(pipeline.SharedSamplingPipeline, StableDiffu
             clip_skip=options["clip_skip"],
             **given,
         )
-        return pipeline.stacked({"states": without} if guided else None, {"states": with_text})
+        return stacked({"states": without} if guided else None, {"states": with_text})
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition, scale: float, options: dict[str, Any]) -> Tensor:
         states = condition["states"]

@@ -10,7 +10,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 from torch import Tensor
 
 from sage.sampling import pipeline
-from sage.sampling.loop import Condition
+from sage.sampling.conditions import Condition, stacked
 
 
 class SharedStableDiffusion3Pipeline(pipeline.SharedSamplingPipeline, StableDiffusion3Pipeline):  # type: ignore[misc]
@@ -56,7 +56,7 @@ class SharedStableDiffusion3Pipeline(pipeline.SharedSamplingPipeline, StableDiff
             lora_scale=(options["joint_attention_kwargs"] or {}).get("scale"),
             **given,
         )
-        return pipeline.stacked(
+        return stacked(
             {"states": without, "pooled": pooled_without} if guided else None, {"states": with_text, "pooled": pooled}
         )
 

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from sage.sampling import pipeline
-from sage.sampling.loop import Condition
+from sage.sampling.conditions import Condition, stacked
 
 
 class SharedStableDiffusionXLPipeline(pipeline.SharedSamplingPipeline, StableDiffusionXLPipeline):  # type: ignore[misc]
@@ -58,7 +58,7 @@ class SharedStableDiffusionXLPipeline(pipeline.SharedSamplingPipeline, StableDif
             text_encoder_projection_dim=pooled.shape[-1],
         )
         sizes = sizes.to(with_text.device).expand(len(with_text), -1)
-        return pipeline.stacked(
+        return stacked(
             {"states": without, "pooled": pooled_without, "sizes": sizes} if guided else None,
             {"states": with_text, "pooled": pooled, "sizes": sizes},
         )

@@ -1,0 +1,85 @@
+"""Conditions: what the network sees of the text, for one prompt and merged for a block of prompts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Condition = Mapping[str, Tensor]
+"""Tensors by name, such as text states, pooled states and mask, each of shape (rows, ...).
+
+The sampling loop has one more axis, (rows, g, ...): g = 2, without and with text, under guidance, else 1.
+"""
+
+
+def select(condition: Condition, rows: Tensor | slice) -> Condition:
+    """Return some rows of a condition."""
+    return {name: values[rows] for name, values in condition.items()}
+
+
+def stacked(without: Condition | None, with_text: Condition) -> Condition:
+    """Return conditions (n, ...) as (n, g, ...): without and with text under guidance, else with text alone."""
+    if without is None:
+        return {name: rows[:, None] for name, rows in with_text.items()}
+    return {name: torch.stack([without[name], rows], dim=1) for name, rows in with_text.items()}
+
+
+def joined(condition: Condition) -> Condition:
+    """Return conditions (rows, g, ...) as one network call takes them, (g * rows, ...): first all without text."""
+    return {name: rows.transpose(0, 1).flatten(0, 1) for name, rows in condition.items()}
+
+
+def block_conditions(
+    blocks: Sequence[Sequence[int]],
+    encode: Callable[[list[int]], Condition],
+    rank: Callable[[int], Any],
+    batch_size: int,
+    medoid: bool,
+) -> Condition:
+    """Return the conditions of blocks of prompts for one network call: a single prompt's as it is, others merged.
+
+    `encode(prompts)` gives conditions (n, g, ...) and is asked for about `batch_size` prompts at a time.
+    """
+    if all(len(block) == 1 for block in blocks):
+        return joined(encode([block[0] for block in blocks]))
+    # In order of rank, so that not even rounding depends on the order of the prompts.
+    members = [sorted(block, key=rank) for block in blocks]
+    merged: list[Condition] = []
+    while len(merged) < len(blocks):
+        some = [members[len(merged)]]
+        while len(merged) + len(some) < len(blocks) and sum(map(len, some)) < batch_size:
+            some.append(members[len(merged) + len(some)])
+        rows = encode([member for block in some for member in block])
+        sizes = [len(block) for block in some]
+        parts = {name: torch.split(values, sizes) for name, values in rows.items()}
+        merged += [merge({name: parts[name][i] for name in parts}, medoid) for i in range(len(some))]
+    return joined({name: torch.cat([block[name] for block in merged]) for name in merged[0]})
+
+
+def merge(members: Condition, medoid: bool = False) -> Condition:
+    """Return one condition, (1, ...), for several members, (n, ...): their mean, or the member nearest to it.
+
+    Equal members give exactly their own condition. With a "mask", a token's state is the mean over the members that
+    have this token, and the merged mask has it if any member has.
+    """
+    mask = members.get("mask")
+    mean = {}
+    for name, rows in members.items():
+        if name == "mask":
+            mean[name] = rows.amax(0, keepdim=True)
+            continue
+        # Around the first, not around zero: equal members differ by nothing, and nothing is rounded.
+        first = rows[:1]
+        difference = rows.float() - first.float()
+        if mask is None or rows.ndim == mask.ndim:
+            shift = difference.mean(0, keepdim=True)
+        else:
+            weight = mask.to(difference).reshape(*mask.shape, *[1] * (rows.ndim - mask.ndim))
+            shift = (weight * difference).sum(0, keepdim=True) / weight.sum(0, keepdim=True).clamp(min=1)
+        mean[name] = (first.float() + shift).to(rows.dtype)
+    if not medoid:
+        return mean
+    distance = sum((rows.float() - mean[name].float()).flatten(1).square().sum(1) for name, rows in members.items())
+    nearest = int(torch.as_tensor(distance).argmin())
+    return {name: rows[nearest : nearest + 1] for name, rows in members.items()}
