@@ -13,7 +13,8 @@ from benchmarks.captions import captions
 from flows.prompts.group import read_prompts
 from flows.terminal import progress, run
 from sage.files import new_file
-from sage.grouping.embedding import embed, minilm_folder
+from sage.grouping.embedding import embed
+from sage.packaged import minilm_folder
 
 WORK = Path("work/grouping")
 PART = 10_000

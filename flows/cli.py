@@ -149,7 +149,7 @@ def pretrain(context: typer.Context) -> None:
 
 @app.command(context_settings=_DELEGATE, rich_help_panel="Models")
 def calibrate(context: typer.Context) -> None:
-    """Measure what sharing costs at which similarity, and keep it with the model; `group.quality` reads it."""
+    """Measure what sharing costs at which similarity, and keep it with the model; `group.max_damage` reads it."""
     _delegate("flows.commands.calibrate", context)
 
 

@@ -44,7 +44,7 @@ class Prepare(Section):
         return self
 
 
-class Network(Section):
+class NetworkTraining(Section):
     """How long and how fast a part of the base model is trained."""
 
     steps: Count
@@ -56,13 +56,13 @@ class Network(Section):
     seed: Seed
 
 
-class Autoencoder(Network):
+class Autoencoder(NetworkTraining):
     """Pictures to latents and back."""
 
     kl_weight: Weight
 
 
-class Denoiser(Network):
+class Denoiser(NetworkTraining):
     """The U-Net on those latents."""
 
     drop_text: Share
@@ -76,23 +76,23 @@ class Pretrain(Section):
 
 
 class Group(Section):
-    """How similar the prompts of a group are, by threshold, budget or quality bound, and how many they may be.
+    """How similar the prompts of a group are, by threshold, budget or bound on damage, and how many they may be.
 
     `guard` names the ways in which no two prompts of a group may differ although the encoder takes them for alike.
     """
 
     threshold: Cosine | None = None
     saving: Annotated[float, Field(gt=0, lt=1)] | None = None
-    quality: Weight | None = None
+    max_damage: Weight | None = None
     max_size: Count
     near_duplicate: Cosine
     guard: list[Kind] | None = None
 
     @model_validator(mode="after")
     def _one_of_three(self) -> "Group":
-        given = [name for name in ("threshold", "saving", "quality") if getattr(self, name) is not None]
+        given = [name for name in ("threshold", "saving", "max_damage") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"exactly one of threshold, saving and quality says how alike; given: {given or 'none'}")
+            raise ValueError(f"give exactly one of threshold, saving and max_damage; given: {given or 'none'}")
         return self
 
 
@@ -124,13 +124,11 @@ class Finetune(Section):
     learning_rate: Positive
     warmup: Annotated[int, Field(ge=0)]
     decay: Annotated[int, Field(ge=0)]
-    # Three terms share them.
-    evaluations: Annotated[int, Field(ge=3)]
+    # Three terms share it.
+    batch_size: Annotated[int, Field(ge=3)]
     share_ratios: Annotated[list[Share], Field(min_length=2, max_length=2)]
     soft_target: Literal["mean", "posterior"]
     branch_start: Literal["sampled", "mixture", "plain"]
-    # One of them would leave no step to branch.
-    sampler_steps: Annotated[int, Field(ge=2)]
     weights: Weights
     drop_text: Share
     ema: Share
@@ -139,7 +137,7 @@ class Finetune(Section):
     precision: Literal["bf16", "fp32"]
     accumulate: Count
     gradient_checkpointing: bool
-    pictures_every: Count
+    watch_every: Count
     seed: Seed
 
     @model_validator(mode="after")
@@ -151,8 +149,8 @@ class Finetune(Section):
             raise ValueError("share_ratios end at 0, so no step is shared; raise them or set weights.shared to 0")
         if self.warmup + self.decay > self.steps:
             raise ValueError(f"warmup {self.warmup} + decay {self.decay} are more than the {self.steps} steps")
-        if self.accumulate > self.evaluations:
-            raise ValueError(f"accumulate {self.accumulate} is more than the {self.evaluations} evaluations of a step")
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate {self.accumulate} is more than batch_size {self.batch_size}; lower it")
         return self
 
 

@@ -35,7 +35,7 @@ def project(folder: Path) -> Path:
         finetune__steps=2,
         finetune__warmup=1,
         finetune__decay=1,
-        finetune__evaluations=8,
+        finetune__batch_size=8,
         generate__steps=4,
         generate__share_ratio=0.5,
         generate__seeds=[0],

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,9 @@ import yaml
 
 from sage.config import Params, load_params
 from sage.errors import ConfigurationError
+from sage.grouping.auto import DEFAULT
+from sage.grouping.policy import Policy
+from sage.sampling.pipeline import SHARE_RATIO
 
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
 # A value that says: this key is to go.
@@ -51,7 +55,7 @@ def test_a_number_is_a_number_however_dvc_writes_it(tmp_path, number):
         ({"sample": {}}, ["sample: unknown key; allowed are", "prepare, "]),
         (
             {"group__treshold": 0.8},
-            ["group.treshold: unknown key; allowed are threshold, saving, quality, max_size, near_duplicate, guard"],
+            ["group.treshold: unknown key; allowed are threshold, saving, max_damage, max_size, near_duplicate, guard"],
         ),
         (
             {"finetune__weights__diffsion": 1.0},
@@ -138,3 +142,10 @@ def test_no_value_hides_in_the_code():
             kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
             models += [kind for kind in kinds if hasattr(kind, "model_fields")]
     assert len(models) > 8
+
+
+def test_the_librarys_operating_point_is_the_shipped_one():
+    """What must stand twice, for a library does not read params.yaml, is the same."""
+    shipped = load_params(SHIPPED)
+    assert Policy(**shipped.group.model_dump()) == replace(DEFAULT, guard=[])
+    assert shipped.generate.share_ratio == SHARE_RATIO

@@ -34,8 +34,8 @@ def data_of(denoiser):
     return TrainingSet(latents, denoiser.encode_texts(texts, SIZE), torch.arange(len(latents))[:, None], GROUPS)
 
 
-def loss_of(denoiser, data, scheduler, evaluations=12, **changes):
-    batches = Batches(GROUPS, WEIGHTS | changes.pop("weights", {}), evaluations, 0)
+def loss_of(denoiser, data, scheduler, batch_size=12, **changes):
+    batches = Batches(GROUPS, WEIGHTS | changes.pop("weights", {}), batch_size, 0)
     return finetuning_loss(denoiser, scheduler, data, batches, **SETTINGS | changes)
 
 
@@ -172,7 +172,7 @@ def test_without_consistency_there_is_no_frozen_base(tmp_path, monkeypatch):
 def test_parts_add_up_to_the_step(parts, changes, tmp_path):
     pipe = tiny.pipeline("stable_diffusion", tmp_path)
     denoiser = Denoiser(pipe)
-    step_loss = loss_of(denoiser, data_of(denoiser), pipe.scheduler, evaluations=7, **changes)
+    step_loss = loss_of(denoiser, data_of(denoiser), pipe.scheduler, batch_size=7, **changes)
 
     def gradient(values):
         denoiser.zero_grad()
@@ -191,8 +191,8 @@ def test_more_parts_than_items_are_refused(tmp_path):
 
     pipe = tiny.pipeline("stable_diffusion", tmp_path)
     denoiser = Denoiser(pipe)
-    with pytest.raises(ConfigurationError, match="7 network evaluations a step cannot be split into 8 parts"):
-        loss_of(denoiser, data_of(denoiser), pipe.scheduler, evaluations=7)(0, 0, 8)
+    with pytest.raises(ConfigurationError, match="7 items of a step cannot be split into 8 parts"):
+        loss_of(denoiser, data_of(denoiser), pipe.scheduler, batch_size=7)(0, 0, 8)
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_3"], indirect=True)

@@ -98,14 +98,14 @@ def measured_model(folder, share_ratio=RATIO):
 
 def test_a_bound_on_quality_is_read_from_what_was_measured_on_the_model(project):
     measured_model(project)
-    configure(project, quality=0.2)
+    configure(project, max_damage=0.2)
     groups, _ = stage(project)
     assert groups["test"]["threshold"] == pytest.approx(0.7)
     assert all(members["similarity"] >= 0.7 for members in groups["test"]["groups"])
     # Groups that a looser bound allows cost too much for this one: their prompts are sampled independently.
-    configure(project, quality=0.3)
+    configure(project, max_damage=0.3)
     loose, _ = stage(project)
-    configure(project, quality=0.11)
+    configure(project, max_damage=0.11)
     strict, _ = stage(project)
     refused = [members for members in loose["train"]["groups"] if members["similarity"] < 0.88]
     alone = {id for members in strict["train"]["groups"] if len(members["ids"]) == 1 for id in members["ids"]}
@@ -113,7 +113,7 @@ def test_a_bound_on_quality_is_read_from_what_was_measured_on_the_model(project)
 
 
 def test_a_bound_needs_a_measurement_of_this_model_and_of_as_much_sharing(project):
-    configure(project, quality=0.2)
+    configure(project, max_damage=0.2)
     (project / "base").mkdir()
     with pytest.raises(ConfigurationError, match="does not exist, so what sharing costs is unknown"):
         stage(project)
@@ -121,7 +121,7 @@ def test_a_bound_needs_a_measurement_of_this_model_and_of_as_much_sharing(projec
     with pytest.raises(ConfigurationError, match=r"share ratio 0\.2 .* less than the 0\.4"):
         stage(project)
     measured_model(project)
-    configure(project, quality=0.05)
+    configure(project, max_damage=0.05)
     with pytest.raises(ConfigurationError, match=r"least measured is 0\.1 at 0\.9"):
         stage(project)
     (project / "base" / "unet" / "weights").write_text("other weights")

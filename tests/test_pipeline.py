@@ -46,11 +46,11 @@ def pipe(stock):
 def test_five_lines(pipe):
     out = pipe(tiny.PROMPTS, num_inference_steps=10, guidance_scale=7.5, share_ratio=0.4, seed=0)
     assert all(isinstance(image, Image.Image) for image in out.images)
-    # MiniLM finds alike: the red and the blue cat, the tall tree and the tall trees.
-    assert out.plan.partition(3) == [[0, 2], [1], [3, 4]]
-    assert out.cost.network_evaluations == out.cost.formula == 2 * (4 * 3 + 6 * 5)
+    # MiniLM finds alike: cats and dog, the tall tree and the tall trees.
+    assert out.plan.partition(3) == [[0, 1, 2], [3, 4]]
+    assert out.cost.network_evaluations == out.cost.formula == 2 * (4 * 2 + 6 * 5)
     assert out.cost.independent == 100
-    assert out.cost.saving == pytest.approx(0.16)
+    assert out.cost.saving == pytest.approx(0.24)
     assert 0 < out.cost.seconds < 60
     assert pipe(tiny.PROMPTS[0], seed=0, **CALL | {"output_type": "pil"}, return_dict=False)[0][0].size == (16, 16)
 

@@ -52,12 +52,12 @@ def test_it_leaves_a_base_that_loads_and_keeps_the_card(project, capsys):
     card = project / "models/base/README.md"
     card.parent.mkdir(parents=True)
     card.write_text("what was measured")
-    (card.parent / "sharing.json").write_text("{}")
+    (card.parent / "damage.json").write_text("{}")
     pretrain.denoiser()
     assert base.load(card.parent).unet.config.in_channels == 16
     assert card.read_text() == "what was measured"
     # Measured on other weights.
-    assert not (card.parent / "sharing.json").exists()
+    assert not (card.parent / "damage.json").exists()
     # Another one goes on from it: not from nothing, and not from its state.
     further = project / "further"
     pretrain.denoiser(start=card.parent, work=project / "work/further", out=further)

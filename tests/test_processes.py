@@ -31,7 +31,7 @@ SCRIPT = textwrap.dedent("""
     if int(rank):
         lora.add(denoiser.network, int(rank), 0)
     network = accelerator.prepare(denoiser)
-    loss = loss_of(network, data, pipe.scheduler, evaluations=7)
+    loss = loss_of(network, data, pipe.scheduler, batch_size=7)
     schedule = Schedule(2, 1e-3, warmup=0, max_norm=1e9, checkpoint_every=1)
     fit(network, loss, schedule, work=Path(work), identity={}, accumulate=int(accumulate))
     print(accelerator.num_processes, "processes")

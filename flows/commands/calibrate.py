@@ -1,6 +1,6 @@
 """What sharing costs at which similarity, measured on the validation split and written into the model's folder.
 
-`group.quality` in params.yaml and `sage.plan_for_budget` read it. Interrupted, it goes on where it was.
+`group.max_damage` in params.yaml and `sage.plan_for_budget` read it. Interrupted, it goes on where it was.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.machine import device
-from flows.stages.group import ENCODER, cache
+from flows.stages.group import cache
 from flows.terminal import progress, run
 from sage.config import load_params
 from sage.data.dataset import Example, read_split
@@ -26,6 +26,7 @@ from sage.files import digest, new_file, sha256_tree, write_json
 from sage.grouping.cost import FILE, Damage, kept_form, model_digest
 from sage.grouping.embedding import embed
 from sage.grouping.groups import Groups, group, worst_similarity
+from sage.grouping.policy import ENCODER
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import prompt_seed

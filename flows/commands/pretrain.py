@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flows.terminal import guard, progress
 from sage import files
-from sage.config import Network, load_params
+from sage.config import NetworkTraining, load_params
 from sage.data.dataset import captions_of, load_pixels, read_split
 from sage.evaluation import alignment
 from sage.evaluation.extractors import EfficientNetLite0, read_pictures
@@ -114,7 +114,7 @@ def _pictures(data: Path, split: str) -> Tensor:
 def _fit(
     network: torch.nn.Module,
     loss: Callable[[int], Losses],
-    settings: Network,
+    settings: NetworkTraining,
     work: Path,
     data: Path,
     *ancestors: str,

@@ -28,7 +28,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from flows import drawing
 from flows.machine import device
-from flows.stages.group import ENCODER, cache, choose_threshold, form
+from flows.stages.group import cache
 from flows.terminal import progress, run
 from sage.config import Group, load_params
 from sage.data.captions import clean_caption
@@ -36,6 +36,7 @@ from sage.data.rows import Rejected
 from sage.errors import ConfigurationError, DataError
 from sage.files import digest, new_file, sha256, sha256_tree, write_json, write_text
 from sage.grouping.embedding import embed
+from sage.grouping.policy import ENCODER, Policy
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import image_seeds
@@ -126,8 +127,8 @@ def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: 
     settings |= {"negative_prompt": negative_prompt, "seed": seed, "group": grouping.model_dump()}
     with progress(len(texts), "embedding") as advance:
         embeddings = embed(texts, ENCODER, cache=cache(), progress=advance)
-    threshold = choose_threshold(grouping, embeddings, settings["share_ratio"])
-    groups = form(grouping, texts, embeddings, threshold)
+    policy = Policy(**grouping.model_dump())
+    groups = policy.form(texts, embeddings, policy.choose_threshold(embeddings, settings["share_ratio"], Path(model)))
     pipe.to(device())
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler.set_timesteps(settings["steps"])

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from flows.report.groups_page import groups_page
-from flows.stages.group import ENCODER, cache, choose_threshold, figures, form
+from flows.stages.group import cache
 from flows.terminal import progress, run
 from sage.config import load_params
 from sage.errors import DataError
@@ -15,6 +15,7 @@ from sage.files import write_text
 from sage.grouping.embedding import embed
 from sage.grouping.groups import usable, worst_similarity
 from sage.grouping.guard import KINDS
+from sage.grouping.policy import ENCODER, Policy, figures
 
 _RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6)
 _WIDEST = 5
@@ -25,6 +26,9 @@ def main(
     page: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("work/groups.html"),
     threshold: Annotated[float | None, typer.Option(help="Instead of what params.yaml asks for.")] = None,
     max_size: Annotated[int | None, typer.Option(help="Instead of what params.yaml asks for.")] = None,
+    model: Annotated[Path, typer.Option(help="The model whose measured damage group.max_damage reads.")] = Path(
+        "models/base"
+    ),
     guard: Annotated[
         list[str] | None,
         typer.Option(
@@ -38,11 +42,12 @@ def main(
     texts = read_prompts(prompts)
     with progress(len(texts), "embedding") as advance:
         embeddings = embed(texts, ENCODER, cache=cache(), progress=advance)
-    if threshold is None:
-        threshold = choose_threshold(params.group, embeddings, params.generate.share_ratio)
     given = {"max_size": max_size, "guard": guard}
     settings = params.group.model_copy(update={name: value for name, value in given.items() if value is not None})
-    groups = form(settings, texts, embeddings, threshold)
+    policy = Policy(**settings.model_dump())
+    if threshold is None:
+        threshold = policy.choose_threshold(embeddings, params.generate.share_ratio, model)
+    groups = policy.form(texts, embeddings, threshold)
     worst = worst_similarity(embeddings, groups)
     values = figures(groups, worst)
     summary = (

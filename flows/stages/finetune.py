@@ -39,11 +39,11 @@ CHECKPOINT_EVERY = 50
 REPORT_EVERY = 10
 ENCODED_TOGETHER = 512
 # What changes no weight may differ between a killed run and the one that goes on.
-WITHOUT_EFFECT = {"pictures_every"}
+WITHOUT_EFFECT = {"watch_every"}
 # The pictures to look at: so many groups of the validation split, so many of each. Without branch noise, which some
 # schedulers do not take; what a group shares is then seen best.
 GROUPS, MEMBERS = 4, 4
-STEPS, GUIDANCE = 8, 1.0
+GUIDANCE = 1.0
 
 
 def main(
@@ -55,23 +55,25 @@ def main(
     work: Annotated[Path, typer.Option(help="Where resumable state lives while it is needed.")] = Path("work/finetune"),
 ) -> None:
     """Fine-tune the base model on the groups of the training split; a killed run goes on where it was."""
-    settings = load_params().finetune
+    params = load_params()
+    settings, sampler_steps = params.finetune, params.generate.steps
     accelerator = Accelerator(cpu=device() == "cpu", mixed_precision="no")
     check_sums(data)
     pipeline = load(base).to(accelerator.device)
     examples = read_split(data, "train")
     members = tuple(map(tuple, read_groups(groups / "train.json", examples)[0]))
-    batches = Batches(members, settings.weights.model_dump(), settings.evaluations, settings.seed)
+    batches = Batches(members, settings.weights.model_dump(), settings.batch_size, settings.seed)
     if not any(len(group) > 1 for group in members):
         log.warning("no two training prompts are in one group: this is plain fine-tuning")
 
     sources = {"base_sha256": sha256_tree(base), "data_digest": sha256_tree(data)}
     identity = settings.model_dump(exclude=WITHOUT_EFFECT) | sources | {"groups": sha256(groups / "train.json")}
+    identity["sampler_steps"] = sampler_steps
     state = work / digest(identity)[:16]
     with _main_run(accelerator, settings) as record:
         record.dataset("prepared", sources["data_digest"], "training")
         watched = watch(data, groups)
-        show(record, pipeline, watched, settings, 0)
+        show(record, pipeline, watched, settings, sampler_steps, 0)
         denoiser = Denoiser(pipeline, settings.precision)
         inputs = training_set(denoiser, examples, members)
         if settings.adapter is not None:
@@ -79,8 +81,8 @@ def main(
         if settings.gradient_checkpointing:
             denoiser.network.enable_gradient_checkpointing()
         network = accelerator.prepare(denoiser)
-        trained = train(network, pipeline, inputs, batches, settings, state, identity, record, watched)
-        show(record, pipeline, watched, settings, settings.steps)
+        trained = train(network, pipeline, inputs, batches, settings, sampler_steps, state, identity, record, watched)
+        show(record, pipeline, watched, settings, sampler_steps, settings.steps)
         accelerator.end_training()
         if not accelerator.is_main_process:
             return
@@ -88,7 +90,7 @@ def main(
         costs = [batches.cost(step) for step in range(settings.steps)]
         low, high = settings.share_ratios
         sampled = range(settings.steps if settings.branch_start == "sampled" else 0)
-        sampling = sum(sampling_cost(batches, (low, high), settings.sampler_steps, step) for step in sampled)
+        sampling = sum(sampling_cost(batches, (low, high), sampler_steps, step) for step in sampled)
         figures = {
             "steps": settings.steps,
             "evaluations": sum(trained for trained, _ in costs),
@@ -156,6 +158,7 @@ def train(
     data: TrainingSet,
     batches: Batches,
     settings: Finetune,
+    sampler_steps: int,
     state: Path,
     identity: dict[str, Any],
     record: Run,
@@ -171,7 +174,7 @@ def train(
         share_ratios=(low, high),
         soft_target=settings.soft_target,
         branch_start=settings.branch_start,
-        sampler_steps=settings.sampler_steps,
+        sampler_steps=sampler_steps,
         drop_text=settings.drop_text,
         seed=settings.seed,
         min_snr=settings.min_snr,
@@ -184,7 +187,7 @@ def train(
         ema=settings.ema,
         checkpoint_every=CHECKPOINT_EVERY,
         report_every=REPORT_EVERY,
-        watch_every=settings.pictures_every,
+        watch_every=settings.watch_every,
     )
     at = 0
     with _shown(settings.steps, "fine-tuning") as advance:
@@ -202,7 +205,7 @@ def train(
             identity=identity,
             on_step=on_step,
             on_report=lambda step, means: record.metrics(means, step),
-            on_watch=lambda step: show(record, pipeline, watched, settings, step),
+            on_watch=lambda step: show(record, pipeline, watched, settings, sampler_steps, step),
             accumulate=settings.accumulate,
         )
 
@@ -229,7 +232,9 @@ def watch(data: Path, groups: Path) -> list[list[Example]]:
     return [[examples[row] for row in group[:MEMBERS]] for group in shareable[:GROUPS]]
 
 
-def show(record: Run, pipeline: Any, watched: list[list[Example]], settings: Finetune, step: int) -> None:
+def show(
+    record: Run, pipeline: Any, watched: list[list[Example]], settings: Finetune, sampler_steps: int, step: int
+) -> None:
     """Record shared pictures of the watched groups, a row each, from seeds that never change."""
     if record.id is None or not watched:
         return
@@ -239,7 +244,7 @@ def show(record: Run, pipeline: Any, watched: list[list[Example]], settings: Fin
         [example.text for example in examples],
         groups=[[next(places) for _ in group] for group in watched],
         share_ratio=sum(settings.share_ratios) / 2,
-        num_inference_steps=STEPS,
+        num_inference_steps=sampler_steps,
         guidance_scale=GUIDANCE,
         seed=[prompt_seed(0, example.id) for example in examples],
     ).images

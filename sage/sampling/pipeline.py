@@ -39,11 +39,8 @@ FAMILIES = {
     "StableDiffusion3Pipeline": "sage.sampling.families.stable_diffusion_3",
     "PixArtAlphaPipeline": "sage.sampling.families.pixart_alpha",
 }
-# Prompts are grouped as params.yaml groups this project's.
-THRESHOLD = 0.72
-MAX_GROUP_SIZE = 6
-NEAR_DUPLICATE = 0.999
-SHARE_RATIO = 0.4
+# With sage.grouping.auto.DEFAULT the library's operating point, that of params.yaml (tests/test_config.py).
+SHARE_RATIO = 0.34
 BATCH_SIZE = 8
 
 
@@ -200,7 +197,7 @@ class SharedSamplingPipeline:
         steps = len(self.scheduler.timesteps)
         if plan is None:
             if groups is None:
-                groups = self._group(prompts, count, share_ratio)
+                groups = [[i] for i in range(count)] if share_ratio == 0 or count == 1 else _group(prompts)
             plan = Plan.shared(groups, steps, share_ratio)
         if plan.prompts != count:
             raise PlanError(f"the plan is for {plan.prompts} prompts, but {count} were given; build a plan for these")
@@ -308,20 +305,12 @@ class SharedSamplingPipeline:
                 raise DataError(f"prompt {number} is no valid Unicode at character {error.start}: {text!r}") from error
         return prompts
 
-    def _group(
-        self, prompts: list[str] | None, count: int, share_ratio: float | Sequence[float]
-    ) -> Sequence[Sequence[int]]:
-        """Return groups of similar prompts; copies of a prompt share with others, not with each other."""
-        if share_ratio == 0 or count == 1:
-            return [[prompt] for prompt in range(count)]
-        if prompts is None:
-            raise ConfigurationError(
-                "prompt_embeds cannot be grouped; give groups=[[0, 1], ...], a plan, or share_ratio=0 for none"
-            )
-        from sage.grouping.embedding import embed
-        from sage.grouping.groups import group
 
-        return group(embed(prompts), THRESHOLD, MAX_GROUP_SIZE, NEAR_DUPLICATE)
+def _group(prompts: list[str] | None) -> Sequence[Sequence[int]]:
+    # Late: most callers bring their groups, and the encoder takes seconds to load.
+    from sage.grouping.auto import group_prompts
+
+    return group_prompts(prompts)
 
 
 def _family(pipeline: Any) -> Any:

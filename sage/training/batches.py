@@ -13,7 +13,7 @@ from sage.randomness import generator
 
 @dataclass(frozen=True)
 class Batches:
-    """Which rows each term gets in a step: `evaluations` rows a step together, whatever the sizes of the groups.
+    """Which rows each term gets in a step: `batch_size` rows a step in all, whatever the sizes of the groups.
 
     With all terms, a third are any pictures, for plain diffusion, and two thirds are pictures of groups of two or more,
     for the shared and the branch phase. A term whose weight is 0 leaves its rows to plain diffusion, so whatever the
@@ -23,7 +23,7 @@ class Batches:
 
     groups: Sequence[Sequence[int]]
     weights: Mapping[str, float]
-    evaluations: int
+    batch_size: int
     seed: int
 
     def __post_init__(self) -> None:
@@ -39,7 +39,7 @@ class Batches:
         terms = self._terms
         singles = [(row,) for group in self.groups for row in group]
         k = self._grouped
-        plain = endless(singles, step * (self.evaluations - k), self.evaluations - k, self.seed)
+        plain = endless(singles, step * (self.batch_size - k), self.batch_size - k, self.seed)
         grouped = endless(self._shareable, step * k, k, self.seed)
         parts = {"diffusion": plain, "shared": grouped[: k // 2], "branch": grouped[k // 2 :]}
         found: dict[str, list[Tensor]] = {}
@@ -51,11 +51,11 @@ class Batches:
     def cost(self, step: int) -> tuple[int, int]:
         """Return how many evaluations of the network and of the frozen base a step costs."""
         if not self.weights["consistency"]:
-            return self.evaluations, 0
+            return self.batch_size, 0
         rows = self.rows(step)
         size = {row: len(group) for group in self.groups for row in group}
         shared = sum(size[int(row)] for row in rows.get("shared", ()))
-        return self.evaluations, len(rows["diffusion"]) + shared
+        return self.batch_size, len(rows["diffusion"]) + shared
 
     @cached_property
     def _shareable(self) -> list[Sequence[int]]:
@@ -77,7 +77,7 @@ class Batches:
         """How many of a step's rows come from groups of two or more."""
         if not self._shareable:
             return 0
-        return 2 * (self.evaluations // 3) if "diffusion" in self._terms else self.evaluations
+        return 2 * (self.batch_size // 3) if "diffusion" in self._terms else self.batch_size
 
 
 def endless(groups: Sequence[Sequence[int]], start: int, count: int, seed: int) -> Tensor:

@@ -18,6 +18,7 @@ from sage.errors import ConfigurationError, DataError
 from sage.randomness import generator, stratified_uniform
 from sage.sampling.conditions import Condition, merge, select
 from sage.sampling.loop import rollout
+from sage.sampling.plan import shared_steps
 from sage.training import loss
 from sage.training.batches import Batches
 from sage.training.loop import Losses
@@ -111,16 +112,16 @@ def finetuning_loss(
         return torch.ones_like(t) if min_snr is None else loss.min_snr(schedule, t, min_snr)
 
     def step_loss(step: int, part: int = 0, parts: int = 1) -> Losses:
-        if parts > batches.evaluations:
+        if parts > batches.batch_size:
             raise ConfigurationError(
-                f"{batches.evaluations} network evaluations a step cannot be split into {parts} parts (processes times "
-                "finetune.accumulate); raise finetune.evaluations"
+                f"{batches.batch_size} items of a step cannot be split into {parts} parts (processes times "
+                "finetune.accumulate); raise finetune.batch_size"
             )
         random = generator(seed, step)
         rows = batches.rows(step)
         count = {term: len(term_rows) for term, term_rows in rows.items()}
         mine = split_items(count, rows, part, parts)
-        k = shared_steps(share_ratios, sampler_steps, seed, step)
+        k = drawn_shared_steps(share_ratios, sampler_steps, seed, step)
         # Drawn whole, whatever the parts.
         drawn = {term: draw.query(term, rows[term], random, mine.get(term, slice(0)), k) for term in rows}
         queries = {term: drawn[term] for term in mine}
@@ -141,9 +142,9 @@ def finetuning_loss(
     return step_loss
 
 
-def shared_steps(share_ratios: tuple[float, float], sampler_steps: int, seed: int, step: int) -> int:
-    """Return how many sampler steps the groups of a training step share where their branches start sampled."""
-    fewest, most = (max(1, round(ratio * sampler_steps)) for ratio in share_ratios)
+def drawn_shared_steps(share_ratios: tuple[float, float], sampler_steps: int, seed: int, step: int) -> int:
+    """Return how many of the sampler's steps the groups of a training step share: drawn between the share ratios."""
+    fewest, most = (max(1, shared_steps(ratio, sampler_steps)) for ratio in share_ratios)
     return int(torch.randint(fewest, most + 1, (), generator=generator(seed, "shared steps", step)))
 
 
@@ -151,7 +152,7 @@ def sampling_cost(batches: Batches, share_ratios: tuple[float, float], sampler_s
     """Return how many evaluations, without gradient, a step spends on where its branches start sampled."""
     rows = set(batches.rows(step).get("branch", torch.empty(0)).tolist())
     groups = sum(not rows.isdisjoint(group) for group in batches.groups)
-    return groups * shared_steps(share_ratios, sampler_steps, batches.seed, step)
+    return groups * drawn_shared_steps(share_ratios, sampler_steps, batches.seed, step)
 
 
 def split_items(count: Mapping[str, int], terms: Iterable[str], part: int, parts: int) -> dict[str, slice]:
