@@ -49,7 +49,7 @@ def main(
     for group in chosen:
         typer.echo(", ".join(member.text for member in group))
     with new_file(out) as temporary:
-        draw(chosen, generated, settings).quantize(256).save(temporary, "PNG", optimize=True)
+        draw(chosen, generated, settings).save(temporary, "PNG", optimize=True)
     typer.echo(f"wrote {out}")
 
 
@@ -83,7 +83,7 @@ def draw(groups: Sequence[Sequence[Member]], generated: Path, settings: Generate
     width = MEMBERS * TILE + (MEMBERS - 1) * GAP
     left = [MARGIN + LABELS + place * (width + GUTTER) for place in range(len(groups))]
     bottom = MARGIN + len(arms) * (TILE + GAP)
-    picture = Image.new("RGB", (left[-1] + width + MARGIN, bottom + 6 * LINE + MARGIN), "white")
+    picture = Image.new("RGB", (left[-1] + width + MARGIN, bottom + 5 * LINE + MARGIN + 6), "white")
     canvas = ImageDraw.Draw(picture)
     words, bold = ImageFont.load_default(20), ImageFont.load_default(22)
 
