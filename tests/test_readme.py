@@ -1,4 +1,4 @@
-"""What the README tells people to type is there; its two commands are what CI and the fresh clone run."""
+"""What the README tells people to type is there, and what any page links to; CI runs its two commands."""
 
 import re
 import shlex
@@ -16,6 +16,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^    (\S.*)$", re.sub(r"^```.*?^```", "", TEXT, flags=re.S | re.M), flags=re.M)
 INLINE = re.findall(r"`((?:(?:sage|dvc|prefect|mlflow|python -m) |scripts/)[^`]*)`", TEXT)
 COMMANDS = sorted({command.split("#")[0].strip() for command in BLOCKS + INLINE})
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/raw/*.md"), *ROOT.glob("models/*/*.md")])
 
 
 def test_the_readme_names_its_commands():
@@ -45,9 +46,24 @@ def test_a_command_of_the_readme_is_there(command):
         assert option in shown.stdout, f"{command}: {option} is unknown"
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", TEXT))))
-def test_what_the_readme_links_to_is_there(target):
-    assert (ROOT / target).exists()
+def anchors(page):
+    """Return the anchors of a page's headings, as GitHub names them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_what_a_page_links_to_is_there(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", text):
+        file = page.parent / target if target else page
+        assert file.exists(), f"{target} is not there"
+        assert not anchor or anchor in anchors(file), f"{file.name} has no heading #{anchor}"
+
+
+def test_every_picture_of_the_docs_is_linked():
+    linked = {Path(name).name for page in PAGES for name in re.findall(r"\(([^()]+\.(?:png|svg))\)", page.read_text())}
+    assert {path.name for path in ROOT.glob("docs/*.*") if path.suffix in (".png", ".svg")} == linked
 
 
 def test_the_five_lines_run_as_they_stand(tmp_path, monkeypatch):

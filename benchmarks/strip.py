@@ -1,0 +1,119 @@
+"""Draw docs/strip.png for the README: real, independent and shared pictures of the same held-out prompts.
+
+    scripts/run                   makes data/generated
+    python -m benchmarks.strip
+
+The groups are chosen by their captions alone, before any picture is looked at. Eligible is a group of three prompts
+whose captions all have at least two words and name no skin tone, so that a reader can check each picture by eye.
+Ordered by similarity, the groups at the three quartiles are drawn, with the first seed of section `generate`.
+"""
+
+import json
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+from PIL import Image, ImageDraw, ImageFont
+
+from flows.terminal import run
+from sage.config import Generate, load_params
+from sage.files import new_file
+
+MEMBERS = 3
+QUARTILES = (0.25, 0.5, 0.75)
+TILE, GAP, GUTTER, MARGIN, LABELS = 128, 6, 30, 20, 210  # pixels
+LINE = 25
+INK, GREY, ACCENT = "#1f2328", "#57606a", "#bc4c00"
+
+
+class Member(NamedTuple):
+    """A held-out prompt: its id, its caption and its real picture."""
+
+    id: str
+    text: str
+    real: Path
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Prepared data.")] = Path("data/prepared"),
+    groups: Annotated[Path, typer.Option(help="The groups of stage group.")] = Path("data/groups"),
+    generated: Annotated[Path, typer.Option(help="The pictures of stage generate.")] = Path("data/generated"),
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("docs/strip.png"),
+) -> None:
+    """Choose the groups and draw the strip."""
+    settings = load_params().generate
+    chosen = choose(data / settings.split, groups / f"{settings.split}.json")
+    for group in chosen:
+        typer.echo(", ".join(member.text for member in group))
+    with new_file(out) as temporary:
+        draw(chosen, generated, settings).save(temporary, "PNG", optimize=True)
+    typer.echo(f"wrote {out}")
+
+
+def choose(split: Path, groups: Path) -> list[list[Member]]:
+    """Return the eligible groups at the quartiles of similarity."""
+    lines = (split / "metadata.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    rows = map(json.loads, lines)
+    members = {row["id"]: Member(row["id"], row["text"], split / row["file_name"]) for row in rows}
+    formed = json.loads(groups.read_text(encoding="utf-8"))["groups"]
+    ordered = sorted(formed, key=lambda group: (group["similarity"], group["ids"]))
+    found = [[members[id] for id in group["ids"]] for group in ordered]
+    eligible = [group for group in found if len(group) == MEMBERS and all(telling(member.text) for member in group)]
+    return [eligible[int(quartile * len(eligible))] for quartile in QUARTILES]
+
+
+def telling(caption: str) -> bool:
+    """Return whether a reader can tell by eye if a picture fits a caption."""
+    return len(caption.split()) > 1 and "skin tone" not in caption
+
+
+def draw(groups: Sequence[Sequence[Member]], generated: Path, settings: Generate) -> Image.Image:
+    """Return the strip: columns are prompts, rows are arms, captions and network evaluations below."""
+    steps, seed = settings.steps, f"seed-{settings.seeds[0]}"
+    shared = math.floor(settings.share_ratio * steps)
+    cost = shared + MEMBERS * (steps - shared)
+    arms = [
+        (["real picture"], None),
+        (["independent", f"{steps} steps each"], "independent"),
+        (["shared, SAGE", f"{shared} shared steps,", f"{steps - shared} own steps each"], "sage"),
+    ]
+    width = MEMBERS * TILE + (MEMBERS - 1) * GAP
+    left = [MARGIN + LABELS + place * (width + GUTTER) for place in range(len(groups))]
+    bottom = MARGIN + len(arms) * (TILE + GAP)
+    picture = Image.new("RGB", (left[-1] + width + MARGIN, bottom + 5 * LINE + MARGIN + 6), "white")
+    canvas = ImageDraw.Draw(picture)
+    words, bold = ImageFont.load_default(20), ImageFont.load_default(22)
+
+    for row, (label, arm) in enumerate(arms):
+        top = MARGIN + row * (TILE + GAP)
+        colour = ACCENT if arm == "sage" else INK
+        for line, text in enumerate(label):
+            y = top + TILE // 2 + LINE * (line - (len(label) - 1) / 2)
+            canvas.text((MARGIN, y), text, GREY if line else colour, words if line else bold, anchor="lm")
+        for start, group in zip(left, groups, strict=True):
+            for place, member in enumerate(group):
+                path = member.real if arm is None else generated / arm / seed / f"{member.id}.png"
+                with Image.open(path) as found:
+                    tile = found.convert("RGB").resize((TILE, TILE), Image.Resampling.BICUBIC)
+                picture.paste(tile, (start + place * (TILE + GAP), top))
+
+    canvas.text((MARGIN, bottom + LINE), "prompt", GREY, words, anchor="lm")
+    canvas.text((MARGIN, bottom + 5 * LINE), "network evaluations", GREY, words, anchor="lm")
+    for start, group in zip(left, groups, strict=True):
+        for place, member in enumerate(group):
+            for line, text in enumerate(textwrap.wrap(member.text, 12)):
+                middle = start + place * (TILE + GAP) + TILE // 2
+                canvas.text((middle, bottom + (line + 1) * LINE), text, INK, words, anchor="mm")
+        rule = bottom + 4 * LINE + 4
+        canvas.line((start, rule, start + width, rule), "#d0d7de", 2)
+        alone = MEMBERS * steps
+        said = f"{alone} independent, {cost} shared ({1 - cost / alone:.0%} fewer)"
+        canvas.text((start + width // 2, bottom + 5 * LINE), said, INK, words, anchor="mm")
+    return picture
+
+
+if __name__ == "__main__":
+    run(main)
