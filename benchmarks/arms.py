@@ -1,11 +1,11 @@
-"""What each part of SAGE is worth, and what sharing saves at equal quality: the figures of docs/results.md.
+"""What each part of SAGE is worth, and what sharing saves at equal quality: the figures of docs/results_tables.md.
 
     python -m benchmarks.arms choose     every recipe on the validation split, the only one to choose by
     python -m benchmarks.arms noise      how far one pair of seeds is to be trusted, on the validation split
-    python -m benchmarks.arms prove      the arms, the goals and both frontiers on the held-out test split
+    python -m benchmarks.arms prove      the arms, the targets and both frontiers on the held-out test split
     python -m benchmarks.arms prove --quick     one training seed and few points: minutes
 
-A command that was killed goes on. Each rewrites its own part of docs/results.md, between two marks.
+A command that was killed goes on. Each rewrites its own part of docs/results_tables.md, between two marks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ import typer
 from PIL import Image
 
 from benchmarks.trials import Point, Recipe, Trials, standard
-from flows.terminal import guard
+from flows.terminal import exit_on_error
 from sage.config import Params, load_params
 from sage.evaluation import results as judging
 from sage.evaluation.bootstrap import Array, Statistic, percentiles
@@ -91,7 +91,7 @@ QUICK = Form(
     alone=(("base", "dpm++", 1, (2, 4, 6, 8)), ("standard", "dpm++", 1, (6,)), ("SAGE", "dpm++", 1, (6,))),
     shared=(("base", 0.34, 1, (4, 6)), ("SAGE", 0.34, 1, (4, 6)), ("SAGE", 0.5, 1, (4, 6))),
 )
-# The goals were set for 25.5% fewer evaluations. Two of six steps save less and three more, so they are read at both.
+# The targets were set for 25.5% fewer evaluations. Two of six steps save less and three more, so they are read at both.
 GOAL_RATIO = 0.5
 
 
@@ -149,7 +149,7 @@ def _mean(statistics: list[Statistic]) -> Statistic:
 @app.command()
 def choose(
     work: Work = Path("work/arms"),
-    page: Page = Path("docs/results.md"),
+    page: Page = Path("docs/results_tables.md"),
     seeds: Annotated[int, typer.Option(help="Training seeds.")] = 1,
     only: Annotated[str, typer.Option(help="Recipes whose name contains this, or one of several with commas.")] = "",
 ) -> None:
@@ -221,7 +221,7 @@ def recipes(params: Params) -> dict[str, Recipe | None]:
 
 
 @app.command()
-def noise(work: Work = Path("work/arms"), page: Page = Path("docs/results.md")) -> None:
+def noise(work: Work = Path("work/arms"), page: Page = Path("docs/results_tables.md")) -> None:
     """Judge the arms that a choice rests on under other noise, on the validation split."""
     params = load_params()
     arms = Arms(params, 1)
@@ -247,10 +247,10 @@ def _with_seeds(params: Params, seeds: Sequence[int]) -> Params:
 @app.command()
 def prove(
     work: Work = Path("work/arms"),
-    page: Page = Path("docs/results.md"),
+    page: Page = Path("docs/results_tables.md"),
     quick: Annotated[bool, typer.Option("--quick", help="One training seed and few points.")] = False,
 ) -> None:
-    """Judge the arms on the held-out split, read the goals, and draw both frontiers."""
+    """Judge the arms on the held-out split, compare with the targets, and draw both frontiers."""
     params = load_params()
     form = QUICK if quick else FULL
     judge = Judge(Trials(_with_seeds(params, form.sampling_seeds), "test", work))
@@ -258,7 +258,7 @@ def prove(
     parts = [
         _conditions(judge.trials, form),
         arms_table(judge, arms),
-        goals_table(judge, arms, form),
+        targets_table(judge, arms, form),
         ratios_table(judge, arms, form),
         similarity_table(judge, arms),
         frontiers(judge, arms, form, page.parent / "frontier.png"),
@@ -321,8 +321,8 @@ def arms_table(judge: Judge, arms: Arms) -> str:
     return _table(["arm", "NFE per image", *METRICS.values()], rows)
 
 
-def goals_table(judge: Judge, arms: Arms, form: Form) -> str:
-    """Return the goals that the project set itself, what was reached, and whether the interval reaches it, too."""
+def targets_table(judge: Judge, arms: Arms, form: Form) -> str:
+    """Return the targets that the project set itself, what was reached, and whether the interval reaches it, too."""
     rows: dict[str, list[str]] = {}
     for ratio in (arms.ratio, GOAL_RATIO):
         for goal, change, reached in goals(judge, arms, form.full, ratio):
@@ -332,13 +332,13 @@ def goals_table(judge: Judge, arms: Arms, form: Form) -> str:
             verdict = "yes" if all(map(reached, ends)) else "in the mean" if reached(value) else "no"
             rows.setdefault(goal, [goal]).extend((_percent(value, low, high), verdict))
     head = [cell for ratio in (arms.ratio, GOAL_RATIO) for cell in (f"share ratio {ratio}", "met")]
-    return _table(["goal", *head], list(rows.values()))
+    return _table(["target", *head], list(rows.values()))
 
 
 def goals(
     judge: Judge, arms: Arms, full: Sequence[int], ratio: float
 ) -> list[tuple[str, tuple[float, float, float], Callable[[float], bool]]]:
-    """Return each goal, by what share the figure changed, and what change reaches it."""
+    """Return each target, by what share the figure changed, and what change reaches it."""
     steps = arms.steps
     sage, plain = arms.at("SAGE", steps, ratio), arms.at("standard", steps, ratio)
     alone = arms.at("base", steps)
@@ -500,4 +500,4 @@ def _rewrite(page: Path, part: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    guard(app)
+    exit_on_error(app)

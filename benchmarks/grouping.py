@@ -19,7 +19,7 @@ from benchmarks import grouping_algorithms as others
 from benchmarks.ambiguous import CONFUSED, MOVED, SAME
 from benchmarks.grouping_embeddings import WORK, embeddings, tf_idf, word_vectors
 from benchmarks.languages import SAID
-from flows.terminal import guard as command
+from flows.terminal import exit_on_error as command
 from sage.data.dataset import read_split
 from sage.files import write_json
 from sage.grouping import guard as ambiguity
@@ -238,7 +238,7 @@ def _codes(a: np.ndarray, b: np.ndarray, size: int) -> np.ndarray:
 def _files(probes: int) -> Find:
     def find(x: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
         neighbours.PROBES = probes
-        (found,) = neighbours.filed(x, threshold)
+        (found,) = neighbours.ivf_pairs(x, threshold)
         return found
 
     return find

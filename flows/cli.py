@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.terminal import guard, quiet
+from flows.terminal import exit_on_error, quiet
 
 if TYPE_CHECKING:
     from flows.tracking.registry import Registration
@@ -48,7 +48,7 @@ _REPORT = Path("report/index.html")
 
 def main() -> None:
     """Run the `sage` command."""
-    guard(partial(app, prog_name="sage"))
+    exit_on_error(partial(app, prog_name="sage"))
 
 
 @app.command(rich_help_panel="The main job")

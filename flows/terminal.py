@@ -28,10 +28,10 @@ def run(main: Callable[..., None]) -> None:
     """Run a stage's `main` as a command: its parameters are the options, a SageError is one message and exit code 2."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
-    guard(app)
+    exit_on_error(app)
 
 
-def guard(app: Callable[..., Any]) -> None:
+def exit_on_error(app: Callable[..., Any]) -> None:
     """Call a command line quietly; what a person can mend becomes one message on stderr, never a traceback."""
     quiet()
     # A termination request unwinds like an interruption, so that child processes and temporary files go.

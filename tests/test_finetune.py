@@ -19,7 +19,7 @@ from faults import in_child
 from PIL import Image
 
 from flows.stages import finetune
-from flows.terminal import guard
+from flows.terminal import exit_on_error
 from sage.data import dataset
 from sage.errors import DataError, DivergedError
 from sage.files import sha256_tree, write_json
@@ -143,7 +143,7 @@ def test_an_exploding_rate_ends_with_code_4(tune, tmp_path):
     def stage():
         os.chdir(tmp_path)
         sys.stderr = said.open("w")
-        guard(lambda: tune(learning_rate=1.0e20))
+        exit_on_error(lambda: tune(learning_rate=1.0e20))
 
     assert in_child(stage) == 4
     assert re.search(r"error: step 1: not finite: loss \S+.*there is no checkpoint yet", said.read_text())

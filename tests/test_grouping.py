@@ -54,10 +54,13 @@ def cosine_of(x, a, b):
 
 @settings(deadline=None, max_examples=300)
 @given(
-    x=matrices(), threshold=st.floats(-1, 1), max_size=st.integers(1, 8), upper=st.sampled_from([0.9, 0.999, 1.0, 2.0])
+    x=matrices(),
+    threshold=st.floats(-1, 1),
+    max_size=st.integers(1, 8),
+    near_duplicate=st.sampled_from([0.9, 0.999, 1.0, 2.0]),
 )
-def test_groups_are_a_partition_within_threshold_and_cap(x, threshold, max_size, upper):
-    groups = group(x, threshold, max_size, upper)
+def test_groups_are_a_partition_within_threshold_and_cap(x, threshold, max_size, near_duplicate):
+    groups = group(x, threshold, max_size, near_duplicate)
     assert sorted(itertools.chain(*groups)) == list(range(len(x)))
     assert groups == sorted(sorted(members) for members in groups)
     alone = set(np.flatnonzero(~usable(x)))
@@ -66,9 +69,9 @@ def test_groups_are_a_partition_within_threshold_and_cap(x, threshold, max_size,
         assert len(members) == 1 or not alone.intersection(members)
         for a, b in itertools.combinations(members, 2):
             same = np.array_equal(x[a], x[b])
-            assert threshold - TOLERANCE <= cosine_of(x, a, b) < upper + TOLERANCE
-            assert not (same and upper <= 1), "copies of a prompt share a group"
-    assert group(x, threshold, max_size, upper) == groups
+            assert threshold - TOLERANCE <= cosine_of(x, a, b) < near_duplicate + TOLERANCE
+            assert not (same and near_duplicate <= 1), "copies of a prompt share a group"
+    assert group(x, threshold, max_size, near_duplicate) == groups
 
 
 @settings(deadline=None, max_examples=200)
@@ -80,8 +83,11 @@ def test_groups_do_not_depend_on_the_order_of_the_prompts(x, threshold, max_size
         # Copies are interchangeable, so groups are compared by the values of their rows (0.0 and -0.0 are one).
         return sorted(sorted((rows[member] + np.float32(0)).tobytes() for member in members) for members in groups)
 
-    for upper in (0.99, np.inf):
-        plain, shuffled = group(x, threshold, max_size, upper), group(x[order], threshold, max_size, upper)
+    for near_duplicate in (0.99, np.inf):
+        plain, shuffled = (
+            group(x, threshold, max_size, near_duplicate),
+            group(x[order], threshold, max_size, near_duplicate),
+        )
         assert values(x, plain) == values(x[order], shuffled)
 
 
@@ -150,12 +156,12 @@ def test_bad_and_extreme_input(x, groups):
 def test_64_identical_prompts_are_one_group_or_64_pictures():
     x = np.ones((64, 8))
     assert group(x, 0.9, 64) == [list(range(64))]
-    assert group(x, 0.9, 64, upper=0.999) == [[number] for number in range(64)]
+    assert group(x, 0.9, 64, near_duplicate=0.999) == [[number] for number in range(64)]
 
 
 def test_copies_of_prompts_group_crosswise_when_kept_apart():
     x = np.repeat(np.array([[1, 0, 0.1], [1, 0, -0.1], [0, 1, 0]]), 3, axis=0)
-    assert group(x, 0.9, 6, upper=0.999) == [[0, 3], [1, 4], [2, 5], [6], [7], [8]]
+    assert group(x, 0.9, 6, near_duplicate=0.999) == [[0, 3], [1, 4], [2, 5], [6], [7], [8]]
 
 
 @pytest.mark.parametrize(

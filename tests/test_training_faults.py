@@ -17,7 +17,7 @@ import torch
 from faults import in_child
 
 from flows.stages import finetune
-from flows.terminal import guard
+from flows.terminal import exit_on_error
 from sage import files
 from sage.config import load_params
 from sage.errors import CheckpointError, ConfigurationError, DataError
@@ -76,7 +76,7 @@ def test_a_save_that_fails_names_path_and_cause_and_leaves_the_one_before(effect
     def work():
         sys.stderr = said.open("w")
         effect()
-        guard(lambda: save(folder, 2))
+        exit_on_error(lambda: save(folder, 2))
 
     assert in_child(work) == 2
     assert cause in said.read_text() and str(folder) in said.read_text()

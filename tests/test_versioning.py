@@ -43,13 +43,13 @@ target.write_text(source.read_text() + target.name)
 CALL = """
 import sys
 from flows.versioning import repository
-from flows.terminal import guard
+from flows.terminal import exit_on_error
 
 def main():
     with repository.only_writer():
         repository.reproduce(sys.stdout.write)
 
-guard(main)
+exit_on_error(main)
 """
 
 

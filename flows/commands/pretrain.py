@@ -11,7 +11,7 @@ import typer
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from flows.terminal import guard, progress
+from flows.terminal import exit_on_error, progress
 from sage import files
 from sage.config import NetworkTraining, load_params
 from sage.data.dataset import captions_of, load_pixels, read_split
@@ -138,4 +138,4 @@ def _fit(
 
 
 if __name__ == "__main__":
-    guard(app)
+    exit_on_error(app)

@@ -26,7 +26,7 @@ from flows import drawing
 from flows.machine import device
 from flows.prompts import generate as prompts
 from flows.prompts.generate import Item
-from flows.terminal import guard
+from flows.terminal import exit_on_error
 from sage.config import load_params
 from sage.errors import ConfigurationError, DataError
 from sage.evaluation.alignment import cosines, load_alignment
@@ -241,4 +241,4 @@ def _put(path: Path, address: str) -> None:
 
 
 if __name__ == "__main__":
-    guard(app)
+    exit_on_error(app)

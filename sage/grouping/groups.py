@@ -40,17 +40,17 @@ class Tree:
     merges: list[tuple[int, int, float]]
 
 
-def group(embeddings: np.ndarray, threshold: float, max_size: int, upper: float = math.inf) -> Groups:
+def group(embeddings: np.ndarray, threshold: float, max_size: int, near_duplicate: float = math.inf) -> Groups:
     """Return groups of rows, a partition: every pair has at least this cosine, no group more than `max_size` rows.
 
     `embeddings` has shape (n, d), of any length but zero; a row that is zero or not finite is alone. Members ascend,
-    groups are ordered by their first member. No pair of a group reaches `upper`: prompts so alike would give the same
-    picture twice, so copies of a prompt go to different groups, each of which has its own seed.
+    groups are ordered by their first member. No pair of a group reaches `near_duplicate`: prompts so alike would give
+    the same image twice, so copies of a prompt go to different groups, each of which has its own seed.
 
     Raises ConfigurationError for a threshold outside [-1, 1] or a cap below 1, DataError for what is no matrix.
     """
     matrix = _matrix(embeddings)
-    links = _links(pack, matrix, threshold, max_size, upper)
+    links = _links(pack, matrix, threshold, max_size, near_duplicate)
     ends = np.array([link[:2] for link in links], np.int64).reshape(-1, 2)
     pairs = csr_array((np.ones(len(ends), np.int8), (ends[:, 0], ends[:, 1])), shape=(len(matrix), len(matrix)))
     count, label = connected_components(pairs, directed=False)
@@ -59,13 +59,13 @@ def group(embeddings: np.ndarray, threshold: float, max_size: int, upper: float 
     return sorted(part.tolist() for part in np.split(members, first)) if count else []
 
 
-def tree(embeddings: np.ndarray, threshold: float, max_size: int, upper: float = math.inf) -> Tree:
+def tree(embeddings: np.ndarray, threshold: float, max_size: int, near_duplicate: float = math.inf) -> Tree:
     """Return nested groups down to a threshold, each level of which `cut` gives; arguments and errors are `group`'s.
 
     A level has a few more groups than `group` finds at its height, for that may take groups apart.
     """
     matrix = _matrix(embeddings)
-    links = _links(agglomerate, matrix, threshold, max_size, upper)
+    links = _links(agglomerate, matrix, threshold, max_size, near_duplicate)
     # Name the clusters as scipy does: a merge's number instead of a member.
     name = list(range(len(matrix)))
     merges = []
@@ -162,7 +162,7 @@ def _links(
     matrix: np.ndarray,
     threshold: float,
     max_size: int,
-    upper: float,
+    near_duplicate: float,
 ) -> list[Link]:
     """Return what `find` links among the different rows of a matrix, and the links of their copies."""
     if not -1 <= threshold <= 1:
@@ -172,7 +172,7 @@ def _links(
     index, first = _canonical(matrix)
     copies = np.diff(first, append=len(index))
     links: list[Link] = []
-    if upper > 1:  # copies of a row fill groups of their own; what is left of them joins others
+    if near_duplicate > 1:  # copies of a row fill groups of their own; what is left of them joins others
         for row in np.flatnonzero(copies > 1):
             for begin in range(0, copies[row], max_size):
                 head = first[row] + begin
@@ -190,6 +190,6 @@ def _links(
         if len(some) < 2 or max_size < 2:
             continue
         place = (first + begin)[some]
-        for a, b, similarity in find(_unit_rows(matrix, index[place]), left[some], threshold, upper, max_size):
+        for a, b, similarity in find(_unit_rows(matrix, index[place]), left[some], threshold, near_duplicate, max_size):
             links += [(place[a] + repeat, place[b] + repeat, similarity) for repeat in range(repeats)]
     return [(int(index[a]), int(index[b]), similarity) for a, b, similarity in links]

@@ -16,21 +16,21 @@ from sage.grouping.neighbours import ALL_PAIRS, Pairs, cosines, similar_pairs
 Link = tuple[int, int, float]
 
 
-def pack(rows: np.ndarray, sizes: np.ndarray, threshold: float, upper: float, max_size: int) -> list[Link]:
+def pack(rows: np.ndarray, sizes: np.ndarray, threshold: float, near_duplicate: float, max_size: int) -> list[Link]:
     """Return links of groups: agglomerate, then dissolve groups whose every row fits into another, smallest first.
 
     Agglomeration alone leaves pairs and singles beside groups with room; moving those saves 1 to 5 % more of the steps
     at the same threshold (docs/grouping.md).
     """
-    pairs = similar_pairs(rows, threshold, upper)
+    pairs = similar_pairs(rows, threshold, near_duplicate)
     members = {row: [row] for row in range(len(rows))}
-    for a, b, _ in _merge(rows, sizes, pairs, threshold, upper, max_size):
+    for a, b, _ in _merge(rows, sizes, pairs, threshold, near_duplicate, max_size):
         members[a] += members.pop(b)
     home = np.empty(len(rows), np.int64)
     for name, group in members.items():
         home[group] = name
     weight = np.bincount(home, weights=sizes, minlength=len(rows)).astype(np.int64)
-    refuges = _refuges(rows, sizes, pairs, home, weight, threshold, upper, max_size)
+    refuges = _refuges(rows, sizes, pairs, home, weight, threshold, near_duplicate, max_size)
     added: dict[int, list[int]] = {}
 
     def refuge(row: int, guests: dict[int, list[int]]) -> int | None:
@@ -41,7 +41,7 @@ def pack(rows: np.ndarray, sizes: np.ndarray, threshold: float, upper: float, ma
             if target in members and weight[target] + sizes[extra].sum() + sizes[row] <= max_size:
                 if extra := extra + added.get(target, []):
                     cosine = rows[extra] @ rows[row]
-                    least = min(least, cosine.min()) if cosine.max() < upper else -np.inf
+                    least = min(least, cosine.min()) if cosine.max() < near_duplicate else -np.inf
                 if least >= threshold:
                     found.append((least, -target))
         return -max(found)[1] if found else None
@@ -72,7 +72,7 @@ def _refuges(
     home: np.ndarray,
     weight: np.ndarray,
     threshold: float,
-    upper: float,
+    near_duplicate: float,
     max_size: int,
 ) -> dict[int, list[tuple[int, float]]]:
     """Return for a row the groups that could take it in, each with its least similarity; rows without any are left out.
@@ -83,7 +83,7 @@ def _refuges(
     target = home[other]
     room = (home[row] != target) & (weight[target] + sizes[row] <= max_size)
     row, target = np.divmod(np.unique(row[room] * len(rows) + target[room]), len(rows))
-    least = _linkage(rows, np.arange(len(rows)), home, row, target, upper)
+    least = _linkage(rows, np.arange(len(rows)), home, row, target, near_duplicate)
     fits = least >= threshold
     found: dict[int, list[tuple[int, float]]] = {}
     for at, name, similarity in zip(row[fits].tolist(), target[fits].tolist(), least[fits].tolist(), strict=True):
@@ -91,13 +91,15 @@ def _refuges(
     return found
 
 
-def agglomerate(rows: np.ndarray, sizes: np.ndarray, threshold: float, upper: float, max_size: int) -> list[Link]:
+def agglomerate(
+    rows: np.ndarray, sizes: np.ndarray, threshold: float, near_duplicate: float, max_size: int
+) -> list[Link]:
     """Return the merges (a, b, similarity) of all rows."""
-    return _merge(rows, sizes, similar_pairs(rows, threshold, upper), threshold, upper, max_size)
+    return _merge(rows, sizes, similar_pairs(rows, threshold, near_duplicate), threshold, near_duplicate, max_size)
 
 
 def _merge(
-    rows: np.ndarray, sizes: np.ndarray, pairs: Pairs, threshold: float, upper: float, max_size: int
+    rows: np.ndarray, sizes: np.ndarray, pairs: Pairs, threshold: float, near_duplicate: float, max_size: int
 ) -> list[Link]:
     """Return the merges (a, b, similarity) of canonical rows, where row i stands for sizes[i] equal prompts.
 
@@ -125,7 +127,7 @@ def _merge(
         a, b, similarity, known = _join(a[fits], b[fits], similarity[fits], merged)
         if cluster is not None:
             cluster = name[cluster]
-            similarity[~known] = _linkage(rows, cluster, cluster, a[~known], b[~known], upper)
+            similarity[~known] = _linkage(rows, cluster, cluster, a[~known], b[~known], near_duplicate)
             known = similarity >= threshold
         a, b, similarity = a[known], b[known], similarity[known]
     return merges
@@ -169,11 +171,11 @@ def _join(
 
 
 def _linkage(
-    rows: np.ndarray, one: np.ndarray, another: np.ndarray, a: np.ndarray, b: np.ndarray, upper: float
+    rows: np.ndarray, one: np.ndarray, another: np.ndarray, a: np.ndarray, b: np.ndarray, near_duplicate: float
 ) -> np.ndarray:
     """Return the least similarity of the rows that `one` files under a[i] to those that `another` files under b[i].
 
-    -inf where one reaches `upper`.
+    -inf where one reaches `near_duplicate`.
     """
     (left_rows, left_counts, left_first), (right_rows, right_counts, right_first) = (
         _members(file) for file in (one, another)
@@ -192,7 +194,7 @@ def _linkage(
             rows, left_rows[left_first[left] + place // across], right_rows[right_first[right] + place % across]
         )
         least = np.minimum.reduceat(cosine, begin)
-        result[start:stop] = np.where(np.maximum.reduceat(cosine, begin) < upper, least, -np.inf)
+        result[start:stop] = np.where(np.maximum.reduceat(cosine, begin) < near_duplicate, least, -np.inf)
     return result
 
 

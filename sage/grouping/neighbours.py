@@ -1,8 +1,9 @@
 """Pairs of similar rows: all of them in a small set, those of each row's nearest in a large one.
 
-A large set is filed: faiss finds centroids (k-means), every row lies in the file of its nearest, and is compared with
-the rows of the PROBES files nearest to it. Done file by file for all rows that ask it, that is a product of matrices,
-twice as fast as faiss's own search of such files; docs/grouping.md compares it with graph indexes (HNSW).
+Large sets use an inverted-file (IVF) index: faiss finds centroids (k-means), each row is stored in the list of its
+nearest centroid, and is compared with the rows of the PROBES lists nearest to it. Searching list by list, for all rows
+that probe it, is a matrix product, twice as fast as faiss's own IVF search; docs/grouping.md compares it with graph
+indexes (HNSW).
 """
 
 import math
@@ -16,25 +17,25 @@ Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
 # Up to here every pair is kept; beyond, only those of each row's nearest, so that memory grows with the rows.
 ALL_PAIRS = 4096
 NEAREST = 32
-# Up to here the nearest are exact; beyond, a row is compared with those of PROBES files.
+# Up to here the nearest are exact; beyond, a row is compared with the rows of PROBES inverted lists.
 EXACT = 16384
 PROBES = 20
-# Files for n rows are this many times the square root of n: finding files and searching them then cost about the same.
-_FILES = 4
+# Lists for n rows, in units of sqrt(n): at 4, finding the lists and searching them cost about the same.
+_LISTS = 4
 _BLOCK = 1024
 # Pairs are sought from a little below the threshold: a search rounds otherwise than `cosines`, which has the last word.
 _SLACK = 1e-3
 
 
-def similar_pairs(rows: np.ndarray, threshold: float, upper: float = math.inf) -> Pairs:
-    """Return (a, b, cosine), a < b, of pairs of rows whose cosine reaches `threshold` and not `upper`.
+def similar_pairs(rows: np.ndarray, threshold: float, near_duplicate: float = math.inf) -> Pairs:
+    """Return (a, b, cosine), a < b, of pairs of rows whose cosine reaches `threshold` and not `near_duplicate`.
 
     `rows` is float32 of shape (n, d), each of length 1. All such pairs up to ALL_PAIRS rows; above, those in which one
     is among the NEAREST of the other.
     """
     a, b = (_all if len(rows) <= ALL_PAIRS else _nearest)(rows, threshold)
     cosine = cosines(rows, a, b)
-    kept = (cosine >= threshold) & (cosine < upper)
+    kept = (cosine >= threshold) & (cosine < near_duplicate)
     return a[kept], b[kept], cosine[kept]
 
 
@@ -58,7 +59,7 @@ def _all(rows: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _nearest(rows: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    found = _exact(rows, threshold) if len(rows) <= EXACT else filed(rows, threshold)
+    found = _exact(rows, threshold) if len(rows) <= EXACT else ivf_pairs(rows, threshold)
     # One number for both directions of a pair.
     codes = np.unique(np.concatenate([np.minimum(a, b) * len(rows) + np.maximum(a, b) for a, b in found]))
     a, b = np.divmod(codes, len(rows))
@@ -73,29 +74,29 @@ def _exact(rows: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.
         yield row + start, other[row, place]
 
 
-def filed(rows: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield each row with its nearest among the rows of the PROBES files that are nearest to it."""
+def ivf_pairs(rows: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield each row with its nearest among the rows of the PROBES inverted lists that are nearest to it."""
     n, d = rows.shape
-    files = min(n, round(_FILES * math.sqrt(n)))
+    lists = min(n, round(_LISTS * math.sqrt(n)))
     centroids = faiss.Kmeans(
-        d, files, niter=2, spherical=True, max_points_per_centroid=32, min_points_per_centroid=1, seed=0
+        d, lists, niter=2, spherical=True, max_points_per_centroid=32, min_points_per_centroid=1, seed=0
     )
     centroids.train(rows)
-    probes = min(PROBES, files)
+    probes = min(PROBES, lists)
     near = np.empty((n, probes), np.int32)
     for start in range(0, n, _BLOCK * 16):
         near[start : start + _BLOCK * 16] = centroids.index.search(rows[start : start + _BLOCK * 16], probes)[1]
-    members, asking = _by_file(near[:, 0], files), _by_file(near.ravel(), files)
+    members, probing = _by_list(near[:, 0], lists), _by_list(near.ravel(), lists)
     kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     count = 0
-    # All rows that ask a file at once: a product of matrices is several times as fast as row after row.
-    for file, places in zip(members, asking, strict=True):
+    # All rows that probe a list at once: one matrix product is several times as fast as row after row.
+    for rows_of_list, places in zip(members, probing, strict=True):
         asks = places // probes
         for start in range(0, len(asks), _BLOCK * 4):
             some = asks[start : start + _BLOCK * 4]
-            cosine = rows[some] @ rows[file].T
+            cosine = rows[some] @ rows[rows_of_list].T
             a, b = np.nonzero(cosine >= threshold - _SLACK)
-            kept.append((some[a], file[b], cosine[a, b]))
+            kept.append((some[a], rows_of_list[b], cosine[a, b]))
             count += len(a)
             if count > 2 * NEAREST * n:
                 kept = [_best(kept)]
@@ -104,8 +105,8 @@ def filed(rows: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.n
     yield a, b
 
 
-def _by_file(file: np.ndarray, files: int) -> list[np.ndarray]:
-    return np.split(np.argsort(file, kind="stable"), np.cumsum(np.bincount(file, minlength=files))[:-1])
+def _by_list(number: np.ndarray, lists: int) -> list[np.ndarray]:
+    return np.split(np.argsort(number, kind="stable"), np.cumsum(np.bincount(number, minlength=lists))[:-1])
 
 
 def _best(found: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
