@@ -10,7 +10,7 @@ import numpy as np
 import typer
 
 from benchmarks.captions import captions
-from flows.prompts.group import read_prompts
+from flows.prompts.files import read_prompts
 from flows.terminal import progress, run
 from sage.files import new_file
 from sage.grouping.embedding import embed
@@ -25,7 +25,8 @@ _BATCH = 128
 
 def embeddings(size: int, prompts: Path | None) -> np.ndarray:
     """Return embeddings of composed captions, or of the first prompts of a list."""
-    texts = read_prompts(prompts)[:size] if prompts else list(captions(size))
+    listed = [item.prompt for item in read_prompts(str(prompts)) if item.error is None] if prompts else []
+    texts = listed[:size] or list(captions(size))
     if len(texts) < size:
         raise typer.BadParameter(f"{prompts} has {len(texts)} prompts, fewer than {size}")
     folder = WORK / (prompts.stem if prompts else "composed")

@@ -17,9 +17,15 @@ ONLY_IN = {
     "mlflow": ("flows/tracking/",),
     "dvc": ("flows/versioning/objects.py",),
 }
-# Takes plain arguments: no configuration, no command line.
-MATHEMATICS = ("diffusion", "data", "grouping", "sampling", "training", "evaluation")
 STAGES = repository.stages(ROOT / "dvc.yaml")
+# The five rooms of the library, one for each stage, and the rooms that each may import besides the files of `sage/`.
+ROOMS = {
+    "data": set(),
+    "grouping": set(),
+    "sampling": {"grouping"},
+    "training": {"sampling"},
+    "evaluation": {"data", "grouping"},
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -54,11 +60,34 @@ def test_the_library_knows_no_shell(path):
     assert not {top(module) for module in imports(path)} & {"flows", "prefect", "mlflow", "dvc", "typer", "rich"}
 
 
-@pytest.mark.parametrize("noun", MATHEMATICS)
-def test_mathematics_takes_plain_arguments(noun):
-    files = [path for path in SOURCES if name(path) == f"sage/{noun}.py" or name(path).startswith(f"sage/{noun}/")]
-    assert files, f"sage/{noun} is gone; correct this test"
-    for path in files:
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_the_rooms_below_it(room):
+    for path in (ROOT / "sage" / room).rglob("*.py"):
+        used = {module.split(".")[1] for module in imports(path) if top(module) == "sage"} & set(ROOMS)
+        assert used <= {room} | ROOMS[room], name(path)
+
+
+def test_every_module_of_the_library_is_in_a_room_or_shared_by_them():
+    found = {path.relative_to(ROOT / "sage").parts[0] for path in (ROOT / "sage").rglob("*.py")}
+    shared = {"__init__.py", "config.py", "diffusion.py", "errors.py", "files.py", "packaged.py", "randomness.py"}
+    assert found == set(ROOMS) | shared | {"torchvision_ops.py"}
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.name == "__init__.py"], ids=name)
+def test_a_package_face_is_empty(path):
+    """Only `sage` has names of its own, the public ones: whoever reads an import knows the module."""
+    body = ast.parse(path.read_text()).body
+    assert name(path) == "sage/__init__.py" or [type(node) for node in body] == [ast.Expr]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_no_file_imports_a_stage(path):
+    assert not any(module.startswith("flows.stages.") for module in imports(path)), name(path)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_mathematics_takes_plain_arguments(room):
+    for path in (ROOT / "sage" / room).rglob("*.py"):
         assert not any(module.startswith("sage.config") for module in imports(path)), name(path)
 
 

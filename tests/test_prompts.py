@@ -138,7 +138,7 @@ def test_a_bad_prompt_costs_no_other_prompt(generate, tmp_path, capsys):
         "no_caption",
         "no_caption",
         "no_caption",
-        "no_caption",
+        "bad_row",
         "",
     ]
     assert lines[-1]["prompt"] == "a cat"
@@ -147,36 +147,10 @@ def test_a_bad_prompt_costs_no_other_prompt(generate, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "lines", "expected"),
-    [
-        (
-            "p.txt",
-            ["a cat", "", "  a  dog ", "\x1b[31mred\x0c sky"],
-            [("000001", "a cat"), ("000002", "a dog"), ("000003", "[31mred sky")],
-        ),
-        ("p.jsonl", ['{"id": "x", "text": "a cat"}', '{"prompt": "a dog"}'], [("x", "a cat"), ("000002", "a dog")]),
-        ("p.csv", ["id,prompt", 'x,"a cat, red"', "y,a dog"], [("x", "a cat, red"), ("y", "a dog")]),
-    ],
-)
-def test_every_form_of_list_is_read(tmp_path, name, lines, expected):
-    assert [(item.id, item.prompt) for item in prompts.read_prompts(write(tmp_path, lines, name))] == expected
-
-
-def test_standard_input_is_read(tmp_path):
-    code = "from flows.prompts.generate import read_prompts; print([item.prompt for item in read_prompts('-')])"
-    done = subprocess.run([sys.executable, "-c", code], input=b"a cat\n\xff\na dog\n", capture_output=True, check=True)
-    assert done.stdout.decode().strip() == "['a cat', '', 'a dog']"
-
-
-@pytest.mark.parametrize(
     ("name", "lines", "says"),
     [
         ("p.txt", [""], "has no prompt that can be drawn"),
         ("p.jsonl", ['{"prompt": ""}'], "has no prompt that can be drawn: no_caption"),
-        ("p.pdf", ["a"], r"ends in .pdf; prompts are read from .txt, .jsonl, .csv or -"),
-        ("p.csv", ["a,b", "1,2"], "none named prompt or text"),
-        ("p.jsonl", ['{"id": "../x", "prompt": "a"}'], r"prompt 1 is named '../x'; names become files"),
-        ("p.jsonl", ['{"id": "A", "prompt": "a"}', '{"id": "a", "prompt": "b"}'], "two prompts are named 'a'"),
     ],
 )
 def test_a_list_that_cannot_be_read_says_why(generate, tmp_path, name, lines, says):
@@ -186,7 +160,7 @@ def test_a_list_that_cannot_be_read_says_why(generate, tmp_path, name, lines, sa
 
 
 def test_a_missing_file_says_so(generate, tmp_path):
-    with pytest.raises(DataError, match=r"is no file; give a .txt, .jsonl or .csv"):
+    with pytest.raises(DataError, match=r"is no file; give a file of prompts"):
         generate(str(tmp_path / "none.txt"))
 
 

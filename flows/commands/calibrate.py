@@ -14,8 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows.machine import device
-from flows.stages.group import cache
+from flows.machine import device, embedding_cache
 from flows.terminal import progress, run
 from sage.config import load_params
 from sage.data.dataset import Example, read_split
@@ -47,7 +46,7 @@ def main(
     params = load_params()
     settings, grouping = params.generate, params.group
     examples = read_split(data, SPLIT)
-    embeddings = embed([example.text for example in examples], ENCODER, cache=cache())
+    embeddings = embed([example.text for example in examples], ENCODER, cache=embedding_cache())
     groups = groups_at(THRESHOLDS, embeddings, grouping.max_size, grouping.near_duplicate)
     if len(groups) < _PARTS:
         raise DataError(f"the {SPLIT} split forms {len(groups)} groups, too few to measure what sharing costs")

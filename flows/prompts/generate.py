@@ -1,6 +1,6 @@
 """`sage generate`: pictures for a list of prompts, similar ones sharing their early steps.
 
-    sage generate prompts.txt --out pictures          one prompt a line; also .jsonl, .csv, and - for standard input
+    sage generate prompts.txt --out pictures          one prompt a line; also .jsonl, .csv, .tsv, -
     sage generate prompts.txt --out pictures --plan   only say what it would cost
 
 Pictures carry their prompt, seed, group and plan; `manifest.jsonl` has a line for every prompt, drawn or refused, and
@@ -8,12 +8,7 @@ Pictures carry their prompt, seed, group and plan; `manifest.jsonl` has a line f
 drawn in batches of whole groups that do not depend on what is there already.
 """
 
-import csv
-import io
-import itertools
 import json
-import re
-import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,12 +22,10 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from flows import drawing
-from flows.machine import device
-from flows.stages.group import cache
+from flows.machine import device, embedding_cache
+from flows.prompts.files import Item, read_prompts
 from flows.terminal import progress, run
 from sage.config import Group, load_params
-from sage.data.captions import clean_caption
-from sage.data.rows import Rejected
 from sage.errors import ConfigurationError, DataError
 from sage.files import digest, new_file, sha256, sha256_tree, write_json, write_text
 from sage.grouping.embedding import embed
@@ -43,15 +36,6 @@ from sage.sampling.seeds import image_seeds
 
 KEY = "sage"  # of the metadata in a picture
 TILE, TILES, COLUMNS = 128, 240, 12
-
-
-@dataclass(frozen=True)
-class Item:
-    """One prompt of the list: its number or name, its text as drawn, or why it is not drawn."""
-
-    id: str
-    prompt: str
-    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +62,9 @@ class Job:
 
 
 def main(
-    prompts: Annotated[str, typer.Argument(help="A file of prompts: .txt, .jsonl, .csv, or - for standard input.")],
+    prompts: Annotated[
+        str, typer.Argument(help="A list of prompts: .txt, .jsonl, .csv, .tsv, or - for standard input.")
+    ],
     out: Annotated[Path, typer.Option(help="The folder for the pictures.")],
     model: Annotated[
         str, typer.Option(help="A folder or hub name of a pipeline, or a registered one: models:/sage@champion.")
@@ -126,7 +112,7 @@ def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: 
     settings |= {key: value for key, value in given.items() if value is not None}
     settings |= {"negative_prompt": negative_prompt, "seed": seed, "group": grouping.model_dump()}
     with progress(len(texts), "embedding") as advance:
-        embeddings = embed(texts, ENCODER, cache=cache(), progress=advance)
+        embeddings = embed(texts, ENCODER, cache=embedding_cache(), progress=advance)
     policy = Policy(**grouping.model_dump())
     groups = policy.form(texts, embeddings, policy.choose_threshold(embeddings, settings["share_ratio"], Path(model)))
     pipe.to(device())
@@ -152,62 +138,6 @@ def open_model(model: str) -> tuple[Any, str, dict[str, Any], Group]:
     settings = params.generate.sampling()
     name = sha256_tree(Path(model)) if Path(model).is_dir() else model
     return SharedSamplingPipeline.from_pretrained(model), name, settings, params.group
-
-
-def read_prompts(source: str) -> list[Item]:
-    """Return the prompts of a file, in order; blank lines of a text are no prompts, bad rows are items with an error.
-
-    Raises DataError for a file that is missing or of another kind, and for names that are unsafe or used twice.
-    """
-    path = Path(source)
-    if source != "-" and not path.is_file():
-        raise DataError(f"{source} is no file; give a .txt, .jsonl or .csv file, or - for standard input")
-    data = sys.stdin.buffer.read() if source == "-" else path.read_bytes()
-    kind = ".txt" if source == "-" else path.suffix.lower()
-    readers = {".txt": _lines, ".jsonl": _json_lines, ".csv": _table}
-    if kind not in readers:
-        raise DataError(f"{source} ends in {kind or 'nothing'}; prompts are read from {', '.join(readers)} or -")
-    items = []
-    # Half a character stays one wrong prompt, not the end of all.
-    for number, (name, text) in enumerate(readers[kind](data.decode("utf-8-sig", "surrogateescape")), start=1):
-        id = f"{number:06d}" if name is None else str(name)
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", id):
-            raise DataError(f"prompt {number} is named {id!r}; names become files: use letters, digits, '.', '_', '-'")
-        try:
-            items.append(Item(id, clean_caption(text)))
-        except Rejected as error:
-            items.append(Item(id, "", f"{error.reason}: {error.detail}"))
-    names = sorted(item.id.lower() for item in items)
-    if twice := next((a for a, b in itertools.pairwise(names) if a == b), None):
-        raise DataError(f"two prompts are named {twice!r}; names become files: make each different")
-    return items
-
-
-def _lines(text: str) -> Iterator[tuple[None, object]]:
-    # str.splitlines would also split a prompt at a form feed or U+2028.
-    return ((None, line) for line in text.split("\n") if line.strip())
-
-
-def _json_lines(text: str) -> Iterator[tuple[object, object]]:
-    for line in filter(str.strip, text.split("\n")):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, str):
-            row = {"prompt": row}
-        yield _of(row if isinstance(row, dict) else {})
-
-
-def _table(text: str) -> Iterator[tuple[object, object]]:
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    if not {"prompt", "text"} & set(rows.fieldnames or ()):
-        raise DataError(f"the table has columns {rows.fieldnames}, but none named prompt or text")
-    return map(_of, rows)
-
-
-def _of(row: dict[str, object]) -> tuple[object, object]:
-    return row.get("id"), row.get("prompt", row.get("text"))
 
 
 def cost_line(plan: Plan, groups: int, guided: bool) -> str:

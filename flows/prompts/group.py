@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from flows.machine import embedding_cache
+from flows.prompts.files import read_prompts
 from flows.report.groups_page import groups_page
-from flows.stages.group import cache
 from flows.terminal import progress, run
 from sage.config import load_params
 from sage.errors import DataError
@@ -22,7 +23,9 @@ _WIDEST = 5
 
 
 def main(
-    prompts: Annotated[Path, typer.Argument(help="A text file, one prompt a line; empty lines are passed over.")],
+    prompts: Annotated[
+        str, typer.Argument(help="A list of prompts: .txt, .jsonl, .csv, .tsv, or - for standard input.")
+    ],
     page: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("work/groups.html"),
     threshold: Annotated[float | None, typer.Option(help="Instead of what params.yaml asks for.")] = None,
     max_size: Annotated[int | None, typer.Option(help="Instead of what params.yaml asks for.")] = None,
@@ -39,9 +42,15 @@ def main(
 ) -> None:
     """Say how prompts group, what sharing would save, and which groups are the widest; draw them."""
     params = load_params()
-    texts = read_prompts(prompts)
+    items = read_prompts(prompts)
+    for item in items:
+        if item.error is not None:
+            typer.echo(f"not grouped: {item.id}: {item.error}", err=True)
+    texts = [item.prompt for item in items if item.error is None]
+    if not texts:
+        raise DataError(f"{prompts} has no prompt" + (f": {items[0].error}" if items else "; give one a line"))
     with progress(len(texts), "embedding") as advance:
-        embeddings = embed(texts, ENCODER, cache=cache(), progress=advance)
+        embeddings = embed(texts, ENCODER, cache=embedding_cache(), progress=advance)
     given = {"max_size": max_size, "guard": guard}
     settings = params.group.model_copy(update={name: value for name, value in given.items() if value is not None})
     policy = Policy(**settings.model_dump())
@@ -71,22 +80,6 @@ def _known(kinds: list[str] | None) -> list[str] | None:
     if unknown := sorted(set(kinds or ()) - set(KINDS)):
         raise typer.BadParameter(f"{', '.join(unknown)}: the kinds are {', '.join(KINDS)}")
     return kinds
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a text file; bytes that are no UTF-8 become replacement characters.
-
-    Raises DataError where there is no file or no prompt.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig", errors="replace")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise DataError(f"{path} is no file; give a text file with one prompt a line") from error
-    # Only line feeds end a line: str.splitlines would also split a prompt at a form feed or U+2028.
-    found = [line.strip() for line in text.split("\n") if line.strip()]
-    if not found:
-        raise DataError(f"{path} has no prompt; give one a line")
-    return found
 
 
 def other_script(text: str) -> bool:

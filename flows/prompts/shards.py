@@ -25,7 +25,7 @@ import typer
 from flows import drawing
 from flows.machine import device
 from flows.prompts import generate as prompts
-from flows.prompts.generate import Item
+from flows.prompts.files import Item
 from flows.terminal import exit_on_error
 from sage.config import load_params
 from sage.errors import ConfigurationError, DataError

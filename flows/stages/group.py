@@ -1,11 +1,11 @@
 """Stage group: the prompts of each split to groups of similar prompts."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from flows.machine import embedding_cache
 from flows.terminal import progress, run
 from flows.tracking.runs import stage_run
 from sage.config import load_params
@@ -33,7 +33,7 @@ def main(
             examples = read_split(data, split)
             texts = [example.text for example in examples]
             with progress(len(examples), f"embedding {split}") as advance:
-                embeddings = embed(texts, ENCODER, cache=cache(), progress=advance)
+                embeddings = embed(texts, ENCODER, cache=embedding_cache(), progress=advance)
             threshold = policy.choose_threshold(embeddings, params.generate.share_ratio, base)
             groups = policy.form(texts, embeddings, threshold)
             worst = worst_similarity(embeddings, groups)
@@ -54,11 +54,6 @@ def main(
         flat = {f"{split}.{name}": value for split, values in results.items() for name, value in values.items()}
         record.metrics(flat)
         write_json(metrics, results | {"run_id": record.id})
-
-
-def cache() -> Path:
-    """Return where this machine keeps embeddings: in the folder SAGE_CACHE, or work/cache."""
-    return Path(os.environ.get("SAGE_CACHE", "work/cache")) / "embeddings.sqlite"
 
 
 if __name__ == "__main__":

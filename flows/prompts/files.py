@@ -1,0 +1,200 @@
+"""The one reader for lists of prompts: text, JSON lines and tables, for `sage generate`, `sage group` and shards.
+
+Every row of a list becomes one item, in order: a prompt, or an error that says why the row is no prompt. Only a list
+that cannot be read at all is an exception.
+"""
+
+import csv
+import itertools
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import charset_normalizer
+
+from sage.data.captions import clean_caption
+from sage.data.rows import Rejected
+from sage.errors import DataError
+
+_MARKS = {  # byte order marks; UTF-32 before UTF-16, whose mark it begins with
+    b"\xff\xfe\x00\x00": "utf-32",
+    b"\x00\x00\xfe\xff": "utf-32",
+    b"\xef\xbb\xbf": "utf-8-sig",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+_COLUMNS = ("prompt", "text")
+# A byte that is no UTF-8, as Python's surrogateescape shows it.
+_ESCAPED = re.compile("[\udc80-\udcff]")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of a list of prompts: its name (by default its number), its prompt, or why there is none."""
+
+    id: str
+    prompt: str
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What a reader found in a row: a name, if it has one, and a prompt, or a problem."""
+
+    id: object = None
+    prompt: object = None
+    problem: str | None = None
+
+
+def read_prompts(source: str) -> list[Item]:
+    """Return the rows of a file, or of standard input ("-", one prompt a line), as items in order.
+
+    Blank lines and rows are passed over. Raises DataError if the file is missing, of another kind, in an encoding
+    without a byte order mark that is not UTF-8 throughout, or if names are unsafe as file names or used twice.
+    """
+    path = Path(source)
+    kinds = ", ".join(_READERS)
+    if source != "-" and not path.is_file():
+        raise DataError(f"{source} is no file; give a file of prompts ({kinds}), or - for standard input")
+    kind = ".txt" if source == "-" else path.suffix.lower()
+    if kind not in _READERS:
+        raise DataError(f"{source} ends in {kind or 'nothing'}; prompts are read from {kinds} or -")
+    data = sys.stdin.buffer.read() if source == "-" else path.read_bytes()
+    text = _decoded(data, source)
+    guess = _guess(data) if _ESCAPED.search(text) else ""
+    items = [_item(number, row, guess) for number, row in enumerate(_READERS[kind](text, source), start=1)]
+    names = sorted(item.id.lower() for item in items)
+    if twice := next((a for a, b in itertools.pairwise(names) if a == b), None):
+        raise DataError(f"two prompts are named {twice!r}; names become files: make each different")
+    return items
+
+
+def _item(number: int, row: _Row, guess: str) -> Item:
+    id = f"{number:06d}" if row.id in (None, "") else str(row.id)
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", id):
+        raise DataError(f"prompt {number} is named {id!r}; names become files: use letters, digits, '.', '_', '-'")
+    problem = row.problem
+    if problem is None and isinstance(row.prompt, str) and (broken := _ESCAPED.search(row.prompt)):
+        byte = ord(broken[0]) - 0xDC00
+        problem = f"bad_text: byte 0x{byte:02X} is not UTF-8{guess}; save the list as UTF-8"
+    if problem is not None:
+        return Item(id, "", problem)
+    try:
+        return Item(id, clean_caption(row.prompt))
+    except Rejected as error:
+        return Item(id, "", f"{error.reason}: {error.detail}")
+
+
+def _decoded(data: bytes, source: str) -> str:
+    """Return the text; a byte that is not UTF-8 stays as a surrogate, so that it costs one prompt and not the list."""
+    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
+    if encoding is None and data[:1000].count(0) > len(data[:1000]) // 4:
+        raise DataError(
+            f"{source} holds zero bytes as UTF-16 does, but no byte order mark; save it as UTF-8, or with the mark"
+        )
+    try:
+        return data.decode(encoding or "utf-8", "surrogateescape")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source} begins with the byte order mark of {encoding}, but is not: {error}") from error
+
+
+def _guess(data: bytes) -> str:
+    """Return the encodings that fit a list best, in words; short lists fit several."""
+    found = [match.encoding for match in charset_normalizer.from_bytes(data) if match.encoding != "utf_8"][:2]
+    return f" (the list looks like {' or '.join(found)})" if found else ""
+
+
+def _lines(text: str, source: str) -> Iterator[_Row]:
+    # str.splitlines would also split a prompt at a form feed or U+2028.
+    return (_Row(prompt=line) for line in text.split("\n") if line.strip())
+
+
+def _json_rows(text: str, source: str) -> Iterator[_Row]:
+    if text.lstrip().startswith("["):
+        try:
+            return map(_json_row, json.loads(text))
+        except ValueError:
+            pass  # lines of lists, each of which is a row that is no prompt
+    return (_json_line(line) for line in text.split("\n") if line.strip())
+
+
+def _json_line(line: str) -> _Row:
+    try:
+        return _json_row(json.loads(line))
+    except ValueError as error:
+        return _Row(problem=f"bad_row: not JSON: {error}")
+
+
+def _json_row(value: object) -> _Row:
+    if isinstance(value, str):
+        return _Row(prompt=value)
+    if not isinstance(value, dict):
+        return _Row(problem=f"bad_row: {type(value).__name__} is neither a text nor an object with a prompt")
+    row = {str(key).strip().lower(): found for key, found in value.items()}
+    return _Row(row.get("id"), row.get("prompt", row.get("text")))
+
+
+def _table(text: str, source: str) -> Iterator[_Row]:
+    lines = text.splitlines(keepends=True) if "\n" not in text else [f"{line}\n" for line in text.split("\n")]
+    first = next((number for number, line in enumerate(lines) if line.strip()), 0)
+    declared = re.fullmatch(r"sep=(.)\s*", lines[first] if lines else "")  # written by Excel
+    start = first + 1 if declared else first
+    header_line = lines[start] if start < len(lines) else ""
+    delimiter = declared[1] if declared else max(",;\t", key=header_line.count)
+    records = _records(lines, start, delimiter)
+    cells, problem = next(records, ([], None))
+    header = [cell.strip().lower() for cell in cells]
+    found = [name for name in _COLUMNS if name in header]
+    if problem or not found:
+        raise DataError(
+            f"{source}: the table has columns {cells}, but none is named prompt or text; "
+            f"give it a header{f' ({problem})' if problem else ''}"
+        )
+    if header.count(found[0]) > 1:
+        raise DataError(f"{source}: {header.count(found[0])} columns are named {found[0]}; leave one")
+    return (_record(header, found[0], cells, problem) for cells, problem in records)
+
+
+def _record(header: list[str], column: str, cells: list[str], problem: str | None) -> _Row:
+    if problem is not None:
+        return _Row(problem=f"bad_row: {problem}")
+    if any(cell.strip() for cell in cells[len(header) :]):
+        return _Row(
+            problem=f"bad_row: {len(cells)} cells, but the table has {len(header)} columns; "
+            "put a prompt with separators in quotes"
+        )
+    row = dict(zip(header, cells, strict=False))
+    return _Row(row.get("id"), row.get(column))
+
+
+def _records(lines: list[str], start: int, delimiter: str) -> Iterator[tuple[list[str], str | None]]:
+    """Yield the cells of each record that is not empty, or what is wrong with it.
+
+    After a fault, such as a quote that is never closed, reading goes on at the next line.
+    """
+    while start < len(lines):
+        reader = csv.reader(
+            itertools.islice(lines, start, None), delimiter=delimiter, skipinitialspace=delimiter != "\t", strict=True
+        )
+        begin = 0
+        try:
+            for cells in reader:
+                begin = reader.line_num
+                if any(cell.strip() for cell in cells):
+                    yield cells, None
+            return
+        except csv.Error as error:
+            yield [], f"{error} (a quote begins a cell and must end it)" if "limit" not in str(error) else str(error)
+            start += begin + 1
+
+
+_READERS: dict[str, Callable[[str, str], Iterator[_Row]]] = {
+    ".txt": _lines,
+    ".jsonl": _json_rows,
+    ".json": _json_rows,
+    ".csv": _table,
+    ".tsv": _table,
+}

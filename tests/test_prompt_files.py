@@ -1,0 +1,125 @@
+"""The one reader of lists of prompts: no prompt changes without a word, and a bad row costs no other."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from flows.prompts.files import read_prompts
+from sage.errors import DataError
+
+
+def rows(tmp_path, content, name="list.txt"):
+    """Return (id, prompt or error) of each row of a list with this content."""
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return [(item.id, item.prompt or item.error) for item in read_prompts(str(path))]
+
+
+def prompts(tmp_path, content, name="list.txt"):
+    return [text for _, text in rows(tmp_path, content, name)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("p.txt", "a cat\n\n  a  dog \n\x1b[31mred\x0c sky", ["a cat", "a dog", "[31mred sky"]),
+        ("p.txt", "a\x0cb\u2028c\r\nd\r\n", ["a b c", "d"]),
+        ("p.jsonl", '{"id": "x", "text": "a cat"}\n"a dog"\n', ["a cat", "a dog"]),
+        ("p.jsonl", '{"Prompt": "a cat"}\n', ["a cat"]),
+        ("p.jsonl", '[\n  {"prompt": "a cat"},\n  "a dog"\n]\n', ["a cat", "a dog"]),
+        ("p.json", '["a cat"]', ["a cat"]),
+        ("p.csv", 'id,prompt\nx,"a cat, red"\ny,"a\ndog"\n', ["a cat, red", "a dog"]),
+        ("p.csv", "id;prompt\n1;a red fox, in snow\n2;blue heart\n", ["a red fox, in snow", "blue heart"]),
+        ("p.csv", "id\tprompt\n1\ta red fox, in snow\n", ["a red fox, in snow"]),
+        ("p.tsv", "id\tprompt\n1\ta red fox, in snow\n", ["a red fox, in snow"]),
+        ("p.csv", "Id,Prompt\n1,red heart\n", ["red heart"]),
+        ("p.csv", 'id, prompt\n1, red heart\n2, "red, blue"\n', ["red heart", "red, blue"]),
+        ("p.csv", "sep=;\nid;prompt\n1;red, heart\n", ["red, heart"]),
+        ("p.csv", "id,prompt\n1,red heart\n,\n\n,\n", ["red heart"]),
+        ("p.csv", "prompt\nred heart,\n", ["red heart"]),
+        ("p.csv", 'prompt\na sign that says "hello"\n', ['a sign that says "hello"']),
+    ],
+)
+def test_every_form_of_list_is_read(tmp_path, name, content, expected):
+    assert prompts(tmp_path, content, name) == expected
+
+
+def test_names_are_given_or_numbers(tmp_path):
+    assert rows(tmp_path, '{"id": "x", "prompt": "a"}\n{"id": 7, "prompt": "b"}\n{"prompt": "c"}\n', "p.jsonl") == [
+        ("x", "a"),
+        ("7", "b"),
+        ("000003", "c"),
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["p.txt", "p.csv"])
+def test_a_byte_order_mark_is_honoured(tmp_path, encoding, name):
+    texts = ["caf\xe9 at night", "\u591c\u306e\u732b"]
+    mark = {"utf-16-le": "\ufeff", "utf-16-be": "\ufeff"}.get(encoding, "")
+    head = "prompt\r\n" if name == "p.csv" else ""
+    content = (mark + head + "".join(f"{text}\r\n" for text in texts)).encode(encoding)
+    assert prompts(tmp_path, content, name) == texts
+
+
+def test_another_encoding_is_named_and_costs_only_the_prompts_that_need_it(tmp_path):
+    text = "red heart\n\u591c\u306e\u732b\u304c\u8857\u3092\u6b69\u304f\nblue heart\n"
+    red, night, blue = prompts(tmp_path, text.encode("cp932"))
+    assert (red, blue) == ("red heart", "blue heart")
+    assert re.fullmatch(r"bad_text: byte 0x96 is not UTF-8 \(the list .*cp932.*\); save the list as UTF-8", night)
+
+
+def test_utf_16_without_a_mark_is_refused(tmp_path):
+    with pytest.raises(DataError, match="zero bytes as UTF-16 does, but no byte order mark"):
+        rows(tmp_path, "red heart\nblue heart\n".encode("utf-16-le"))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("id,prompt\n1,a red fox, in snow, at night\n2,blue heart\n", ["4 cells, but the table has 2", "blue heart"]),
+        ("prompt,id\na red fox, in snow,1\nblue heart,2\n", ["3 cells, but the table has 2", "blue heart"]),
+        ("prompt\na red fox, in snow\nblue heart\n", ["2 cells, but the table has 1", "blue heart"]),
+        ('id,prompt\n1,"a sign\n2,blue heart\n3,"green"\n', ["a quote begins a cell", "blue heart", "green"]),
+        ('id,prompt\n1,blue heart\n2,"a sign\n3,red heart\n', ["blue heart", "a quote begins a cell", "red heart"]),
+        ('id,prompt\n1,"hello" on a sign, at night\n2,blue heart\n', ["a quote begins a cell", "blue heart"]),
+        ("id,style,prompt\n1,photo,red heart\n2,photo\n", ["red heart", "no_caption: the caption is missing"]),
+        ('prompt\n"' + "a red fox, " * 13000 + '"\nblue heart\n', ["field larger than field limit", "blue heart"]),
+    ],
+)
+def test_a_bad_row_of_a_table_is_an_error_and_costs_no_other_row(tmp_path, content, expected):
+    found = prompts(tmp_path, content, "p.csv")
+    assert len(found) == len(expected)
+    assert all(part in text for part, text in zip(expected, found, strict=True)), found
+
+
+def test_a_bad_line_of_json_is_an_error_and_costs_no_other_line(tmp_path):
+    content = '{broken\n{"prompt": "a cat"}\n3\n{"prompt": "\\ud800"}\n{}\n'
+    broken, cat, number, half, empty = prompts(tmp_path, content, "p.jsonl")
+    assert cat == "a cat"
+    assert broken.startswith("bad_row: not JSON") and number.startswith("bad_row: int is neither")
+    assert half.startswith("bad_text") and empty.startswith("no_caption")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("p.pdf", "a", r"ends in .pdf; prompts are read from .txt, .jsonl, .json, .csv, .tsv or -"),
+        ("p.csv", "a,b\n1,2", "none is named prompt or text"),
+        ("p.csv", "", "none is named prompt or text"),
+        ("p.csv", "prompt,prompt\nred heart,blue heart\n", "2 columns are named prompt; leave one"),
+        ("p.jsonl", '{"id": "../x", "prompt": "a"}', r"prompt 1 is named '../x'; names become files"),
+        ("p.jsonl", '{"id": "A", "prompt": "a"}\n{"id": "a", "prompt": "b"}', "two prompts are named 'a'"),
+    ],
+)
+def test_a_list_that_cannot_be_read_says_why(tmp_path, name, content, says):
+    with pytest.raises(DataError, match=says):
+        rows(tmp_path, content, name)
+
+
+def test_standard_input_is_read():
+    code = "from flows.prompts.files import read_prompts; print([item.prompt for item in read_prompts('-')])"
+    done = subprocess.run([sys.executable, "-c", code], input=b"a cat\n\xff\na dog\n", capture_output=True, check=True)
+    assert done.stdout.decode().strip() == "['a cat', '', 'a dog']"
