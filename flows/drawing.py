@@ -1,10 +1,21 @@
 """Pictures for a list of prompts, the same bytes wherever they are asked for: the shell, Python, or a server."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from flows.machine import device
+from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
 from sage.sampling.stream import Result
+
+
+def open_pipeline(model: str | Path, on: str | None = None) -> Any:
+    """Return a saved pipeline for shared sampling, on a device (by default this machine's), without progress bars."""
+    pipe: Any = SharedSamplingPipeline.from_pretrained(model)
+    pipe.to(on or device())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def draw(

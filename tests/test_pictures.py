@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sage.data.images import compose, contact_sheet, decode, pixel_hash
+from sage.data.images import compose, decode, pixel_hash
 from sage.data.rows import Rejected
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
@@ -235,11 +235,3 @@ def test_pixel_hash_sees_pixels_only() -> None:
     other = picture.copy()
     other.putpixel((0, 0), (254, 0, 0))
     assert pixel_hash(picture) != pixel_hash(other)
-
-
-def test_contact_sheet_places_row_by_row() -> None:
-    colours = [(value, 0, 0) for value in (10, 20, 30)]
-    sheet = contact_sheet([Image.new("RGB", (4, 4), colour) for colour in colours], columns=2)
-    assert sheet.size == (8, 8)
-    assert [sheet.getpixel(place) for place in ((1, 1), (5, 1), (1, 5))] == colours
-    assert sheet.getpixel((5, 5)) == (255, 255, 255)

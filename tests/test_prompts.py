@@ -66,7 +66,7 @@ def test_each_prompt_becomes_one_picture_that_says_how_it_was_made(generate, tmp
     by_id = {line["id"]: line for line in lines}
     assert by_id["000002"]["shared_with"] == ["000004"]
     assert all(by_id[other]["group"] == line["group"] for line in lines for other in line["shared_with"])
-    with Image.open(out / "contact.png") as sheet:
+    with Image.open(out / "contact.jpg") as sheet:
         assert sheet.width == 7 * prompts.TILE
 
 
@@ -91,7 +91,7 @@ def test_what_is_missing_is_made_again_to_the_same_bytes(generate, tmp_path):
     out = generate(source)
     whole = sha256_tree(out)
     # One picture of a group, and one alone.
-    for name in ("000004.png", "000006.png", "manifest.jsonl", "contact.png"):
+    for name in ("000004.png", "000006.png", "manifest.jsonl", "contact.jpg"):
         (out / name).unlink()
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("0*.png")}
     generate(source)
@@ -175,3 +175,12 @@ def test_another_runs_folder_is_not_mixed_with_this_one(generate, tmp_path):
     with pytest.raises(ConfigurationError, match="is not empty and holds no run"):
         generate(source, full)
     assert (full / "mine").read_text() == "x"
+
+
+def test_no_name_of_a_prompt_meets_a_name_of_ours(generate, tmp_path):
+    rows = [{"id": name, "prompt": "red cat"} for name in ("contact", "contact.jpg", "run.json", "manifest.jsonl")]
+    source = write(tmp_path, map(json.dumps, rows), "prompts.jsonl")
+    whole = sha256_tree(generate(source))
+    for line in lines_of(tmp_path / "out"):
+        assert sha256(tmp_path / "out" / line["file"]) == line["sha256"]
+    assert sha256_tree(generate(source)) == whole

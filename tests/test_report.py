@@ -179,6 +179,6 @@ def test_numbers_keep_three_digits_that_count(value, text):
 
 def test_a_sheet_has_a_line_for_each_prompt_and_a_column_for_each_arm():
     row = rows(["a", "b"]).across[0]
-    sheet = report.sheet(row, scale=2, gap=6, head=18)
+    sheet = report.group_sheet(row)
     assert sheet.size == (5 * 22 + 6, 18 + 2 * 22 + 6)
     assert sheet.getpixel((6 + 4 * 22 + 8, 18 + 6 + 22 + 8)) == (4, 0, 0)

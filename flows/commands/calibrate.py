@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows.drawing import open_pipeline
 from flows.machine import device, embedding_cache
 from flows.terminal import progress, run
 from sage.config import load_params
@@ -26,7 +27,6 @@ from sage.grouping.cost import FILE, Damage, kept_form, model_digest
 from sage.grouping.embedding import embed
 from sage.grouping.groups import Groups, group, worst_similarity
 from sage.grouping.policy import ENCODER
-from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import prompt_seed
 
@@ -96,7 +96,7 @@ def draw(model: Path, examples: Sequence[Example], groups: Groups, settings: Any
         for number, piece in enumerate(pieces):
             path = folder / f"{number:04d}.npy"
             if not path.exists():
-                pipe = pipe or _open(model)
+                pipe = pipe or open_pipeline(model)
                 extract = extract or EfficientNetLite0(device())
                 features = extract(_pictures(pipe, examples, piece, settings))
                 with new_file(path) as temporary, temporary.open("wb") as file:
@@ -106,13 +106,6 @@ def draw(model: Path, examples: Sequence[Example], groups: Groups, settings: Any
             found += np.split(rows, np.cumsum(sizes)[:-1])
             advance(sum(sizes))
     return found
-
-
-def _open(model: Path) -> Any:
-    pipe: Any = SharedSamplingPipeline.from_pretrained(model)
-    pipe.to(device())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def _pictures(pipe: Any, examples: Sequence[Example], groups: Groups, settings: Any) -> list[np.ndarray]:

@@ -25,9 +25,11 @@ from prefect.artifacts import (
 
 from flows import leash
 from flows.report import tables
+from flows.report.sheet import opened, sheet
 from flows.tracking import runs
 from flows.versioning.repository import FINAL, Output, StageError, Write
 
+_SIDE = 64  # pixels
 _COLUMNS = 12
 _PROGRESS = re.compile(r"^(?P<what>[a-z][a-z -]*): (?P<done>\d+)/(?P<total>\d+) \((?P<rest>.*)\)$")
 
@@ -72,17 +74,7 @@ def grid(generated: Path) -> Image.Image:
         ]
         for arm in dict.fromkeys(line["arm"] for line in lines)
     ]
-    return sheet([row[:_COLUMNS] for row in rows])
-
-
-def sheet(rows: Sequence[Sequence[Path]], side: int = 64) -> Image.Image:
-    """Return pictures in rows on one sheet, each made `side` pixels wide and high."""
-    picture = Image.new("RGB", (side * max(map(len, rows)), side * len(rows)), "white")
-    for y, row in enumerate(rows):
-        for x, path in enumerate(row):
-            with Image.open(path) as tile:
-                picture.paste(tile.convert("RGB").resize((side, side)), (x * side, y * side))
-    return picture
+    return sheet([[opened(path) for path in row] for row in rows], size=(_SIDE, _SIDE))
 
 
 def as_url(picture: Image.Image) -> str:

@@ -15,6 +15,7 @@ from prefect.tasks import exponential_backoff
 from flows.orchestration import shown
 from flows.orchestration.forms import Approval, Judged, Promotion
 from flows.orchestration.graph import MODEL, may_pass, reach_tracking, reproduce, run_tags
+from flows.report.sheet import opened, sheet
 from flows.report.tables import Row
 from flows.tracking import promotion, registry, runs
 from flows.versioning import experiments
@@ -98,7 +99,7 @@ def _ask(rows: list[Row], promotion: Promotion) -> Approval:
         for row, place in zip(rows, places, strict=True):
             draw(row["version"], promotion.prompts, str(place))
         names = [f"{number:06d}.png" for number in range(1, len(promotion.prompts) + 1)]
-        picture = shown.sheet([[place / "pictures" / name for name in names] for place in places])
+        picture = sheet([[opened(place / "pictures" / name) for name in names] for place in places], size=(64, 64))
     url = shown.as_url(picture)
     create_image_artifact(
         url, key="candidates", description="A row for each version: " + ", ".join(r["version"] for r in rows)

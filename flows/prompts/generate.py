@@ -4,7 +4,7 @@
     sage generate prompts.txt --out pictures --plan   only say what it would cost
 
 Pictures carry their prompt, seed, group and plan; `manifest.jsonl` has a line for every prompt, drawn or refused, and
-`contact.png` shows them at a glance. Killed and started again it makes what is missing, to the same bytes: prompts are
+`contact.jpg` shows them at a glance. Killed and started again it makes what is missing, to the same bytes: prompts are
 drawn in batches of whole groups that do not depend on what is there already.
 """
 
@@ -18,23 +18,24 @@ from typing import Annotated, Any
 import sage.torchvision_ops  # noqa: F401
 
 import typer
-from PIL import Image, ImageDraw
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from flows import drawing
-from flows.machine import device, embedding_cache
+from flows.machine import embedding_cache
 from flows.prompts.files import Item, read_prompts
+from flows.report.sheet import in_rows, opened, sheet
 from flows.terminal import progress, run
 from sage.config import Group, load_params
 from sage.errors import ConfigurationError, DataError
 from sage.files import digest, new_file, sha256, sha256_tree, write_json, write_text
 from sage.grouping.embedding import embed
 from sage.grouping.policy import ENCODER, Policy
-from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import image_seeds
 
 KEY = "sage"  # of the metadata in a picture
+CONTACT = "contact.jpg"  # no name of a prompt: those end in .png
 TILE, TILES, COLUMNS = 128, 240, 12
 
 
@@ -115,8 +116,6 @@ def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: 
         embeddings = embed(texts, ENCODER, cache=embedding_cache(), progress=advance)
     policy = Policy(**grouping.model_dump())
     groups = policy.form(texts, embeddings, policy.choose_threshold(embeddings, settings["share_ratio"], Path(model)))
-    pipe.to(device())
-    pipe.set_progress_bar_config(disable=True)
     pipe.scheduler.set_timesteps(settings["steps"])
     whole = Plan.shared(groups, len(pipe.scheduler.timesteps), settings["share_ratio"])
     return Job(items, groups, whole, settings, name, pipe)
@@ -133,11 +132,11 @@ def open_model(model: str) -> tuple[Any, str, dict[str, Any], Group]:
 
         with tempfile.TemporaryDirectory() as folder:
             version = registry.fetch(model, Path(folder))
-            return SharedSamplingPipeline.from_pretrained(version.weights), *version.settings()
+            return drawing.open_pipeline(version.weights), *version.settings()
     params = load_params()
     settings = params.generate.sampling()
     name = sha256_tree(Path(model)) if Path(model).is_dir() else model
-    return SharedSamplingPipeline.from_pretrained(model), name, settings, params.group
+    return drawing.open_pipeline(model), name, settings, params.group
 
 
 def cost_line(plan: Plan, groups: int, guided: bool) -> str:
@@ -226,18 +225,13 @@ def manifest(out: Path, items: Sequence[Item]) -> None:
 
 
 def contact_sheet(out: Path, ids: Sequence[str], groups: Sequence[Sequence[int]]) -> None:
-    """Write a sheet of the first pictures, groups together, largest first, each with its name."""
+    """Write a sheet of the first images with their names, groups together, largest first."""
     order = [ids[member] for group in sorted(groups, key=len, reverse=True) for member in group][:TILES]
-    columns = min(COLUMNS, len(order))
-    sheet = Image.new("RGB", (columns * TILE, -(-len(order) // columns) * (TILE + 12)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, id in enumerate(order):
-        x, y = i % columns * TILE, i // columns * (TILE + 12)
-        with Image.open(out / f"{id}.png") as picture:
-            sheet.paste(picture.convert("RGB").resize((TILE, TILE)), (x, y))
-        pen.text((x + 2, y + TILE), id[:20], fill="black")
-    with new_file(out / "contact.png") as temporary:
-        sheet.save(temporary, format="PNG")
+    names = in_rows(order, COLUMNS)
+    images = [[opened(out / f"{id}.png") for id in row] for row in names]
+    found = sheet(images, size=(TILE, TILE), names=[[id[:20] for id in row] for row in names])
+    with new_file(out / CONTACT) as temporary:
+        found.save(temporary, format="JPEG", quality=90)
 
 
 if __name__ == "__main__":

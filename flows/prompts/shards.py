@@ -106,8 +106,6 @@ def _draw(out: str, found: dict[str, Any], wanted: set[int]) -> None:
     pipe, name, _, _ = prompts.open_model(found["address"])
     if name != found["model"]:
         raise DataError(f"{found['address']} is model {name[:12]} now, but the run began with {found['model'][:12]}.")
-    pipe.to(device())
-    pipe.set_progress_bar_config(disable=True)
     with tempfile.TemporaryDirectory() as temporary:
         # Each as it is finished, so that a kill costs the batch at hand.
         for picture in prompts.drawn(pipe, items, groups, found["steps"], settings, name, Path(temporary), wanted):
@@ -154,7 +152,7 @@ def finish(
             _get(f"{out}/{item.id}.png", folder / f"{item.id}.png")
         prompts.manifest(folder, found["items"])
         prompts.contact_sheet(folder, [item.id for item in items], found["groups"])
-        for name in ("contact.png", "manifest.jsonl"):
+        for name in (prompts.CONTACT, "manifest.jsonl"):
             _put(folder / name, f"{out}/{name}")
         if judged:
             values = _evaluation(out, found, judged)

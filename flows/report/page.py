@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from flows.report.groups_page import groups_picture
+from flows.report.sheet import sheet
 from sage.evaluation.gates import JUDGED
 from sage.evaluation.samples import Judged
 
@@ -181,18 +182,12 @@ def data_uri(picture: Image.Image) -> str:
     return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def sheet(row: GroupRow, scale: int = 2, gap: int = 6, head: int = 18) -> Image.Image:
-    """Return a group as one picture: a line for each prompt, a column for real and each arm."""
-    width, height = (side * scale for side in row.prompts[0][1][0].size)
-    size = (len(row.columns) * (width + gap) + gap, head + len(row.prompts) * (height + gap) + gap)
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    for column, arm in enumerate(row.columns):
-        draw.text((gap + column * (width + gap), 4), arm_name(arm), fill="black")
-        for line, (_, pictures) in enumerate(row.prompts):
-            large = pictures[column].resize((width, height), Image.Resampling.NEAREST)
-            canvas.paste(large, (gap + column * (width + gap), head + gap + line * (height + gap)))
-    return canvas
+def group_sheet(row: GroupRow, scale: int = 2) -> Image.Image:
+    """Return a group as one image: a line for each prompt, a column for the real image and each arm."""
+    width, height = row.prompts[0][1][0].size
+    headings = [arm_name(arm) for arm in row.columns]
+    size = width * scale, height * scale
+    return sheet([images for _, images in row.prompts], size=size, gap=6, headings=headings)
 
 
 def quality_plot(results: Mapping[str, Any], metric: str) -> Markup:

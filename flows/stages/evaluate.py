@@ -55,7 +55,7 @@ def main(
             write_json(folder / "samples.json", page.samples([*rows.across, *rows.hardest], rows.seed))
         record.metrics(flat(results))
         for step, row in enumerate(rows.across):
-            record.image(page.sheet(row), "groups", step)
+            record.image(page.group_sheet(row), "groups", step)
         record.artifact(report, "report")
         record.tags({"gates": "passed" if results["passed"] else "failed"})
         write_json(metrics, results | {"run_id": record.id})

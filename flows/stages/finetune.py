@@ -15,9 +15,9 @@ import sage.torchvision_ops  # noqa: F401
 import torch
 import typer
 from accelerate import Accelerator
-from PIL import Image
 
 from flows.machine import device
+from flows.report.sheet import sheet
 from flows.terminal import progress, run
 from flows.tracking.runs import Run, stage_run
 from sage.config import Finetune, load_params
@@ -248,12 +248,8 @@ def show(
         guidance_scale=GUIDANCE,
         seed=[prompt_seed(0, example.id) for example in examples],
     ).images
-    width, height = images[0].size
-    grid = Image.new("RGB", (MEMBERS * width, len(watched) * height), "white")
     remaining = iter(images)
-    for row, group in enumerate(watched):
-        for column in range(len(group)):
-            grid.paste(next(remaining), (column * width, row * height))
+    grid = sheet([[next(remaining) for _ in group] for group in watched])
     record.image(grid, "shared", step)
 
 

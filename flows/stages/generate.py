@@ -23,14 +23,14 @@ import torch
 import typer
 from PIL import Image
 
-from flows.machine import device
+from flows.drawing import open_pipeline
+from flows.report.sheet import opened, sheet
 from flows.terminal import progress, run
 from flows.tracking.runs import stage_run
 from sage.config import Generate, load_params
 from sage.data.dataset import Example, read_groups, read_split
 from sage.errors import PlanError
 from sage.files import new_folder, sha256, sha256_tree, write_json
-from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import prompt_seed
 
@@ -118,9 +118,7 @@ def make(
     arm: Arm, examples: list[Example], settings: Generate, folder: Path, advance: Callable[[int], None]
 ) -> dict[str, Any]:
     """Write one arm's pictures and return its cost; raise PlanError where the network ran more or less than planned."""
-    pipe: Any = SharedSamplingPipeline.from_pretrained(arm.model)
-    pipe.to(device())
-    pipe.set_progress_bar_config(disable=True)
+    pipe = open_pipeline(arm.model)
     seconds = 0.0
     with counted(pipe.unet) as evaluations:
         for seed in settings.seeds:
@@ -180,13 +178,7 @@ def write_manifest(
 def grid(folder: Path, arms: list[str], examples: list[Example], groups: list[list[int]], seed: int) -> Image.Image:
     """Return one picture: a row an arm, columns the members of the largest groups."""
     chosen = [member for group in sorted(groups, key=len, reverse=True) for member in group][:GRID_COLUMNS]
-    rows = [[Image.open(folder / arm / f"seed-{seed}" / f"{examples[i].id}.png") for i in chosen] for arm in arms]
-    width, height = rows[0][0].size
-    picture = Image.new("RGB", (width * len(chosen), height * len(arms)))
-    for y, row in enumerate(rows):
-        for x, tile in enumerate(row):
-            picture.paste(tile, (x * width, y * height))
-    return picture
+    return sheet([[opened(folder / arm / f"seed-{seed}" / f"{examples[i].id}.png") for i in chosen] for arm in arms])
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Column, Table
 
+from flows.report.sheet import in_rows, sheet
 from flows.terminal import progress, run
 from flows.tracking.runs import stage_run
 from sage.config import load_params
 from sage.data import twemoji
 from sage.data.dataset import load_pixels, read_split
 from sage.data.imagefolder import read_folder
-from sage.data.images import contact_sheet
 from sage.data.preparation import prepare
 from sage.files import write_json
 
@@ -58,7 +58,7 @@ def _sheet(out: Path) -> Image.Image:
     """Return 64 training pictures, evenly spread over the split."""
     examples = read_split(out, "train")
     chosen = examples[:: max(1, len(examples) // _SHEET_COLUMNS**2)][: _SHEET_COLUMNS**2]
-    return contact_sheet([Image.fromarray(pixels) for pixels in load_pixels(chosen)], _SHEET_COLUMNS)
+    return sheet(in_rows([Image.fromarray(pixels) for pixels in load_pixels(chosen)], _SHEET_COLUMNS))
 
 
 def _table(found: dict[str, Any]) -> Table:

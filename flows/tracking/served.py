@@ -17,8 +17,7 @@ import mlflow.models
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from flows.drawing import draw
-from flows.machine import device
+from flows.drawing import draw, open_pipeline
 from flows.tracking.content import check_loaded
 from sage.data.captions import clean_caption
 from sage.data.rows import Rejected
@@ -26,7 +25,6 @@ from sage.errors import RegistryError
 from sage.files import sha256_tree
 from sage.grouping.embedding import embed
 from sage.grouping.policy import Policy
-from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import image_seeds
 
@@ -45,9 +43,7 @@ class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow
         found, wanted = sha256_tree(folder), context.model_config["model_sha256"]
         if found != wanted:
             raise RegistryError(f"the weights are damaged: SHA-256 {found[:12]}, not {wanted[:12]}.")
-        pipeline: Any = SharedSamplingPipeline.from_pretrained(folder)
-        self._pipeline = pipeline.to(device())
-        self._pipeline.set_progress_bar_config(disable=True)
+        self._pipeline = open_pipeline(folder)
         # A server calls from several threads, and a pipeline has one scheduler.
         self._alone = threading.Lock()
 

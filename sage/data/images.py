@@ -2,7 +2,6 @@
 
 import hashlib
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -139,12 +138,3 @@ def _eight_bit(picture: Image.Image) -> Image.Image:
 def pixel_hash(picture: Image.Image) -> str:
     """Return the SHA-256 of the pixels, the same whatever file they came from."""
     return hashlib.sha256(np.asarray(picture.convert("RGB")).tobytes()).hexdigest()
-
-
-def contact_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Return equally large pictures side by side on white, row by row."""
-    width, height = pictures[0].size
-    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
-    for place, picture in enumerate(pictures):
-        sheet.paste(picture, (place % columns * width, place // columns * height))
-    return sheet
