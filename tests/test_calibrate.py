@@ -82,7 +82,8 @@ def test_independent_pictures_have_no_damage(project):
     from sage.data.dataset import read_split
 
     examples, settings = read_split(project / "prepared", "validation")[:4], load_params().generate
-    alone = np.stack(calibrate._pictures(calibrate.open_pipeline(project / "model"), examples, [[0], [1], [2], [3]], settings))
+    pipe = calibrate.open_pipeline(project / "model")
+    alone = np.stack(calibrate._pictures(pipe, examples, [[0], [1], [2], [3]], settings))
     features = alone.reshape(4, 2, -1).astype(float)
     above, below = distances(features, features)
     assert (above == below).all() and (below > 0).all()
