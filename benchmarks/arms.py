@@ -23,6 +23,7 @@ from PIL import Image
 from benchmarks.trials import Point, Recipe, Trials, standard
 from flows.terminal import guard
 from sage.config import Params, load_params
+from sage.evaluation import registry
 from sage.evaluation import results as judging
 from sage.evaluation.bootstrap import Array, Statistic, percentiles
 from sage.evaluation.frontier import saving
@@ -34,14 +35,8 @@ import matplotlib.pyplot as plt
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
-METRICS = {
-    "kernel_distance": "kernel distance",
-    "frechet_distance": "Frechet distance",
-    "alignment": "alignment",
-    "group_diversity": "diversity within groups",
-    "seed_diversity": "diversity over seeds",
-}
-CHOSEN_BY = ("kernel_distance", "alignment", "group_diversity")
+METRICS = {name: metric.label for name, metric in registry.METRICS.items() if not metric.cost}
+CHOSEN_BY = registry.BY_SIMILARITY
 Work = Annotated[Path, typer.Option(help="Where models and features are kept.")]
 Page = Annotated[Path, typer.Option(help="The page whose figures are rewritten; pictures go beside it.")]
 

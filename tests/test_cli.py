@@ -122,8 +122,8 @@ def test_tables_show_every_figure_and_verdict():
         "gates": [{"metric": "alignment", "reference": "independent", "passed": False, "reason": "worse"}],
     }
     assert tables.arms(evaluate) == [
-        {"metric": "alignment", "independent": "0.5 [0.4, 0.6]", "sage": "0.25 [0.2, 0.3]"},
-        {"metric": "nfe per image", "sage": "12"},
+        {"metric": "alignment", "Independent": "0.5 [0.4, 0.6]", "SAGE": "0.25 [0.2, 0.3]"},
+        {"metric": "network evaluations per image", "SAGE": "12"},
     ]
     assert tables.gates(evaluate)[0]["verdict"] == "FAILED"
-    assert tables.columns(tables.arms(evaluate)) == ["metric", "independent", "sage"]
+    assert tables.columns(tables.arms(evaluate)) == ["metric", "Independent", "SAGE"]

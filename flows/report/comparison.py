@@ -8,11 +8,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from flows.report.page import METRICS, arm_name, number, percent
+from flows.report.page import number, percent
 from flows.tracking.recorded import Recorded
-from sage.evaluation.gates import JUDGED
+from sage.evaluation import arms
+from sage.evaluation.arms import INDEPENDENT, JUDGED
+from sage.evaluation.registry import METRICS
 
-_COLUMNS = ("independent", JUDGED)  # the arms whose pictures are shown, beside the real one
+_COLUMNS = (INDEPENDENT, JUDGED)  # the arms whose pictures are shown, beside the real one
 
 
 def build(first: Recorded, second: Recorded) -> str:
@@ -20,7 +22,7 @@ def build(first: Recorded, second: Recorded) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"number": number, "percent": percent, "arm": arm_name}
+    environment.filters |= {"number": number, "percent": percent, "arm": arms.label}
     left, right = first.results["evaluate"], second.results["evaluate"]
     rows, why_not = pictures(first.samples, second.samples)
     return environment.get_template("comparison.html.j2").render(

@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sage.evaluation import arms as arm_table
+from sage.evaluation import registry
+
 Row = dict[str, str]
 
 
@@ -10,8 +13,12 @@ def arms(evaluate: Mapping[str, Any]) -> list[Row]:
     """Return a row for each metric, with a column for each arm: the value with its interval."""
     metrics = dict.fromkeys(metric for figures in evaluate["arms"].values() for metric in figures)
     return [
-        {"metric": metric.replace("_", " ")}
-        | {arm: _figure(figures[metric]) for arm, figures in evaluate["arms"].items() if metric in figures}
+        {"metric": registry.label(metric)}
+        | {
+            arm_table.label(arm): _figure(figures[metric])
+            for arm, figures in evaluate["arms"].items()
+            if metric in figures
+        }
         for metric in metrics
     ]
 
@@ -20,8 +27,8 @@ def gates(evaluate: Mapping[str, Any]) -> list[Row]:
     """Return a row for each gate: what was compared, the verdict, and why."""
     return [
         {
-            "gate": gate["metric"].replace("_", " "),
-            "against": gate["reference"].replace("_", " "),
+            "gate": registry.label(gate["metric"]),
+            "against": arm_table.label(gate["reference"]),
             "verdict": "passed" if gate["passed"] is True else "FAILED",
             "reason": gate["reason"],
         }

@@ -22,12 +22,14 @@ from sage.errors import MetricError
 from sage.evaluation import gates
 from sage.evaluation import results as judging
 from sage.evaluation.alignment import DualEncoder, cosines, load_alignment
+from sage.evaluation.arms import INDEPENDENT, JUDGED
 from sage.evaluation.extractors import EfficientNetLite0, read_pictures
+from sage.evaluation.registry import METRICS
 from sage.evaluation.samples import Judged, read_judged, siblings
 from sage.files import new_folder, sha256_tree, write_json
 from sage.grouping.embedding import embed
 
-COSTS = ("nfe_per_image", "seconds_per_image")
+COSTS = tuple(name for name, metric in METRICS.items() if metric.cost)
 
 
 def main(
@@ -119,12 +121,12 @@ def judge(
         values |= {"seconds_per_image": judging.figure(seconds, None, None, n)}
     floor = judging.floor(real.features[:, 0], others, groups, bootstrap)
     worse = {}
-    for reference in (arm for arm in arms if gates.JUDGED in arms and arm != gates.JUDGED):
+    for reference in (arm for arm in arms if JUDGED in arms and arm != JUDGED):
         least = float(floor["kernel_distance"]["high"] or 0)
-        worse[reference] = judging.worse_by(measured[gates.JUDGED], measured[reference], bootstrap, n, least)
-        pair = cost[gates.JUDGED]["nfe_per_image"], cost[reference]["nfe_per_image"]
+        worse[reference] = judging.worse_by(measured[JUDGED], measured[reference], bootstrap, n, least)
+        pair = cost[JUDGED]["nfe_per_image"], cost[reference]["nfe_per_image"]
         worse[reference]["nfe_per_image"] = judging.cost_worse_by(*pair, n)
-    saving = -worse["independent"]["nfe_per_image"]["relative"]["value"] if "independent" in worse else 0.0
+    saving = -worse[INDEPENDENT]["nfe_per_image"]["relative"]["value"] if INDEPENDENT in worse else 0.0
     results: dict[str, Any] = {
         "features": EfficientNetLite0.name,
         "confidence": settings.confidence,
@@ -145,9 +147,9 @@ def judge(
 
 def alignment_lost(judged: Judged, arms: Mapping[str, judging.Pictures]) -> list[float]:
     """Return for each group by how much sharing lowered its alignment; 0 where there is nothing to compare."""
-    if not {"independent", gates.JUDGED} <= set(arms):
+    if not {INDEPENDENT, JUDGED} <= set(arms):
         return [0.0] * len(judged.groups)
-    lost = (arms["independent"].alignment - arms[gates.JUDGED].alignment).mean(1)
+    lost = (arms[INDEPENDENT].alignment - arms[JUDGED].alignment).mean(1)
     return [float(lost[group].mean()) for group in judged.groups]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from flows.tracking import content
 from flows.tracking.registry import CHALLENGER, CHAMPION, GATES, METRIC, MODEL, SET, aliases, connect, find
 from sage.errors import RegistryError
-from sage.evaluation.gates import HIGHER_IS_BETTER
+from sage.evaluation.registry import METRICS
 
 _REPLACED = "sage.replaced"  # a tag of a version: the champion before it
 
@@ -84,7 +84,7 @@ def _check_against(candidate: Any, champion: Any) -> None:
     worse = []
     for metric in sorted({gate["metric"] for gate in json.loads(candidate.tags[GATES])}):
         new, old = (_interval(version, metric) for version in (candidate, champion))
-        more = metric in HIGHER_IS_BETTER
+        more = METRICS[metric].higher_is_better
         if new["high"] < old["low"] if more else new["low"] > old["high"]:
             interval = f"[{new['low']:.4g}, {new['high']:.4g}]"
             worse.append(f"{metric} {new['value']:.4g} {interval}, champion {old['value']:.4g}")

@@ -18,7 +18,7 @@ from flows.tracking.runs import address, client, ending, experiment, new_run
 from flows.versioning.repository import revision
 from sage.config import Params
 from sage.errors import RegistryError
-from sage.evaluation.gates import JUDGED
+from sage.evaluation.arms import JUDGED
 from sage.files import digest, sha256_tree
 
 MODEL = "sage"

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-HIGHER_IS_BETTER = frozenset({"alignment", "group_diversity", "seed_diversity"})
-JUDGED = "sage"
+from sage.evaluation.arms import JUDGED
+from sage.evaluation.registry import METRICS
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _difference(
         if figure.get("n") != n or isinstance(figure.get("n"), bool):
             raise _Unfit(f"it was measured on n = {figure.get('n')!r} pictures, expected {n}.")
     worse = _number(difference, "value", "the difference")
-    should_be = theirs - ours if metric in HIGHER_IS_BETTER else ours - theirs
+    should_be = METRICS[metric].worse(ours, theirs)
     if not math.isclose(worse, should_be, rel_tol=1e-6, abs_tol=1e-6 * max(abs(ours), abs(theirs))):
         raise _Unfit(f"the difference is given as {worse:.4g}, but the arms differ by {should_be:.4g}.")
     figure = _get(difference, "relative") if relative else difference

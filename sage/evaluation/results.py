@@ -14,9 +14,8 @@ import numpy as np
 from sage.evaluation.bootstrap import Array, Statistic, jackknife, percentiles, ratio, resamples, value, within
 from sage.evaluation.distances import Groups, frechet_statistic, kernel_statistic
 from sage.evaluation.diversity import group_diversity, seed_diversity
-from sage.evaluation.gates import HIGHER_IS_BETTER
+from sage.evaluation.registry import BOOTSTRAPPED, BY_SIMILARITY, METRICS
 
-_BOOTSTRAPPED = ("kernel_distance", "alignment", "group_diversity", "seed_diversity")
 _PARTS = ("loosest third", "middle third", "tightest third")
 
 Figure = dict[str, float | int | None]
@@ -102,7 +101,7 @@ def arm_figures(measured: Mapping[str, Statistic], pictures: Pictures, bootstrap
     groups = bootstrap.counts.shape[1]
     frechet = measured["frechet_distance"]
     ends = jackknife(frechet, groups, bootstrap.confidence, bootstrap.seed)
-    figures = {name: bootstrap.figure(measured[name], n) for name in _BOOTSTRAPPED}
+    figures = {name: bootstrap.figure(measured[name], n) for name in BOOTSTRAPPED}
     return figures | {"frechet_distance": figure(value(frechet, groups), *ends, prompts)}
 
 
@@ -121,9 +120,9 @@ def worse_by(
     groups = bootstrap.counts.shape[1]
     counts = np.vstack([np.ones((1, groups)), bootstrap.counts])
     result = {}
-    for name in _BOOTSTRAPPED:
+    for name in BOOTSTRAPPED:
         ours, theirs = arm[name](counts), reference[name](counts)
-        worse = theirs - ours if name in HIGHER_IS_BETTER else ours - theirs
+        worse = METRICS[name].worse(ours, theirs)
         least = max(kernel_floor, 0.0) if name == "kernel_distance" else 0.0
         scale = np.maximum(np.abs(theirs), least)
         share = np.divide(worse, scale, out=np.full(len(worse), np.nan), where=scale > 0)
@@ -174,8 +173,7 @@ def by_similarity(
                 "saving": saving * (1 - len(numbers) / prompts) / shareable if shareable > 0 else 0.0,
                 "arms": {
                     arm: {
-                        metric: bootstrap.figure(statistic[metric], prompts * seeds, part)
-                        for metric in ("kernel_distance", "alignment", "group_diversity")
+                        metric: bootstrap.figure(statistic[metric], prompts * seeds, part) for metric in BY_SIMILARITY
                     }
                     for arm, statistic in measured.items()
                 },
