@@ -23,8 +23,8 @@ from PIL import Image
 from benchmarks.trials import Point, Recipe, Trials, standard
 from flows.terminal import guard
 from sage.config import Params, load_params
+from sage.evaluation import figures as judging
 from sage.evaluation import registry
-from sage.evaluation import results as judging
 from sage.evaluation.bootstrap import Array, Statistic, percentiles
 from sage.evaluation.frontier import saving
 from sage.files import new_file, write_text

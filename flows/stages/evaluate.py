@@ -19,8 +19,8 @@ from flows.tracking.runs import stage_run
 from sage.config import Evaluate, load_params
 from sage.data.dataset import read_split
 from sage.errors import MetricError
+from sage.evaluation import figures as judging
 from sage.evaluation import gates
-from sage.evaluation import results as judging
 from sage.evaluation.alignment import DualEncoder, cosines, load_alignment
 from sage.evaluation.arms import INDEPENDENT, JUDGED
 from sage.evaluation.extractors import EfficientNetLite0, read_pictures
