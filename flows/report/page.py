@@ -17,6 +17,8 @@ from flows.report.groups_page import groups_picture
 from sage.evaluation import arms
 from sage.evaluation.arms import ARMS, INDEPENDENT, JUDGED, SAME_NFE
 from sage.evaluation.registry import BY_SIMILARITY, METRICS
+from sage.evaluation.registry import label as metric_label
+from sage.evaluation.results import Figure, Results
 from sage.evaluation.samples import Judged
 
 _ACROSS, _HARDEST = 24, 6  # groups shown
@@ -90,8 +92,8 @@ def group_rows(judged: Judged, saving: float, lost: Sequence[float], texts: np.n
     )
 
 
-def build(results: Mapping[str, Any], rows: GroupRows) -> str:
-    """Return the page for the figures of metrics/evaluate.json; all text in it is escaped."""
+def build(results: Results, rows: GroupRows) -> str:
+    """Return the page of an evaluation; all text in it is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -99,7 +101,9 @@ def build(results: Mapping[str, Any], rows: GroupRows) -> str:
     return environment.get_template("report.html.j2").render(
         r=results,
         rows=rows,
-        metrics=METRICS,
+        metrics={
+            name: metric for name, metric in METRICS.items() if any(name in found for found in results.arms.values())
+        },
         arms=ARMS.values(),
         judged=JUDGED,
         headline=headline(results),
@@ -120,25 +124,25 @@ def samples(rows: Sequence[GroupRow], seed: int) -> dict[str, Any]:
     return {"seed": seed, "columns": rows[0].columns if rows else [], "groups": groups}
 
 
-def headline(results: Mapping[str, Any]) -> str:
+def headline(results: Results) -> str:
     """Return the result in one sentence."""
-    failed = [gate for gate in results["gates"] if not gate["passed"]]
-    cost = f"{abs(results['saving']):.0%} {'fewer' if results['saving'] >= 0 else 'more'} network evaluations"
-    if results["passed"]:
+    failed = [gate for gate in results.gates if not gate.passed]
+    cost = f"{abs(results.saving):.0%} {'fewer' if results.saving >= 0 else 'more'} network evaluations"
+    if results.passed:
         return f"SAGE draws these pictures with {cost}, and passes every gate."
-    names = ", ".join(dict.fromkeys(METRICS[gate["metric"]].label for gate in failed))
-    return f"SAGE draws these pictures with {cost}, but fails {len(failed)} of {len(results['gates'])} gates: {names}."
+    names = ", ".join(dict.fromkeys(metric_label(gate.metric) for gate in failed))
+    return f"SAGE draws these pictures with {cost}, but fails {len(failed)} of {len(results.gates)} gates: {names}."
 
 
-def comparison(results: Mapping[str, Any]) -> str | None:
+def comparison(results: Results) -> str | None:
     """Return what a user would ask next: whether plain sampling at the same cost does as well."""
-    figure = results["worse_by"].get(SAME_NFE, {}).get("kernel_distance")
-    if figure is None or figure["high"] is None:
+    figure = results.worse_by.get(SAME_NFE, {}).get("kernel_distance")
+    if figure is None or figure.low is None or figure.high is None:
         return None
     against = "independent sampling cut to the same number of evaluations"
-    if figure["high"] < 0:
+    if figure.high < 0:
         return f"By kernel distance it is better than {against}."
-    if figure["low"] > 0:
+    if figure.low > 0:
         return f"By kernel distance it is worse than {against}: fewer steps would have served better."
     return f"By kernel distance there is no significant difference from {against}."
 
@@ -187,17 +191,17 @@ def sheet(row: GroupRow, scale: int = 2, gap: int = 6, head: int = 18) -> Image.
     return canvas
 
 
-def quality_plot(results: Mapping[str, Any], metric: str) -> Markup:
+def quality_plot(results: Results, metric: str) -> Markup:
     """Return a metric against cost as SVG: a point with its interval for each arm, a band for the real pictures."""
     import matplotlib as mpl
     from matplotlib.figure import Figure as Canvas
 
     settings = {"svg.fonttype": "none", "svg.hashsalt": metric, "font.size": 9, "font.family": "sans-serif"}
     settings |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
-    mark = (results["real"] | results["floor"])[metric]
+    mark = (results.real | results.floor).get(metric)
     with mpl.rc_context(settings):
         canvas = Canvas(figsize=(3.9, 2.9), layout="constrained")
-        _draw(canvas.subplots(), metric, results["arms"], mark)
+        _draw(canvas.subplots(), metric, results.arms, mark)
         content = io.StringIO()
         canvas.savefig(content, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = content.getvalue()
@@ -209,7 +213,7 @@ def quality_plot(results: Mapping[str, Any], metric: str) -> Markup:
     return Markup(svg)  # noqa: S704 - drawn here from numbers and the labels of METRICS; no caption is in it
 
 
-def _draw(axes: Any, metric: str, measured: Mapping[str, Any], mark: Mapping[str, Any]) -> None:
+def _draw(axes: Any, metric: str, measured: Mapping[str, Mapping[str, Figure]], mark: Figure | None) -> None:
     axes.set_title(f"{METRICS[metric].title} ({METRICS[metric].direction})", fontsize=10, loc="left")
     axes.set_xlabel(METRICS["nfe_per_image"].label)
     axes.grid(color=_SOFT, linewidth=0.6)
@@ -217,16 +221,16 @@ def _draw(axes: Any, metric: str, measured: Mapping[str, Any], mark: Mapping[str
     axes.tick_params(color=_SOFT)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_SOFT)
-    if mark["low"] is not None:
-        axes.axhspan(mark["low"], mark["high"], color=_PAPER, linewidth=0)
+    if mark is not None and mark.low is not None:
+        axes.axhspan(mark.low, mark.high, color=_PAPER, linewidth=0)
     for arm, figures in measured.items():
         figure = figures[metric]
-        if figure["low"] is None:
+        if figure.low is None:
             continue
-        x, colour = figures["nfe_per_image"]["value"], _ARM_COLOURS.get(arm, _INK)
-        axes.vlines(x, figure["low"], figure["high"], color=colour, linewidth=1.6)
+        x, colour = figures["nfe_per_image"].value, _ARM_COLOURS.get(arm, _INK)
+        axes.vlines(x, figure.low, figure.high, color=colour, linewidth=1.6)
         marker = "D" if arm == JUDGED else "o"
-        axes.plot(x, figure["value"], marker, color=colour, markersize=7, linestyle="none")
+        axes.plot(x, figure.value, marker, color=colour, markersize=7, linestyle="none")
     axes.margins(x=0.25)
 
 

@@ -7,7 +7,6 @@ difference of two arms is paired.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -15,10 +14,9 @@ from sage.evaluation.bootstrap import Array, Statistic, jackknife, percentiles, 
 from sage.evaluation.distances import Groups, frechet_statistic, kernel_statistic
 from sage.evaluation.diversity import group_diversity, seed_diversity
 from sage.evaluation.registry import BOOTSTRAPPED, BY_SIMILARITY, METRICS
+from sage.evaluation.results import Difference, Figure, Interval, Part
 
 _PARTS = ("loosest third", "middle third", "tightest third")
-
-Figure = dict[str, float | int | None]
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,17 @@ class Bootstrap:
 
 
 def figure(value: float, low: float | None, high: float | None, n: int) -> Figure:
-    """Return a figure as JSON holds it: what is not finite becomes null, which no gate passes."""
-    ends = (end if end is not None and math.isfinite(end) else None for end in (value, low, high))
-    return dict(zip(("value", "low", "high"), ends, strict=True)) | {"n": n}
+    """Return a figure; what is not finite becomes None, which no gate passes."""
+    return Figure(value=_finite(value), low=_finite(low), high=_finite(high), n=n)
+
+
+def _finite(number: float | None) -> float | None:
+    return float(number) if number is not None and math.isfinite(number) else None
+
+
+def _difference(absolute: Figure, relative: Figure) -> Difference:
+    share = Interval(value=relative.value, low=relative.low, high=relative.high)
+    return Difference(value=absolute.value, low=absolute.low, high=absolute.high, n=absolute.n, relative=share)
 
 
 def statistics(real: Pictures, arm: Pictures, groups: Groups) -> dict[str, Statistic]:
@@ -111,7 +117,7 @@ def worse_by(
     bootstrap: Bootstrap,
     n: int,
     kernel_floor: float,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Difference]:
     """Return by how much an arm is worse than a reference (negative: better), with the interval of the difference.
 
     `relative` is a share of the reference's value. A kernel distance near 0 has no meaningful share, so there the share
@@ -129,16 +135,15 @@ def worse_by(
         absolute, relative = (
             figure(float(draws[0]), *percentiles(draws[1:], bootstrap.confidence), n) for draws in (worse, share)
         )
-        result[name] = absolute | {"relative": {end: relative[end] for end in ("value", "low", "high")}}
+        result[name] = _difference(absolute, relative)
     return result
 
 
-def cost_worse_by(ours: float, theirs: float, n: int) -> dict[str, Any]:
+def cost_worse_by(ours: float, theirs: float, n: int) -> Difference:
     """Return by how much a counted cost is higher; it is counted, not sampled, so its interval is a point."""
     worse = ours - theirs
     share = worse / theirs if theirs > 0 else math.nan
-    relative = figure(share, share, share, n)
-    return figure(worse, worse, worse, n) | {"relative": {end: relative[end] for end in ("value", "low", "high")}}
+    return _difference(figure(worse, worse, worse, n), figure(share, share, share, n))
 
 
 def by_similarity(
@@ -148,7 +153,7 @@ def by_similarity(
     bootstrap: Bootstrap,
     seeds: int,
     saving: float,
-) -> list[dict[str, Any]]:
+) -> list[Part]:
     """Return the figures of each part of the groups: single prompts, then thirds from the loosest to the tightest.
 
     `saving` is the whole set's, counted; a part's follows from it, as under one share ratio a saving is proportional to
@@ -165,18 +170,18 @@ def by_similarity(
         part = np.isin(np.arange(len(groups)), numbers)
         prompts = int(sizes[part].sum())
         result.append(
-            {
-                "part": name,
-                "similarity": [min(similarity[k] for k in numbers), max(similarity[k] for k in numbers)],
-                "groups": len(numbers),
-                "prompts": prompts,
-                "saving": saving * (1 - len(numbers) / prompts) / shareable if shareable > 0 else 0.0,
-                "arms": {
+            Part(
+                part=name,
+                similarity=[min(similarity[k] for k in numbers), max(similarity[k] for k in numbers)],
+                groups=len(numbers),
+                prompts=prompts,
+                saving=float(saving * (1 - len(numbers) / prompts) / shareable) if shareable > 0 else 0.0,
+                arms={
                     arm: {
                         metric: bootstrap.figure(statistic[metric], prompts * seeds, part) for metric in BY_SIMILARITY
                     }
                     for arm, statistic in measured.items()
                 },
-            }
+            )
         )
     return result
