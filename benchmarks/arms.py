@@ -11,7 +11,7 @@ A command that was killed goes on. Each rewrites its own part of docs/results_ta
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import sage.torchvision_ops  # noqa: F401
 
@@ -23,9 +23,11 @@ from PIL import Image
 from benchmarks.trials import Point, Recipe, Trials, standard
 from flows.terminal import exit_on_error
 from sage.config import Params, load_params
-from sage.evaluation import results as judging
+from sage.evaluation import figures as judging
+from sage.evaluation import registry
 from sage.evaluation.bootstrap import Array, Statistic, percentiles
 from sage.evaluation.frontier import saving
+from sage.evaluation.results import Figure
 from sage.files import new_file, write_text
 from sage.sampling.plan import Plan
 
@@ -34,14 +36,8 @@ import matplotlib.pyplot as plt
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
-METRICS = {
-    "kernel_distance": "kernel distance",
-    "frechet_distance": "Frechet distance",
-    "alignment": "alignment",
-    "group_diversity": "diversity within groups",
-    "seed_diversity": "diversity over seeds",
-}
-CHOSEN_BY = ("kernel_distance", "alignment", "group_diversity")
+METRICS = {name: metric.label for name, metric in registry.METRICS.items() if not metric.cost}
+CHOSEN_BY = registry.BY_SIMILARITY
 Work = Annotated[Path, typer.Option(help="Where models and features are kept.")]
 Page = Annotated[Path, typer.Option(help="The page whose figures are rewritten; pictures go beside it.")]
 
@@ -107,7 +103,7 @@ class Judge:
         self.counts = np.vstack([np.ones((1, len(trials.groups))), self.bootstrap.counts])
         # Every table asks for some of the same.
         self._statistics: dict[Point, dict[str, Statistic]] = {}
-        self._figures: dict[tuple[Point, ...], dict[str, judging.Figure]] = {}
+        self._figures: dict[tuple[Point, ...], dict[str, Figure]] = {}
         self._draws: dict[tuple[Point, str], Array] = {}
 
     def measured(self, points: Sequence[Point]) -> dict[str, Statistic]:
@@ -118,7 +114,7 @@ class Judge:
                 self._statistics[point] = judging.statistics(trials.real, trials.pictures(point), trials.groups)
         return {name: _mean([self._statistics[point][name] for point in points]) for name in METRICS}
 
-    def figures(self, points: Sequence[Point]) -> dict[str, judging.Figure]:
+    def figures(self, points: Sequence[Point]) -> dict[str, Figure]:
         """Return value and interval of everything measured."""
         if (key := tuple(points)) not in self._figures:
             pictures = self.trials.pictures(points[0])
@@ -136,7 +132,7 @@ class Judge:
     def change(self, arm: Sequence[Point], reference: Sequence[Point], metric: str) -> tuple[float, float, float]:
         """Return by what share a metric is higher than the reference's, with its interval."""
         if metric == "frechet_distance":  # no draws: the bootstrap biases it
-            ours, theirs = (self.figures(points)[metric]["value"] for points in (arm, reference))
+            ours, theirs = (self.figures(points)[metric].value for points in (arm, reference))
             return float(ours or 0) / float(theirs or 1) - 1, np.nan, np.nan
         share = self.draws(arm, metric) / self.draws(reference, metric) - 1
         return float(share[0]), *percentiles(share[1:], self.bootstrap.confidence)
@@ -233,7 +229,7 @@ def noise(work: Work = Path("work/arms"), page: Page = Path("docs/results_tables
         main = arms.main(judge.trials)
         names = [name for name in main if "standard" not in name and "training seed" not in name]
         figures = [judge.figures(main[name]) for name in names]
-        columns += [[f"{arm[metric]['value']:.3g}" for arm in figures] for metric in ("kernel_distance", "alignment")]
+        columns += [[f"{arm[metric].value:.3g}" for arm in figures] for metric in ("kernel_distance", "alignment")]
         typer.echo(f"seeds {pair}: {columns[-2:]}")
     head = ["arm", *(f"{what}, seeds {a} and {b}" for a, b in pairs for what in ("kernel distance", "alignment"))]
     _rewrite(page, "noise", _table(head, [list(row) for row in zip(names, *columns, strict=True)]))
@@ -386,8 +382,8 @@ def similarity_table(judge: Judge, arms: Arms) -> str:
         measured, trials.groups, trials.similarity, judge.bootstrap, len(trials.params.generate.seeds), 0.0
     )
     rows = [
-        [f"{part['part']} (worst pair {part['similarity'][0]:.2f} to {part['similarity'][1]:.2f}, {part['prompts']})",
-         *(_figure(part["arms"][name]["kernel_distance"]) for name in chosen)]
+        [f"{part.part} (worst pair {part.similarity[0]:.2f} to {part.similarity[1]:.2f}, {part.prompts})",
+         *(_figure(part.arms[name]["kernel_distance"]) for name in chosen)]
         for part in parts
     ]  # fmt: skip
     return "Kernel distance by the similarity of the group:\n\n" + _table(["groups (prompts)", *chosen], rows)
@@ -466,11 +462,11 @@ def sheet(trials: Trials, arms: Arms, picture: Path, groups: int = 4, members: i
         grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.NEAREST).save(temporary, format="png")
 
 
-def _figure(figure: Mapping[str, Any]) -> str:
-    if figure["value"] is None:
+def _figure(figure: Figure) -> str:
+    if figure.value is None:
         return "-"
-    ends = "" if figure["low"] is None else f" [{figure['low']:.3g}, {figure['high']:.3g}]"
-    return f"{figure['value']:.3g}{ends}"
+    ends = "" if figure.low is None else f" [{figure.low:.3g}, {figure.high:.3g}]"
+    return f"{figure.value:.3g}{ends}"
 
 
 def _against(judge: Judge, arm: Sequence[Point], shipped: Sequence[Point], metric: str) -> str:

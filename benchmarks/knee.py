@@ -23,6 +23,7 @@ from sage.evaluation.alignment import cosines, load_alignment
 from sage.evaluation.bootstrap import value
 from sage.evaluation.distances import frechet_statistic, kernel_statistic
 from sage.evaluation.extractors import EfficientNetLite0, read_pictures
+from sage.evaluation.registry import METRICS
 from sage.files import new_file
 from sage.grouping.cost import model_digest
 from sage.grouping.embedding import embed
@@ -49,7 +50,8 @@ def main(
     texts = embed([example.text for example in examples])
     encoder = load_alignment(alignment)
     each = [[place] for place in range(len(examples))]
-    table = Table("steps", "kernel distance", f"frechet distance (n = {len(examples)})", "alignment")
+    names = [METRICS[name].label for name in ("kernel_distance", "frechet_distance", "alignment")]
+    table = Table("steps", *names, title=f"n = {len(examples)}")
     digest = model_digest(model)[:16]
 
     def row(name: str, features: np.ndarray) -> None:

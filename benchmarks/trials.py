@@ -26,7 +26,7 @@ from sage.config import Finetune, Params
 from sage.data.dataset import read_groups, read_split
 from sage.evaluation.alignment import cosines, load_alignment
 from sage.evaluation.extractors import EfficientNetLite0, read_pictures
-from sage.evaluation.results import Pictures
+from sage.evaluation.figures import Pictures
 from sage.files import digest, new_file, sha256, sha256_tree, write_text
 from sage.grouping.cost import model_digest
 from sage.grouping.embedding import embed

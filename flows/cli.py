@@ -1,6 +1,5 @@
 """The `sage` command. Everything heavy is imported by the command that needs it, so that help comes at once."""
 
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -268,8 +267,9 @@ def _say(registration: "Registration") -> None:
 
 def _show_results() -> None:
     from flows.report import tables
+    from sage.evaluation import results
 
-    evaluate = json.loads((_METRICS / "evaluate.json").read_text(encoding="utf-8"))
+    evaluate = results.read(_METRICS / "evaluate.json")
     _table("arms, on held-out prompts", tables.arms(evaluate))
     _table("gates", tables.gates(evaluate))
     typer.echo(f"report: {_REPORT}")

@@ -1,13 +1,17 @@
 """`params.yaml` as strict, frozen models: one section a stage, every problem reported at once by its path."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from sage.errors import ConfigurationError
+from sage.evaluation.arms import REFERENCES
+from sage.evaluation.registry import GATEABLE
 from sage.grouping.guard import Kind
 
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -17,6 +21,18 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Cosine = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _one_of(names: Sequence[str]) -> AfterValidator:
+    """Return a check that a text is one of some names, worded as pydantic words it for a Literal."""
+
+    def check(value: str) -> str:
+        if value not in names:
+            *most, last = map(repr, names)
+            raise PydanticCustomError("literal_error", f"Input should be {', '.join(most)} or {last}")
+        return value
+
+    return AfterValidator(check)
 
 
 class Section(BaseModel):
@@ -179,8 +195,8 @@ class Generate(Section):
 class Gate(Section):
     """One condition that a model must meet: "no worse than the reference arm by more than this"."""
 
-    metric: Literal["kernel_distance", "alignment", "group_diversity", "seed_diversity", "nfe_per_image"]
-    reference: Literal["independent", "independent_same_nfe", "shared"]
+    metric: Annotated[str, _one_of(GATEABLE)]
+    reference: Annotated[str, _one_of(REFERENCES)]
     worse_by_at_most: Annotated[float, Field(allow_inf_nan=False)]
     relative: bool
 

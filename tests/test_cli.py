@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from evaluated import figure, results, verdict
 
 from flows.cli import main
 from flows.report import tables
+from sage.evaluation.results import parse
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ["run", "flow", "doctor", "generate", "group", "pretrain", "calibrate", "register", "promote", "compare"]
@@ -111,19 +113,15 @@ def test_doctor_names_what_is_unfit_and_what_to_do(sage, project):
 
 
 def test_tables_show_every_figure_and_verdict():
-    evaluate = {
-        "arms": {
-            "independent": {"alignment": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}},
-            "sage": {
-                "alignment": {"value": 0.25, "low": 0.2, "high": 0.3, "n": 9},
-                "nfe_per_image": {"value": 12.0, "low": 12.0, "high": 12.0, "n": 9},
-            },
-        },
-        "gates": [{"metric": "alignment", "reference": "independent", "passed": False, "reason": "worse"}],
+    arms = {
+        "independent": {"alignment": figure(0.5, 0.4, 0.6)},
+        "sage": {"alignment": figure(0.25, 0.2, 0.3), "nfe_per_image": figure(12.0, 12.0, 12.0)},
     }
+    gates = [verdict("alignment", passed=False, reason="worse")]
+    evaluate = parse(results() | {"arms": arms, "gates": gates}, "it")
     assert tables.arms(evaluate) == [
-        {"metric": "alignment", "independent": "0.5 [0.4, 0.6]", "sage": "0.25 [0.2, 0.3]"},
-        {"metric": "nfe per image", "sage": "12"},
+        {"metric": "alignment", "Independent": "0.5 [0.4, 0.6]", "SAGE": "0.25 [0.2, 0.3]"},
+        {"metric": "network evaluations per image", "SAGE": "12"},
     ]
     assert tables.gates(evaluate)[0]["verdict"] == "FAILED"
-    assert tables.columns(tables.arms(evaluate)) == ["metric", "independent", "sage"]
+    assert tables.columns(tables.arms(evaluate)) == ["metric", "Independent", "SAGE"]

@@ -86,7 +86,21 @@ def test_a_number_is_a_number_however_dvc_writes_it(tmp_path, number):
         ({"generate__split": "train"}, ["generate.split: ", "'validation' or 'test'"]),
         ({"generate__steps": 1_000_000_000}, ["generate.steps: ", "less than or equal to 1000"]),
         ({"evaluate__gates": []}, ["evaluate.gates: "]),
-        ({"evaluate__gates__0__metric": "fid"}, ["evaluate.gates.0.metric: ", "'kernel_distance'"]),
+        (
+            {"evaluate__gates__0__metric": "fid"},
+            ["evaluate.gates.0.metric: Input should be ", "'kernel_distance'", " or 'seed_diversity', found 'fid'"],
+        ),
+        (
+            {"evaluate__gates__0__metric": "frechet_distance"},
+            ["evaluate.gates.0.metric: Input should be ", "found 'frechet_distance'"],
+        ),
+        (
+            {"evaluate__gates__0__reference": "sage"},
+            [
+                "evaluate.gates.0.reference: Input should be 'independent', 'independent_same_nfe' or 'shared', "
+                "found 'sage'"
+            ],
+        ),
         ({"evaluate__confidence": 1.0}, ["evaluate.confidence: "]),
     ],
 )

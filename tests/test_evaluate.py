@@ -16,6 +16,7 @@ from sage.data.twemoji import pictures
 from sage.errors import DataError, MetricError
 from sage.evaluation import gates
 from sage.evaluation.alignment import DualEncoder, save
+from sage.evaluation.results import read
 from sage.evaluation.samples import read_judged, siblings
 
 SEEDS = [0, 1]
@@ -112,9 +113,10 @@ def test_the_stage_writes_figures_verdicts_and_the_page(project, monkeypatch):
     # What was written can be judged again, by whoever registers the model, and only against the set it belongs to.
     expected = read_judged(Path("prepared"), Path("groups"), Path("generated"), "test", SEEDS).set
     settings = [gate.model_dump() for gate in evaluate.load_params().evaluate.gates]
-    again = gates.judge(found, expected, settings)
-    assert [verdict.reason for verdict in again] == [gate["reason"] for gate in found["gates"]]
-    assert not gates.passed(gates.judge(found, expected | {"generated": "other"}, settings))
+    written = read(project / "metrics" / "evaluate.json")
+    again = gates.judge(written, expected, settings)
+    assert again == written.gates
+    assert not gates.passed(gates.judge(written, expected.model_copy(update={"generated": "other"}), settings))
     # The same input gives the same bytes.
     before = (project / "metrics" / "evaluate.json").read_bytes(), page
     run(project, monkeypatch)

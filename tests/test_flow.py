@@ -15,6 +15,7 @@ import small
 from operated import ask
 
 from flows.tracking import runs
+from sage.evaluation.arms import ARMS
 from sage.files import sha256, sha256_tree
 
 pytestmark = pytest.mark.slow
@@ -78,7 +79,7 @@ def test_the_flow_does_the_whole_job(flow_run, project):
 
 def test_prefect_shows_the_tables(flow_run, server):
     assert [row["stage"] for row in artifact(server, "stages")] == small.STAGES
-    assert {"independent", "independent_same_nfe", "shared", "sage"} <= set(artifact(server, "arms")[0])
+    assert {arm.label for arm in ARMS.values()} <= set(artifact(server, "arms")[0])
     assert artifact(server, "gates")[0]["verdict"] == "passed"
     assert "report/index.html" in artifact(server, "report")
     assert artifact(server, "pictures").startswith("data:image/jpeg;base64,")

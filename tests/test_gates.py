@@ -1,46 +1,16 @@
-import copy
+"""What a gate decides of an evaluation that was written and read again: whatever cannot be trusted fails."""
+
+import json
 import math
 
 import pytest
+from evaluated import SET, changed, del_, results
 
+from sage.errors import MetricError
 from sage.evaluation.gates import judge, passed
+from sage.evaluation.results import JudgedSet, parse, read
 
-SET = {"digest": "d" * 64, "generated": "m" * 64, "n_real": 4, "n_prompts": 4, "seeds": [0, 1]}
-N = 8
-
-
-def figure(value, low, high, n=N, **more):
-    return {"value": value, "low": low, "high": high, "n": n} | more
-
-
-def results():
-    """An evaluation that passes every gate of GATES."""
-
-    def share(value, low, high):
-        return {"relative": {"value": value, "low": low, "high": high}}
-
-    return {
-        "set": copy.deepcopy(SET),
-        "arms": {
-            "independent": {
-                "kernel_distance": figure(0.20, 0.19, 0.21),
-                "alignment": figure(0.50, 0.49, 0.51),
-                "nfe_per_image": figure(16.0, 16.0, 16.0),
-            },
-            "sage": {
-                "kernel_distance": figure(0.21, 0.20, 0.22),
-                "alignment": figure(0.49, 0.48, 0.50),
-                "nfe_per_image": figure(12.0, 12.0, 12.0),
-            },
-        },
-        "worse_by": {
-            "independent": {
-                "kernel_distance": figure(0.01, 0.002, 0.018, **share(0.05, 0.01, 0.09)),
-                "alignment": figure(0.01, 0.0, 0.02, **share(0.02, 0.0, 0.04)),
-                "nfe_per_image": figure(-4.0, -4.0, -4.0, **share(-0.25, -0.25, -0.25)),
-            }
-        },
-    }
+EXPECTED = JudgedSet(**SET)
 
 
 def gate(metric="kernel_distance", limit=0.10, relative=True, reference="independent"):
@@ -50,28 +20,56 @@ def gate(metric="kernel_distance", limit=0.10, relative=True, reference="indepen
 GATES = [gate(), gate("alignment", 0.05), gate("nfe_per_image", -0.15)]
 
 
-def changed(*path, to):
-    """Return the passing results with one thing changed; without `to`'s value where it is `del`."""
-    found = results()
-    place = found
-    for key in path[:-1]:
-        place = place[key]
-    if to is del_:
-        del place[path[-1]]
-    else:
-        place[path[-1]] = to
-    return found
-
-
-del_ = object()
 DIFFERENCE = ("worse_by", "independent", "kernel_distance")
 OURS = ("arms", "sage", "kernel_distance")
 
 
 def test_good_figures_pass_every_gate():
-    verdicts = judge(results(), SET, GATES)
+    verdicts = decided(results(), *GATES)
     assert [verdict.passed for verdict in verdicts] == [True] * 3
     assert passed(verdicts)
+
+
+def decided(found, *gates, expected=EXPECTED):
+    return judge(parse(found, "it"), expected, gates)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (changed(*DIFFERENCE, "relative", "high", to=del_), "independent.kernel_distance.relative.high is missing"),
+        (changed(*DIFFERENCE, "relative", "high", to=math.nan), "holds NaN"),
+        (changed(*DIFFERENCE, "relative", "high", to=-math.inf), "holds -Infinity"),
+        (changed(*DIFFERENCE, "relative", "low", to=math.nan), "holds NaN"),
+        (
+            changed(*DIFFERENCE, "relative", "high", to="0.01"),
+            "relative.high: Input should be a valid number, found '0.01'",
+        ),
+        (
+            changed(*DIFFERENCE, "relative", "high", to=False),
+            "relative.high: Input should be a valid number, found False",
+        ),
+        (changed(*DIFFERENCE, "relative", to=0.01), "worse_by.independent.kernel_distance.relative: Input should be"),
+        (changed("worse_by", to=None), "worse_by: Input should be a valid dictionary, found None"),
+        (changed(*OURS, "value", to=math.nan), "holds NaN"),
+        (changed(*OURS, "value", to="0.21"), "arms.sage.kernel_distance.value: Input should be a valid number"),
+        (changed(*DIFFERENCE, "n", to=del_), "worse_by.independent.kernel_distance.n is missing"),
+        (changed(*OURS, "n", to=8.5), "arms.sage.kernel_distance.n: Input should be a valid integer, found 8.5"),
+        (changed(*OURS, "n", to=True), "arms.sage.kernel_distance.n: Input should be a valid integer, found True"),
+        (changed("set", to=del_), "set is missing"),
+        (changed("set", "seeds", to="01"), "set.seeds: Input should be a valid list, found '01'"),
+        (changed("passed", to="yes"), "passed: Input should be a valid boolean, found 'yes'"),
+        ({}, "set is missing"),
+        ([], "(top): Input should be"),
+        ("text", "(top): Input should be"),
+    ],
+)
+def test_a_damaged_file_is_never_judged_and_says_what_is_wrong(tmp_path, found, words):
+    path = tmp_path / "evaluate.json"
+    path.write_text(json.dumps(found))
+    with pytest.raises(MetricError) as refused:
+        read(path)
+    assert words in str(refused.value) and str(path) in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -79,37 +77,38 @@ def test_good_figures_pass_every_gate():
     [
         (changed(*DIFFERENCE, to=del_), "worse_by.independent.kernel_distance is missing"),
         (changed(*OURS, to=del_), "arms.sage.kernel_distance is missing"),
-        (changed("arms", "independent", to=del_), "arms.independent is missing"),
-        (changed("worse_by", to=None), "worse_by is missing"),
-        (changed(*DIFFERENCE, "relative", "high", to=del_), "the difference's high is None, which is no number"),
-        (changed(*DIFFERENCE, "relative", "high", to=None), "the difference's high is None, which is no number"),
-        (changed(*DIFFERENCE, "relative", "high", to=math.nan), "nan, which is not finite"),
-        (changed(*DIFFERENCE, "relative", "high", to=-math.inf), "-inf, which is not finite"),
-        (changed(*DIFFERENCE, "relative", "low", to=math.nan), "nan, which is not finite"),
-        (changed(*DIFFERENCE, "relative", "high", to="0.01"), "'0.01', which is no number"),
-        (changed(*DIFFERENCE, "relative", "high", to=False), "False, which is no number"),
-        (changed(*DIFFERENCE, "relative", to=0.01), "relative is missing"),
-        (changed(*OURS, "value", to=math.nan), "sage's figure is nan"),
-        (changed(*OURS, "value", to="0.21"), "sage's figure is '0.21'"),
+        (changed("arms", "independent", to=del_), "arms.independent.kernel_distance is missing"),
+        (changed("worse_by", to={}), "worse_by.independent.kernel_distance is missing"),
+        (changed(*DIFFERENCE, "relative", "high", to=None), "the difference's high is missing"),
+        (changed(*DIFFERENCE, "relative", "low", to=None), "the difference's low is missing"),
+        (changed(*DIFFERENCE, "relative", "value", to=None), "the difference's value is missing"),
+        (changed(*OURS, "value", to=None), "sage's figure is missing"),
         (changed(*OURS, "value", to=0.19), "the arms differ by -0.01"),
-        (changed(*DIFFERENCE, "n", to=7), "n = 7 pictures, expected 8"),
-        (changed(*DIFFERENCE, "n", to=del_), "n = None pictures, expected 8"),
-        (changed(*OURS, "n", to=4), "n = 4 pictures, expected 8"),
+        (changed(*DIFFERENCE, "n", to=7), "n = 7 images, expected 8"),
+        (changed(*OURS, "n", to=4), "n = 4 images, expected 8"),
         (changed(*DIFFERENCE, "relative", "low", to=0.095), "its interval runs from 0.095 down to 0.09"),
         (changed("set", "digest", to="e" * 64), "another set: digest is"),
         (changed("set", "generated", to="o" * 64), "another set: generated is"),
         (changed("set", "n_prompts", to=400), "another set: n_prompts is 400, expected 4"),
         (changed("set", "seeds", to=[0]), "another set: seeds is [0], expected [0, 1]"),
-        (changed("set", to=del_), "do not say which set"),
-        ({}, "do not say which set"),
     ],
 )
 def test_a_figure_that_cannot_be_trusted_fails_with_its_reason(found, words):
-    verdicts = judge(found, SET, [gate()])
+    verdicts = decided(found, gate())
     assert not passed(verdicts)
     assert words in verdicts[0].reason
     assert verdicts[0].reason.startswith("The kernel distance cannot be judged: ")
     assert verdicts[0].reason.endswith(".")
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("end", ["value", "low", "high"])
+def test_what_is_not_finite_fails_also_when_nothing_was_read(number, end):
+    found = parse(results(), "it")
+    difference = found.worse_by["independent"]["kernel_distance"]
+    relative = difference.relative.model_copy(update={end: number})
+    found.worse_by["independent"]["kernel_distance"] = difference.model_copy(update={"relative": relative})
+    assert not passed(judge(found, EXPECTED, [gate()]))
 
 
 @pytest.mark.parametrize(
@@ -154,20 +153,20 @@ def test_a_figure_that_cannot_be_trusted_fails_with_its_reason(found, words):
     ],
 )
 def test_the_bad_end_decides_and_the_reason_is_a_sentence(gate, expected, sentence):
-    (verdict,) = judge(results(), SET, [gate])
+    (verdict,) = decided(results(), gate)
     assert (verdict.passed, verdict.reason) == (expected, sentence)
 
 
 def test_a_better_value_whose_bad_end_is_beyond_the_limit_fails():
     found = changed(*DIFFERENCE, "relative", to={"value": -0.05, "low": -0.30, "high": 0.20})
-    assert not passed(judge(found, SET, [gate(limit=0.10)]))
+    assert not passed(decided(found, gate(limit=0.10)))
 
 
 def test_one_failed_gate_fails_all_and_no_gates_pass_nothing():
-    assert not passed(judge(results(), SET, [*GATES, gate(limit=0.0)]))
-    assert not passed(judge(results(), SET, []))
+    assert not passed(decided(results(), *GATES, gate(limit=0.0)))
+    assert not passed(decided(results()))
 
 
 def test_an_unknown_reference_or_metric_fails():
-    assert not passed(judge(results(), SET, [gate(reference="shared")]))
-    assert not passed(judge(results(), SET, [gate("group_diversity")]))
+    assert not passed(decided(results(), gate(reference="shared")))
+    assert not passed(decided(results(), gate("group_diversity")))

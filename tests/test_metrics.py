@@ -4,7 +4,7 @@ import cleanfid.fid
 import numpy as np
 import pytest
 
-from sage.evaluation import bootstrap, results
+from sage.evaluation import bootstrap, figures
 from sage.evaluation.distances import frechet_distance, frechet_statistic, kernel, kernel_statistic
 from sage.evaluation.diversity import group_diversity, seed_diversity
 
@@ -171,49 +171,49 @@ def test_seed_diversity_is_the_distance_between_seeds_of_a_prompt_and_nothing_wi
 
 @pytest.fixture
 def arms(random):
-    real = results.Pictures(features(random, 12, 1), random.uniform(0.7, 0.9, (12, 1)))
-    good = results.Pictures(features(random, 12, shift=0.2), random.uniform(0.5, 0.7, (12, 2)))
-    bad = results.Pictures(features(random, 12, shift=1.0), good.alignment - 0.1)
+    real = figures.Pictures(features(random, 12, 1), random.uniform(0.7, 0.9, (12, 1)))
+    good = figures.Pictures(features(random, 12, shift=0.2), random.uniform(0.5, 0.7, (12, 2)))
+    bad = figures.Pictures(features(random, 12, shift=1.0), good.alignment - 0.1)
     return real, good, bad
 
 
 def test_worse_by_is_paired_signed_and_agrees_with_the_arms(arms):
     real, good, bad = arms
-    draws = results.Bootstrap.over(GROUPS, 200, 0.9, 0)
-    ours, theirs = (results.statistics(real, arm, GROUPS) for arm in (bad, good))
-    worse = results.worse_by(ours, theirs, draws, 24, 0.0)
+    draws = figures.Bootstrap.over(GROUPS, 200, 0.9, 0)
+    ours, theirs = (figures.statistics(real, arm, GROUPS) for arm in (bad, good))
+    worse = figures.worse_by(ours, theirs, draws, 24, 0.0)
     # The same loss everywhere: a paired difference has no width, the arms' own intervals have.
-    assert [worse["alignment"][end] for end in ("value", "low", "high")] == pytest.approx([0.1] * 3)
-    figures = results.arm_figures(ours, bad, draws)
-    assert figures["alignment"]["high"] - figures["alignment"]["low"] > 0.01
-    assert worse["kernel_distance"]["value"] > 0
-    better = results.worse_by(theirs, ours, draws, 24, 0.0)
-    assert better["kernel_distance"]["value"] == -worse["kernel_distance"]["value"]
-    assert figures["frechet_distance"]["n"] == 12 and figures["kernel_distance"]["n"] == 24
+    assert [worse["alignment"].value, worse["alignment"].low, worse["alignment"].high] == pytest.approx([0.1] * 3)
+    found = figures.arm_figures(ours, bad, draws)
+    assert found["alignment"].high - found["alignment"].low > 0.01
+    assert worse["kernel_distance"].value > 0
+    better = figures.worse_by(theirs, ours, draws, 24, 0.0)
+    assert better["kernel_distance"].value == -worse["kernel_distance"].value
+    assert found["frechet_distance"].n == 12 and found["kernel_distance"].n == 24
 
 
 def test_a_kernel_distance_near_0_is_compared_with_the_floor(arms):
     real, good, bad = arms
-    draws = results.Bootstrap.over(GROUPS, 200, 0.9, 0)
-    ours, theirs = (results.statistics(real, arm, GROUPS) for arm in (bad, good))
-    worse = results.worse_by(ours, theirs, draws, 24, 1e6)["kernel_distance"]
-    assert worse["relative"]["value"] == pytest.approx(worse["value"] / 1e6)
+    draws = figures.Bootstrap.over(GROUPS, 200, 0.9, 0)
+    ours, theirs = (figures.statistics(real, arm, GROUPS) for arm in (bad, good))
+    worse = figures.worse_by(ours, theirs, draws, 24, 1e6)["kernel_distance"]
+    assert worse.relative.value == pytest.approx(worse.value / 1e6)
 
 
 def test_parts_by_similarity_cover_all_groups_and_their_savings_make_the_whole(arms):
     real, good, _ = arms
-    draws = results.Bootstrap.over(GROUPS, 200, 0.9, 0)
-    measured = {"sage": results.statistics(real, good, GROUPS)}
-    parts = results.by_similarity(measured, GROUPS, [0.7, 0.9, 1.0, 0.8, 1.0, 0.75], draws, 2, 0.2)
-    assert [part["part"] for part in parts] == ["single prompts", "loosest third", "middle third", "tightest third"]
-    assert sum(part["groups"] for part in parts) == 6
-    assert sum(part["prompts"] for part in parts) == 12
-    assert sum(part["saving"] * part["prompts"] for part in parts) / 12 == pytest.approx(0.2)
-    assert parts[0]["saving"] == 0 and parts[0]["arms"]["sage"]["group_diversity"]["value"] is None
+    draws = figures.Bootstrap.over(GROUPS, 200, 0.9, 0)
+    measured = {"sage": figures.statistics(real, good, GROUPS)}
+    parts = figures.by_similarity(measured, GROUPS, [0.7, 0.9, 1.0, 0.8, 1.0, 0.75], draws, 2, 0.2)
+    assert [part.part for part in parts] == ["single prompts", "loosest third", "middle third", "tightest third"]
+    assert sum(part.groups for part in parts) == 6
+    assert sum(part.prompts for part in parts) == 12
+    assert sum(part.saving * part.prompts for part in parts) / 12 == pytest.approx(0.2)
+    assert parts[0].saving == 0 and parts[0].arms["sage"]["group_diversity"].value is None
 
 
 def test_the_floor_says_how_many_pictures_it_had(arms, random):
     real = arms[0].features[:, 0]
-    draws = results.Bootstrap.over(GROUPS, 200, 0.9, 0)
-    assert results.floor(real, features(random, 12, 1)[:, 0], GROUPS, draws)["kernel_distance"]["n"] == 12
-    assert results.floor(real, features(random, 9, 1)[:, 0], GROUPS, draws)["frechet_distance"]["n"] == 9
+    draws = figures.Bootstrap.over(GROUPS, 200, 0.9, 0)
+    assert figures.floor(real, features(random, 12, 1)[:, 0], GROUPS, draws)["kernel_distance"].n == 12
+    assert figures.floor(real, features(random, 9, 1)[:, 0], GROUPS, draws)["frechet_distance"].n == 9

@@ -33,11 +33,11 @@ def test_figures_are_those_of_all_pictures_however_they_are_parted(machine, seed
         found.append(figures(rows, 5, **DRAWS))
     assert found[0] == found[1]
     distances, n = group_diversity(features[:, None], GROUPS)
-    assert found[0]["group_diversity"]["value"] == pytest.approx(distances.sum() / n.sum())
-    assert found[0]["alignment"]["value"] == pytest.approx(alignment.mean())
-    assert (found[0]["alignment"]["n"], found[0]["group_diversity"]["n"]) == (9, 7)
+    assert found[0]["group_diversity"].value == pytest.approx(distances.sum() / n.sum())
+    assert found[0]["alignment"].value == pytest.approx(alignment.mean())
+    assert (found[0]["alignment"].n, found[0]["group_diversity"].n) == (9, 7)
     # A draw of single groups only has no diversity, so that interval may be null.
-    assert found[0]["alignment"]["low"] <= found[0]["alignment"]["high"]
+    assert found[0]["alignment"].low <= found[0]["alignment"].high
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3], [0, 1, 2, 3, 4, 4], [0, 1, 2, 3, 3]])
@@ -50,4 +50,4 @@ def test_parts_that_are_not_each_group_once_are_refused(rows):
 def test_a_figure_that_is_not_finite_is_none():
     features = np.full((9, 4), np.nan, np.float32)
     found = figures(parts(range(5), features, np.full(9, np.nan)), 5, **DRAWS)
-    assert {figure["value"] for figure in found.values()} == {None}
+    assert {figure.value for figure in found.values()} == {None}

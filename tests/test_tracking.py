@@ -11,9 +11,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import sage.torchvision_ops  # noqa: F401
 
+import evaluated
 import operated
 import psutil
 import pytest
@@ -107,17 +109,12 @@ def write_results(
     """Write results of stages such that all gates pass but the one on the metric `failed`; return their folder."""
     sage = {"kernel_distance": 0.1, "alignment": alignment, "group_diversity": 0.4, "nfe_per_image": 12.0}
     gates = [
-        {
-            "metric": gate.metric,
-            "reference": gate.reference,
-            "passed": gate.metric != failed,
-            "reason": f"{gate.metric}!",
-        }
+        evaluated.verdict(gate.metric, gate.reference, gate.metric != failed, f"{gate.metric}!")
         for gate in params().evaluate.gates
     ]
-    evaluate = {
+    evaluate = evaluated.results() | {
         "run_id": "r",
-        "set": {"digest": held_out},
+        "set": evaluated.SET | {"digest": held_out},
         "arms": {"sage": {name: figure(value) for name, value in sage.items()}},
         "gates": gates,
         "passed": not failed,
@@ -314,7 +311,6 @@ def test_a_version_holds_no_pickle_and_draws(project, weights):
         ({"failed": "alignment"}, "alignment against independent: alignment!"),
         ({"gates": []}, "alignment against independent: not judged"),
         ({"passed": False}, "the evaluation as a whole did not pass"),
-        ({"passed": "yes"}, "the evaluation as a whole did not pass"),
     ],
 )
 def test_a_model_that_fails_is_recorded_with_its_reasons_and_not_registered(project, changes, reason):
@@ -348,6 +344,41 @@ def test_missing_or_infinite_results_register_nothing(project):
     (metrics / "evaluate.json").unlink()
     with pytest.raises(RegistryError, match="no results of evaluate"):
         registry.register(model, metrics, Path("groups"), params())
+
+
+def without(values: dict[str, Any], *path: str) -> dict[str, Any]:
+    """Return results without one thing."""
+    place = values
+    for key in path[:-1]:
+        place = place[key]
+    del place[path[-1]]
+    return values
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda values: values | {"passed": "yes"}, "passed: Input should be a valid boolean, found 'yes'"),
+        (lambda values: without(values, "gates"), "gates is missing"),
+        (lambda values: without(values, "set", "digest"), "set.digest is missing"),
+        (lambda values: values | {"arms": {"sage": {"alignment": figure(0.5) | {"high": "1"}}}}, "alignment.high: "),
+        (lambda values: values | {"gates": [{"passed": True}]}, "gates.0.metric is missing"),
+        (lambda values: [values], "(top): "),
+        (lambda values: "text", "(top): "),
+    ],
+)
+def test_a_damaged_evaluation_registers_nothing_and_says_what_is_wrong(project, damage, words):
+    metrics = write_results(small_model(project / "m"))
+    path = metrics / "evaluate.json"
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(RegistryError) as refused:
+        registry.register(project / "m", metrics, Path("groups"), params())
+    assert words in str(refused.value)
+    assert str(refused.value).startswith("nothing is registered: metrics/evaluate.json is damaged")
+    path.write_text("{")
+    with pytest.raises(RegistryError, match=r"evaluate.json is not JSON"):
+        registry.register(project / "m", metrics, Path("groups"), params())
+    assert not client().search_model_versions("name = 'sage'")
 
 
 def test_promotion_moves_the_champion_and_rollback_moves_it_back(project, weights):

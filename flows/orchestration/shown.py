@@ -28,6 +28,8 @@ from flows.report import tables
 from flows.report.sheet import opened, sheet
 from flows.tracking import runs
 from flows.versioning.repository import FINAL, Output, StageError, Write
+from sage.evaluation import arms
+from sage.evaluation.results import read
 
 _SIDE = 64  # pixels
 _COLUMNS = 12
@@ -44,19 +46,19 @@ def stages(outcomes: Sequence[dict[str, Any]], overrides: Sequence[str] = ()) ->
 
 def results(folder: Path) -> bool:
     """Show the arms, the verdicts, some pictures of each arm, and where to read more; return the verdict."""
-    evaluate = json.loads((folder / "metrics/evaluate.json").read_text(encoding="utf-8"))
+    evaluate = read(folder / "metrics/evaluate.json")
     create_table_artifact(tables.arms(evaluate), key="arms", description="Held-out prompts, value [interval]")
     create_table_artifact(tables.gates(evaluate), key="gates", description="Verdicts")
     picture = grid(folder / "data/generated")
     create_image_artifact(
-        as_url(picture), key="pictures", description="A row for each arm: " + ", ".join(evaluate["arms"])
+        as_url(picture), key="pictures", description="A row for each arm: " + ", ".join(map(arms.label, evaluate.arms))
     )
     if folder == Path():  # a tree of its own goes, and its report with it; MLflow keeps that
         report = (folder / "report/index.html").resolve().as_uri()
         create_link_artifact(report, key="report", link_text="report", description="On the worker's machine")
-    if (link := runs.link(evaluate["run_id"])) is not None:
+    if (link := runs.link(evaluate.run_id)) is not None:
         create_link_artifact(link, key="mlflow", link_text="MLflow", description="The run of stage evaluate")
-    return evaluate["passed"] is True
+    return evaluate.passed
 
 
 def grid(generated: Path) -> Image.Image:

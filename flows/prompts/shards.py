@@ -158,8 +158,12 @@ def finish(
             values = _evaluation(out, found, judged)
             write_json(folder / EVALUATION, values)
             _put(folder / EVALUATION, f"{out}/{EVALUATION}")
-            typer.echo(", ".join(f"{name} {values[name]['value']:.4g}" for name in MEASURES))
+            typer.echo(", ".join(f"{name} {_written(values[name]['value'])}" for name in MEASURES))
     typer.echo(f"{len(items)} pictures in {out}")
+
+
+def _written(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
 def _evaluation(out: str, found: dict[str, Any], shards: int) -> dict[str, Any]:
@@ -174,7 +178,11 @@ def _evaluation(out: str, found: dict[str, Any], shards: int) -> dict[str, Any]:
     measured = figures(rows, len(groups), draws=params.resamples, confidence=params.confidence, seed=params.seed)
     cost = {"nfe_per_image": plan.nfe(settings["guidance_scale"] > 1) / plan.prompts, "saving": plan.saving}
     errors = len(found["items"]) - plan.prompts
-    return {"model": found["model"], "prompts": plan.prompts, "errors": errors, "groups": len(groups)} | cost | measured
+    return (
+        {"model": found["model"], "prompts": plan.prompts, "errors": errors, "groups": len(groups)}
+        | cost
+        | {name: figure.model_dump() for name, figure in measured.items()}
+    )
 
 
 def part(groups: list[list[int]], batch_size: int, number: int, count: int) -> list[list[tuple[int, list[int]]]]:

@@ -1,6 +1,5 @@
 """`sage compare RUN RUN`: one self-contained page with two runs side by side; nothing is loaded from outside."""
 
-import math
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,11 +7,15 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from flows.report.page import METRICS, arm_name, number, percent
+from flows.report.page import number, percent
 from flows.tracking.recorded import Recorded
-from sage.evaluation.gates import JUDGED
+from sage.evaluation import arms
+from sage.evaluation.arms import INDEPENDENT, JUDGED
+from sage.evaluation.registry import METRICS
+from sage.evaluation.results import Figure
 
-_COLUMNS = ("independent", JUDGED)  # the arms whose pictures are shown, beside the real one
+_Arms = Mapping[str, Mapping[str, Figure]]
+_COLUMNS = (INDEPENDENT, JUDGED)  # the arms whose pictures are shown, beside the real one
 
 
 def build(first: Recorded, second: Recorded) -> str:
@@ -20,15 +23,15 @@ def build(first: Recorded, second: Recorded) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"number": number, "percent": percent, "arm": arm_name}
-    left, right = first.results["evaluate"], second.results["evaluate"]
+    environment.filters |= {"number": number, "percent": percent, "arm": arms.label}
+    left, right = first.evaluate, second.evaluate
     rows, why_not = pictures(first.samples, second.samples)
     return environment.get_template("comparison.html.j2").render(
         runs=[facts(first), facts(second)],
-        same_set=left["set"]["digest"] == right["set"]["digest"],
+        same_set=left.set.digest == right.set.digest,
         params=differing(first.params, second.params),
-        figures=list(figures(left["arms"], right["arms"])),
-        gates=[run["gates"] for run in (left, right)],
+        figures=list(figures(left.arms, right.arms)),
+        gates=[run.gates for run in (left, right)],
         metrics=METRICS,
         judged=JUDGED,
         rows=rows,
@@ -56,24 +59,23 @@ def differing(first: Mapping[str, str], second: Mapping[str, str]) -> list[tuple
     ]
 
 
-def figures(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Any, str]]:
+def figures(first: _Arms, second: _Arms) -> Iterator[tuple[str, str, Figure, Figure, str]]:
     """Yield arm, metric, both figures and how they lie, for all that either run measured; the judged arm first."""
-    nothing = {"value": None, "low": None, "high": None, "n": None}
+    nothing = Figure(value=None, low=None, high=None, n=0)
     for arm in sorted(dict.fromkeys((*first, *second)), key=lambda arm: arm != JUDGED):
         for metric in METRICS:
-            pair = [run.get(arm, {}).get(metric, nothing) for run in (first, second)]
-            if any(figure["value"] is not None for figure in pair):
-                yield arm, metric, *pair, verdict(*pair)
+            a, b = (run.get(arm, {}).get(metric, nothing) for run in (first, second))
+            if a.value is not None or b.value is not None:
+                yield arm, metric, a, b, verdict(a, b)
 
 
-def verdict(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    """Return how two figures lie: "apart", "overlap", or nothing where one has no interval."""
-    ends = [figure[end] for figure in (first, second) for end in ("low", "high")]
-    if any(end is None or not math.isfinite(end) for end in ends):
+def verdict(first: Figure, second: Figure) -> str:
+    """Return how two figures lie: "equal", "apart", "overlap", or nothing if one has no interval."""
+    if first.low is None or first.high is None or second.low is None or second.high is None:
         return ""
-    if first["value"] == second["value"]:
+    if first.value == second.value:
         return "equal"
-    return "apart" if first["high"] < second["low"] or second["high"] < first["low"] else "overlap"
+    return "apart" if first.high < second.low or second.high < first.low else "overlap"
 
 
 def pictures(first: Any, second: Any) -> tuple[list[dict[str, Any]], str]:

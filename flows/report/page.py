@@ -15,32 +15,22 @@ from PIL import Image
 
 from flows.report.groups_page import groups_picture
 from flows.report.sheet import sheet
-from sage.evaluation.gates import JUDGED
+from sage.evaluation import arms
+from sage.evaluation.arms import ARMS, INDEPENDENT, JUDGED, SAME_NFE
+from sage.evaluation.registry import BY_SIMILARITY, METRICS
+from sage.evaluation.registry import label as metric_label
+from sage.evaluation.results import Figure, Results
 from sage.evaluation.samples import Judged
 
-NAMES = {
-    "real": "Real",
-    "independent": "Independent",
-    "independent_same_nfe": "Independent, same NFE",
-    "shared": "Shared",
-    "sage": "SAGE",
-}
-METRICS = {
-    "nfe_per_image": ("Evaluations an image", "lower is cheaper"),
-    "seconds_per_image": ("Seconds an image", "lower is cheaper"),
-    "kernel_distance": ("Kernel distance", "lower is better"),
-    "alignment": ("Alignment", "higher is better"),
-    "group_diversity": ("Diversity in groups", "higher is better"),
-    "seed_diversity": ("Diversity over seeds", "higher is better"),
-    "frechet_distance": ("Fréchet distance", "lower is better"),
-}
-SPLIT = ("kernel_distance", "alignment", "group_diversity")  # also shown by similarity
 _ACROSS, _HARDEST = 24, 6  # groups shown
 _DASH = "\N{EN DASH}"
 _THUMBNAIL = 128  # pixels at most
 # Colours of the plots, replaced by the page's own so that they follow light and dark.
 _INK, _SOFT, _PAPER = "#010203", "#040506", "#070809"
-_ARM_COLOURS = {"independent": "#0a0b01", "independent_same_nfe": "#0a0b02", "shared": "#0a0b03", "sage": "#0a0b04"}
+_ARM_COLOURS = {arm: f"#0a0b{number:02x}" for number, arm in enumerate(ARMS, 1)}
+# The page's own, on light and on dark; an arm beyond them is grey.
+_LIGHT = dict(zip(ARMS, ("#3c6fb4", "#c2741a", "#8a63b8", "#17794a"), strict=False))
+_DARK = dict(zip(ARMS, ("#7fb0f2", "#f0a856", "#c3a1ec", "#5fd39a"), strict=False))
 
 
 @dataclass(frozen=True)
@@ -103,8 +93,8 @@ def group_rows(judged: Judged, saving: float, lost: Sequence[float], texts: np.n
     )
 
 
-def build(results: Mapping[str, Any], rows: GroupRows) -> str:
-    """Return the page for the figures of metrics/evaluate.json; all text in it is escaped."""
+def build(results: Results, rows: GroupRows) -> str:
+    """Return the page of an evaluation; all text in it is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -112,12 +102,18 @@ def build(results: Mapping[str, Any], rows: GroupRows) -> str:
     return environment.get_template("report.html.j2").render(
         r=results,
         rows=rows,
-        metrics=METRICS,
+        metrics={
+            name: metric for name, metric in METRICS.items() if any(name in found for found in results.arms.values())
+        },
+        arms=ARMS.values(),
         judged=JUDGED,
         headline=headline(results),
         comparison=comparison(results),
-        plots=[quality_plot(results, metric) for metric in SPLIT],
-        split=SPLIT,
+        plots=[quality_plot(results, metric) for metric in BY_SIMILARITY],
+        split=BY_SIMILARITY,
+        independent=INDEPENDENT,
+        light=_LIGHT,
+        dark=_DARK,
     )
 
 
@@ -129,27 +125,27 @@ def samples(rows: Sequence[GroupRow], seed: int) -> dict[str, Any]:
     return {"seed": seed, "columns": rows[0].columns if rows else [], "groups": groups}
 
 
-def headline(results: Mapping[str, Any]) -> str:
+def headline(results: Results) -> str:
     """Return the result in one sentence."""
-    failed = [gate for gate in results["gates"] if not gate["passed"]]
-    cost = f"{abs(results['saving']):.0%} {'fewer' if results['saving'] >= 0 else 'more'} network evaluations"
-    if results["passed"]:
+    failed = [gate for gate in results.gates if not gate.passed]
+    cost = f"{abs(results.saving):.0%} {'fewer' if results.saving >= 0 else 'more'} network evaluations"
+    if results.passed:
         return f"SAGE draws these pictures with {cost}, and passes every gate."
-    names = ", ".join(dict.fromkeys(METRICS[gate["metric"]][0].lower() for gate in failed))
-    return f"SAGE draws these pictures with {cost}, but fails {len(failed)} of {len(results['gates'])} gates: {names}."
+    names = ", ".join(dict.fromkeys(metric_label(gate.metric) for gate in failed))
+    return f"SAGE draws these pictures with {cost}, but fails {len(failed)} of {len(results.gates)} gates: {names}."
 
 
-def comparison(results: Mapping[str, Any]) -> str | None:
+def comparison(results: Results) -> str | None:
     """Return what a user would ask next: whether plain sampling at the same cost does as well."""
-    figure = results["worse_by"].get("independent_same_nfe", {}).get("kernel_distance")
-    if figure is None or figure["high"] is None:
+    figure = results.worse_by.get(SAME_NFE, {}).get("kernel_distance")
+    if figure is None or figure.low is None or figure.high is None:
         return None
     against = "independent sampling cut to the same number of evaluations"
-    if figure["high"] < 0:
+    if figure.high < 0:
         return f"By kernel distance it is better than {against}."
-    if figure["low"] > 0:
+    if figure.low > 0:
         return f"By kernel distance it is worse than {against}: fewer steps would have served better."
-    return f"By kernel distance it cannot be told from {against}."
+    return f"By kernel distance there is no significant difference from {against}."
 
 
 def number(value: float | None) -> str:
@@ -172,7 +168,7 @@ def _typeset(text: str) -> str:
 
 def arm_name(arm: str) -> str:
     """Return how an arm is called on the page."""
-    return NAMES.get(arm, arm.replace("_", " "))
+    return "Real" if arm == "real" else arms.label(arm)
 
 
 def data_uri(picture: Image.Image) -> str:
@@ -190,47 +186,46 @@ def group_sheet(row: GroupRow, scale: int = 2) -> Image.Image:
     return sheet([images for _, images in row.prompts], size=size, gap=6, headings=headings)
 
 
-def quality_plot(results: Mapping[str, Any], metric: str) -> Markup:
+def quality_plot(results: Results, metric: str) -> Markup:
     """Return a metric against cost as SVG: a point with its interval for each arm, a band for the real pictures."""
     import matplotlib as mpl
     from matplotlib.figure import Figure as Canvas
 
     settings = {"svg.fonttype": "none", "svg.hashsalt": metric, "font.size": 9, "font.family": "sans-serif"}
     settings |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
-    mark = (results["real"] | results["floor"])[metric]
+    mark = (results.real | results.floor).get(metric)
     with mpl.rc_context(settings):
         canvas = Canvas(figsize=(3.9, 2.9), layout="constrained")
-        _draw(canvas.subplots(), metric, results["arms"], mark)
+        _draw(canvas.subplots(), metric, results.arms, mark)
         content = io.StringIO()
         canvas.savefig(content, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = content.getvalue()
     svg = svg[svg.index("<svg") :]
     colours = {_INK: "var(--ink)", _SOFT: "var(--line)", _PAPER: "var(--soft)"}
-    colours |= {colour: f"var(--{arm.replace('_', '-')})" for arm, colour in _ARM_COLOURS.items()}
+    colours |= {colour: f"var(--{arm})" for arm, colour in _ARM_COLOURS.items()}
     for placeholder, colour in colours.items():
         svg = svg.replace(placeholder, colour)
-    return Markup(svg)  # noqa: S704 - drawn here from numbers and the names of METRICS; no caption is in it
+    return Markup(svg)  # noqa: S704 - drawn here from numbers and the labels of METRICS; no caption is in it
 
 
-def _draw(axes: Any, metric: str, arms: Mapping[str, Any], mark: Mapping[str, Any]) -> None:
-    name, direction = METRICS[metric]
-    axes.set_title(f"{name} ({direction})", fontsize=10, loc="left")
-    axes.set_xlabel("network evaluations an image")
+def _draw(axes: Any, metric: str, measured: Mapping[str, Mapping[str, Figure]], mark: Figure | None) -> None:
+    axes.set_title(f"{METRICS[metric].title} ({METRICS[metric].direction})", fontsize=10, loc="left")
+    axes.set_xlabel(METRICS["nfe_per_image"].label)
     axes.grid(color=_SOFT, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(color=_SOFT)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_SOFT)
-    if mark["low"] is not None:
-        axes.axhspan(mark["low"], mark["high"], color=_PAPER, linewidth=0)
-    for arm, figures in arms.items():
+    if mark is not None and mark.low is not None:
+        axes.axhspan(mark.low, mark.high, color=_PAPER, linewidth=0)
+    for arm, figures in measured.items():
         figure = figures[metric]
-        if figure["low"] is None:
+        if figure.low is None:
             continue
-        x, colour = figures["nfe_per_image"]["value"], _ARM_COLOURS.get(arm, _INK)
-        axes.vlines(x, figure["low"], figure["high"], color=colour, linewidth=1.6)
+        x, colour = figures["nfe_per_image"].value, _ARM_COLOURS.get(arm, _INK)
+        axes.vlines(x, figure.low, figure.high, color=colour, linewidth=1.6)
         marker = "D" if arm == JUDGED else "o"
-        axes.plot(x, figure["value"], marker, color=colour, markersize=7, linestyle="none")
+        axes.plot(x, figure.value, marker, color=colour, markersize=7, linestyle="none")
     axes.margins(x=0.25)
 
 

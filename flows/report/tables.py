@@ -1,31 +1,34 @@
 """The results as rows of text, for every place that shows them: terminal, Prefect, MLflow."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from sage.evaluation import arms as arm_table
+from sage.evaluation import registry
+from sage.evaluation.results import Figure, Results
 
 Row = dict[str, str]
 
 
-def arms(evaluate: Mapping[str, Any]) -> list[Row]:
+def arms(results: Results) -> list[Row]:
     """Return a row for each metric, with a column for each arm: the value with its interval."""
-    metrics = dict.fromkeys(metric for figures in evaluate["arms"].values() for metric in figures)
+    metrics = dict.fromkeys(metric for figures in results.arms.values() for metric in figures)
     return [
-        {"metric": metric.replace("_", " ")}
-        | {arm: _figure(figures[metric]) for arm, figures in evaluate["arms"].items() if metric in figures}
+        {"metric": registry.label(metric)}
+        | {arm_table.label(arm): _figure(figures[metric]) for arm, figures in results.arms.items() if metric in figures}
         for metric in metrics
     ]
 
 
-def gates(evaluate: Mapping[str, Any]) -> list[Row]:
+def gates(results: Results) -> list[Row]:
     """Return a row for each gate: what was compared, the verdict, and why."""
     return [
         {
-            "gate": gate["metric"].replace("_", " "),
-            "against": gate["reference"].replace("_", " "),
-            "verdict": "passed" if gate["passed"] is True else "FAILED",
-            "reason": gate["reason"],
+            "gate": registry.label(gate.metric),
+            "against": arm_table.label(gate.reference),
+            "verdict": "passed" if gate.passed else "FAILED",
+            "reason": gate.reason,
         }
-        for gate in evaluate["gates"]
+        for gate in results.gates
     ]
 
 
@@ -34,8 +37,8 @@ def columns(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
-def _figure(figure: Mapping[str, Any]) -> str:
-    value, low, high = (figure[key] for key in ("value", "low", "high"))
+def _figure(figure: Figure) -> str:
+    value, low, high = figure.value, figure.low, figure.high
     if value is None:
         return "-"
-    return f"{value:.3g}" if low is None or low == high else f"{value:.3g} [{low:.3g}, {high:.3g}]"
+    return f"{value:.3g}" if low is None or high is None or low == high else f"{value:.3g} [{low:.3g}, {high:.3g}]"

@@ -3,9 +3,8 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import sage.torchvision_ops  # noqa: F401
 
@@ -19,15 +18,18 @@ from flows.tracking.runs import stage_run
 from sage.config import Evaluate, load_params
 from sage.data.dataset import read_split
 from sage.errors import MetricError
+from sage.evaluation import figures as judging
 from sage.evaluation import gates
-from sage.evaluation import results as judging
 from sage.evaluation.alignment import DualEncoder, cosines, load_alignment
+from sage.evaluation.arms import INDEPENDENT, JUDGED
 from sage.evaluation.extractors import EfficientNetLite0, read_pictures
+from sage.evaluation.registry import METRICS
+from sage.evaluation.results import Results, write
 from sage.evaluation.samples import Judged, read_judged, siblings
 from sage.files import new_folder, sha256_tree, write_json
 from sage.grouping.embedding import embed
 
-COSTS = ("nfe_per_image", "seconds_per_image")
+COSTS = tuple(name for name, metric in METRICS.items() if metric.cost)
 
 
 def main(
@@ -49,16 +51,18 @@ def main(
         texts = embed([example.text for example in judged.examples])
         real, arms, others = measure(judged, data, load_alignment(alignment), texts)
         results = judge(judged, real, arms, others, cost, settings)
-        rows = page.group_rows(judged, results["saving"], alignment_lost(judged, arms), texts)
+        rows = page.group_rows(judged, results.saving, alignment_lost(judged, arms), texts)
         with new_folder(report) as folder:
-            (folder / "index.html").write_text(page.build(results | {"run_id": record.id}, rows), encoding="utf-8")
+            (folder / "index.html").write_text(
+                page.build(results.model_copy(update={"run_id": record.id}), rows), encoding="utf-8"
+            )
             write_json(folder / "samples.json", page.samples([*rows.across, *rows.hardest], rows.seed))
         record.metrics(flat(results))
         for step, row in enumerate(rows.across):
             record.image(page.group_sheet(row), "groups", step)
         record.artifact(report, "report")
-        record.tags({"gates": "passed" if results["passed"] else "failed"})
-        write_json(metrics, results | {"run_id": record.id})
+        record.tags({"gates": "passed" if results.passed else "failed"})
+        write(metrics, results.model_copy(update={"run_id": record.id}))
 
 
 def read_costs(path: Path, judged: Judged) -> dict[str, dict[str, float]]:
@@ -106,8 +110,8 @@ def judge(
     others: np.ndarray,
     cost: Mapping[str, Mapping[str, float]],
     settings: Evaluate,
-) -> dict[str, Any]:
-    """Return all figures and verdicts, in the form of metrics/evaluate.json."""
+) -> Results:
+    """Return all figures and verdicts."""
     groups, n = judged.groups, len(judged.examples) * len(judged.seeds)
     bootstrap = judging.Bootstrap.over(groups, settings.resamples, settings.confidence, settings.seed)
     measured = {arm: judging.statistics(real, pictures, groups) for arm, pictures in arms.items()}
@@ -119,46 +123,47 @@ def judge(
         values |= {"seconds_per_image": judging.figure(seconds, None, None, n)}
     floor = judging.floor(real.features[:, 0], others, groups, bootstrap)
     worse = {}
-    for reference in (arm for arm in arms if gates.JUDGED in arms and arm != gates.JUDGED):
-        least = float(floor["kernel_distance"]["high"] or 0)
-        worse[reference] = judging.worse_by(measured[gates.JUDGED], measured[reference], bootstrap, n, least)
-        pair = cost[gates.JUDGED]["nfe_per_image"], cost[reference]["nfe_per_image"]
+    for reference in (arm for arm in arms if JUDGED in arms and arm != JUDGED):
+        least = float(floor["kernel_distance"].high or 0)
+        worse[reference] = judging.worse_by(measured[JUDGED], measured[reference], bootstrap, n, least)
+        pair = cost[JUDGED]["nfe_per_image"], cost[reference]["nfe_per_image"]
         worse[reference]["nfe_per_image"] = judging.cost_worse_by(*pair, n)
-    saving = -worse["independent"]["nfe_per_image"]["relative"]["value"] if "independent" in worse else 0.0
-    results: dict[str, Any] = {
-        "features": EfficientNetLite0.name,
-        "confidence": settings.confidence,
-        "resamples": settings.resamples,
-        "set": judged.set,
-        "saving": saving,
-        "arms": figures,
-        "real": judging.real_figures(real, groups, bootstrap),
-        "floor": floor,
-        "worse_by": worse,
-        "by_similarity": judging.by_similarity(
-            measured, groups, judged.similarity, bootstrap, len(judged.seeds), saving
-        ),
-    }
+    cheaper = worse[INDEPENDENT]["nfe_per_image"].relative.value if INDEPENDENT in worse else None
+    saving = -(cheaper or 0.0)
+    results = Results(
+        features=EfficientNetLite0.name,
+        confidence=settings.confidence,
+        resamples=settings.resamples,
+        set=judged.set,
+        saving=saving,
+        arms=figures,
+        real=judging.real_figures(real, groups, bootstrap),
+        floor=floor,
+        worse_by=worse,
+        by_similarity=judging.by_similarity(measured, groups, judged.similarity, bootstrap, len(judged.seeds), saving),
+        gates=[],
+        passed=False,
+    )
     verdicts = gates.judge(results, judged.set, [gate.model_dump() for gate in settings.gates])
-    return results | {"gates": [asdict(verdict) for verdict in verdicts], "passed": gates.passed(verdicts)}
+    return results.model_copy(update={"gates": verdicts, "passed": gates.passed(verdicts)})
 
 
 def alignment_lost(judged: Judged, arms: Mapping[str, judging.Pictures]) -> list[float]:
     """Return for each group by how much sharing lowered its alignment; 0 where there is nothing to compare."""
-    if not {"independent", gates.JUDGED} <= set(arms):
+    if not {INDEPENDENT, JUDGED} <= set(arms):
         return [0.0] * len(judged.groups)
-    lost = (arms["independent"].alignment - arms[gates.JUDGED].alignment).mean(1)
+    lost = (arms[INDEPENDENT].alignment - arms[JUDGED].alignment).mean(1)
     return [float(lost[group].mean()) for group in judged.groups]
 
 
-def flat(results: Mapping[str, Any]) -> dict[str, float]:
+def flat(results: Results) -> dict[str, float]:
     """Return the figures of the arms under dotted names, as a tracker takes them: value, low and high."""
     return {
-        f"{arm}.{metric}" + ("" if end == "value" else f".{end}"): figure[end]
-        for arm, figures in results["arms"].items()
+        f"{arm}.{metric}" + ("" if end == "value" else f".{end}"): number
+        for arm, figures in results.arms.items()
         for metric, figure in figures.items()
-        for end in ("value", "low", "high")
-        if figure[end] is not None
+        for end, number in (("value", figure.value), ("low", figure.low), ("high", figure.high))
+        if number is not None
     }
 
 

@@ -1,11 +1,6 @@
 """Stage generate: every arm's pictures of the held-out prompts, from the same seeds, with the evaluations counted.
 
-| arm | model | steps | shares |
-|---|---|---|---|
-| independent | base | all | nothing |
-| independent_same_nfe | base | as few as cost what sharing costs, rounded up | nothing |
-| shared | base | all | the groups' first steps |
-| sage | fine-tuned | all | the groups' first steps |
+sage/evaluation/arms.py says what each arm is: its model, its steps and what it shares.
 """
 
 import json
@@ -30,6 +25,7 @@ from flows.tracking.runs import stage_run
 from sage.config import Generate, load_params
 from sage.data.dataset import Example, read_groups, read_split
 from sage.errors import PlanError
+from sage.evaluation.arms import INDEPENDENT, SAGE, SAME_NFE, SHARED
 from sage.files import new_folder, sha256, sha256_tree, write_json
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import prompt_seed
@@ -107,10 +103,10 @@ def plan_arms(base: Path, model: Path, groups: list[list[int]], settings: Genera
     fewer = Plan.independent(count, math.ceil(shared.nfe(guidance=False) / count))
     base_hash, model_hash = sha256_tree(base), sha256_tree(model)
     return [
-        Arm("independent", base, base_hash, whole, 0.0),
-        Arm("independent_same_nfe", base, base_hash, fewer, 0.0),
-        Arm("shared", base, base_hash, shared, settings.share_ratio),
-        Arm("sage", model, model_hash, shared, settings.share_ratio),
+        Arm(INDEPENDENT, base, base_hash, whole, 0.0),
+        Arm(SAME_NFE, base, base_hash, fewer, 0.0),
+        Arm(SHARED, base, base_hash, shared, settings.share_ratio),
+        Arm(SAGE, model, model_hash, shared, settings.share_ratio),
     ]
 
 

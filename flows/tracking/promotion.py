@@ -1,7 +1,6 @@
 """Who is champion: a challenger that is whole, passed its gates and is no worse takes its place; and the way back."""
 
 import json
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,8 @@ from typing import Any
 from flows.tracking import content
 from flows.tracking.registry import CHALLENGER, CHAMPION, GATES, METRIC, MODEL, SET, aliases, connect, find
 from sage.errors import RegistryError
-from sage.evaluation.gates import HIGHER_IS_BETTER
+from sage.evaluation.registry import METRICS, label
+from sage.evaluation.results import parse_figure
 
 _REPLACED = "sage.replaced"  # a tag of a version: the champion before it
 
@@ -84,20 +84,23 @@ def _check_against(candidate: Any, champion: Any) -> None:
     worse = []
     for metric in sorted({gate["metric"] for gate in json.loads(candidate.tags[GATES])}):
         new, old = (_interval(version, metric) for version in (candidate, champion))
-        more = metric in HIGHER_IS_BETTER
-        if new["high"] < old["low"] if more else new["low"] > old["high"]:
-            interval = f"[{new['low']:.4g}, {new['high']:.4g}]"
-            worse.append(f"{metric} {new['value']:.4g} {interval}, champion {old['value']:.4g}")
+        more = METRICS[metric].higher_is_better
+        if new[2] < old[1] if more else new[1] > old[2]:
+            worse.append(f"{metric} {new[0]:.4g} [{new[1]:.4g}, {new[2]:.4g}], champion {old[0]:.4g}")
     if worse:
         raise RegistryError(
             f"version {candidate.version} is worse than champion {champion.version}:\n  " + "\n  ".join(worse)
         )
 
 
-def _interval(version: Any, metric: str) -> dict[str, float]:
-    """Return value, low and high of a version's metric; raise RegistryError where one is not a finite number."""
-    figure: dict[str, Any] = json.loads(version.tags.get(METRIC + metric, "{}"))
-    ends = {key: figure.get(key) for key in ("value", "low", "high")}
-    if not all(isinstance(end, int | float) and math.isfinite(end) for end in ends.values()):
-        raise RegistryError(f"version {version.version} has no usable {metric}: {ends}.")
-    return figure
+def _interval(version: Any, metric: str) -> tuple[float, float, float]:
+    """Return value, low and high of a version's metric; raise RegistryError if one is missing or not finite."""
+    figure = parse_figure(version.tags.get(METRIC + metric, ""))
+    if figure is None or figure.value is None:
+        raise RegistryError(f"version {version.version} has no usable {label(metric)}, so it cannot be compared.")
+    if figure.low is None or figure.high is None:
+        raise RegistryError(
+            f"version {version.version} has a {label(metric)} without an interval, so it cannot be compared. Evaluate "
+            "it on more groups of prompts."
+        )
+    return figure.value, figure.low, figure.high

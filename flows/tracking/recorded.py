@@ -9,6 +9,7 @@ from typing import Any
 
 from flows.tracking.registry import aliases, connect, find, split
 from sage.errors import SageError
+from sage.evaluation.results import Results, parse
 
 _TAGS = ("sage.", "prefect.", "mlflow.source.git.commit")
 _ELSEWHERE = ("sage.metric.", "sage.params", "sage.pipeline", "sage.process")  # said by the results, or to machines
@@ -16,7 +17,7 @@ _ELSEWHERE = ("sage.metric.", "sage.params", "sage.pipeline", "sage.process")  #
 
 @dataclass(frozen=True)
 class Recorded:
-    """A run with results: its tags, the stages' results, their parameters as "stage.name", and the samples, if any."""
+    """A run with results: its tags, the evaluation, the stages' parameters as "stage.name", and the samples, if any."""
 
     id: str
     name: str
@@ -24,7 +25,7 @@ class Recorded:
     seconds: float | None
     tags: Mapping[str, str]
     params: Mapping[str, str]
-    results: Mapping[str, Any]
+    evaluate: Results
     samples: Mapping[str, Any] | None
 
 
@@ -59,7 +60,7 @@ def recorded(name: str) -> Recorded:
             (run.info.end_time - run.info.start_time) / 1000 if run.info.end_time else None,
             {k: v for k, v in run.data.tags.items() if k.startswith(_TAGS) and not k.startswith(_ELSEWHERE)},
             _params(tracker, results),
-            results,
+            parse(results["evaluate"], f"evaluate.json of run {name}"),
             _samples(tracker, results["evaluate"].get("run_id"), temporary),
         )
 

@@ -17,8 +17,9 @@ from flows.tracking import content
 from flows.tracking.runs import address, client, ending, experiment, new_run
 from flows.versioning.repository import revision
 from sage.config import Params
-from sage.errors import RegistryError
-from sage.evaluation.gates import JUDGED
+from sage.errors import MetricError, RegistryError
+from sage.evaluation.arms import JUDGED
+from sage.evaluation.results import Results, parse, parse_figure
 from sage.files import digest, sha256_tree
 
 MODEL = "sage"
@@ -51,8 +52,10 @@ def register(model: Path, metrics: Path, groups: Path, params: Params) -> Regist
     """
     tracker, home = connect()
     results = {path.stem: _read(path) for path in sorted(metrics.glob("*.json"))}
-    tags = _tags(model, results, params)
-    reasons = _failures(results["evaluate"], params)
+    _check(model, results)
+    evaluate = _evaluation(results["evaluate"], metrics / "evaluate.json")
+    tags = _tags(results, evaluate, params)
+    reasons = _failures(evaluate, params)
     if reasons:
         return Registration(None, _record_failure(tracker, home, tags, reasons, metrics), reasons)
     version = _find(tracker, tags)
@@ -96,8 +99,9 @@ def versions(model: str = MODEL) -> list[dict[str, str]]:
         row = {"version": str(found.version), "alias": ", ".join(sorted(names.get(str(found.version), [])))}
         for key, value in sorted(found.tags.items()):
             if key.startswith(METRIC):
-                figure = json.loads(value)["value"]
-                row[key.removeprefix(METRIC)] = "-" if figure is None else f"{figure:.4g}"
+                figure = parse_figure(value)
+                measured = None if figure is None else figure.value
+                row[key.removeprefix(METRIC)] = "-" if measured is None else f"{measured:.4g}"
         rows.append(row | {"revision": found.tags.get("sage.revision", "")[:12]})
     return sorted(rows, key=lambda row: -int(row["version"]))
 
@@ -115,12 +119,23 @@ def _read(path: Path) -> dict[str, Any]:
     def refuse(text: str) -> None:
         raise RegistryError(f"{path} holds {text}; a result that is not finite counts as none.")
 
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except ValueError as error:
+        raise RegistryError(f"{path} is not JSON: {error}") from error
     return value
 
 
-def _tags(model: Path, results: Mapping[str, dict[str, Any]], params: Params) -> dict[str, str]:
-    """Return what a version says of itself, all as text."""
+def _evaluation(values: Any, path: Path) -> Results:
+    """Return the evaluation as gates read it; raise RegistryError if it is damaged, so that nothing is registered."""
+    try:
+        return parse(values, str(path))
+    except MetricError as error:
+        raise RegistryError(f"nothing is registered: {error}\nRun `dvc repro --force evaluate`.") from error
+
+
+def _check(model: Path, results: Mapping[str, dict[str, Any]]) -> None:
+    """Raise RegistryError if a result is missing or the results are of another model."""
     missing = [name for name in ("prepare", "finetune", "generate", "evaluate") if name not in results]
     if missing or not model.is_dir():
         raise RegistryError(f"no results of {', '.join(missing) or 'a model'} here. Run `sage run` first.")
@@ -129,32 +144,37 @@ def _tags(model: Path, results: Mapping[str, dict[str, Any]], params: Params) ->
         raise RegistryError(
             f"{model} has SHA-256 {found[:12]}, but the results are of {trained[:12]}. Run `dvc repro`, then again."
         )
-    evaluate = results["evaluate"]
-    gates = [{key: gate[key] for key in ("metric", "reference", "passed")} for gate in evaluate["gates"]]
+
+
+def _tags(results: Mapping[str, dict[str, Any]], evaluate: Results, params: Params) -> dict[str, str]:
+    """Return what a version says of itself, all as text."""
+    raw = results["evaluate"]
+    gates = [gate.model_dump(include={"metric", "reference", "passed"}) for gate in evaluate.gates]
     tags = {
-        _MODEL_HASH: found,
+        _MODEL_HASH: results["finetune"]["model_sha256"],
         # The run that recorded the figures is no part of them.
-        _METRICS_HASH: digest({key: value for key, value in evaluate.items() if key != "run_id"}),
-        SET: evaluate["set"]["digest"],
+        _METRICS_HASH: digest({key: value for key, value in raw.items() if key != "run_id"}),
+        SET: evaluate.set.digest,
         GATES: json.dumps(gates),
         "sage.data_digest": results["prepare"]["digest"],
         "sage.revision": revision(),
         "sage.params": params.model_dump_json(exclude={"pretrain"}),
     }
-    return tags | {METRIC + name: json.dumps(figure) for name, figure in evaluate["arms"].get(JUDGED, {}).items()}
+    figures = evaluate.arms.get(JUDGED, {})
+    return tags | {METRIC + name: json.dumps(figure.model_dump()) for name, figure in figures.items()}
 
 
-def _failures(evaluate: Mapping[str, Any], params: Params) -> list[str]:
+def _failures(evaluate: Results, params: Params) -> list[str]:
     """Return why a model must not be registered; nothing that is missing counts as passed."""
-    judged = {(gate["metric"], gate["reference"]): gate for gate in evaluate["gates"]}
+    judged = {(gate.metric, gate.reference): gate for gate in evaluate.gates}
     reasons = []
     for wanted in params.evaluate.gates:
         gate = judged.get((wanted.metric, wanted.reference))
         if gate is None:
             reasons.append(f"{wanted.metric} against {wanted.reference}: not judged")
-        elif gate["passed"] is not True:
-            reasons.append(f"{wanted.metric} against {wanted.reference}: {gate['reason']}")
-    if not reasons and evaluate["passed"] is not True:
+        elif not gate.passed:
+            reasons.append(f"{wanted.metric} against {wanted.reference}: {gate.reason}")
+    if not reasons and not evaluate.passed:
         reasons.append("the evaluation as a whole did not pass")
     return reasons
 

@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from flows.versioning.repository import revision
 from sage.errors import SageError
+from sage.evaluation.results import Results, read
 from sage.files import sha256
 
 if TYPE_CHECKING:
@@ -231,9 +232,9 @@ class Pipeline:
         run = Run(tracker, parent)
         if metrics is not None:
             run.artifact(metrics, "metrics")
-            evaluate = json.loads((metrics / "evaluate.json").read_text(encoding="utf-8"))
+            evaluate = read(metrics / "evaluate.json")
             run.metrics(headline(evaluate))
-            run.tags({"sage.gates": "passed" if evaluate["passed"] is True else "failed"})
+            run.tags({"sage.gates": "passed" if evaluate.passed else "failed"})
             lock, prepare = metrics.parent / "dvc.lock", metrics / "prepare.json"
             run.tags({"sage.data_digest": json.loads(prepare.read_text(encoding="utf-8"))["digest"]})
             if lock.exists():
@@ -253,13 +254,13 @@ def pipeline_run(tags: Mapping[str, str] | None = None) -> Iterator[Pipeline]:
         raise
 
 
-def headline(evaluate: Mapping[str, Any]) -> dict[str, float]:
+def headline(evaluate: Results) -> dict[str, float]:
     """Return each arm's figures by "arm/metric", those that were measured."""
     return {
-        f"{arm}/{metric}": figure["value"]
-        for arm, figures in evaluate["arms"].items()
+        f"{arm}/{metric}": figure.value
+        for arm, figures in evaluate.arms.items()
         for metric, figure in figures.items()
-        if figure["value"] is not None
+        if figure.value is not None
     }
 
 

@@ -7,38 +7,23 @@ on another set, or at odds with the arms' own figures fails, with its reason.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-HIGHER_IS_BETTER = frozenset({"alignment", "group_diversity", "seed_diversity"})
-JUDGED = "sage"
+from sage.evaluation.arms import JUDGED
+from sage.evaluation.registry import METRICS, label
+from sage.evaluation.results import Figure, JudgedSet, Results, Verdict
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a gate decided: by how much the model is worse (negative: better), the limit, and why."""
-
-    metric: str
-    reference: str
-    limit: float
-    relative: bool
-    value: float | None
-    low: float | None
-    high: float | None
-    passed: bool
-    reason: str
+_F = TypeVar("_F", bound=Figure)
 
 
 class _Unfit(Exception):
     """A figure that no gate may pass on; the message says why."""
 
 
-def judge(results: Mapping[str, Any], expected: Mapping[str, Any], gates: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+def judge(results: Results, expected: JudgedSet, gates: Sequence[Mapping[str, Any]]) -> list[Verdict]:
     """Return a verdict for each gate; `passed` needs every one, and at least one.
 
-    `results` is what the evaluation wrote; `expected` is its "set" as it must be: digest of prompts, real pictures and
-    groups, manifest of the generated pictures, n_prompts, n_real and seeds. Each gate has metric, reference,
-    worse_by_at_most and relative.
+    `expected` is the set that must have been judged. Each gate has metric, reference, worse_by_at_most and relative.
     """
     return [verdict(results, expected, **gate) for gate in gates]
 
@@ -49,74 +34,71 @@ def passed(verdicts: Sequence[Verdict]) -> bool:
 
 
 def verdict(
-    results: Mapping[str, Any],
-    expected: Mapping[str, Any],
-    *,
-    metric: str,
-    reference: str,
-    worse_by_at_most: float,
-    relative: bool,
+    results: Results, expected: JudgedSet, *, metric: str, reference: str, worse_by_at_most: float, relative: bool
 ) -> Verdict:
     """Return the decision of one gate."""
+    value = low = high = None
     try:
-        _check_set(results, expected)
-        n = expected["n_prompts"] * len(expected["seeds"])
-        value, low, high = _difference(results, metric, reference, relative, n)
+        _check_set(results.set, expected)
+        ends = _difference(results, metric, reference, relative, expected.n_prompts * len(expected.seeds))
     except _Unfit as unfit:
-        reason = f"The {metric.replace('_', ' ')} cannot be judged: {unfit}"
-        return Verdict(metric, reference, worse_by_at_most, relative, None, None, None, False, reason)
-    # Written so that a comparison with NaN fails.
-    kept = bool(high <= worse_by_at_most)
-    reason = _sentence(metric, reference, relative, worse_by_at_most, (value, low, high), kept)
-    return Verdict(metric, reference, worse_by_at_most, relative, value, low, high, kept, reason)
+        kept, reason = False, f"The {label(metric)} cannot be judged: {unfit}"
+    else:
+        value, low, high = ends
+        # Written so that a comparison with NaN fails.
+        kept = bool(high <= worse_by_at_most)
+        reason = _sentence(metric, reference, relative, worse_by_at_most, ends, kept)
+    return Verdict(
+        metric=metric,
+        reference=reference,
+        limit=worse_by_at_most,
+        relative=relative,
+        value=value,
+        low=low,
+        high=high,
+        passed=kept,
+        reason=reason,
+    )
 
 
-def _check_set(results: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    found = results.get("set")
-    if not isinstance(found, Mapping):
-        raise _Unfit("the results do not say which set they were measured on.")
-    for key, value in expected.items():
-        if found.get(key) != value:
-            raise _Unfit(f"it was measured on another set: {key} is {found.get(key)!r}, expected {value!r}.")
+def _check_set(found: JudgedSet, expected: JudgedSet) -> None:
+    for key, value in expected:
+        if getattr(found, key) != value:
+            raise _Unfit(f"it was measured on another set: {key} is {getattr(found, key)!r}, expected {value!r}.")
 
 
-def _difference(
-    results: Mapping[str, Any], metric: str, reference: str, relative: bool, n: int
-) -> tuple[float, float, float]:
+def _difference(results: Results, metric: str, reference: str, relative: bool, n: int) -> tuple[float, float, float]:
     """Return by how much the model is worse, after checking that the figures are whole and agree with each other."""
-    ours = _number(_get(results, "arms", JUDGED, metric), "value", f"{JUDGED}'s figure")
-    theirs = _number(_get(results, "arms", reference, metric), "value", f"{reference}'s figure")
-    difference = _get(results, "worse_by", reference, metric)
-    for figure in (_get(results, "arms", JUDGED, metric), _get(results, "arms", reference, metric), difference):
-        if figure.get("n") != n or isinstance(figure.get("n"), bool):
-            raise _Unfit(f"it was measured on n = {figure.get('n')!r} pictures, expected {n}.")
-    worse = _number(difference, "value", "the difference")
-    should_be = theirs - ours if metric in HIGHER_IS_BETTER else ours - theirs
-    if not math.isclose(worse, should_be, rel_tol=1e-6, abs_tol=1e-6 * max(abs(ours), abs(theirs))):
+    ours, theirs = (_figure(results.arms.get(arm, {}), metric, f"arms.{arm}") for arm in (JUDGED, reference))
+    difference = _figure(results.worse_by.get(reference, {}), metric, f"worse_by.{reference}")
+    for figure in (ours, theirs, difference):
+        if figure.n != n:
+            raise _Unfit(f"it was measured on n = {figure.n} images, expected {n}.")
+    a, b = _number(ours.value, f"{JUDGED}'s figure"), _number(theirs.value, f"{reference}'s figure")
+    worse, should_be = _number(difference.value, "the difference"), METRICS[metric].worse(a, b)
+    if not math.isclose(worse, should_be, rel_tol=1e-6, abs_tol=1e-6 * max(abs(a), abs(b))):
         raise _Unfit(f"the difference is given as {worse:.4g}, but the arms differ by {should_be:.4g}.")
-    figure = _get(difference, "relative") if relative else difference
-    value, low, high = (_number(figure, end, f"the difference's {end}") for end in ("value", "low", "high"))
+    found = difference.relative if relative else difference
+    value = _number(found.value, "the difference's value")
+    low, high = _number(found.low, "the difference's low"), _number(found.high, "the difference's high")
     if not low <= high:
         raise _Unfit(f"its interval runs from {low:.4g} down to {high:.4g}.")
     return value, low, high
 
 
-def _get(results: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
-    for depth, key in enumerate(path):
-        found = results.get(key)
-        if not isinstance(found, Mapping):
-            raise _Unfit(f"{'.'.join(path[: depth + 1])} is missing.")
-        results = found
-    return results
+def _figure(figures: Mapping[str, _F], metric: str, where: str) -> _F:
+    if metric not in figures or metric not in METRICS:
+        raise _Unfit(f"{where}.{metric} is missing.")
+    return figures[metric]
 
 
-def _number(figure: Mapping[str, Any], key: str, what: str) -> float:
-    number = figure.get(key)
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        raise _Unfit(f"{what} is {number!r}, which is no number.")
+def _number(number: float | None, what: str) -> float:
+    if number is None:
+        raise _Unfit(f"{what} is missing.")
+    # The reader lets nothing else in; a gate does not rely on it.
     if not math.isfinite(number):
         raise _Unfit(f"{what} is {number}, which is not finite.")
-    return float(number)
+    return number
 
 
 def _sentence(

@@ -1,184 +1,156 @@
-"""Every figure of every arm, each with its interval and its n, from features alone.
+"""metrics/evaluate.json: its schema, its writer and its reader. Whoever judges or shows results reads them here.
 
-All arms are judged on the same prompts and seeds and under the same bootstrap draws over groups, so what is said of the
-difference of two arms is paired.
+The reader is strict: a file that lacks a figure, or holds a text or a NaN in the place of a number, is refused as a
+whole, with one line for every problem. A figure that could not be measured is null. Unknown keys are ignored, so that
+the results of an older or a newer version can still be compared.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
-import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sage.evaluation.bootstrap import Array, Statistic, jackknife, percentiles, ratio, resamples, value, within
-from sage.evaluation.distances import Groups, frechet_statistic, kernel_statistic
-from sage.evaluation.diversity import group_diversity, seed_diversity
-from sage.evaluation.gates import HIGHER_IS_BETTER
+from sage.errors import MetricError
+from sage.files import write_json
 
-_BOOTSTRAPPED = ("kernel_distance", "alignment", "group_diversity", "seed_diversity")
-_PARTS = ("loosest third", "middle third", "tightest third")
-
-Figure = dict[str, float | int | None]
+_SHOWN = 8  # problems of a file that are listed
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """An arm's pictures: features (prompts, seeds, width), and cosines to their prompts (prompts, seeds)."""
+class _Strict(BaseModel):
+    """What every part shares: no silent conversions, nothing that is not finite, no changes afterwards."""
 
-    features: Array
-    alignment: Array
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
 
 
-@dataclass(frozen=True)
-class Bootstrap:
-    """How intervals are made: draws over groups of shape (draws, groups), their middle share, and the seed."""
+class Interval(_Strict):
+    """A value with the ends of its interval; null if it cannot be measured, or has no interval."""
 
-    counts: Array
-    confidence: float
-    seed: int
-
-    @classmethod
-    def over(cls, groups: Groups, draws: int, confidence: float, seed: int) -> "Bootstrap":
-        """Return the draws for a partition."""
-        return cls(resamples(len(groups), draws, seed), confidence, seed)
-
-    def figure(self, statistic: Statistic, n: int, part: Array | None = None) -> Figure:
-        """Return value, interval and n, of some of the groups where `part`, boolean (groups,), names them."""
-        part = np.ones(self.counts.shape[1], bool) if part is None else part
-        draws = statistic(within(self.counts, part))
-        return figure(float(statistic(part[None].astype(float))[0]), *percentiles(draws, self.confidence), n)
+    value: float | None
+    low: float | None
+    high: float | None
 
 
-def figure(value: float, low: float | None, high: float | None, n: int) -> Figure:
-    """Return a figure as JSON holds it: what is not finite becomes null, which no gate passes."""
-    ends = (end if end is not None and math.isfinite(end) else None for end in (value, low, high))
-    return dict(zip(("value", "low", "high"), ends, strict=True)) | {"n": n}
+class Figure(Interval):
+    """A measured value with its interval and the number of images that it rests on."""
+
+    n: Annotated[int, Field(ge=0)]
 
 
-def statistics(real: Pictures, arm: Pictures, groups: Groups) -> dict[str, Statistic]:
-    """Return what is measured of an arm against the real pictures of the same prompts, by name."""
-    return {
-        "kernel_distance": kernel_statistic(real.features[:, 0], arm.features, groups),
-        "frechet_distance": frechet_statistic(real.features[:, 0], arm.features, groups),
-    } | _means(arm, groups)
+class Difference(Figure):
+    """By how much the judged arm is worse than a reference (negative: better), also as a share of its value."""
+
+    relative: Interval
 
 
-def _means(pictures: Pictures, groups: Groups) -> dict[str, Statistic]:
-    cosines = np.array([pictures.alignment[list(group)].sum() for group in groups], float)
-    numbers = np.array([pictures.alignment[list(group)].size for group in groups], float)
-    return {
-        "alignment": ratio(cosines, numbers),
-        "group_diversity": ratio(*group_diversity(pictures.features, groups)),
-        "seed_diversity": ratio(*seed_diversity(pictures.features, groups)),
-    }
+class JudgedSet(_Strict):
+    """What was judged: digest of prompts, real images, groups and seeds; hash of the manifest of generated images."""
+
+    digest: str
+    generated: str
+    n_real: int
+    n_prompts: int
+    seeds: list[int]
 
 
-def real_figures(real: Pictures, groups: Groups, bootstrap: Bootstrap) -> dict[str, Figure]:
-    """Return what the real pictures themselves reach in alignment and diversity: a mark to read the arms' against."""
-    measured = _means(real, groups)
-    return {name: bootstrap.figure(measured[name], real.alignment.size) for name in ("alignment", "group_diversity")}
+class Part(_Strict):
+    """Some of the groups, by the similarity of their worst pair, from the least to the most."""
+
+    part: str
+    similarity: Annotated[list[float], Field(min_length=2, max_length=2)]
+    groups: int
+    prompts: int
+    saving: float
+    arms: dict[str, dict[str, Figure]]
 
 
-def floor(real: Array, siblings: Array, groups: Groups, bootstrap: Bootstrap) -> dict[str, Figure]:
-    """Return both distances between real pictures and as many other real ones, row by row of the same kind.
+class Verdict(_Strict):
+    """What a gate decided: by how much the model is worse (negative: better), the limit, and why."""
 
-    `siblings` of shape (n, width) may be fewer than the real pictures: then the first n are compared, and n says so.
+    metric: str
+    reference: str
+    limit: float
+    relative: bool
+    value: float | None
+    low: float | None
+    high: float | None
+    passed: bool
+    reason: str
+
+
+class Results(_Strict):
+    """The evaluation of a model.
+
+    features: name of the network whose features distances and diversities are measured on.
+    confidence, resamples: of the bootstrap intervals.
+    set: what was judged.
+    saving: share of the network evaluations that the judged arm saves against independent sampling.
+    arms: figures by arm and metric.
+    real, floor: what real images reach, on their own and against other real images, by metric.
+    worse_by: how much worse the judged arm is, by reference and metric.
+    by_similarity: the same figures for parts of the groups.
+    gates, passed: the verdicts, and whether all of them are favourable.
+    run_id: the run that recorded them, in files of older versions.
     """
-    n = len(siblings)
-    kept = [kept for group in groups if (kept := [prompt for prompt in group if prompt < n])]
-    again = Bootstrap.over(kept, len(bootstrap.counts), bootstrap.confidence, bootstrap.seed)
-    frechet = frechet_statistic(real[:n], siblings[:, None], kept)
-    ends = jackknife(frechet, len(kept), bootstrap.confidence, bootstrap.seed)
-    return {
-        "kernel_distance": again.figure(kernel_statistic(real[:n], siblings[:, None], kept), n),
-        "frechet_distance": figure(value(frechet, len(kept)), *ends, n),
-    }
+
+    features: str
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    resamples: int
+    set: JudgedSet
+    saving: float
+    arms: dict[str, dict[str, Figure]]
+    real: dict[str, Figure]
+    floor: dict[str, Figure]
+    worse_by: dict[str, dict[str, Difference]]
+    by_similarity: list[Part]
+    gates: list[Verdict]
+    passed: bool
+    run_id: str | None = None
 
 
-def arm_figures(measured: Mapping[str, Statistic], pictures: Pictures, bootstrap: Bootstrap) -> dict[str, Figure]:
-    """Return the figures of an arm; the Frechet distance is a mean over seeds, so its n is that of one seed."""
-    prompts, n = len(pictures.alignment), pictures.alignment.size
-    groups = bootstrap.counts.shape[1]
-    frechet = measured["frechet_distance"]
-    ends = jackknife(frechet, groups, bootstrap.confidence, bootstrap.seed)
-    figures = {name: bootstrap.figure(measured[name], n) for name in _BOOTSTRAPPED}
-    return figures | {"frechet_distance": figure(value(frechet, groups), *ends, prompts)}
+def write(path: Path, results: Results) -> None:
+    """Write results, whole or not at all."""
+    write_json(path, results.model_dump(exclude_unset=True))
 
 
-def worse_by(
-    arm: Mapping[str, Statistic],
-    reference: Mapping[str, Statistic],
-    bootstrap: Bootstrap,
-    n: int,
-    kernel_floor: float,
-) -> dict[str, dict[str, Any]]:
-    """Return by how much an arm is worse than a reference (negative: better), with the interval of the difference.
+def read(path: Path) -> Results:
+    """Return the results of a file; raise MetricError if it is missing, damaged or of another form."""
+    if not path.is_file():
+        raise MetricError(f"{path} does not exist. Run `sage run` first.")
 
-    `relative` is a share of the reference's value. A kernel distance near 0 has no meaningful share, so there the share
-    is of `kernel_floor` where that is larger: what real pictures may score against real ones.
-    """
-    groups = bootstrap.counts.shape[1]
-    counts = np.vstack([np.ones((1, groups)), bootstrap.counts])
-    result = {}
-    for name in _BOOTSTRAPPED:
-        ours, theirs = arm[name](counts), reference[name](counts)
-        worse = theirs - ours if name in HIGHER_IS_BETTER else ours - theirs
-        least = max(kernel_floor, 0.0) if name == "kernel_distance" else 0.0
-        scale = np.maximum(np.abs(theirs), least)
-        share = np.divide(worse, scale, out=np.full(len(worse), np.nan), where=scale > 0)
-        absolute, relative = (
-            figure(float(draws[0]), *percentiles(draws[1:], bootstrap.confidence), n) for draws in (worse, share)
-        )
-        result[name] = absolute | {"relative": {end: relative[end] for end in ("value", "low", "high")}}
-    return result
+    def refuse(constant: str) -> NoReturn:
+        raise MetricError(f"{path} holds {constant}; a result that is not finite counts as none.")
+
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except ValueError as error:
+        raise MetricError(f"{path} is not JSON: {error}") from error
+    return parse(values, str(path))
 
 
-def cost_worse_by(ours: float, theirs: float, n: int) -> dict[str, Any]:
-    """Return by how much a counted cost is higher; it is counted, not sampled, so its interval is a point."""
-    worse = ours - theirs
-    share = worse / theirs if theirs > 0 else math.nan
-    relative = figure(share, share, share, n)
-    return figure(worse, worse, worse, n) | {"relative": {end: relative[end] for end in ("value", "low", "high")}}
+def parse(values: Any, where: str) -> Results:
+    """Return the results of parsed JSON; raise MetricError with one line for each problem. `where` names the source."""
+    try:
+        return Results.model_validate(values)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        lines = [_line(problem) for problem in problems[:_SHOWN]]
+        more = [f"  and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        head = f"{where} is damaged or not of this version, with {len(problems)} problem(s):"
+        raise MetricError("\n".join([head, *lines, *more])) from error
 
 
-def by_similarity(
-    measured: Mapping[str, Mapping[str, Statistic]],
-    groups: Groups,
-    similarity: Sequence[float],
-    bootstrap: Bootstrap,
-    seeds: int,
-    saving: float,
-) -> list[dict[str, Any]]:
-    """Return the figures of each part of the groups: single prompts, then thirds from the loosest to the tightest.
+def parse_figure(text: str) -> Figure | None:
+    """Return a single figure from JSON, as a registered version keeps it; None if it is damaged."""
+    try:
+        return Figure.model_validate_json(text)
+    except ValidationError:
+        return None
 
-    `saving` is the whole set's, counted; a part's follows from it, as under one share ratio a saving is proportional to
-    1 - groups / prompts.
-    """
-    sizes = np.array([len(group) for group in groups])
-    shareable = 1 - len(groups) / sizes.sum()
-    order = [number for number in np.argsort(similarity, kind="stable") if sizes[number] > 1]
-    parts = [("single prompts", np.flatnonzero(sizes == 1)), *zip(_PARTS, np.array_split(order, 3), strict=True)]
-    result = []
-    for name, numbers in parts:
-        if len(numbers) == 0:
-            continue
-        part = np.isin(np.arange(len(groups)), numbers)
-        prompts = int(sizes[part].sum())
-        result.append(
-            {
-                "part": name,
-                "similarity": [min(similarity[k] for k in numbers), max(similarity[k] for k in numbers)],
-                "groups": len(numbers),
-                "prompts": prompts,
-                "saving": saving * (1 - len(numbers) / prompts) / shareable if shareable > 0 else 0.0,
-                "arms": {
-                    arm: {
-                        metric: bootstrap.figure(statistic[metric], prompts * seeds, part)
-                        for metric in ("kernel_distance", "alignment", "group_diversity")
-                    }
-                    for arm, statistic in measured.items()
-                },
-            }
-        )
-    return result
+
+def _line(problem: Mapping[str, Any]) -> str:
+    place = ".".join(map(str, problem["loc"])) or "(top)"
+    if problem["type"] == "missing":
+        return f"  {place} is missing"
+    return f"  {place}: {problem['msg']}, found {problem['input']!r}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from sage.data.dataset import Example, read_groups, read_split
 from sage.errors import MetricError
+from sage.evaluation.results import JudgedSet
 from sage.files import digest, sha256
 
 MANIFEST = "manifest.jsonl"
@@ -23,7 +24,7 @@ class Judged:
     similarity: list[float]
     seeds: list[int]
     arms: dict[str, list[list[Path]]]
-    set: dict[str, Any]
+    set: JudgedSet
 
 
 def read_judged(data: Path, groups: Path, generated: Path, split: str, seeds: Sequence[int]) -> Judged:
@@ -39,13 +40,13 @@ def read_judged(data: Path, groups: Path, generated: Path, split: str, seeds: Se
     arms = _read_arms(generated, [example.id for example in examples], partition, seeds)
     prompts = [[example.id, example.text, sha256(example.path)] for example in examples]
     ids = [[examples[row].id for row in group] for group in partition]
-    identity = {
-        "digest": digest({"prompts": prompts, "groups": ids, "seeds": list(seeds)}),
-        "generated": sha256(generated / MANIFEST),
-        "n_real": len(examples),
-        "n_prompts": len(examples),
-        "seeds": list(seeds),
-    }
+    identity = JudgedSet(
+        digest=digest({"prompts": prompts, "groups": ids, "seeds": list(seeds)}),
+        generated=sha256(generated / MANIFEST),
+        n_real=len(examples),
+        n_prompts=len(examples),
+        seeds=list(seeds),
+    )
     return Judged(examples, partition, similarity, list(seeds), arms, identity)
 
 

@@ -13,7 +13,8 @@ from sage.errors import DataError
 from sage.evaluation.bootstrap import Array, Statistic, percentiles, ratio, resamples, value
 from sage.evaluation.distances import Groups
 from sage.evaluation.diversity import group_diversity
-from sage.evaluation.results import Figure, figure
+from sage.evaluation.figures import figure
+from sage.evaluation.results import Figure
 
 MEASURES = ("alignment", "group_diversity")
 

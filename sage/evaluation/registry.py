@@ -1,0 +1,121 @@
+"""The metrics: one table, read by the evaluation, the gates, the configuration, the report and the model registry.
+
+To add a metric, add a row to METRICS and compute it: a quality in sage/evaluation/figures.py (`statistics`), a cost in
+the stage that generates (metrics/generate.json). Tables, plots and gates then show it without another change.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Interval = Literal["bootstrap", "jackknife", "exact", "none"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    name: in params.yaml and metrics/evaluate.json.
+    label: what people read, as it stands inside a sentence.
+    higher_is_better: the direction.
+    interval: how its interval is found. "bootstrap": draws over groups; "jackknife": leaving out blocks of groups;
+        "exact": counted, so the interval is a point; "none": timed once. The last two are costs.
+    description: one line on what is measured.
+    gateable: whether a gate may rest on it.
+    by_similarity: whether the report also splits it by the similarity of the groups.
+    within_groups: whether it compares images of one group, so that groups of one prompt do not count.
+    """
+
+    name: str
+    label: str
+    higher_is_better: bool
+    interval: Interval
+    description: str
+    gateable: bool = False
+    by_similarity: bool = False
+    within_groups: bool = False
+
+    @property
+    def title(self) -> str:
+        """The label with a capital, for headings and the start of a sentence."""
+        return self.label[0].upper() + self.label[1:]
+
+    @property
+    def cost(self) -> bool:
+        """Whether it is a cost, not a quality."""
+        return self.interval in ("exact", "none")
+
+    @property
+    def direction(self) -> str:
+        """Which way is better, in words."""
+        return "lower is cheaper" if self.cost else "higher is better" if self.higher_is_better else "lower is better"
+
+    def worse(self, ours: Any, theirs: Any) -> Any:
+        """Return by how much our figure is worse than theirs (negative: better); numbers or arrays."""
+        return theirs - ours if self.higher_is_better else ours - theirs
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "nfe_per_image",
+            "network evaluations per image",
+            False,
+            "exact",
+            "rows of all network calls over the number of images; twice as many under guidance",
+            gateable=True,
+        ),
+        Metric("seconds_per_image", "seconds per image", False, "none", "wall-clock time of sampling, measured once"),
+        Metric(
+            "kernel_distance",
+            "kernel distance",
+            False,
+            "bootstrap",
+            "unbiased polynomial MMD² between generated and real images, over all pairs of prompts",
+            gateable=True,
+            by_similarity=True,
+        ),
+        Metric(
+            "alignment",
+            "alignment",
+            True,
+            "bootstrap",
+            "cosine of image and prompt in a dual encoder trained on real training images",
+            gateable=True,
+            by_similarity=True,
+        ),
+        Metric(
+            "group_diversity",
+            "diversity within groups",
+            True,
+            "bootstrap",
+            "mean feature distance of an image to the others of its group and seed",
+            gateable=True,
+            by_similarity=True,
+            within_groups=True,
+        ),
+        Metric(
+            "seed_diversity",
+            "diversity over seeds",
+            True,
+            "bootstrap",
+            "mean feature distance of an image to those of its prompt from other seeds",
+            gateable=True,
+        ),
+        Metric(
+            "frechet_distance",
+            "Fréchet distance",
+            False,
+            "jackknife",
+            "mean over seeds; grows as n shrinks, so compare it with the real images at the same n",
+        ),
+    )
+}
+BOOTSTRAPPED = tuple(name for name, metric in METRICS.items() if metric.interval == "bootstrap")
+GATEABLE = tuple(name for name, metric in METRICS.items() if metric.gateable)
+BY_SIMILARITY = tuple(name for name, metric in METRICS.items() if metric.by_similarity)
+
+
+def label(name: str) -> str:
+    """Return what people read for a metric; a name that an older run recorded and this table lacks is spelled out."""
+    return METRICS[name].label if name in METRICS else name.replace("_", " ")
