@@ -91,15 +91,15 @@ def finetuning_loss(
     of the parts add up to the loss of the step.
 
     network        a `training.denoiser.Denoiser`, or one that accelerate has prepared, with the base weights loaded;
-                   if consistency has a weight, a frozen copy of the base is taken now
+                   if consistency has a weight, the frozen base is taken from it now
     scheduler      the base's diffusers scheduler, for the noise schedule and the prediction type
     data           the training set
     batches        the rows of each step and the weights of the terms
     share_ratios   the range from which share ratios are drawn, so that one model serves them all
     soft_target    how the soft target weighs the members, see `training.loss.member_weights`
     branch_start   the start x_t* of the branch phase:
-                   "sampled": the current network predicts x_0 after the shared steps, and each member noises it with
-                   its own noise (as with branch noise 1);
+                   "sampled": the x_0 that the current network predicts in the last shared step, with fresh noise for
+                   each member (branch noise 1);
                    "mixture": `training.loss.mixture_start`;
                    "plain": no bridge, ordinary noised latents of each member, as a baseline
     sampler_steps  number of sampler steps, of which the share ratio is a fraction

@@ -56,7 +56,7 @@ class Schedule:
 
 
 def processes() -> tuple[int, int]:
-    """Return the rank of this process and the number of training processes: (0, 1) without `accelerate` or `torchrun`."""
+    """Return the rank of this process and the number of processes: (0, 1) without `accelerate launch` or `torchrun`."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
@@ -72,7 +72,7 @@ class Trained:
 
 @dataclass
 class _Log:
-    """The reports so far and the values since the last; kept in checkpoints so that a resumed run repeats them exactly."""
+    """The reports so far and the values since; kept in checkpoints, so that a resumed run makes the same reports."""
 
     every: int
     reports: list[tuple[int, dict[str, float]]] = field(default_factory=list)
@@ -194,7 +194,7 @@ def _averaged(network: nn.Module, parameters: Mapping[str, nn.Parameter], ema: M
 
 
 def _attention(network: nn.Module) -> AbstractContextManager[Any]:
-    """Return the context that selects attention: plain on a CPU, because the backward pass of torch's fused one is slow."""
+    """Return the attention context: plain attention on a CPU, because torch's fused one has a slow backward pass there."""
     on_cpu = all(p.device.type == "cpu" for p in network.parameters())
     return sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
 

@@ -6,7 +6,7 @@ the formulas below are this project's reading of them.
     L = w_diffusion L_diffusion + w_shared L_shared + w_branch L_branch + w_consistency L_consistency
 
 Notation, besides that of `sage.diffusion`
-    n, N       a member of a group, and the number of members    t*      branch time: shared phase t > t*, branch phase t <= t*
+    n, N       a member of a group, and the number of members    t*      branch time: shared phase t > t*, then branch
     z_n, c_n   clean latents and condition of a member           c_bar   condition of the group, the mean of c_n
     z_bar      the mean of z_n                                   m       a random member of the group
     f, b       the trained network, and the frozen base; both predict in their own prediction type
@@ -106,9 +106,9 @@ def mixture_start(
     marginals of the mixture (Song et al., 2021), so x_t* is distributed as alpha_t* z_m + sigma_t* eps with a random
     member m. That holds for many steps; after few steps the sampler ends nearer to the mean.
 
-    schedule    noise schedule                       z, present  latents of the members (n, N, ...), mask (n, N)
-    soft        weights of the members               t_star      branch times (n,)
-    z_m         latents of one random member (n, ...)  eps       noise (n, ...)
+    schedule  noise schedule                         z, present   latents of the members (n, N, ...), mask (n, N)
+    soft      weights of the members                 t_star, eps  branch times (n,), noise (n, ...)
+    z_m       latents of one random member (n, ...)
     """
     alpha, sigma = schedule.at(t_star)
     origin = torch.einsum("nm,nm...->n...", present / present.sum(1, keepdim=True), z) if soft == "mean" else z_m
@@ -127,8 +127,8 @@ def branch_query(
     to the distribution of z_n (Lipman et al., 2023; Albergo and Vanden-Eijnden, 2023). So if x_t* is drawn as in
     sampling, branches end at images of c_n, even if the shared phase ends far from them.
 
-    schedule  noise schedule                                      t       timesteps (n,)
-    z_n, c_n  latents (n, ...) and conditions of the members      x_star, t_star  starts (n, ...), branch times (n,)
+    schedule  noise schedule                         t               timesteps (n,)
+    z_n, c_n  latents (n, ...), conditions           x_star, t_star  shared latents (n, ...), branch times (n,)
     """
     return diffusion_query(schedule, z_n, c_n, t, diffusion.implied_noise(x_star, z_n, *schedule.at(t_star)))
 
