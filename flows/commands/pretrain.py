@@ -22,9 +22,7 @@ from sage.sampling import base
 from sage.training import pretraining
 from sage.training.loop import Losses, Schedule, fit
 
-app = typer.Typer(
-    no_args_is_help=True, help="Train the models in models/; a killed command resumes when called again."
-)
+app = typer.Typer(no_args_is_help=True, help="Train the models in models/; a killed command resumes when called again.")
 
 Data = Annotated[Path, typer.Option(help="Prepared data: `dvc repro prepare` makes it.")]
 Work = Annotated[Path, typer.Option(help="Where resumable state lives.")]
@@ -35,7 +33,7 @@ Out = Annotated[Path, typer.Option(help="Where the finished part goes.")]
 def autoencoder(
     data: Data = Path("data/prepared"), work: Work = Path("work/pretrain"), out: Out = Path("work/pretrain/vae")
 ) -> None:
-    """Train the autoencoder on the training images and print its reconstruction error on unseen images."""
+    """Train the autoencoder on the training images and print its reconstruction quality on unseen images."""
     settings = load_params().pretrain.autoencoder
     pictures = _pictures(data, "train")
     torch.manual_seed(settings.seed)
@@ -59,7 +57,7 @@ def denoiser(
     ),
     work: Work = Path("work/pretrain"),
     start: Annotated[
-        Path | None, typer.Option(help="A base model whose U-Net to continue from; without it, training starts from scratch.")
+        Path | None, typer.Option(help="A base model whose U-Net to continue from; default: start from scratch.")
     ] = None,
     out: Out = Path("models/base"),
 ) -> None:
@@ -89,7 +87,7 @@ def denoiser(
     base.save(base.assemble(autoencoder, network), out)
     if card_text is not None:
         files.write_text(card, card_text)
-    typer.echo(f"wrote {out}. Its card and the damage of sharing are still the old ones: edit {card}, `sage calibrate`.")
+    typer.echo(f"wrote {out}. Now update {card} and measure the damage of sharing: `sage calibrate`.")
 
 
 @app.command("alignment")

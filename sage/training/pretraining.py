@@ -17,7 +17,7 @@ from sage.training.loop import Losses
 
 
 def batch(n: int, size: int, seed: int, step: int) -> Tensor:
-    """Return the row numbers of a step's batch; each epoch is a seeded permutation without its incomplete last batch."""
+    """Return the row numbers of a step's batch; each epoch is a seeded permutation without its incomplete batch."""
     size = min(size, n)
     per_epoch = n // size
     epoch, place = divmod(step, per_epoch)
