@@ -25,8 +25,8 @@ from sage.training.loop import Losses, Schedule, fit
 app = typer.Typer(no_args_is_help=True, help="Train the models in models/; a killed command resumes when called again.")
 
 Data = Annotated[Path, typer.Option(help="Prepared data: `dvc repro prepare` makes it.")]
-Work = Annotated[Path, typer.Option(help="Where resumable state lives.")]
-Out = Annotated[Path, typer.Option(help="Where the finished part goes.")]
+Work = Annotated[Path, typer.Option(help="Folder for resumable state.")]
+Out = Annotated[Path, typer.Option(help="Folder for the trained model.")]
 
 
 @app.command()

@@ -49,10 +49,10 @@ GUIDANCE = 1.0
 def main(
     base: Annotated[Path, typer.Option(help="The base model.")],
     data: Annotated[Path, typer.Option(help="Prepared data.")],
-    groups: Annotated[Path, typer.Option(help="One JSON file of groups a split.")],
-    out: Annotated[Path, typer.Option(help="Where the fine-tuned model goes.")],
-    metrics: Annotated[Path, typer.Option(help="Where the figures go.")],
-    work: Annotated[Path, typer.Option(help="Where resumable state lives while it is needed.")] = Path("work/finetune"),
+    groups: Annotated[Path, typer.Option(help="Folder with a JSON file of groups for each split.")],
+    out: Annotated[Path, typer.Option(help="Folder for the fine-tuned model.")],
+    metrics: Annotated[Path, typer.Option(help="JSON file for the figures.")],
+    work: Annotated[Path, typer.Option(help="Folder for resumable state, removed at the end.")] = Path("work/finetune"),
 ) -> None:
     """Fine-tune the base model on the groups of the training split; a killed run resumes from its last checkpoint."""
     params = load_params()

@@ -1,4 +1,4 @@
-"""Branch noise: at a branch, each child draws part of its noise anew, so that the members of a group differ more.
+"""Branch noise: at a branch, each child replaces part of its noise by a fresh draw, so that group members differ more.
 
 Let x_0 be the block's prediction at its branch point and x = alpha x_0 + sigma eps. Each child continues with the noise
 

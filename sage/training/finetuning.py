@@ -239,7 +239,7 @@ class _Draws:
         return loss.branch_query(self.schedule, own, c, t, x_star, t_star)
 
     def sampled(self, rows: Tensor, random: torch.Generator, items: slice, steps: int) -> Query:
-        """The branch phase from the network's own shared prediction, noised anew for each member (branch noise 1)."""
+        """The branch phase from the network's own shared prediction, with fresh noise for each member (branch noise 1)."""
         first = self._first(rows)
         shared_noise, own_noise = self._noise(rows, random), self._noise(rows, random)
         t_star = self.schedule.timestep_after(torch.full((len(rows),), steps / self.sampler_steps))

@@ -194,7 +194,7 @@ def _averaged(network: nn.Module, parameters: Mapping[str, nn.Parameter], ema: M
 
 
 def _attention(network: nn.Module) -> AbstractContextManager[Any]:
-    """Return the attention context: plain attention on a CPU, since torch's fused one has a slow backward pass there."""
+    """Return the attention context: plain attention on a CPU, whose fused attention has a slow backward pass."""
     on_cpu = all(p.device.type == "cpu" for p in network.parameters())
     return sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
 

@@ -5,7 +5,7 @@ the formulas below are this project's reading of them.
 
     L = w_diffusion L_diffusion + w_shared L_shared + w_branch L_branch + w_consistency L_consistency
 
-Notation, besides that of `sage.diffusion`
+Notation, in addition to `sage.diffusion`
     n, N       a member of a group, and the number of members    t*      branch time: shared phase t > t*, then branch
     z_n, c_n   clean latents and condition of a member           c_bar   condition of the group, the mean of c_n
     z_bar      the mean of z_n                                   m       a random member of the group
