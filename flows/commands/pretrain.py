@@ -1,4 +1,4 @@
-"""`sage pretrain`: train the base model from scratch on the training split; no stage of the graph, run once."""
+"""`sage pretrain`: train the base model from scratch on the training split; run once, not a stage of dvc.yaml."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,20 +22,18 @@ from sage.sampling import base
 from sage.training import pretraining
 from sage.training.loop import Losses, Schedule, fit
 
-app = typer.Typer(
-    no_args_is_help=True, help="Train the parts that models/ holds; a killed command resumes when called again."
-)
+app = typer.Typer(no_args_is_help=True, help="Train the models in models/; a killed command resumes when called again.")
 
 Data = Annotated[Path, typer.Option(help="Prepared data: `dvc repro prepare` makes it.")]
-Work = Annotated[Path, typer.Option(help="Where resumable state lives.")]
-Out = Annotated[Path, typer.Option(help="Where the finished part goes.")]
+Work = Annotated[Path, typer.Option(help="Folder for resumable state.")]
+Out = Annotated[Path, typer.Option(help="Folder for the trained model.")]
 
 
 @app.command()
 def autoencoder(
     data: Data = Path("data/prepared"), work: Work = Path("work/pretrain"), out: Out = Path("work/pretrain/vae")
 ) -> None:
-    """Train the autoencoder on the training pictures and say how well it restores pictures it has not seen."""
+    """Train the autoencoder on the training images and print its reconstruction quality on unseen images."""
     settings = load_params().pretrain.autoencoder
     pictures = _pictures(data, "train")
     torch.manual_seed(settings.seed)
@@ -59,7 +57,7 @@ def denoiser(
     ),
     work: Work = Path("work/pretrain"),
     start: Annotated[
-        Path | None, typer.Option(help="A base whose U-Net to go on from; without it, training begins from nothing.")
+        Path | None, typer.Option(help="A base model whose U-Net to continue from; default: start from scratch.")
     ] = None,
     out: Out = Path("models/base"),
 ) -> None:
@@ -85,16 +83,16 @@ def denoiser(
     )
     _fit(network, loss, settings, work / "denoiser", data, *ancestors)
     card = out / "README.md"
-    said = card.read_text(encoding="utf-8") if card.exists() else None
+    card_text = card.read_text(encoding="utf-8") if card.exists() else None
     base.save(base.assemble(autoencoder, network), out)
-    if said is not None:
-        files.write_text(card, said)
-    typer.echo(f"wrote {out}. Its card and what sharing costs it are not measured anew: edit {card}, `sage calibrate`.")
+    if card_text is not None:
+        files.write_text(card, card_text)
+    typer.echo(f"wrote {out}. Now update {card} and measure the damage of sharing: `sage calibrate`.")
 
 
 @app.command("alignment")
 def dual_encoder(data: Data = Path("data/prepared"), out: Out = Path("models/alignment")) -> None:
-    """Train the dual encoder that judges how well a picture fits its prompt, on real training pictures only."""
+    """Train the dual encoder that measures how well an image matches its prompt, on real training images only."""
     model = alignment.train_alignment(read_split(data, "train"), seed=0)
     alignment.save(model, out)
     unseen = read_split(data, "validation")
@@ -119,11 +117,18 @@ def _fit(
     data: Path,
     *ancestors: str,
 ) -> None:
-    """Train with progress; the state belongs to these settings, but for the number of steps, and to this data."""
+    """Train with a progress display; resume only with the same data, ancestors and settings except steps and decay.
+
+    network, loss  the network to train and its loss of step k
+    settings       the network's part of section pretrain in params.yaml
+    work           folder of the checkpoints
+    data           prepared data
+    ancestors      hashes of the models that the training starts from
+    """
     schedule = Schedule(
         settings.steps, settings.learning_rate, warmup=settings.warmup, decay=settings.decay, ema=settings.ema
     )
-    # Steps and decay may change in a resumed run: those before the decay are the same whatever they are.
+    # Steps and decay may change in a resumed run, because the steps before the decay do not depend on them.
     identity = settings.model_dump(exclude={"steps", "decay"})
     identity |= {"data": files.sha256_tree(data / "train"), "ancestors": list(ancestors)}
     with progress(settings.steps, f"training {work.name}") as advance:

@@ -1,4 +1,4 @@
-"""Stage finetune: the base model learns to share its early steps.
+"""Stage finetune: train the base model for sampling with shared early steps.
 
 On several devices: `accelerate launch -m flows.stages.finetune` with the arguments of the stage's command in dvc.yaml.
 """
@@ -38,10 +38,10 @@ log = logging.getLogger(__name__)
 CHECKPOINT_EVERY = 50
 REPORT_EVERY = 10
 ENCODED_TOGETHER = 512
-# What changes no weight may differ between a killed run and the one that goes on.
+# Settings that change no weight: they may differ between a killed run and the run that resumes it.
 WITHOUT_EFFECT = {"watch_every"}
-# The pictures to look at: so many groups of the validation split, so many of each. Without branch noise, which some
-# schedulers do not take; what a group shares is then seen best.
+# Images are shown for the first groups of the validation split and the first members of each. They are sampled without
+# branch noise, which some schedulers do not support, and which would hide what a group shares.
 GROUPS, MEMBERS = 4, 4
 GUIDANCE = 1.0
 
@@ -49,12 +49,12 @@ GUIDANCE = 1.0
 def main(
     base: Annotated[Path, typer.Option(help="The base model.")],
     data: Annotated[Path, typer.Option(help="Prepared data.")],
-    groups: Annotated[Path, typer.Option(help="One JSON file of groups a split.")],
-    out: Annotated[Path, typer.Option(help="Where the fine-tuned model goes.")],
-    metrics: Annotated[Path, typer.Option(help="Where the figures go.")],
-    work: Annotated[Path, typer.Option(help="Where resumable state lives while it is needed.")] = Path("work/finetune"),
+    groups: Annotated[Path, typer.Option(help="Folder with a JSON file of groups for each split.")],
+    out: Annotated[Path, typer.Option(help="Folder for the fine-tuned model.")],
+    metrics: Annotated[Path, typer.Option(help="JSON file for the figures.")],
+    work: Annotated[Path, typer.Option(help="Folder for resumable state, removed at the end.")] = Path("work/finetune"),
 ) -> None:
-    """Fine-tune the base model on the groups of the training split; a killed run goes on where it was."""
+    """Fine-tune the base model on the groups of the training split; a killed run resumes from its last checkpoint."""
     params = load_params()
     settings, sampler_steps = params.finetune, params.generate.steps
     accelerator = Accelerator(cpu=device() == "cpu", mixed_precision="no")
@@ -64,7 +64,7 @@ def main(
     members = tuple(map(tuple, read_groups(groups / "train.json", examples)[0]))
     batches = Batches(members, settings.weights.model_dump(), settings.batch_size, settings.seed)
     if not any(len(group) > 1 for group in members):
-        log.warning("no two training prompts are in one group: this is plain fine-tuning")
+        log.warning("no two training prompts are in one group, so this is plain fine-tuning; see group.threshold")
 
     sources = {"base_sha256": sha256_tree(base), "data_digest": sha256_tree(data)}
     identity = settings.model_dump(exclude=WITHOUT_EFFECT) | sources | {"groups": sha256(groups / "train.json")}
@@ -110,9 +110,9 @@ def main(
 
 
 def load(base: Path) -> Any:
-    """Return the base of any family; this project's own has no text encoder in its folder.
+    """Return the base model: a diffusers pipeline of any family, or this project's own, saved without text encoder.
 
-    Raises DataError where it cannot be loaded, also where its weights are no safetensors: no pickle is read.
+    Raises DataError if it cannot be loaded or its weights are not safetensors.
     """
     try:
         if (base / "text_encoder").exists():
@@ -124,7 +124,7 @@ def load(base: Path) -> Any:
 
 @contextmanager
 def _main_run(accelerator: Accelerator, settings: Finetune) -> Iterator[Run]:
-    """Yield the record of this execution; only one of several processes records."""
+    """Yield the tracking record of this run; of several processes only the main one records."""
     if not accelerator.is_main_process:
         yield Run()
         return
@@ -133,7 +133,7 @@ def _main_run(accelerator: Accelerator, settings: Finetune) -> Iterator[Run]:
 
 
 def training_set(denoiser: Denoiser, examples: Sequence[Example], members: tuple[tuple[int, ...], ...]) -> TrainingSet:
-    """Return latents and text states of all pictures and captions, computed once."""
+    """Return the latents of all images and the conditions of all captions, computed once."""
     pictures = torch.from_numpy(load_pixels(examples))
     texts, captions = captions_of([example.texts for example in examples])
     texts.append("")
@@ -148,7 +148,7 @@ def training_set(denoiser: Denoiser, examples: Sequence[Example], members: tuple
 
 
 def _shown(total: int, what: str) -> AbstractContextManager[Callable[[int], None]]:
-    """Return a progress display; only one of several processes has one."""
+    """Return a progress display; of several processes only the first shows it."""
     return progress(total, what) if processes()[0] == 0 else nullcontext(lambda n: None)
 
 
@@ -164,7 +164,18 @@ def train(
     record: Run,
     watched: list[list[Example]],
 ) -> Trained:
-    """Train the pipeline's network, as accelerate prepared it, in place."""
+    """Train the pipeline's network in place.
+
+    network        the denoiser on that network, prepared by accelerate
+    pipeline       the pipeline, for its scheduler and the images to watch
+    data, batches  the training set, and the rows of each step
+    settings       the section finetune of params.yaml
+    sampler_steps  number of sampler steps, of which groups share a part
+    state          folder of the checkpoints
+    identity       the configuration that the checkpoints belong to
+    record         the tracking record
+    watched        groups whose images are recorded during training
+    """
     low, high = settings.share_ratios
     loss = finetuning_loss(
         network,
@@ -211,7 +222,7 @@ def train(
 
 
 def save(pipeline: Any, base: Path, out: Path) -> None:
-    """Write the pipeline in the form that the base has; an adapter is merged, and stands beside it as a file."""
+    """Write the pipeline in the format of the base; an adapter is merged, and also saved as a file of its own."""
     network, layers = pipeline._network, None
     if lora.present(network):
         layers = lora.layers(network)
@@ -226,7 +237,7 @@ def save(pipeline: Any, base: Path, out: Path) -> None:
 
 
 def watch(data: Path, groups: Path) -> list[list[Example]]:
-    """Return the first groups of the validation split, those whose pictures are looked at while training."""
+    """Return the first groups of the validation split, whose images are recorded during training."""
     examples = read_split(data, "validation")
     shareable = [group for group in read_groups(groups / "validation.json", examples)[0] if len(group) > 1]
     return [[examples[row] for row in group[:MEMBERS]] for group in shareable[:GROUPS]]
@@ -235,14 +246,22 @@ def watch(data: Path, groups: Path) -> list[list[Example]]:
 def show(
     record: Run, pipeline: Any, watched: list[list[Example]], settings: Finetune, sampler_steps: int, step: int
 ) -> None:
-    """Record shared pictures of the watched groups, a row each, from seeds that never change."""
+    """Record images of the watched groups, one row per group, sampled with shared steps and fixed seeds.
+
+    record         the tracking record; without a run nothing is sampled
+    pipeline       the pipeline with the current weights
+    watched        groups of examples, whose prompts are sampled
+    settings       the section finetune of params.yaml; the share ratio is the middle of its range
+    sampler_steps  number of sampler steps
+    step           the training step to record them under
+    """
     if record.id is None or not watched:
         return
     examples = [example for group in watched for example in group]
-    places = iter(range(len(examples)))
+    numbers = iter(range(len(examples)))
     images = pipeline(
         [example.text for example in examples],
-        groups=[[next(places) for _ in group] for group in watched],
+        groups=[[next(numbers) for _ in group] for group in watched],
         share_ratio=sum(settings.share_ratios) / 2,
         num_inference_steps=sampler_steps,
         guidance_scale=GUIDANCE,

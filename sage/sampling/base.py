@@ -1,6 +1,6 @@
-"""The project's own small text-to-image model: a stock Stable Diffusion pipeline, 64x64 pictures, MiniLM text states.
+"""The project's own small text-to-image model: a stock Stable Diffusion pipeline for 64x64 images of MiniLM texts.
 
-`models/base` holds autoencoder, U-Net and scheduler; the text encoder is the packaged all-MiniLM-L6-v2.
+`models/base` holds the autoencoder, the U-Net and the scheduler; the text encoder is the packaged all-MiniLM-L6-v2.
 """
 
 import copy
@@ -34,16 +34,16 @@ _INDEX = {
 
 
 def text_parts() -> tuple[PreTrainedTokenizerBase, BertModel]:
-    """Return tokenizer and text encoder in the form that Stable Diffusion's pipeline calls them."""
+    """Return the tokenizer and the text encoder, set up for StableDiffusionPipeline."""
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder(), model_max_length=MAX_TOKENS, local_files_only=True)
     encoder = BertModel.from_pretrained(minilm_folder(), local_files_only=True)
-    # Read by StableDiffusionPipeline.encode_prompt: padding tokens are then masked inside the encoder.
+    # With this, StableDiffusionPipeline.encode_prompt passes the attention mask, so the encoder ignores padding.
     encoder.config.use_attention_mask = True
     return tokenizer, encoder.requires_grad_(False).eval()
 
 
 def new_autoencoder() -> AutoencoderKL:
-    """Return an untrained autoencoder: (3, 64, 64) pictures in [-1, 1] to (16, 8, 8) latents."""
+    """Return an untrained autoencoder: (3, 64, 64) images in [-1, 1] to (16, 8, 8) latents."""
     channels = (32, 32, 64, 96)
     return AutoencoderKL(
         block_out_channels=channels,
@@ -73,9 +73,9 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def new_scheduler() -> DPMSolverMultistepScheduler:
-    """Return DPM-Solver++ (Lu et al., 2022) for v-prediction on a schedule that reaches zero signal (Lin et al., 2023).
+    """Return DPM-Solver++ (Lu et al., 2022) for v-prediction with zero terminal SNR (Lin et al., 2023).
 
-    It needs fewer steps here than DDIM does, alone and in groups (docs/results.md).
+    It needs fewer steps than DDIM here, in independent and in shared sampling (docs/results.md).
     """
     return DPMSolverMultistepScheduler(
         beta_schedule="scaled_linear",
@@ -89,7 +89,7 @@ def new_scheduler() -> DPMSolverMultistepScheduler:
 
 
 def assemble(autoencoder: AutoencoderKL, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
-    """Return the parts as a Stable Diffusion pipeline."""
+    """Return a Stable Diffusion pipeline of these parts with the project's scheduler and text encoder."""
     tokenizer, encoder = text_parts()
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,
@@ -106,7 +106,7 @@ def assemble(autoencoder: AutoencoderKL, unet: UNet2DConditionModel) -> StableDi
 
 
 def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """Write autoencoder, U-Net and scheduler in half precision, whole or not at all, and no text encoder."""
+    """Write autoencoder and U-Net in half precision and the scheduler, atomically; the text encoder is not saved."""
     with new_folder(folder) as temporary:
         for name in ("vae", "unet"):
             half = copy.deepcopy(getattr(pipeline, name)).half()
@@ -116,9 +116,9 @@ def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
 
 
 def load(folder: Path) -> StableDiffusionPipeline:
-    """Return a saved pipeline in single precision, its text encoder taken from the installed package.
+    """Return a saved pipeline in single precision, with the text encoder of the installed package.
 
-    Raises DataError where the folder is no such model.
+    Raises DataError if one of the model's parts is missing from the folder.
     """
     missing = [name for name in ("model_index.json", "vae", "unet", "scheduler") if not (folder / name).exists()]
     if missing:

@@ -1,14 +1,14 @@
-"""Branch noise: at a branch, each child draws part of its noise anew, so that the members of a group differ more.
+"""Branch noise: at a branch, each child replaces part of its noise by a fresh draw, so that group members differ more.
 
-With x_0 what the block predicts at its branch, and x = alpha x_0 + sigma eps, each child continues from
+Let x_0 be the block's prediction at its branch point and x = alpha x_0 + sigma eps. Each child continues with the noise
 
     eps' = sqrt(1 - s^2) eps + s xi
 
-with its own draw xi: the same amount of noise, rotated by arcsin(s). s = 0 is off.
+for its own draw xi: the variance is kept, the noise is rotated by arcsin(s). s = 0 turns branch noise off.
 
-A child then predicts an x_0 of its own, x_0', and to its first step alpha (x_0 - x_0') would look like noise, which it
-would carry on. But the share of the noise's variance that was drawn is known, s^2, so that step is made from
-x + s^2 alpha (x_0' - x_0): at s = 1 from x_0' under exactly the noise that was drawn. It costs no evaluation.
+At its first step a child predicts its own x_0', and the scheduler would mistake the difference alpha (x_0 - x_0') for
+noise and carry it on. A fraction s^2 of the noise variance is freshly drawn, so this step instead starts from
+x + s^2 alpha (x_0' - x_0): at s = 1 this is x_0' with exactly the drawn noise. It costs no network evaluation.
 """
 
 from typing import Any
@@ -19,7 +19,8 @@ from torch import Tensor
 from sage import diffusion
 from sage.errors import ConfigurationError, UnsupportedError
 
-# The schedulers whose history holds no noise, or only predictions of x_0, which branch noise leaves as they are.
+# Rotating the noise would invalidate a history of noise predictions. These schedulers keep no history, or only
+# predictions of x_0.
 SCHEDULERS = (
     "DDIMScheduler",
     "DDPMScheduler",
@@ -31,7 +32,7 @@ SCHEDULERS = (
 
 
 def check_branch_noise(scheduler: Any, s: float) -> None:
-    """Raise ConfigurationError for s outside [0, 1], UnsupportedError for a scheduler that branch noise cannot use."""
+    """Raise ConfigurationError for s outside [0, 1], UnsupportedError for a scheduler that does not support it."""
     if not 0 <= s <= 1:
         raise ConfigurationError(f"branch_noise {s} is outside [0, 1]; 0 adds none, 1 replaces all noise")
     if not s:
@@ -45,20 +46,25 @@ def check_branch_noise(scheduler: Any, s: float) -> None:
 
 
 def rotated(scheduler: Any, step: int, x: Tensor, x_0: Tensor, xi: Tensor, s: float) -> Tensor:
-    """Return the latents x that enter a step, with their noise rotated towards xi; all of one shape."""
+    """Return the input latents x of a step with their noise rotated towards xi; x, x_0 and xi have one shape."""
     alpha, sigma = (float(level) for level in _levels(scheduler, step))
     eps = (x - alpha * x_0) / sigma
-    turned: Tensor = alpha * x_0 + sigma * ((1 - s**2) ** 0.5 * eps + s * xi)
-    return turned.to(x.dtype)
+    x_rotated: Tensor = alpha * x_0 + sigma * ((1 - s**2) ** 0.5 * eps + s * xi)
+    return x_rotated.to(x.dtype)
 
 
 def recentred(
     scheduler: Any, step: int, x: Tensor, output: Tensor, rows: list[int], x_0: Tensor, s: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the latents that enter a step and the network's output, moved to what the children predict.
+    """Return a step's input latents and network output, moved towards the children's own predictions x_0'.
 
-    `rows` are those that drew noise at the branch, and `x_0` (len(rows), ...) what their parents predicted there. The
-    new outputs mean the same x_0' at the new latents.
+    The new output predicts the same x_0' from the new latents.
+
+    scheduler, step  scheduler with its timesteps set, and the index of the step
+    x, output        input latents of the step and the network's output for them, (n, ...)
+    rows             the rows that drew noise at the branch; the others stay unchanged
+    x_0              prediction of their parents at the branch, (len(rows), ...)
+    s                branch noise in [0, 1]
     """
     x, output = x.clone(), output.clone()
     own = predicted_x_0(scheduler, step, x[rows], output[rows])
@@ -71,15 +77,15 @@ def recentred(
 
 
 def predicted_x_0(scheduler: Any, step: int, x: Tensor, output: Tensor) -> Tensor:
-    """Return the x_0 that a network output means for the latents x that enter a step."""
+    """Return the x_0 that a network output predicts from the input latents x of a step."""
     kind, level, x_t = _normalised(scheduler, step, x)
     return diffusion.predicted_sample(kind, output.float(), x_t, *level)
 
 
 def _normalised(scheduler: Any, step: int, x: Tensor) -> tuple[diffusion.PredictionType, tuple[Tensor, Tensor], Tensor]:
-    """Return the prediction type, (alpha, sigma) and latents of a step in the convention of `sage.diffusion`.
+    """Return a step's prediction type, (alpha, sigma) and input latents in the convention of `sage.diffusion`.
 
-    Euler schedulers keep latents divided by alpha.
+    Euler schedulers keep latents divided by alpha, so variance-preserving ones are scaled to alpha^2 + sigma^2 = 1.
     """
     kind = diffusion.prediction_type(scheduler)
     alpha, sigma = (torch.as_tensor(level, dtype=torch.float32) for level in _levels(scheduler, step))
@@ -88,7 +94,7 @@ def _normalised(scheduler: Any, step: int, x: Tensor) -> tuple[diffusion.Predict
 
 
 def _levels(scheduler: Any, step: int) -> tuple[Any, Any]:
-    """Return alpha and sigma of the latents that enter a step."""
+    """Return alpha and sigma of a step's input latents, in the scheduler's own scaling."""
     name = type(scheduler).__name__
     if name in ("DDIMScheduler", "DDPMScheduler"):
         signal = scheduler.alphas_cumprod[int(scheduler.timesteps[step])]

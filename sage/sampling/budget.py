@@ -1,7 +1,7 @@
-"""Plans that save a given share of the network evaluations, from clusters of prompts within clusters.
+"""Plans that save a given fraction of the network evaluations, from nested clusters of prompts.
 
-Each cluster shares the longer the more alike its prompts are; the threshold from which on they share is solved for the
-budget before anything is generated.
+The more similar the prompts of a cluster, the more steps they share. The similarity threshold for sharing is solved for
+the asked saving before anything is generated.
 """
 
 import math
@@ -14,14 +14,14 @@ from sage.sampling.plan import Block, Node, Plan, shared_steps
 
 @dataclass(frozen=True)
 class Cluster:
-    """Prompts and clusters, and the cosine similarity of the least similar pair among them."""
+    """A cluster of prompts and smaller clusters, with the lowest cosine similarity of any two prompts in it."""
 
     similarity: float
     children: tuple["Cluster | int", ...]
 
 
 def clusters(size: int, merges: Sequence[tuple[int, int, float]]) -> list[Cluster | int]:
-    """Return merges (a, b, similarity) as clusters in clusters; `size` + k names what merge k made, as in scipy."""
+    """Return nested clusters from merges (a, b, similarity); as in scipy, node `size` + k is the result of merge k."""
     nodes: dict[int, Cluster | int] = {prompt: prompt for prompt in range(size)}
     for k, (a, b, similarity) in enumerate(merges):
         nodes[size + k] = Cluster(similarity, (nodes.pop(a), nodes.pop(b)))
@@ -29,9 +29,9 @@ def clusters(size: int, merges: Sequence[tuple[int, int, float]]) -> list[Cluste
 
 
 def nested_plan(clusters: Sequence["Cluster | int"], steps: int, share: Callable[[float], float]) -> Plan:
-    """Return the plan in which every cluster shares `share(similarity)` of the steps, clusters in clusters.
+    """Return the plan in which every cluster shares a fraction `share(similarity)` of the steps.
 
-    A cluster that would not share longer than the one around it dissolves into it.
+    A cluster that would not share more steps than the cluster around it dissolves into that cluster.
     """
 
     def nodes(inside: "Sequence[Cluster | int]", start: int) -> list[Node]:
@@ -52,10 +52,10 @@ def nested_plan(clusters: Sequence["Cluster | int"], steps: int, share: Callable
 
 @dataclass(frozen=True)
 class Budget:
-    """A plan that saves what was asked, and what it costs in likeness.
+    """A plan with the asked saving, and how similar the prompts are that share in it.
 
-    `threshold`: the similarity from which on prompts share; `merges`: for every block its similarity, the share of the
-    steps that it takes together, and how many prompts it holds, least similar first.
+    `threshold`: no cluster below this similarity shares; `merges`: (similarity, share ratio, number of prompts) of
+    every cluster that shares, least similar first.
     """
 
     plan: Plan
@@ -66,13 +66,14 @@ class Budget:
 def plan_for_budget(
     nested: Sequence[Cluster | int], steps: int, saving: float, most: float = 0.9, at_least: float = -1.0
 ) -> Budget:
-    """Return the plan that saves this share of the evaluations at the highest threshold that does.
+    """Return the plan that saves the fraction `saving` of the evaluations at the highest possible threshold.
 
     A cluster of similarity s shares most * (1 - (1 - s) / (1 - threshold)) of the steps: `most` at similarity 1,
-    nothing from the threshold down. `nested` comes from `clusters`, or holds one Cluster for each flat group. Clusters
-    less similar than `at_least` are refused: their members share in tighter clusters or not at all. A bound on quality
-    is such a similarity, together with the share ratio at which it was measured as `most` (sage.evaluation.damage).
-    Raises PlanError when even sharing `most` everywhere saves less.
+    nothing at or below the threshold. `nested` comes from `clusters`, or holds one Cluster for each flat group.
+    Clusters less similar than `at_least` never share as a whole; only tighter clusters inside them may. To bound the
+    loss of quality, give the similarity measured for that bound as `at_least` and the share ratio of the measurement as
+    `most` (sage.evaluation.damage).
+    Raises PlanError if `saving` is outside [0, 1) or sharing `most` everywhere saves less.
     """
     if not 0 <= saving < 1:
         raise PlanError(f"saving {saving} is outside [0, 1); 0.4 saves 40% of the network evaluations")
@@ -83,12 +84,12 @@ def plan_for_budget(
     def plan(width: float) -> Plan:
         return nested_plan(nested, steps, lambda s: share(s, width))
 
-    # The saving grows with the width 1 - threshold; at 1e12 every cluster shares `most`.
+    # Bisect the width 1 - threshold, with which the saving grows; at 1e12 every cluster shares `most`.
     low, high = 1e-9, 1e12
     if plan(high).saving < saving:
         raise PlanError(
             f"groups of similarity {at_least:.4g} or more save at most {plan(high).saving:.1%} when each shares "
-            f"{most:.0%} of {steps} steps, less than the {saving:.1%} asked; ask for less, or allow less alike groups"
+            f"{most:.0%} of {steps} steps, less than the {saving:.1%} asked; ask for less, or allow less similar groups"
         )
     for _ in range(100):
         middle = math.sqrt(low * high)
@@ -99,7 +100,7 @@ def plan_for_budget(
 
 
 def _merges(nested: Sequence[Cluster | int]) -> Iterator[tuple[float, int]]:
-    """Yield similarity and number of prompts of every cluster."""
+    """Yield the similarity and the number of prompts of every cluster."""
 
     def prompts(node: Cluster | int) -> int:
         return 1 if isinstance(node, int) else sum(prompts(child) for child in node.children)

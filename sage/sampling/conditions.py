@@ -1,4 +1,4 @@
-"""Conditions: what the network sees of the text, for one prompt and merged for a block of prompts."""
+"""Conditions: the text inputs of the network, of one prompt or merged for a block of prompts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,24 +9,24 @@ from torch import Tensor
 Condition = Mapping[str, Tensor]
 """Tensors by name, such as text states, pooled states and mask, each of shape (rows, ...).
 
-The sampling loop has one more axis, (rows, g, ...): g = 2, without and with text, under guidance, else 1.
+In the sampling loop they have one more axis, (rows, g, ...): under guidance g = 2, without and with text; else g = 1.
 """
 
 
 def select(condition: Condition, rows: Tensor | slice) -> Condition:
-    """Return some rows of a condition."""
+    """Return these rows of a condition."""
     return {name: values[rows] for name, values in condition.items()}
 
 
 def stacked(without: Condition | None, with_text: Condition) -> Condition:
-    """Return conditions (n, ...) as (n, g, ...): without and with text under guidance, else with text alone."""
+    """Stack conditions (n, ...) to (n, g, ...): without and with text, or with text alone if `without` is None."""
     if without is None:
         return {name: rows[:, None] for name, rows in with_text.items()}
     return {name: torch.stack([without[name], rows], dim=1) for name, rows in with_text.items()}
 
 
 def joined(condition: Condition) -> Condition:
-    """Return conditions (rows, g, ...) as one network call takes them, (g * rows, ...): first all without text."""
+    """Flatten conditions (rows, g, ...) to (g * rows, ...) for one network call; the rows without text come first."""
     return {name: rows.transpose(0, 1).flatten(0, 1) for name, rows in condition.items()}
 
 
@@ -37,9 +37,10 @@ def block_conditions(
     batch_size: int,
     medoid: bool,
 ) -> Condition:
-    """Return the conditions of blocks of prompts for one network call: a single prompt's as it is, others merged.
+    """Return the conditions of blocks of prompts, (g * len(blocks), ...), each merged from its members' conditions.
 
-    `encode(prompts)` gives conditions (n, g, ...) and is asked for about `batch_size` prompts at a time.
+    The condition of a single prompt stays as it is. `encode(prompts)` returns conditions (n, g, ...); it is called for
+    about `batch_size` prompts at a time. `rank` orders the members, `medoid` as in `merge`.
     """
     if all(len(block) == 1 for block in blocks):
         return joined(encode([block[0] for block in blocks]))
@@ -58,10 +59,10 @@ def block_conditions(
 
 
 def merge(members: Condition, medoid: bool = False) -> Condition:
-    """Return one condition, (1, ...), for several members, (n, ...): their mean, or the member nearest to it.
+    """Return one condition, (1, ...), for the members (n, ...): their mean, or with `medoid` the member nearest to it.
 
-    Equal members give exactly their own condition. With a "mask", a token's state is the mean over the members that
-    have this token, and the merged mask has it if any member has.
+    Equal members give exactly their own condition. With a "mask", each token's state is the mean over the members whose
+    mask includes the token, and the merged mask is the union.
     """
     mask = members.get("mask")
     mean = {}
@@ -69,7 +70,7 @@ def merge(members: Condition, medoid: bool = False) -> Condition:
         if name == "mask":
             mean[name] = rows.amax(0, keepdim=True)
             continue
-        # Around the first, not around zero: equal members differ by nothing, and nothing is rounded.
+        # Average the differences to the first member: they are exactly 0 for equal members, so nothing is rounded.
         first = rows[:1]
         difference = rows.float() - first.float()
         if mask is None or rows.ndim == mask.ndim:

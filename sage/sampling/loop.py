@@ -1,15 +1,16 @@
-"""The one denoising loop: it follows a plan, whatever the network, the scheduler and the plan.
+"""The denoising loop: it runs any plan with any network and any supported scheduler.
 
 A *pack* is up to `batch_size` blocks of the plan that are at the same step: one network call evaluates them together.
-A pack runs until its first block branches; what comes out is packed again, depth first, so finished images leave early
-and memory is that of a few packs, however many prompts there are.
+A pack runs until its first block branches. Its blocks are then packed again and continue depth first, so images finish
+early, and memory holds a few packs, however many prompts there are.
 
-Where random numbers come from, so that an image depends on its own prompt, seed and group and on nothing else:
+An image depends only on its own prompt, seed and group, because random numbers are assigned as follows:
 
-- A block's leader is its member of lowest `rank`: the block starts from its noise and draws from its generator.
+- The leader of a block is its member of lowest `rank`. The block starts from the leader's noise and draws from the
+  leader's generator.
 - At a branch, the child that contains the block's leader (or a member with the same seed) continues the leader's random
-  stream; every other child starts its own. So a prompt alone, and equal prompts of equal seed, get exactly their
-  independent image, also with schedulers that draw noise.
+  stream; every other child starts its own. So a prompt in a group of its own, and equal prompts with equal seeds, get
+  exactly their independent image, even with schedulers that draw noise.
 """
 
 import copy
@@ -29,7 +30,7 @@ from sage.sampling.branch_noise import check_branch_noise, predicted_x_0, recent
 from sage.sampling.conditions import Condition, block_conditions
 from sage.sampling.plan import Block, Node, Plan, leaves_of
 
-# The schedulers that can be followed, and where each keeps what it remembers of every image in the batch.
+# The supported schedulers, with the attributes in which each keeps per-image state between steps.
 HISTORY: dict[str, tuple[str, ...]] = {
     "DDIMScheduler": (),
     "DDPMScheduler": (),
@@ -46,7 +47,7 @@ HISTORY: dict[str, tuple[str, ...]] = {
 
 
 def check_scheduler(scheduler: Any, branch_noise: float = 0.0) -> None:
-    """Raise UnsupportedError, naming what is supported, for a scheduler that cannot be branched like this.
+    """Raise UnsupportedError, naming the supported schedulers, if this one cannot branch or not with branch noise.
 
     Raises ConfigurationError for branch noise outside [0, 1].
     """
@@ -61,7 +62,7 @@ def check_scheduler(scheduler: Any, branch_noise: float = 0.0) -> None:
 
 @dataclass
 class _Pack:
-    """Blocks on their way: everything with a first dimension has one row a block."""
+    """Blocks that run together; lists and tensors have one row per block."""
 
     nodes: list[Node]
     leaders: list[int]
@@ -69,15 +70,15 @@ class _Pack:
     latents: Tensor
     scheduler: Any
     generators: list[Generator]
-    # The x_0 that they predicted when they branched, and with branch noise that which their parents did: for each row
-    # that drew noise, its place and the prediction.
+    # Only with branch noise: the blocks' own x_0 predictions at their last step (`clean`), and, until the first step
+    # after a branch, the rows that drew noise there with their parents' predictions (`inherited`).
     clean: Tensor | None = None
     inherited: tuple[list[int], Tensor] | None = None
 
 
 @dataclass
 class _Waiting:
-    """Blocks that have not started, and the rows of the pack that they branch from."""
+    """Blocks that have not started, and the rows of the parent pack that they continue."""
 
     nodes: list[Node]
     parent: _Pack | None = None
@@ -101,14 +102,24 @@ def sample(
     on_step: Callable[[int, Tensor, Tensor], Tensor] = lambda step, t, latents: latents,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield finished prompts and their latents, shape (n, ...), in the order in which the plan lets them finish.
+    """Yield prompt numbers and their finished latents, shape (n, ...), as soon as each pack is finished.
 
-    `scheduler` is a diffusers scheduler with its timesteps set, as many as the plan has steps. `predict(x, t, c)` is
-    the guided prediction for scaled latents x of some blocks, their conditions joined to (g * rows, ...);
-    `encode(prompts)` gives conditions (n, g, ...), `noise(prompts, generators)` the latents to start from; `rank`
-    orders prompts whatever their place in the list; `on_step(step, t, x)` may change the latents after a step; once
-    `interrupted()` is true no further step is made.
-    Raises PlanError when plan and scheduler disagree about the steps, UnsupportedError for an unknown scheduler.
+    plan          which prompts share which steps
+    scheduler     a diffusers scheduler with its timesteps set, as many as the plan has steps
+    predict       (x, t, c) to the guided prediction, for scaled latents x (rows, ...) and conditions c (g * rows, ...)
+    encode        prompts to their conditions (n, g, ...)
+    noise         (prompts, generators) to the initial latents (n, ...)
+    generator     a prompt to its random generator
+    rank          a prompt to a sort key that does not depend on the prompt's place in the list
+    batch_size    the largest number of blocks in a network call
+    medoid        whether a block's condition is the member nearest to the mean instead of the mean
+    branch_noise  s in [0, 1] of `sage.sampling.branch_noise`
+    step_kwargs   further arguments of `scheduler.step`
+    on_step       (step, t, x) to the latents to continue with, called after each step of each pack
+    interrupted   once it returns true, no further steps run
+
+    Raises PlanError if the plan and the scheduler differ in the number of steps, UnsupportedError for an unsupported
+    scheduler and ConfigurationError for branch noise outside [0, 1].
     """
     check_scheduler(scheduler, branch_noise)
     timesteps = scheduler.timesteps
@@ -120,7 +131,7 @@ def sample(
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     scales = hasattr(scheduler, "scale_model_input")
 
-    # Roots that branch at the same step go together, or their pack would fall apart step by step.
+    # Sort roots by branch point, so that a pack's blocks branch together and the pack is rarely split.
     roots = sorted(plan.roots, key=lambda node: node.until if isinstance(node, Block) else plan.steps)
     waiting = [_Waiting([roots[i] for i in rows]) for rows in reversed(_packs(len(roots), batch_size))]
     while waiting:
@@ -154,14 +165,14 @@ def sample(
 
 
 def _packs(rows: int, batch_size: int) -> list[range]:
-    """Return as few ranges of at most `batch_size` as hold all rows, all of nearly the same length."""
+    """Split range(rows) into the fewest ranges of at most `batch_size`, of nearly equal length."""
     count = -(-rows // batch_size)
     edges = [rows * i // count for i in range(count + 1)]
     return [range(a, b) for a, b in itertools.pairwise(edges)]
 
 
 def _branches(nodes: list[Node], step: int) -> tuple[list[Node], list[int]]:
-    """Return the blocks after those that end at this step have branched, and the row that each comes from."""
+    """Replace the blocks that end at this step by their children; return the blocks and the old row of each."""
     after: list[Node] = []
     rows: list[int] = []
     for row, node in enumerate(nodes):
@@ -179,14 +190,17 @@ def _start(
     rank: Callable[[int], Any],
     branch_noise: float,
 ) -> _Pack:
-    """Return the blocks ready to run: fresh from noise, or from the rows of the pack that they branch from."""
+    """Return a pack that is ready to run, from initial noise or from the rows of its parent pack.
+
+    The parameters are as in `sample`.
+    """
     leaders = [min(leaves_of((node,)), key=rank) for node in task.nodes]
     parent = task.parent
     if parent is None:
         generators = [generator(leader) for leader in leaders]
         fresh = branched(scheduler, None)
         if hasattr(fresh, "set_begin_index"):
-            fresh.set_begin_index(0)  # else it is looked up on the device, which waits for it
+            fresh.set_begin_index(0)  # else the scheduler looks it up on the device, which synchronises
         return _Pack(task.nodes, leaders, 0, noise(leaders, generators), fresh, generators)
     rows = torch.tensor(task.rows, device=parent.latents.device)
     generators = []
@@ -209,17 +223,17 @@ def _start(
 
 
 def branched(scheduler: Any, rows: Tensor | None) -> Any:
-    """Return a scheduler that goes on from these rows of another's batch (None: all); the other stays as it is."""
+    """Return a copy of a scheduler with the state of these rows of its batch (None: all rows)."""
 
-    def taken(value: Any) -> Any:
+    def selected(value: Any) -> Any:
         if isinstance(value, list):
-            return [taken(item) for item in value]
+            return [selected(item) for item in value]
         return value.index_select(0, rows) if rows is not None and torch.is_tensor(value) and value.ndim else value
 
     child = copy.copy(scheduler)
     for name in HISTORY[type(scheduler).__name__]:
         if hasattr(scheduler, name):
-            setattr(child, name, taken(getattr(scheduler, name)))
+            setattr(child, name, selected(getattr(scheduler, name)))
     return child
 
 
@@ -232,11 +246,17 @@ def rollout(
     steps: int,
     total_steps: int,
 ) -> Tensor:
-    """Return the x_0 that a network predicts at the last of the first `steps` of `total_steps` sampler steps.
+    """Return the x_0 that a network predicts at step number `steps` of `total_steps` sampler steps.
 
-    The clear version of the loop above for one block a row, which training runs on its own network: deterministic
-    (DDIM, Song et al., 2021), without guidance, with trailing spacing, from noise eps (n, ...). Costs `steps`
-    evaluations an item. Raises ValueError below one step.
+    This is the loop above in its simplest form, for training: deterministic (DDIM, Song et al., 2021), without guidance
+    and without branches. It costs `steps` evaluations per item.
+
+    schedule            noise schedule of the network
+    network             (x_t, t, condition) to the network output
+    condition, eps      conditions and initial noise of the items, each (n, ...)
+    steps, total_steps  the steps to run, of a sampler with this many steps in trailing spacing
+
+    Raises ValueError if `steps` is below 1.
     """
     if steps < 1:
         raise ValueError(f"{steps} shared steps predict nothing; give at least 1")

@@ -1,7 +1,8 @@
 """SharedSamplingPipeline: a diffusers pipeline whose similar prompts share their early steps.
 
-A stock pipeline class and this one together make a family (`sage.families`): what the stock class has stays (its parts,
-loaders, LoRA, offloading, memory options), and only the call is another. A saved pipeline is a stock folder.
+Each supported stock pipeline class (a family, `sage.sampling.families`) has a subclass that also derives from this one.
+It keeps the stock components, loaders, LoRA, offloading and memory options; only the call differs. A saved pipeline
+loads as the stock class.
 
     pipe = SharedSamplingPipeline.from_pipe(StableDiffusionPipeline.from_pretrained(...))
     out = pipe(prompts, num_inference_steps=30, guidance_scale=7.5, share_ratio=0.4, seed=0)
@@ -32,24 +33,24 @@ from sage.sampling.plan import Plan
 from sage.sampling.seeds import prompt_seed as prompt_seed
 from sage.sampling.stream import Cost, Stream
 
-# Stock class and the module with its family.
+# Each supported stock class and the module with its subclass.
 FAMILIES = {
     "StableDiffusionPipeline": "sage.sampling.families.stable_diffusion",
     "StableDiffusionXLPipeline": "sage.sampling.families.stable_diffusion_xl",
     "StableDiffusion3Pipeline": "sage.sampling.families.stable_diffusion_3",
     "PixArtAlphaPipeline": "sage.sampling.families.pixart_alpha",
 }
-# With sage.grouping.auto.DEFAULT the library's operating point, that of params.yaml (tests/test_config.py).
+# The default operating point, with sage.grouping.auto.DEFAULT: the same as in params.yaml (tests/test_config.py).
 SHARE_RATIO = 0.34
 BATCH_SIZE = 8
 
 
 @dataclass
 class SharedSamplingOutput(BaseOutput):  # type: ignore[misc]
-    """Images in the order of the prompts, the plan followed and its cost.
+    """Images in the order of the prompts, with their plan and its cost.
 
-    `seeds`: each image's, `torch.Generator().manual_seed(seed)` in the stock pipeline gives the same noise;
-    `truncated_tokens`: for each prompt how many tokens the text encoder did not read.
+    `seeds`: the seed of each image; `torch.Generator().manual_seed(seed)` gives the stock pipeline the same noise.
+    `truncated_tokens`: the number of each prompt's tokens beyond the text encoder's limit.
     """
 
     images: Any
@@ -61,13 +62,13 @@ class SharedSamplingOutput(BaseOutput):  # type: ignore[misc]
 
 
 class SharedSamplingPipeline:
-    """What every family shares; a family adds the methods that raise NotImplementedError here.
+    """Base class of the families; each overrides the methods that raise NotImplementedError here.
 
-    Images depend on their prompt, seed and group, not on order, batch or company, but for the arithmetic: a network
-    rounds differently in batches of another size (some 1e-5 of the latents in single precision).
+    An image depends on its prompt, seed and group, not on the order, the batch size or the other prompts. Only rounding
+    differs with the batch size, by about 1e-5 of the latents in single precision.
     """
 
-    # Of the stock class.
+    # Provided by the stock class.
     scheduler: Any
     tokenizer: Any
     unet: Any
@@ -77,9 +78,9 @@ class SharedSamplingPipeline:
 
     @classmethod
     def from_pipe(cls, pipeline: Any) -> "SharedSamplingPipeline":
-        """Return a pipeline on the parts of a stock one; nothing is copied or converted.
+        """Return a shared-sampling pipeline with the components of a stock one; nothing is copied or converted.
 
-        Raises UnsupportedError for a pipeline of another family. Enable offloading on what is returned.
+        Enable offloading on the returned pipeline. Raises UnsupportedError for an unsupported pipeline class.
         """
         family = _family(pipeline)
         names = family._get_signature_keys(family)[1]
@@ -91,7 +92,7 @@ class SharedSamplingPipeline:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> "SharedSamplingPipeline":
-        """Return a saved pipeline: a folder or hub name as diffusers takes them, or a folder of this project's base."""
+        """Load a saved pipeline: a folder or hub name as in diffusers, or a folder of this project's base model."""
         folder = Path(path)
         index = folder / "model_index.json"
         if (
@@ -105,7 +106,7 @@ class SharedSamplingPipeline:
         return SharedSamplingPipeline.from_pipe(DiffusionPipeline.from_pretrained(path, **kwargs))
 
     def to_json_string(self) -> str:
-        """Return the configuration to save, which names the stock class: what is saved loads without this package."""
+        """Return the configuration to save; it names the stock class, so that diffusers alone can load it."""
         config = json.loads(super().to_json_string())  # type: ignore[misc]
         stock = next(base for base in type(self).__mro__ if base.__module__.startswith("diffusers."))
         return json.dumps(config | {"_class_name": stock.__name__}, indent=2, sort_keys=True) + "\n"
@@ -114,9 +115,9 @@ class SharedSamplingPipeline:
     def __call__(
         self, prompt: str | Sequence[str] | None = None, **arguments: Any
     ) -> SharedSamplingOutput | tuple[Any]:
-        """Return the images of all prompts; the arguments are those of `stream`, and `return_dict`.
+        """Return the images of all prompts; takes the arguments of `stream`, and `return_dict`.
 
-        `output_type` is "pil" (a list), "np", "pt" or "latent" (one array or tensor).
+        The images are a list for `output_type` "pil", one array for "np" and one tensor for "pt" and "latent".
         """
         return_dict = arguments.pop("return_dict", True)
         stream = self.stream(prompt, **arguments)
@@ -155,16 +156,29 @@ class SharedSamplingPipeline:
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **options: Any,
     ) -> "Stream":
-        """Return an iterator over finished images, each as soon as it is ready; memory is that of a few batches.
+        """Return an iterator over the images, each as soon as it is finished; memory holds a few batches.
 
-        `groups` partition the prompts; without, they are grouped by the similarity of their MiniLM embeddings. `plan`
-        goes beyond both and `share_ratio`. `batch_size` is how many latents a network call takes (twice as many rows
-        under guidance, `guidance_scale` > 1). `seed` gives every image its own noise, a function of seed, prompt and
-        how often the prompt came before; a list of seeds or generators has one for each image. `group_condition`:
-        what a block's network sees, the mean of its members' text states or the member nearest to it. `branch_noise`
-        in [0, 1] makes the members of a group differ more (see `sage.sampling.loop`). A callback is
-        called after each step of each batch. Embeddings (`prompt_embeds`, ...) and what else the family's stock
-        pipeline takes are `options`.
+        prompt                 one prompt or several
+        groups                 partition of the prompt numbers; None: group by similarity of MiniLM embeddings
+        plan                   a plan to use instead of `groups` and `share_ratio`
+        share_ratio            fraction of the steps that a group shares, in [0, 1), or one for each group
+        num_inference_steps    sampler steps
+        guidance_scale         guidance if above 1; None: default of the stock class
+        negative_prompt        one for all prompts or one for each
+        num_images_per_prompt  images of each prompt; they do not share steps with each other
+        seed                   an image's noise is a function of seed, prompt and how often the prompt came before; or a
+                               list with one seed for each image; None: drawn from torch's global generator
+        generator              instead of `seed`: one for all noise, or one for each image
+        latents                standard normal initial noise, one row for each image
+        height, width          size in pixels; None: default of the network
+        batch_size             latents in a network call (under guidance twice as many rows)
+        group_condition        "mean" of the members' conditions, or "medoid", the member nearest to the mean
+        branch_noise           in [0, 1], makes the members of a group differ more (`sage.sampling.branch_noise`)
+        output_type            "pil", "np", "pt" or "latent"
+        callback_on_step_end   as in diffusers, called after each step of each batch
+        callback_on_step_end_tensor_inputs  what the callback gets: "latents" only
+        options                embeddings (`prompt_embeds`, ...) and other arguments of the stock pipeline
+
         Raises ConfigurationError, DataError, PlanError or UnsupportedError before anything is generated.
         """
         given = {name: options.pop(name) for name in self._embeddings if options.get(name) is not None}
@@ -176,18 +190,19 @@ class SharedSamplingPipeline:
             )
         scale = self._default_guidance if guidance_scale is None else guidance_scale
         if not math.isfinite(scale):
-            raise ConfigurationError(f"guidance_scale is {scale}; give a number, 1 or less for no guidance")
+            raise ConfigurationError(f"guidance_scale is {scale}; give a finite number, 1 or less for no guidance")
         if batch_size < 1 or num_images_per_prompt < 1 or num_inference_steps < 1:
             raise ConfigurationError(
                 f"batch_size {batch_size}, num_images_per_prompt {num_images_per_prompt} and num_inference_steps "
                 f"{num_inference_steps} must each be at least 1"
             )
         if extra := sorted(set(callback_on_step_end_tensor_inputs) - {"latents"}):
-            raise ConfigurationError(f"a callback can be given latents only, not {', '.join(extra)}")
+            raise ConfigurationError(f"the callback can get latents only, not {', '.join(extra)}")
         loop.check_scheduler(self.scheduler, branch_noise)
         if self._network.config.get("time_cond_proj_dim") is not None:
             raise UnsupportedError(
-                "this network takes the guidance scale as an input (a consistency model); use another"
+                "this network takes the guidance scale as an input (time_cond_proj_dim), as consistency models do; use "
+                "a network without it"
             )
         options = {**self._options, **options}
         height, width = options["size"] = self._size(height, width, options)
@@ -225,12 +240,12 @@ class SharedSamplingPipeline:
             options=options,
         )
 
-    # What a family says.
+    # Overridden by families.
 
     _default_guidance: ClassVar = 7.5
-    # What it passes on to its encoder, scheduler, network or decoder, with the stock pipeline's defaults.
+    # Options for the encoder, scheduler, network or decoder, with the stock pipeline's defaults.
     _options: ClassVar[Mapping[str, Any]] = {}
-    # The tensors that a caller may give instead of prompts.
+    # Tensors that can be given instead of prompts.
     _embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
 
     def _encode(
@@ -241,15 +256,15 @@ class SharedSamplingPipeline:
         given: dict[str, Tensor],
         options: dict[str, Any],
     ) -> Condition:
-        """Return the conditions of some prompts, or of given embeddings, each of shape (n, g, ...)."""
+        """Return the conditions of some prompts, or of the embeddings in `given`, each of shape (n, g, ...)."""
         raise NotImplementedError
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition, scale: float, options: dict[str, Any]) -> Tensor:
-        """Return the guided prediction for latents x, shape (n, ...), in one call of the network."""
+        """Return the guided prediction for latents x, shape (n, ...), from one network call."""
         raise NotImplementedError
 
     def _decode(self, latents: Tensor, output_type: str, options: dict[str, Any]) -> tuple[Any, list[bool] | None]:
-        """Return the images in this form, and which of them a safety checker blanked."""
+        """Return the images in this output type, and whether the safety checker blanked each (None: no checker)."""
         raise NotImplementedError
 
     def _set_timesteps(self, steps: int, height: int, width: int) -> None:
@@ -261,7 +276,7 @@ class SharedSamplingPipeline:
     def _count_tokens(self, texts: list[str]) -> list[int]:
         return [len(tokens) for tokens in self.tokenizer(texts).input_ids]
 
-    # What families use.
+    # Used by families.
 
     _evaluations = 0
 
@@ -270,7 +285,7 @@ class SharedSamplingPipeline:
         return self.unet if hasattr(self, "unet") else self.transformer
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Call the network and count the images that it evaluated."""
+        """Call the network and add the rows of its batch to the count of evaluations."""
         output: Tensor = self._network(*args, **kwargs, return_dict=False)[0]
         self._evaluations += len(output)
         return output
@@ -285,7 +300,7 @@ class SharedSamplingPipeline:
         return size
 
     def _check_prompts(self, prompt: str | Sequence[str] | None, given: dict[str, Tensor]) -> list[str] | None:
-        """Return the prompts as a list, or None where embeddings are given instead."""
+        """Return the prompts as a list, or None if embeddings are given instead."""
         if (prompt is None) == ("prompt_embeds" not in given):
             raise ConfigurationError("give either prompts or prompt_embeds, and not both")
         for name, rows in given.items():
@@ -307,14 +322,14 @@ class SharedSamplingPipeline:
 
 
 def _group(prompts: list[str] | None) -> Sequence[Sequence[int]]:
-    # Late: most callers bring their groups, and the encoder takes seconds to load.
+    # Imported late: the encoder takes seconds to load, and most callers give groups.
     from sage.grouping.auto import group_prompts
 
     return group_prompts(prompts)
 
 
 def _family(pipeline: Any) -> Any:
-    """Return the class that shares sampling for pipelines of this class."""
+    """Return the shared-sampling class for pipelines of this class."""
     for base in type(pipeline).__mro__:
         if base.__name__ in FAMILIES:
             return getattr(importlib.import_module(FAMILIES[base.__name__]), f"Shared{base.__name__}")
@@ -338,9 +353,10 @@ def _bad_rows(rows: Tensor) -> list[int]:
 
 
 def guided(output: Tensor, rows: int, scale: float, rescale: float = 0.0) -> Tensor:
-    """Return the guided prediction, (rows, ...), from the network's output for rows, or for them without and with text.
+    """Return the guided prediction, (rows, ...), from the network output without and with text, (2 * rows, ...).
 
-    `rescale` brings its deviation back towards that with text (Lin et al., 2023, section 3.4).
+    An output of `rows` rows is unguided and stays as it is. `rescale` brings the prediction's standard deviation back
+    towards the deviation of the output with text (Lin et al., 2023, section 3.4).
     """
     if len(output) == rows:
         return output

@@ -1,14 +1,14 @@
-"""Plans: which prompts share which sampler steps, and what that costs before anything is generated.
+"""Plans: which prompts share which sampler steps, and how many network evaluations that takes.
 
-A plan is a forest. Its leaves are the prompts; a `Block` is sampled once for all prompts below it, from where its
-parent ends (step 0 for a root) until step `until`, where it branches into its children. So the blocks alive at step k
-partition the prompts, and later partitions refine earlier ones:
+A plan is a forest. Its leaves are the prompts; a `Block` is sampled once for all prompts below it, from the branch
+point of its parent (step 0 for a root) until its own at step `until`, where it branches into its children. The blocks
+at step k partition the prompts, and later partitions refine earlier ones. The cost is known before sampling:
 
     NFE = g * sum_k |blocks at step k|       g = 2 under classifier-free guidance, else 1
     one level, K groups of M prompts, share ratio beta:    saving = beta * (1 - K / M)
 
-A step is one evaluation of the network as the scheduler counts them, `len(scheduler.timesteps)`: 30 for most
-schedulers at 30 inference steps, 59 for Heun's, 31 for PNDM's.
+A plan's steps are the scheduler's timesteps, one network evaluation each: at 30 inference steps
+`len(scheduler.timesteps)` is 30 for most schedulers, 59 for Heun and 31 for PNDM.
 """
 
 import math
@@ -23,7 +23,7 @@ Node = Union["Block", int]
 
 @dataclass(frozen=True)
 class Block:
-    """Prompts and blocks that are sampled as one until a step."""
+    """Prompts and smaller blocks that are sampled as one until step `until`."""
 
     until: int
     children: tuple[Node, ...]
@@ -31,13 +31,17 @@ class Block:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked sharing plan for prompts 0 to M - 1 over `steps` evaluations; raises PlanError when impossible."""
+    """A plan for prompts 0 to M - 1 over `steps` steps.
+
+    Raises PlanError if a block does not branch after it starts and before the last step or has fewer than two children,
+    if a prompt is missing or appears twice, or if there is no step or no prompt.
+    """
 
     steps: int
     roots: tuple[Node, ...]
 
     def __post_init__(self) -> None:
-        """Check that the blocks nest and that every prompt is there once."""
+        """Check that the blocks nest and that every prompt appears once."""
         if self.steps < 1:
             raise PlanError(f"a plan needs at least 1 step, not {self.steps}")
         for node, start in self._walk():
@@ -47,7 +51,9 @@ class Plan:
                     "it must branch after it starts and before the last step"
                 )
             if isinstance(node, Block) and len(node.children) < 2:
-                raise PlanError(f"a block has {len(node.children)} children; put a single prompt in no block")
+                raise PlanError(
+                    f"a block has {len(node.children)} children and needs at least 2; put a single prompt in no block"
+                )
         leaves = sorted(leaves_of(self.roots))
         if leaves != list(range(len(leaves))):
             raise PlanError(f"a plan names every prompt from 0 on once; this one has {_excerpt(leaves)}")
@@ -56,7 +62,7 @@ class Plan:
 
     @classmethod
     def independent(cls, prompts: int, steps: int) -> "Plan":
-        """Return the plan in which nobody shares anything."""
+        """Return the plan in which no steps are shared."""
         return cls(steps, tuple(range(prompts)))
 
     @classmethod
@@ -64,6 +70,7 @@ class Plan:
         """Return the plan in which each group shares its first `shared_steps(share_ratio, steps)` steps (SAGE).
 
         `groups` partition the prompts 0 to M - 1; `share_ratio` in [0, 1) is one number or one for each group.
+        Raises PlanError otherwise.
         """
         ratios = [share_ratio] * len(groups) if isinstance(share_ratio, (int, float)) else list(share_ratio)
         if len(ratios) != len(groups):
@@ -84,16 +91,16 @@ class Plan:
 
     @property
     def saving(self) -> float:
-        """The share of network evaluations that sampling each prompt by itself would cost more."""
+        """The fraction of the network evaluations of independent sampling that this plan saves."""
         return 1 - self.nfe(guidance=False) / (self.prompts * self.steps)
 
     def nfe(self, guidance: bool) -> int:
-        """Return the number of network evaluations; guidance evaluates every block twice."""
+        """Return the number of network evaluations (NFE); guidance evaluates every block twice."""
         ends = (((node.until if isinstance(node, Block) else self.steps), start) for node, start in self._walk())
         return (2 if guidance else 1) * sum(end - start for end, start in ends)
 
     def partition(self, step: int) -> list[list[int]]:
-        """Return the blocks alive at a step as lists of prompts, by their first prompt."""
+        """Return the blocks at a step as sorted lists of prompts, ordered by their first prompt."""
         alive = []
         for node, start in self._walk():
             end = node.until if isinstance(node, Block) else self.steps
@@ -102,9 +109,9 @@ class Plan:
         return sorted(alive)
 
     def repeat(self, times: int) -> "Plan":
-        """Return the plan for `times` images of each prompt: image r of prompt i is i * times + r.
+        """Return the plan for `times` images of each prompt: image r of prompt i has number i * times + r.
 
-        Images of one prompt never share: whoever asks for several wants different ones.
+        Images of one prompt never share steps, because they are meant to differ.
         """
 
         def moved(node: Node, r: int) -> Node:
@@ -115,7 +122,7 @@ class Plan:
         return self if times == 1 else Plan(self.steps, tuple(moved(n, r) for n in self.roots for r in range(times)))
 
     def _walk(self) -> Iterator[tuple[Node, int]]:
-        """Yield every node with the step at which it starts."""
+        """Yield every node with its first step."""
         open_nodes: list[tuple[Node, int]] = [(node, 0) for node in reversed(self.roots)]
         while open_nodes:
             node, start = open_nodes.pop()
@@ -125,7 +132,7 @@ class Plan:
 
 
 def leaves_of(nodes: Sequence[Node]) -> Iterator[int]:
-    """Yield the prompts below some nodes, in order."""
+    """Yield the prompts below these nodes, in order."""
     open_nodes = list(reversed(nodes))
     while open_nodes:
         node = open_nodes.pop()
@@ -136,12 +143,15 @@ def leaves_of(nodes: Sequence[Node]) -> Iterator[int]:
 
 
 def shared_steps(share_ratio: float, steps: int) -> int:
-    """Return how many steps a share ratio in [0, 1) means: rounded down, so that never more is shared than asked."""
+    """Return the number of shared steps: share_ratio * steps, rounded down.
+
+    Raises PlanError for a share ratio outside [0, 1).
+    """
     if not 0 <= share_ratio < 1:
         raise PlanError(
             f"share ratio {share_ratio} is outside [0, 1); 0 shares nothing, 0.4 the first 40% of the steps"
         )
-    # 0.29 * 100 is 28.999999999999996 and means 29.
+    # 1e-9 makes up for rounding: 0.29 * 100 is 28.999999999999996 but means 29.
     return min(math.floor(share_ratio * steps + 1e-9), steps - 1)
 
 

@@ -1,4 +1,4 @@
-"""One call of the pipeline as an iterator: seeds and noise, conditions, images as they finish, and what they cost."""
+"""One call of the pipeline: an iterator over finished images, with their seeds, noise, conditions and cost."""
 
 import copy
 import hashlib
@@ -23,10 +23,11 @@ from sage.sampling.seeds import image_seeds
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call cost: evaluations counted at the network, those of independent loop, and seconds.
+    """The cost of a call, in network evaluations and seconds.
 
-    `network_evaluations` counts images, not calls: one image with and without its text is two. It equals the plan's
-    formula, `plan.nfe(guidance)`, or the call fails. `saving` is the share of `independent` that was not needed.
+    `network_evaluations`: counted so far, in rows of the batches; under guidance a latent takes two.
+    `formula`: expected for the whole plan, `plan.nfe(guidance)`; a finished call with another count raises PlanError.
+    `independent`: the evaluations that independent sampling takes; `saving`: the fraction of them that the plan saves.
     """
 
     network_evaluations: int
@@ -38,7 +39,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Result:
-    """One finished image: `index` is prompt * num_images_per_prompt + its number; `seed` that of its generator."""
+    """One finished image, the seed of its noise, and whether the safety checker blanked it (None: not checked).
+
+    Image r of prompt i has index i * num_images_per_prompt + r.
+    """
 
     index: int
     image: Any
@@ -47,7 +51,7 @@ class Result:
 
 
 class Stream:
-    """An iterator over the images of one call as they are finished; `cost` is what it has cost so far."""
+    """An iterator over the images of one call, in the order in which they finish; `cost` is the cost so far."""
 
     def __init__(
         self,
@@ -69,7 +73,27 @@ class Stream:
         callback: Any,
         options: dict[str, Any],
     ) -> None:
-        """Take what `SharedSamplingPipeline.stream` has checked; `plan` is over images, `images` of each prompt."""
+        """Take the arguments that `SharedSamplingPipeline.stream` has checked.
+
+        pipe            the pipeline
+        plan            plan over images: image r of prompt i is i * images + r
+        prompts         the prompts, or None if embeddings are given
+        given           the embeddings by name, one row for each prompt
+        negatives       negative prompts, one for each prompt, or None
+        images          number of images of each prompt
+        guidance_scale  guidance if above 1
+        seed            one seed, or one for each image; None: drawn from torch's global generator
+        generator       instead of `seed`: one for all noise, or one for each image
+        latents         standard normal initial noise, one row for each image, or None
+        batch_size      latents in a network call
+        medoid          whether groups take the medoid's condition instead of the mean
+        branch_noise    in [0, 1]
+        output_type     "pil", "np", "pt" or "latent"
+        callback        called after each step of each batch, or None
+        options         arguments of the stock pipeline, and "size", (height, width)
+
+        Raises ConfigurationError if seeds, generators or latents do not match the number of images.
+        """
         self.plan = plan
         self._pipe, self._prompts, self._given, self._negatives = pipe, prompts, given, negatives
         self._images, self._scale, self._batch_size = images, guidance_scale, batch_size
@@ -79,7 +103,7 @@ class Stream:
         self._device, self._dtype = pipe._execution_device, pipe._network.dtype
         factor = pipe.vae_scale_factor
         self._shape = (pipe._network.config.in_channels, *(side // factor for side in options["size"]))
-        # A copy: another call may set other timesteps before this one is through.
+        # A copy, because another call may set other timesteps before this one is finished.
         self._scheduler = copy.copy(pipe.scheduler)
         self._latents = latents
         self._keys = [_key(prompts, given, number) for number in range(plan.prompts // images) for _ in range(images)]
@@ -87,7 +111,7 @@ class Stream:
         self.seeds = self._take_seeds(seed, generator)
         self.truncated_tokens = [0] * (plan.prompts // images)
         self._encoded: dict[int, Condition] = {}
-        # What all images shall not show is encoded with the first batch, as the stock pipeline does, and kept.
+        # A negative prompt common to all images is encoded once, together with the first batch as in diffusers.
         self._one_negative = not any(name.startswith("negative") for name in given) and len(set(negatives or [""])) == 1
         self._without: Condition = {}
         self._evaluations, self._seconds = 0, 0.0
@@ -111,7 +135,7 @@ class Stream:
 
     @property
     def cost(self) -> Cost:
-        """What was spent so far."""
+        """The cost so far; `formula` and `independent` are for the whole plan."""
         formula = self.plan.nfe(self._guided)
         independent = (2 if self._guided else 1) * self.plan.prompts * self.plan.steps
         return Cost(self._evaluations, formula, independent, self.plan.saving, self._seconds)
@@ -148,8 +172,8 @@ class Stream:
                 pipe.maybe_free_model_hooks()
         if self._evaluations != self.plan.nfe(self._guided) and not pipe._interrupt:
             raise PlanError(
-                f"the network was evaluated {self._evaluations} times, but the plan says {self.cost.formula}; "
-                "this is a fault of this package, please report it"
+                f"the network was evaluated {self._evaluations} times, but the plan has {self.cost.formula}; "
+                "this is a bug in this package, please report it"
             )
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -166,7 +190,7 @@ class Stream:
         return changed.get("latents", latents)  # type: ignore[no-any-return]
 
     def _encode(self, images: list[int]) -> Condition:
-        """Return the conditions of images, encoding prompts at most a batch at a time and keeping the last few."""
+        """Return the conditions of images; encode at most `batch_size` prompts at a time, keep the latest results."""
         wanted = list(dict.fromkeys(image // self._images for image in images))
         missing = [number for number in wanted if number not in self._encoded]
         for start in range(0, len(missing), self._batch_size):
@@ -222,11 +246,11 @@ class Stream:
             if len(self._generators) != count or len(set(map(id, self._generators))) != count:
                 raise ConfigurationError(
                     f"{len(set(map(id, self._generators)))} different generators were given for {count} images; "
-                    "give each image one of its own"
+                    "give each image its own generator"
                 )
             return [one.initial_seed() for one in self._generators]
         if seed is None:
-            # As in diffusers, torch.manual_seed decides where nothing else does.
+            # As in diffusers, torch.manual_seed then determines the images.
             seed = int(torch.randint(2**62, ()))
         if isinstance(seed, int):
             return image_seeds(seed, self._keys)
@@ -235,7 +259,7 @@ class Stream:
         return list(seed)
 
     def _draw_from_one(self, generator: Generator) -> list[int]:
-        """Draw all noise at once from one generator, as diffusers does, then a seed for each image's later draws."""
+        """Draw all initial noise from one generator as in diffusers, then a seed for the later draws of each image."""
         if self._latents is None:
             shape = (self.plan.prompts, *self._shape)
             self._latents = randn_tensor(shape, generator=generator, device=self._device, dtype=self._dtype)
@@ -244,7 +268,7 @@ class Stream:
 
 
 def _key(prompts: list[str] | None, given: dict[str, Tensor], number: int) -> str:
-    """Return what names a prompt: its text, or the hash of its embedding."""
+    """Return a key that identifies a prompt: its text, or the hash of its embedding."""
     if prompts is not None:
         return prompts[number]
     return hashlib.sha256(given["prompt_embeds"][number].float().cpu().numpy().tobytes()).hexdigest()

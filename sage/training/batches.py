@@ -1,4 +1,4 @@
-"""Which pictures each step sees: batches of groups at a constant cost, a function of (seed, step) alone."""
+"""Batches for fine-tuning: the training images of each step, a function of (seed, step) alone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,13 @@ from sage.randomness import generator
 
 @dataclass(frozen=True)
 class Batches:
-    """Which rows each term gets in a step: `batch_size` rows a step in all, whatever the sizes of the groups.
+    """The rows (training images) of each loss term in each step, `batch_size` rows per step in all.
 
-    With all terms, a third are any pictures, for plain diffusion, and two thirds are pictures of groups of two or more,
-    for the shared and the branch phase. A term whose weight is 0 leaves its rows to plain diffusion, so whatever the
-    weights, the same pictures are seen equally often, and arms differ in nothing else. Where no group has two, all rows
-    are plain diffusion; raises DataError where that has no weight.
+    With all terms, a third of the rows are drawn from all images, for plain diffusion, and two thirds from groups of
+    two or more, for the shared and the branch phase. A term with weight 0 gives its rows to plain diffusion, so arms
+    with different weights see the same images equally often. Without plain diffusion all rows come from such groups;
+    without such groups all rows are plain diffusion.
+    Raises DataError if there are no such groups and plain diffusion and consistency have weight 0.
     """
 
     groups: Sequence[Sequence[int]]
@@ -27,7 +28,7 @@ class Batches:
     seed: int
 
     def __post_init__(self) -> None:
-        """Check that there is something to train on."""
+        """Check that at least one term has rows."""
         if not self._terms:
             raise DataError(
                 "no two training prompts are in one group, and only the terms of shared sampling have a weight. Lower "
@@ -35,7 +36,7 @@ class Batches:
             )
 
     def rows(self, step: int) -> dict[str, Tensor]:
-        """Return the row numbers of each term that has any: "diffusion", "shared", "branch"."""
+        """Return the row numbers of each term that has rows: "diffusion", "shared", "branch"."""
         terms = self._terms
         singles = [(row,) for group in self.groups for row in group]
         k = self._grouped
@@ -49,7 +50,7 @@ class Batches:
         return {term: rows for term, rows in joined.items() if len(rows)}
 
     def cost(self, step: int) -> tuple[int, int]:
-        """Return how many evaluations of the network and of the frozen base a step costs."""
+        """Return the evaluations of the trained network and of the frozen base in a step."""
         if not self.weights["consistency"]:
             return self.batch_size, 0
         rows = self.rows(step)
@@ -63,7 +64,7 @@ class Batches:
 
     @cached_property
     def _terms(self) -> list[str]:
-        """The terms that need rows, those that take another's rows first."""
+        """The terms that need rows; the first of them also gets the rows of terms that need none."""
         weight = self.weights
         needed = {
             "diffusion": weight["diffusion"] + weight["consistency"] > 0,
@@ -74,16 +75,16 @@ class Batches:
 
     @cached_property
     def _grouped(self) -> int:
-        """How many of a step's rows come from groups of two or more."""
+        """The number of a step's rows that come from groups of two or more."""
         if not self._shareable:
             return 0
         return 2 * (self.batch_size // 3) if "diffusion" in self._terms else self.batch_size
 
 
 def endless(groups: Sequence[Sequence[int]], start: int, count: int, seed: int) -> Tensor:
-    """Return `count` rows from place `start` of an endless order of groups, the members of a group side by side.
+    """Return rows `start` to `start + count` of an endless sequence of groups, the members of a group side by side.
 
-    Each epoch is a permutation of the groups drawn from (seed, epoch). Groups that do not fit go on in the next slice.
+    Each epoch is a permutation of the groups drawn from (seed, epoch). A group can be split between two slices.
     """
     if count == 0:
         return torch.empty(0, dtype=torch.long)

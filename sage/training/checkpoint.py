@@ -1,8 +1,8 @@
-"""Resumable training state on disk: one file a checkpoint, named by its hash, and never a pickle.
+"""Resumable training state on disk: one safetensors file per checkpoint, with its hash in the name.
 
-`step-00000123.<SHA-256>.safetensors` holds named tensors and, in the header's metadata, a JSON manifest. The file
-appears under its name whole or not at all, and its bytes are hashed before any of them is parsed. A damaged one is
-passed over for the one before it.
+`step-00000123.<SHA-256>.safetensors` holds named tensors and, in the header's metadata, a JSON manifest. Files are
+written atomically, and the hash is checked before anything is parsed. A damaged checkpoint is skipped for the one
+before it.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ _NAME = re.compile(r"step-[0-9]{8}\.[0-9a-f]{64}\.safetensors")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Verified state after `step` steps: named tensors and a JSON value."""
+    """Training state after `step` steps, with its hash verified: named tensors and a JSON object."""
 
     path: Path
     step: int
@@ -43,10 +43,17 @@ def save(
     identity: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write a checkpoint, then remove all but it and the `keep` - 1 before it; return its path.
+    """Write a checkpoint and return its path; then remove all others except the `keep` - 1 before it.
 
-    `identity` is the configuration that the state belongs to; only the same one can load it. Raises ValueError where
-    `state` or `identity` is not JSON, OSError with the path where it cannot be written; the older ones then stand.
+    folder    where the checkpoints are
+    step      number of finished steps
+    tensors   named tensors
+    state     further state, a JSON object
+    identity  the configuration that the state belongs to, a JSON object; loading requires the same one
+    keep      number of checkpoints to keep
+
+    Raises ValueError if `state` or `identity` is not JSON and OSError if the file cannot be written; older checkpoints
+    then remain.
     """
     manifest = json.dumps({"step": step, "state": dict(state), "identity": dict(identity)}, allow_nan=False)
     data = safetensors.torch.save(
@@ -55,32 +62,32 @@ def save(
     path = folder / f"step-{step:08d}.{hashlib.sha256(data).hexdigest()}.safetensors"
     with new_file(path) as temporary:
         temporary.write_bytes(data)
-    # One of a later step was passed over as damaged, or this one would not have been made.
+    # A checkpoint of a later step is removed, too: it is damaged, or training would have resumed from it.
     older = [other for other in complete(folder) if _step(other) < step]
     for other in complete(folder):
         if other not in [path, *older[: keep - 1]]:
             other.unlink()
-    for left in folder.glob(".step-*"):  # by a writer that was killed
+    for left in folder.glob(".step-*"):  # temporary files of a killed process
         left.unlink()
     return path
 
 
 def latest(folder: Path, identity: Mapping[str, Any]) -> Checkpoint | None:
-    """Return the newest checkpoint whose hash fits, or None where there is none.
+    """Return the newest checkpoint with the right hash, or None if there is none.
 
-    Raises CheckpointError where it belongs to another configuration, naming the differences, or is none of this format.
+    Raises CheckpointError if it belongs to another configuration, naming the differences, or has another format.
     """
     for path in complete(folder):
         data = path.read_bytes()
         found, named = hashlib.sha256(data).hexdigest(), path.name.split(".")[1]
         if found == named:
             return _parse(path, data, identity)
-        log.warning("checkpoint %s is damaged (SHA-256 %s); trying the one before it", path, found)
+        log.warning("checkpoint %s is damaged (its SHA-256 is %s); trying the one before it", path, found)
     return None
 
 
 def complete(folder: Path) -> list[Path]:
-    """Return the checkpoints that were written whole, newest first; their hashes are not yet checked."""
+    """Return the paths of all checkpoints, newest first, without temporary files; their hashes are not checked."""
     return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), reverse=True)
 
 
@@ -89,12 +96,12 @@ def _step(path: Path) -> int:
 
 
 def _parse(path: Path, data: bytes, identity: Mapping[str, Any]) -> Checkpoint:
-    # The format: eight bytes of length, little endian, then so many bytes of JSON, then the tensors.
+    # Safetensors format: the length of the JSON header (8 bytes, little endian), the header, the tensors.
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         manifest = json.loads(header["__metadata__"]["manifest"])
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is no checkpoint of this project, though its hash fits. Remove it.") from error
+        raise CheckpointError(f"{path} is no checkpoint of this project, but its hash is right. Remove it.") from error
     _check_identity(path, manifest["identity"], json.loads(json.dumps(dict(identity))))
     return Checkpoint(path, manifest["step"], safetensors.torch.load(data), manifest["state"])
 

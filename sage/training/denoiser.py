@@ -1,6 +1,6 @@
-"""The network of any supported pipeline as a function of x_t, time and condition: where training meets `sage.families`.
+"""The network of any supported pipeline as a trainable function of x_t, time and condition.
 
-The call, the text states and the latents are those of the family that samples; what is trained is what will be used.
+Network calls, text encoding and latent scaling come from `sage.sampling.families`, so training matches sampling.
 """
 
 import copy
@@ -20,20 +20,21 @@ from sage.training import lora
 from sage.training.loss import Network
 
 Precision = Literal["bf16", "fp32"]
-# Where configurations say how wide the text states are that the network reads; a transformer's own width comes last.
+# Configuration keys for the width of the text states that the network reads. cross_attention_dim comes last: in
+# transformers with one of the other keys it is the network's own width.
 _WIDTHS = ("joint_attention_dim", "caption_channels", "cross_attention_dim")
 
 
 class Denoiser(nn.Module):
-    """What is trained: a pipeline's U-Net or transformer, called as its family calls it.
+    """A pipeline's U-Net or transformer as a module to train.
 
-    `network` is the pipeline's own, so the pipeline samples with what training makes of it. `precision` "bf16"
-    computes under autocast; the trained weights are float32 either way. It is not left to accelerate, for the frozen
-    base must compute as the trained network does. Raises UnsupportedError for a pipeline of another family.
+    `network` is the pipeline's own module, so the pipeline samples with the trained weights. With `precision` "bf16"
+    the forward pass runs under autocast; trained weights are float32 either way. Autocast is set here, not by
+    accelerate, so that it also applies to the frozen base. Raises UnsupportedError for an unsupported pipeline class.
     """
 
     def __init__(self, pipeline: Any, precision: Precision = "fp32") -> None:
-        """Take a stock or a shared pipeline."""
+        """Take a stock or a shared-sampling pipeline."""
         super().__init__()
         self._pipe: Any = SharedSamplingPipeline.from_pipe(pipeline)
         self._precision = precision
@@ -41,7 +42,7 @@ class Denoiser(nn.Module):
         cast_training_params(self.network)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Return the network's answers as float32, where the network is; everything may come from the CPU."""
+        """Return the network's output as float32 on the network's device; inputs may be on the CPU."""
         device = next(self.network.parameters()).device
         x_t = x_t.to(device)
         condition = {name: values.to(device) for name, values in condition.items()}
@@ -50,7 +51,7 @@ class Denoiser(nn.Module):
         return output.float()  # type: ignore[no-any-return]
 
     def frozen(self) -> Network:
-        """Return the network as it is now, never to change: a copy, or or, if it has an adapter, itself without it."""
+        """Return the frozen base: a copy of the network as it is now, or with an adapter, the network without it."""
         if lora.present(self.network):
 
             def base(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -64,15 +65,17 @@ class Denoiser(nn.Module):
         return twin
 
     def check_width(self, condition: Condition) -> None:
-        """Raise UnsupportedError for text states that the network cannot read."""
+        """Raise UnsupportedError for text states of another width than the network reads."""
         config, found = self._pipe._network.config, condition["states"].shape[-1]
         expected = next((config[name] for name in _WIDTHS if config.get(name) is not None), found)
         if expected != found:
-            raise UnsupportedError(f"the base reads text states {expected} wide, but its text encoder gives {found}.")
+            raise UnsupportedError(
+                f"the base reads text states {expected} wide, but its text encoder gives {found}; use matching parts."
+            )
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], size: Sequence[int], batch_size: int = 64) -> dict[str, Tensor]:
-        """Return the conditions of prompts for pictures of this height and width in pixels: (n, ...), on the CPU."""
+        """Return the conditions of prompts, (n, ...) on the CPU, for images of this size (height, width) in pixels."""
         parts = []
         for start in range(0, len(texts), batch_size):
             some = list(texts[start : start + batch_size])
@@ -82,21 +85,21 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor, batch_size: int = 16) -> Tensor:
-        """Return the latents of uint8 pictures (n, height, width, 3) as the network sees them: float32, on the CPU."""
+        """Return the scaled latents of uint8 images (n, height, width, 3): float32, on the CPU."""
         vae = self._pipe.vae
         parts = []
         for part in torch.split(pictures, batch_size):
             x = part.to(vae.device).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
             parts.append(vae.encode(x).latent_dist.mode().float().cpu())
-        return _normal(torch.cat(parts), vae.config)
+        return _scaled(torch.cat(parts), vae.config)
 
     def _options(self, latent_size: Sequence[int]) -> dict[str, Any]:
         size = tuple(side * self._pipe.vae_scale_factor for side in latent_size)
         return {**self._pipe._options, "size": size}
 
 
-def _normal(latents: Tensor, config: Any) -> Tensor:
-    """Return latents as networks see them; the inverse stands in the families' `_decode`."""
+def _scaled(latents: Tensor, config: Any) -> Tensor:
+    """Return autoencoder latents shifted and scaled for the network, the inverse of the families' `_decode`."""
     if (mean := config.get("latents_mean")) is not None and (deviation := config.get("latents_std")) is not None:
         mean, deviation = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, deviation))
         return (latents - mean) / deviation * config.scaling_factor  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
 """Fine-tuning for shared sampling: the loss of step k for `sage.training.loop.fit`.
 
-Everything drawn in a step comes from (seed, step) alone. Latents and text states are computed once, before training.
+All random draws of a step depend on (seed, step) alone. Latents and conditions are computed once, before training.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -27,12 +27,14 @@ from sage.training.loss import BranchStart, Network, Query, SoftTarget
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Pictures with their captions and groups, ready for the network.
+    """Training images as latents, with their captions and groups.
 
-    `latents` are as the network sees them, of shape (n, ...); `conditions` are those of m different captions and, last,
-    of the empty prompt, by name, each of shape (m + 1, ...), "states" among them; `captions`, of shape (n, k), says
-    which are a picture's, first the one that it was grouped by; `groups` are a partition of the row numbers.
-    Raises DataError where they do not fit.
+    latents     scaled latents of the images, (n, ...)
+    conditions  by name, conditions of m different captions and, last, of the empty prompt: (m + 1, ...); has "states"
+    captions    row numbers in `conditions` of each image's k captions, (n, k); images were grouped by the first
+    groups      partition of the image numbers 0 to n - 1
+
+    Raises DataError if there are no images or the sizes do not match.
     """
 
     latents: Tensor
@@ -41,7 +43,7 @@ class TrainingSet:
     groups: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
-        """Check what the losses rely on."""
+        """Check that the sizes match and the groups are a partition."""
         n = len(self.latents)
         if n == 0:
             raise DataError("there are no pictures to train on.")
@@ -58,14 +60,14 @@ class TrainingSet:
 
     @cached_property
     def group_members(self) -> Tensor:
-        """The rows of each row's group, itself included: (n, N of the largest group), -1 where there are fewer."""
+        """The members of each row's group, itself included: (n, N of the largest group), padded with -1."""
         table = torch.full((len(self.latents), max(map(len, self.groups))), -1)
         for group in self.groups:
             table[list(group), : len(group)] = torch.tensor(group)
         return table
 
     def conditions_of(self, rows: Tensor) -> Condition:
-        """Return the conditions of the captions that these rows were grouped by."""
+        """Return the conditions of the captions by which these rows were grouped."""
         return select(self.conditions, self.captions[rows, 0])
 
 
@@ -83,19 +85,31 @@ def finetuning_loss(
     seed: int,
     min_snr: float | None = None,
 ) -> Callable[..., Losses]:
-    """Return the loss of step k: each term's mean, and their weighted sum as "loss".
+    """Return a function from a step to its losses: the mean of each term, and their weighted sum as "loss".
 
-    `network` is a `training.denoiser.Denoiser`, also as accelerate prepares it, of the base that will be trained; where
-    consistency has a weight, a frozen copy is taken now. The share ratio of each group is drawn between `share_ratios`,
-    so that one model serves them all. Plain diffusion draws from all captions of a picture, the other terms take those
-    that groups were formed by. `branch_start` is where the branch phase starts: "sampled", where the network as
-    it now is arrives with its share of `sampler_steps` steps, each member with noise of its own (branch noise 1);
-    "mixture", see `training.loss.mixture_start`; "plain", at the member itself, noised. A share `drop_text` of the
-    plain diffusion items loses its caption, for classifier-free guidance. `min_snr` is gamma of
-    `training.loss.min_snr`; None weighs all times equally.
-    The loss takes (step) or (step, part, parts): a step's items are dealt out to so many parts, whose losses add up to
-    that of the step. Raises UnsupportedError for a scheduler that is neither variance-preserving nor flow matching and
-    for text states that the network cannot read.
+    The function takes (step) or (step, part, parts). With parts, the step's items are split among them, and the losses
+    of the parts add up to the loss of the step.
+
+    network        a `training.denoiser.Denoiser`, or one that accelerate has prepared, with the base weights loaded;
+                   if consistency has a weight, the frozen base is taken from it now
+    scheduler      the base's diffusers scheduler, for the noise schedule and the prediction type
+    data           the training set
+    batches        the rows of each step and the weights of the terms
+    share_ratios   the range from which share ratios are drawn, so that one model serves them all
+    soft_target    how the soft target weighs the members, see `training.loss.member_weights`
+    branch_start   the start x_t* of the branch phase:
+                   "sampled": the x_0 that the current network predicts in the last shared step, with fresh noise for
+                   each member (branch noise 1);
+                   "mixture": `training.loss.mixture_start`;
+                   "plain": no bridge, ordinary noised latents of each member, as a baseline
+    sampler_steps  number of sampler steps, of which the share ratio is a fraction
+    drop_text      fraction of the plain diffusion items with an empty prompt, for classifier-free guidance
+    seed           seed of all draws
+    min_snr        gamma of `training.loss.min_snr`; None weighs all timesteps equally
+
+    Plain diffusion draws from all captions of an image; the other terms use the captions by which images were grouped.
+    Raises UnsupportedError for a scheduler that is neither variance-preserving nor flow matching and for text states
+    that the network cannot read. The function raises ConfigurationError for more parts than items.
     """
     denoiser = extract_model_from_parallel(network)
     denoiser.check_width(data.conditions)
@@ -122,7 +136,7 @@ def finetuning_loss(
         count = {term: len(term_rows) for term, term_rows in rows.items()}
         mine = split_items(count, rows, part, parts)
         k = drawn_shared_steps(share_ratios, sampler_steps, seed, step)
-        # Drawn whole, whatever the parts.
+        # Draw all items of the step, so that the draws do not depend on the number of parts.
         drawn = {term: draw.query(term, rows[term], random, mine.get(term, slice(0)), k) for term in rows}
         queries = {term: drawn[term] for term in mine}
         if frozen is not None:
@@ -143,32 +157,32 @@ def finetuning_loss(
 
 
 def drawn_shared_steps(share_ratios: tuple[float, float], sampler_steps: int, seed: int, step: int) -> int:
-    """Return how many of the sampler's steps the groups of a training step share: drawn between the share ratios."""
+    """Return the number of shared steps in a training step, drawn uniformly between the two share ratios."""
     fewest, most = (max(1, shared_steps(ratio, sampler_steps)) for ratio in share_ratios)
     return int(torch.randint(fewest, most + 1, (), generator=generator(seed, "shared steps", step)))
 
 
 def sampling_cost(batches: Batches, share_ratios: tuple[float, float], sampler_steps: int, step: int) -> int:
-    """Return how many evaluations, without gradient, a step spends on where its branches start sampled."""
+    """Return the evaluations, without gradient, that a step with `branch_start` "sampled" spends on its starts x_t*."""
     rows = set(batches.rows(step).get("branch", torch.empty(0)).tolist())
     groups = sum(not rows.isdisjoint(group) for group in batches.groups)
     return groups * drawn_shared_steps(share_ratios, sampler_steps, batches.seed, step)
 
 
 def split_items(count: Mapping[str, int], terms: Iterable[str], part: int, parts: int) -> dict[str, slice]:
-    """Return the items of each term that belong to a part; one after another goes to the next part, over all terms."""
-    dealt, place = {}, 0
+    """Return the items of each term that belong to a part; items are assigned round-robin across all terms."""
+    items, place = {}, 0
     for term in terms:
         first = (part - place) % parts
         place += count[term]
         if first < count[term]:
-            dealt[term] = slice(first, None, parts)
-    return dealt
+            items[term] = slice(first, None, parts)
+    return items
 
 
 @dataclass(frozen=True)
 class _Draws:
-    """Noise, time, member and branch time of a step's items, drawn on the CPU from one generator."""
+    """Draws the noise, timestep, member and branch time of a step's items, on the CPU from one generator."""
 
     schedule: NoiseSchedule
     data: TrainingSet
@@ -180,7 +194,7 @@ class _Draws:
     drop_text: float
 
     def query(self, term: str, rows: Tensor, random: torch.Generator, items: slice, steps: int) -> Query:
-        """Return some of a term's items for these rows; `steps` are shared where branches start sampled."""
+        """Return the selected items of a term for these rows; `steps` is the number of shared steps (see `sampled`)."""
         if term == "branch" and self.branch_start == "sampled":
             return self.sampled(rows, random, items, steps)
         return {"diffusion": self.diffusion, "shared": self.shared, "branch": self.branch}[term](rows, random).select(
@@ -188,7 +202,7 @@ class _Draws:
         )
 
     def diffusion(self, rows: Tensor, random: torch.Generator) -> Query:
-        """Plain diffusion on single pictures, each under any of its captions, some without."""
+        """Plain diffusion on single images, each with a random one of its captions or the empty prompt."""
         data = self.data
         dropped = torch.rand(len(rows), generator=random) < self.drop_text
         drawn = data.captions[rows, torch.randint(data.captions.shape[1], (len(rows),), generator=random)]
@@ -197,7 +211,7 @@ class _Draws:
         return loss.diffusion_query(self.schedule, data.latents[rows], c, t, self._noise(rows, random))
 
     def shared(self, rows: Tensor, random: torch.Generator) -> Query:
-        """The shared phase, with the row's own picture as the random member."""
+        """The shared phase, with the row's own image as the random member."""
         z, present = self._group(rows)
         t_star = self._branch_time(rows, random)
         above = len(self.schedule) - 1 - t_star
@@ -206,11 +220,11 @@ class _Draws:
         return loss.shared_query(self.schedule, self.soft_target, self.data.latents[rows], z, present, c_bar, t, eps)
 
     def branch(self, rows: Tensor, random: torch.Generator) -> Query:
-        """The branch phase; members of one group in a batch branch off the same shared latent, as without branch noise.
+        """The branch phase; rows of one group start from the same shared latent, as without branch noise.
 
-        With a plain start it is ordinary diffusion at the branch phase's times, what the others are compared with.
+        If `branch_start` is "plain", it is ordinary diffusion at the timesteps of the branch phase, as a baseline.
         """
-        # One draw a group: every row takes that of the first of its group in the batch.
+        # One draw per group: every row uses the draws of the first row of its group in the batch.
         first = self._first(rows)
         z, present = self._group(rows)
         t_star = self._branch_time(rows, random)[first]
@@ -225,7 +239,7 @@ class _Draws:
         return loss.branch_query(self.schedule, own, c, t, x_star, t_star)
 
     def sampled(self, rows: Tensor, random: torch.Generator, items: slice, steps: int) -> Query:
-        """The branch phase from where the network arrives; siblings part with all their noise, as in sampling."""
+        """The branch phase from the network's own shared prediction, with fresh noise for each member (branch noise 1)."""
         first = self._first(rows)
         shared_noise, own_noise = self._noise(rows, random), self._noise(rows, random)
         t_star = self.schedule.timestep_after(torch.full((len(rows),), steps / self.sampler_steps))
@@ -242,13 +256,13 @@ class _Draws:
         return loss.branch_query(self.schedule, own, c, t[items], x_star, t_star[items])
 
     def members(self, rows: Tensor) -> tuple[Condition, Tensor]:
-        """Return the conditions of all members of the rows' groups, and the place in `rows` that each belongs to."""
+        """Return the conditions of all members of the rows' groups, and for each its index in `rows`."""
         members = self.data.group_members[rows]
         item, member = (members >= 0).nonzero(as_tuple=True)
         return self.data.conditions_of(members[item, member]), item
 
     def _merged(self, rows: Tensor) -> Condition:
-        """Return the condition of each row's group, as the sampler makes it."""
+        """Return the merged condition of each row's group, as in sampling."""
         merged: dict[int, Condition] = {}
         for group in self.data.group_members[rows]:
             if int(group[0]) not in merged:
@@ -258,12 +272,12 @@ class _Draws:
         return {name: torch.cat([merged[row][name][:, 0] for row in leaders]) for name in self.data.conditions}
 
     def _first(self, rows: Tensor) -> Tensor:
-        """Return for each row the place of the first of its group among these rows."""
+        """Return for each row the index of the first of these rows in the same group."""
         group = self.data.group_members[rows, 0]
         return (group[:, None] == group).int().argmax(1)
 
     def _group(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the latents of each row's group, (n, N, ...), padded, and which are present, (n, N)."""
+        """Return the latents of each row's group, padded to (n, N, ...), and the mask of members, (n, N)."""
         members = self.data.group_members[rows]
         return self.data.latents[members.clamp(min=0)], members >= 0
 

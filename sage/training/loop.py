@@ -1,7 +1,7 @@
-"""One training loop for every network of this project; it resumes where it was killed and reports through callbacks.
+"""One training loop for every network of this project; it resumes after a kill and reports through callbacks.
 
-The loss of step k draws order and noise from (seed, k) alone, so a resumed run is the uninterrupted one, bit for bit on
-the same build and thread count. On several processes (`accelerate launch`) each computes its part of every step.
+The loss of step k draws order and noise from (seed, k) alone, so a resumed run equals an uninterrupted one, bit for bit
+with the same build and thread count. With several processes (`accelerate launch`) each computes a part of every step.
 """
 
 import math
@@ -26,9 +26,15 @@ Losses = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: linear warm-up, constant, then linear decay to zero over the last `decay` steps.
+    """Learning rate and intervals: linear warm-up, constant, then linear decay to zero over the last `decay` steps.
 
-    The steps before the decay do not depend on `steps`, so a run can be lengthened while it has not begun to decay.
+    The steps before the decay do not depend on `steps`, so a run can be lengthened until its decay begins.
+
+    steps, warmup, decay     number of steps in all, of warm-up and of decay
+    learning_rate            the constant rate
+    ema                      decay rate of the exponential moving average of the weights
+    weight_decay, max_norm   of AdamW, and the gradient norm above which gradients are clipped
+    checkpoint_every, report_every, watch_every   intervals in steps, see `fit`; watch_every 0: never
     """
 
     steps: int
@@ -50,7 +56,7 @@ class Schedule:
 
 
 def processes() -> tuple[int, int]:
-    """Return this process's number and how many train together; one, unless `accelerate` or `torchrun` started more."""
+    """Return the rank of this process and the number of processes: (0, 1) without `accelerate launch` or `torchrun`."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
@@ -58,7 +64,7 @@ def processes() -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Trained:
-    """The last step's losses, and the seconds of all processes that a resumed run took."""
+    """The losses of the last step, and the run's duration in seconds, the time before it was resumed included."""
 
     losses: dict[str, float]
     seconds: float
@@ -66,14 +72,14 @@ class Trained:
 
 @dataclass
 class _Log:
-    """What was reported so far and the values since; a part of the checkpoint, so that each report comes once."""
+    """The reports so far and the values since; kept in checkpoints, so that a resumed run makes the same reports."""
 
     every: int
     reports: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     recent: list[dict[str, float]] = field(default_factory=list)
 
     def add(self, step: int, values: dict[str, float]) -> bool:
-        """Take a step's values; return whether it made a report."""
+        """Add a step's values; return whether they completed a report."""
         self.recent.append(values)
         if step % self.every:
             return False
@@ -97,18 +103,24 @@ def fit(
 ) -> Trained:
     """Train `network` in place and leave it with its averaged (EMA) weights.
 
-    `loss(step)` returns named scalars, of which "loss" is minimised. Where a step is computed in parts, `accumulate`
-    on each of several processes, `loss(step, part, parts)` returns a part of each, and the parts add up.
-    `work` keeps resumable state, written every `schedule.checkpoint_every` steps and at the end; `identity` names the
-    configuration that it belongs to. `on_step(done, values)` follows each step, in a resumed run those after the
-    checkpoint; `on_report(done, means)` every `schedule.report_every` steps, in a resumed run first those before;
-    `on_watch(done)` every `schedule.watch_every` steps but the last, with the averaged weights in the network.
-    Raises DivergedError at the first loss or gradient that is not finite, before the weights that gave it are stored.
+    network     the module to train, or one that accelerate has prepared
+    loss        `loss(step)` returns named scalars, of which "loss" is minimised; with several parts (`accumulate` times
+                the processes), `loss(step, part, parts)` returns one part's share of them, and the parts add up
+    schedule    learning rate and intervals
+    work        folder of the checkpoints, written every `schedule.checkpoint_every` steps and at the end
+    identity    the configuration that the checkpoints belong to; another one cannot resume from them
+    on_step     (done, values), after each step, from the checkpoint on in a resumed run; `done` counts finished steps
+    on_report   (done, means), every `schedule.report_every` steps; a resumed run first repeats the earlier reports
+    on_watch    (done), every `schedule.watch_every` steps except the last, with the averaged weights in the network
+    accumulate  number of parts that a process computes one after another to save memory
+
+    Raises DivergedError at the first loss, gradient or weight that is not finite, before the weights that caused it are
+    saved, and CheckpointError if `work` holds checkpoints of another configuration.
     """
     begin = time.monotonic()
     model = extract_model_from_parallel(network)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    # fused: one kernel for all parameters, several times faster than the loop on a CPU.
+    # fused: one kernel for all parameters, on a CPU several times faster than a loop over them.
     optimizer = torch.optim.AdamW(
         parameters.values(), schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True
     )
@@ -141,14 +153,14 @@ def fit(
         )
         if not all(map(math.isfinite, found.values())):
             raise _diverged(step, ", ".join(f"{name} {value:.4g}" for name, value in found.items()), work)
-        # The state after `step` steps is stored only now that it gave a finite loss: what lies on disk is good.
+        # Save the state after `step` steps only now that it gave a finite loss, so that all checkpoints are good.
         if step > start and step % schedule.checkpoint_every == 0:
             save(step)
         for settings in optimizer.param_groups:
             settings["lr"] = schedule.rate(step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        # A short run's average must not remember the start: the decay grows with the step (as in EMA of diffusers).
+        # Let the EMA decay grow with the step (as in diffusers), or the average of a short run is mostly its start.
         decay = min(schedule.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(ema.values()), [p.detach() for p in parameters.values()], 1 - decay)
         values = found
@@ -169,7 +181,7 @@ def fit(
 
 @contextmanager
 def _averaged(network: nn.Module, parameters: Mapping[str, nn.Parameter], ema: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put the averages in the place of the weights for a while."""
+    """Put the averaged weights into the network within the context."""
     weights = {name: p.detach().clone() for name, p in parameters.items()}
     with torch.no_grad():
         for name, p in parameters.items():
@@ -182,13 +194,13 @@ def _averaged(network: nn.Module, parameters: Mapping[str, nn.Parameter], ema: M
 
 
 def _attention(network: nn.Module) -> AbstractContextManager[Any]:
-    """Return the attention to train with: on a CPU the plain one, for torch's fused one is slow backwards."""
+    """Return the attention context: plain attention on a CPU, whose fused attention has a slow backward pass."""
     on_cpu = all(p.device.type == "cpu" for p in network.parameters())
     return sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
 
 
 def _gradient(network: nn.Module, loss: Callable[..., Losses], step: int, accumulate: int) -> dict[str, float]:
-    """Leave the gradient of a step's loss in the parameters, whole on every process; return the losses as numbers."""
+    """Compute the full gradient of a step's loss, on every process the same, and return the losses as numbers."""
     rank, world = processes()
     parts = accumulate * world
     sums: dict[str, Tensor] = {}
@@ -197,7 +209,7 @@ def _gradient(network: nn.Module, loss: Callable[..., Losses], step: int, accumu
         waits = isinstance(network, DistributedDataParallel) and number + 1 < accumulate
         with _attention(network), cast(Any, network).no_sync() if waits else nullcontext():
             losses = loss(step) if parts == 1 else loss(step, part, parts)
-            # Processes average their gradients, but parts add up.
+            # DistributedDataParallel averages gradients over processes, but the parts must add up.
             torch.autograd.backward(losses["loss"] * world)
         for name, value in losses.items():
             sums[name] = sums[name] + value.detach() if name in sums else value.detach()

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2022) by peft: small matrices beside the frozen weights, in the form that stock diffusers loads."""
+"""LoRA adapters (Hu et al., 2022) with peft, saved in the format that stock diffusers loads."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,15 +19,15 @@ from sage.errors import UnsupportedError
 from sage.randomness import generator
 
 FILE = "pytorch_lora_weights.safetensors"
-# Attention, also to text that is transformed along with the picture (SD 3), and what follows it in each block.
+# The attention layers, including those of SD 3's text stream (add_*), and the feed-forward layers after them.
 _TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 _TARGETS += ["ff.net.0.proj", "ff.net.2"]
 
 
 def add(network: Any, rank: int, seed: int) -> None:
-    """Freeze a diffusers network and give it an adapter, drawn from the seed, that as yet changes nothing.
+    """Freeze a diffusers network and add an adapter, initialised from the seed so that the output does not change.
 
-    Raises UnsupportedError for a network whose stock class loads no adapters.
+    Raises UnsupportedError for a network whose diffusers class takes no adapters.
     """
     if not hasattr(network, "add_adapter"):
         raise UnsupportedError(
@@ -47,7 +47,7 @@ def present(network: nn.Module) -> bool:
 
 @contextmanager
 def off(network: Any) -> Iterator[None]:
-    """Make a network what it was without its adapter."""
+    """Switch the adapter of a network off within the context."""
     network.disable_lora()
     try:
         yield
@@ -56,18 +56,18 @@ def off(network: Any) -> Iterator[None]:
 
 
 def layers(network: Any) -> dict[str, Tensor]:
-    """Return the adapter's weights under diffusers' names, which for U-Nets are older than peft."""
+    """Return the adapter's weights under the names diffusers uses, which for U-Nets differ from peft's."""
     layers = get_peft_model_state_dict(network)
     return dict(convert_state_dict_to_diffusers(layers) if isinstance(network, UNet2DConditionModel) else layers)
 
 
 def save(pipeline: Any, layers: Mapping[str, Tensor], folder: Path) -> None:
-    """Write an adapter of the pipeline's network into a folder, as `load_lora_weights` of its stock class reads it."""
+    """Write an adapter of the pipeline's network into a folder, for `load_lora_weights` of the stock class."""
     kind = "unet" if hasattr(pipeline, "unet") else "transformer"
     pipeline.save_lora_weights(folder, **{f"{kind}_lora_layers": layers}, weight_name=FILE)
 
 
 def merge(network: Any) -> None:
-    """Add the adapter to the weights and remove it."""
+    """Merge the adapter into the network's weights and remove it."""
     network.fuse_lora()
     network.unload_lora()

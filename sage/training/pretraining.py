@@ -1,4 +1,4 @@
-"""Training the base model from scratch: first the autoencoder on pictures, then the U-Net on their latents."""
+"""Training the base model from scratch: first the autoencoder on images, then the U-Net on their latents."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from sage.training.loop import Losses
 
 
 def batch(n: int, size: int, seed: int, step: int) -> Tensor:
-    """Return the row numbers of a step's batch: a seeded permutation an epoch, in order, its remainder dropped."""
+    """Return the row numbers of a step's batch; each epoch is a seeded permutation without its incomplete batch."""
     size = min(size, n)
     per_epoch = n // size
     epoch, place = divmod(step, per_epoch)
@@ -26,16 +26,17 @@ def batch(n: int, size: int, seed: int, step: int) -> Tensor:
 
 
 def to_pixels(pictures: Tensor) -> Tensor:
-    """Return uint8 pictures of shape (n, height, width, 3) as floats in [-1, 1] of shape (n, 3, height, width)."""
+    """Return uint8 images of shape (n, height, width, 3) as floats in [-1, 1] of shape (n, 3, height, width)."""
     return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def autoencoder_loss(
     network: AutoencoderKL, pictures: Tensor, *, batch_size: int, kl_weight: float, seed: int
 ) -> Callable[[int], Losses]:
-    """Return the loss of step k: absolute error plus a little KL (Rombach et al., 2022, without the adversary).
+    """Return the loss of step k: reconstruction error plus weighted KL (Rombach et al., 2022, without the adversary).
 
-    `pictures` are uint8 of shape (n, height, width, 3); half of each batch is mirrored.
+    The error is the absolute plus the squared error, of pixels, and the absolute error of neighbouring differences.
+    `pictures` are uint8 of shape (n, height, width, 3); each is mirrored with probability 1/2.
     """
 
     def loss(step: int) -> Losses:
@@ -48,7 +49,7 @@ def autoencoder_loss(
             z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=random)
             decoded = network.decode(z).sample.float()
         error = (decoded - x).abs().mean() + (decoded - x).square().mean()
-        # Edges are what the eye sees in flat pictures: neighbouring differences must fit, too.
+        # In flat images the eye sees edges above all, so the differences of neighbouring pixels count, too.
         edges = sum((decoded.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (-1, -2))
         kl = posterior.kl().float().mean()
         return {"loss": error + edges + kl_weight * kl, "error": error, "edges": edges, "kl": kl}
@@ -58,22 +59,22 @@ def autoencoder_loss(
 
 @torch.no_grad()
 def encode_pictures(autoencoder: AutoencoderKL, pictures: Tensor, batch_size: int = 64) -> Tensor:
-    """Return the latents of uint8 pictures, unscaled, as float32 of shape (n, channels, height, width)."""
+    """Return the unscaled latents of uint8 images as float32 of shape (n, channels, height, width)."""
     parts = torch.split(pictures, batch_size)
     return torch.cat([autoencoder.encode(to_pixels(part)).latent_dist.mode() for part in parts])
 
 
 @torch.no_grad()
 def normalise_latents(autoencoder: AutoencoderKL, pictures: Tensor) -> None:
-    """Give the latents of uint8 pictures mean 0 and deviation 1 in every channel, and change no reconstruction.
+    """Give the latents of uint8 images mean 0 and standard deviation 1 in every channel, in place.
 
-    The shift and scale go into the 1x1 convolutions on either side of the latents, so stock pipelines need no more than
-    `scaling_factor`, which becomes 1.
+    The shift and scale go into the 1x1 convolutions on either side of the latents, so reconstructions do not change,
+    and stock pipelines need only `scaling_factor`, which becomes 1.
     """
     latents = encode_pictures(autoencoder, pictures)
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     into, out = autoencoder.quant_conv, autoencoder.post_quant_conv
-    # quant_conv answers means, then log variances.
+    # quant_conv outputs means, then log variances.
     into.weight[: len(std)] /= std[:, None, None, None]
     into.bias[: len(std)].sub_(mean).div_(std)
     into.bias[len(std) :] -= 2 * std.log()
@@ -84,7 +85,7 @@ def normalise_latents(autoencoder: AutoencoderKL, pictures: Tensor) -> None:
 
 @torch.no_grad()
 def encode_texts(texts: Sequence[str], batch_size: int = 64) -> Tensor:
-    """Return the text states of prompts, float32 of shape (n, tokens, width), as the base pipeline computes them."""
+    """Return the text states of prompts as in the base pipeline, float32 of shape (n, tokens, width)."""
     tokenizer, encoder = text_parts()
     states = []
     for start in range(0, len(texts), batch_size):
@@ -106,11 +107,18 @@ def denoiser_loss(
     drop_text: float,
     seed: int,
 ) -> Callable[[int], Losses]:
-    """Return the loss of step k: the squared error of the predicted v, times uniform (Salimans & Ho, 2022).
+    """Return the loss of step k: the squared error of the target (v for the base) at uniformly drawn timesteps.
 
-    `latents` are scaled, of shape (n, ...); `states` are those of all captions and, last, of the empty prompt, which
-    replaces a share `drop_text` of the captions for classifier-free guidance; `captions`, of shape (n, k), says which
-    are a picture's, of which each step draws one.
+    Source: v-prediction, Salimans & Ho (2022).
+
+    network     the U-Net
+    scheduler   a diffusers scheduler, for the noise levels and the prediction type
+    latents     scaled latents (n, ...)
+    states      text states of all captions and, last, of the empty prompt (m + 1, tokens, width)
+    captions    row numbers in `states` of each image's k captions, (n, k); each step draws one of them
+    batch_size  images per step
+    drop_text   fraction of the captions that the empty prompt replaces, for classifier-free guidance
+    seed        seed of all draws
     """
     alphas, sigmas = diffusion.noise_levels(scheduler)
     kind = scheduler.config.prediction_type
@@ -134,12 +142,12 @@ def denoiser_loss(
 
 @torch.no_grad()
 def restored(autoencoder: AutoencoderKL, pictures: Tensor, batch_size: int = 64) -> Tensor:
-    """Return uint8 pictures after encoding and decoding, as floats in [-1, 1] of shape (n, 3, height, width)."""
+    """Return uint8 images after encoding and decoding, as floats in [-1, 1] of shape (n, 3, height, width)."""
     parts = (to_pixels(part) for part in torch.split(pictures, batch_size))
     return torch.cat([autoencoder.decode(autoencoder.encode(x).latent_dist.mode()).sample.clamp(-1, 1) for x in parts])
 
 
 def reconstruction(autoencoder: AutoencoderKL, pictures: Tensor) -> float:
-    """Return the mean peak signal-to-noise ratio in dB of uint8 pictures after encoding and decoding."""
+    """Return the mean peak signal-to-noise ratio (PSNR) in dB of uint8 images after encoding and decoding."""
     error = (restored(autoencoder, pictures) - to_pixels(pictures)) / 2
     return float(-10 * error.square().mean(dim=(1, 2, 3)).log10().mean())

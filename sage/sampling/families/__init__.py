@@ -1,1 +1,1 @@
-"""One file a family of diffusers pipelines: how it encodes prompts, calls its network and decodes latents."""
+"""Families: for each supported diffusers pipeline, how it encodes prompts, calls its network and decodes latents."""

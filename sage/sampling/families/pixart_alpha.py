@@ -1,4 +1,4 @@
-"""PixArt-alpha: T5 states with a mask of their tokens, and a transformer that also predicts a variance."""
+"""PixArt-alpha: T5 text states with an attention mask, and a transformer that also predicts a variance."""
 
 from typing import Any, ClassVar
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from sage.sampling import pipeline
 from sage.sampling.conditions import Condition, stacked
 
-# A model made for one size draws any shape of about that size, at the nearest of these.
+# By the model's latent size, the image sizes it was trained on. An image is generated at the size whose aspect ratio is
+# nearest to the requested one, then resized and cropped.
 _SHAPES = {128: stock.ASPECT_RATIO_1024_BIN, 64: stock.ASPECT_RATIO_512_BIN, 32: stock.ASPECT_RATIO_256_BIN}
 
 
@@ -81,7 +82,7 @@ class SharedPixArtAlphaPipeline(pipeline.SharedSamplingPipeline, PixArtAlphaPipe
             added_cond_kwargs=extra,
         )
         prediction = pipeline.guided(output, len(x), scale)
-        # The second half is the variance, which no scheduler here asks for.
+        # The second half of the channels is the variance, which no supported scheduler uses.
         return prediction[:, : x.shape[1]]
 
     def _decode(self, latents: Tensor, output_type: str, options: dict[str, Any]) -> tuple[Any, None]:

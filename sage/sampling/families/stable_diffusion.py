@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x, and this project's base: one text encoder, a U-Net, a VAE."""
+"""Stable Diffusion 1.x and 2.x, and this project's base model: one text encoder, a U-Net and a VAE."""
 
 from typing import Any, ClassVar
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3: three text encoders and a transformer that predicts the flow from noise to picture."""
+"""Stable Diffusion 3: three text encoders and a transformer that predicts the flow, eps - x_0."""
 
 from typing import Any, ClassVar
 

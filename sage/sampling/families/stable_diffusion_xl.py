@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders, a pooled text state and the picture's size as conditions of a U-Net."""
+"""Stable Diffusion XL: two text encoders, and a U-Net that also reads a pooled text state and the image size."""
 
 from typing import Any, ClassVar
 
@@ -74,7 +74,7 @@ class SharedStableDiffusionXLPipeline(pipeline.SharedSamplingPipeline, StableDif
         return pipeline.guided(output, len(x), scale, options["guidance_rescale"])
 
     def _decode(self, latents: Tensor, output_type: str, options: dict[str, Any]) -> tuple[Any, None]:
-        # Its autoencoder overflows in half precision.
+        # The autoencoder of SDXL overflows in half precision.
         upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
         if upcast:
             self.vae.to(dtype=torch.float32)
