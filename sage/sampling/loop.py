@@ -47,7 +47,7 @@ HISTORY: dict[str, tuple[str, ...]] = {
 
 
 def check_scheduler(scheduler: Any, branch_noise: float = 0.0) -> None:
-    """Raise UnsupportedError, naming the supported schedulers, if this one cannot branch or not with branch noise.
+    """Raise UnsupportedError, naming the supported ones, for a scheduler that cannot branch or use the branch noise.
 
     Raises ConfigurationError for branch noise outside [0, 1].
     """
@@ -104,19 +104,19 @@ def sample(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield prompt numbers and their finished latents, shape (n, ...), as soon as each pack is finished.
 
-    plan          which prompts share which steps
-    scheduler     a diffusers scheduler with its timesteps set, as many as the plan has steps
-    predict       (x, t, c) to the guided prediction, for scaled latents x (rows, ...) and conditions c (g * rows, ...)
-    encode        prompts to their conditions (n, g, ...)
-    noise         (prompts, generators) to the initial latents (n, ...)
-    generator     a prompt to its random generator
-    rank          a prompt to a sort key that does not depend on the prompt's place in the list
-    batch_size    the largest number of blocks in a network call
-    medoid        whether a block's condition is the member nearest to the mean instead of the mean
-    branch_noise  s in [0, 1] of `sage.sampling.branch_noise`
-    step_kwargs   further arguments of `scheduler.step`
-    on_step       (step, t, x) to the latents to continue with, called after each step of each pack
-    interrupted   once it returns true, no further steps run
+    plan                        which prompts share which steps
+    scheduler                   a diffusers scheduler with its timesteps set, as many as the plan has steps
+    predict(x, t, c)            returns the guided prediction for scaled latents (rows, ...), conditions (g * rows, ...)
+    encode(prompts)             returns the prompts' conditions (n, g, ...)
+    noise(prompts, generators)  returns their initial latents (n, ...)
+    generator(prompt)           returns the prompt's random generator
+    rank(prompt)                returns a sort key that does not depend on the prompt's place in the list
+    batch_size                  the largest number of blocks in a network call
+    medoid                      give a block the condition of the member nearest to the mean instead of the mean
+    branch_noise                s in [0, 1] of `sage.sampling.branch_noise`
+    step_kwargs                 further arguments of `scheduler.step`
+    on_step(step, t, x)         returns the latents to continue with, called after each step of each pack
+    interrupted()               once it returns true, no further steps run
 
     Raises PlanError if the plan and the scheduler differ in the number of steps, UnsupportedError for an unsupported
     scheduler and ConfigurationError for branch noise outside [0, 1].

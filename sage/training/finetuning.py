@@ -34,7 +34,7 @@ class TrainingSet:
     captions    row numbers in `conditions` of each image's k captions, (n, k); images were grouped by the first
     groups      partition of the image numbers 0 to n - 1
 
-    Raises DataError if there are no images or the sizes do not match.
+    Raises DataError if there are no images, the sizes do not match or the groups are no partition.
     """
 
     latents: Tensor
@@ -239,7 +239,7 @@ class _Draws:
         return loss.branch_query(self.schedule, own, c, t, x_star, t_star)
 
     def sampled(self, rows: Tensor, random: torch.Generator, items: slice, steps: int) -> Query:
-        """The branch phase from the network's own shared prediction, with fresh noise for each member (branch noise 1)."""
+        """The branch phase from the network's own shared prediction, noised separately per member (branch noise 1)."""
         first = self._first(rows)
         shared_noise, own_noise = self._noise(rows, random), self._noise(rows, random)
         t_star = self.schedule.timestep_after(torch.full((len(rows),), steps / self.sampler_steps))

@@ -109,9 +109,10 @@ def fit(
     schedule    learning rate and intervals
     work        folder of the checkpoints, written every `schedule.checkpoint_every` steps and at the end
     identity    the configuration that the checkpoints belong to; another one cannot resume from them
-    on_step     (done, values), after each step, from the checkpoint on in a resumed run; `done` counts finished steps
-    on_report   (done, means), every `schedule.report_every` steps; a resumed run first repeats the earlier reports
-    on_watch    (done), every `schedule.watch_every` steps except the last, with the averaged weights in the network
+    on_step     called with (done, values) after each step, `done` the number of finished steps; a resumed run calls it
+                for the steps after its checkpoint only
+    on_report   called with (done, means) every `schedule.report_every` steps; a resumed run first repeats earlier calls
+    on_watch    called with (done) every `schedule.watch_every` steps except the last, with the averaged weights loaded
     accumulate  number of parts that a process computes one after another to save memory
 
     Raises DivergedError at the first loss, gradient or weight that is not finite, before the weights that caused it are

@@ -10,7 +10,7 @@ Notation, in addition to `sage.diffusion`
     z_n, c_n   clean latents and condition of a member           c_bar   condition of the group, the mean of c_n
     z_bar      the mean of z_n                                   m       a random member of the group
     f, b       the trained network, and the frozen base; both predict in their own prediction type
-    y(x_0)     the network output that means x_0 at x_t
+    y(x_0)     the network output from which x_0 is predicted at x_t
 
 Every term is the squared error of f, averaged over an item's elements: one value per item, not reduced over items.
 """
