@@ -5,15 +5,15 @@ import multiprocessing
 import os
 import signal
 import sys
-from pathlib import Path
 
 import cloudpickle
 
 from sage import files
+from sage.training import checkpoint
 
 # Children come from a process without threads of torch, faiss or MLflow, of which a fork of the tests' own would die.
 CLEAN = multiprocessing.get_context("forkserver")
-CLEAN.set_forkserver_preload(["torch", "mlflow.pyfunc", "pytest", "sage.sampling.base", "flows.tracking"])
+CLEAN.set_forkserver_preload(["torch", "mlflow.pyfunc", "pytest", "sage.sampling.base", "flows.tracking.registry"])
 
 
 def in_child(work):
@@ -38,7 +38,7 @@ def at_line(number, effect):
     Every point between two calls of the operating system is the start of a line or inside one of Python's own.
     """
     count = 0
-    mine = {str(Path(files.__file__).with_name(name)) for name in ("files.py", "checkpoint.py")}
+    mine = {files.__file__, checkpoint.__file__}
 
     def trace(frame, event, argument):
         nonlocal count

@@ -35,8 +35,10 @@ def run(monkeypatch, kept: dict[str, object] | None, threshold: float, **changes
             if kept is not None:
                 write_json(Path("report/samples.json"), kept)
                 evaluate.artifact(Path("report"), "report")
-        metrics = write_results(small_model(Path("m")), run_id=evaluate.id, **changes)
-        write_json(metrics / "group.json", {"run_id": group.id})
+        metrics = write_results(small_model(Path("m")), **changes)
+        write_json(metrics / "group.json", {"threshold": threshold})
+        group.result(metrics / "group.json")
+        evaluate.result(metrics / "evaluate.json")
         pipeline.finish("FINISHED", metrics)
     client = test_tracking.client()
     (parent,) = client.search_runs(

@@ -94,7 +94,9 @@ def test_costs_follow_from_the_plans(made):
     assert arms["shared"]["nfe_per_image"] == pytest.approx(2 * 4.2)
     # 4.2 steps are rounded up: the cheap baseline gets no less than sharing.
     assert arms["independent_same_nfe"]["steps"] == 5
-    assert all(figures["images"] == 10 and figures["seconds_per_image"] > 0 for figures in arms.values())
+    assert all(
+        figures["images"] == 10 and not {"seconds", "seconds_per_image"} & figures.keys() for figures in arms.values()
+    )
 
 
 def test_every_prompt_has_one_picture_an_arm_and_seed(project, made):

@@ -287,7 +287,7 @@ def test_the_stage_writes_data_and_figures_and_prints_the_accounting(
 ) -> None:
     stage()
     found = json.loads((project / "metrics" / "prepare.json").read_text())
-    assert (found["run_id"], found["source"], found["kept"]) == (None, "folder", 20)
+    assert (found["source"], found["kept"]) == ("folder", 20)
     assert found["digest"] == sha256_tree(project / "out")
     printed = capsys.readouterr()
     table = {
@@ -318,15 +318,17 @@ def test_the_stage_records_what_it_did(project: Path, good: Path) -> None:
     subprocess.run(command, check=True, env=environment, capture_output=True)
     found = json.loads((project / "prepare.json").read_text())
     with closing(sqlite3.connect(project / "runs.db")) as runs:
+        ((run, result),) = runs.execute("SELECT run_uuid, value FROM tags WHERE key = 'sage.result_sha256'")
+        assert result == sha256((project / "prepare.json").read_bytes()).hexdigest()
 
         def recorded(table: str) -> dict[str, Any]:
-            return dict(runs.execute(f"SELECT key, value FROM {table} WHERE run_uuid = ?", [found["run_id"]]))
+            return dict(runs.execute(f"SELECT key, value FROM {table} WHERE run_uuid = ?", [run]))
 
         assert recorded("params")["image_size"] == "16"
         assert (recorded("metrics")["kept"], recorded("metrics")["splits.test"]) == (20, 4)
         ((digest,),) = runs.execute("SELECT digest FROM datasets")
     assert found["digest"].startswith(digest)
-    (sheet,) = (path for path in project.glob(f"mlartifacts/**/{found['run_id']}/**/training_samples*.png"))
+    (sheet,) = (path for path in project.glob(f"mlartifacts/**/{run}/**/training_samples*.png"))
     with Image.open(sheet) as picture:
         assert picture.size == (8 * 16, 2 * 16)  # 14 training pictures in rows of 8
 

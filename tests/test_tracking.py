@@ -113,7 +113,6 @@ def write_results(
         for gate in params().evaluate.gates
     ]
     evaluate = evaluated.results() | {
-        "run_id": "r",
         "set": evaluated.SET | {"digest": held_out},
         "arms": {"sage": {name: figure(value) for name, value in sage.items()}},
         "gates": gates,
@@ -279,7 +278,7 @@ def test_a_dead_address_is_said_at_once(tmp_path, monkeypatch):
 def test_a_model_that_passes_becomes_challenger_once(project, weights):
     first = register(weights)
     assert (first.version, first.new) == ("1", True)
-    again = register(weights, run_id="another")
+    again = register(weights)
     assert (again.version, again.new) == ("1", False)
     assert aliases() == {"challenger": "1"}
     found = client().get_model_version("sage", "1")

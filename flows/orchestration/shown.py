@@ -56,7 +56,7 @@ def results(folder: Path) -> bool:
     if folder == Path():  # a tree of its own goes, and its report with it; MLflow keeps that
         report = (folder / "report/index.html").resolve().as_uri()
         create_link_artifact(report, key="report", link_text="report", description="On the worker's machine")
-    if (link := runs.link(evaluate.run_id)) is not None:
+    if (link := runs.link(folder / "metrics/evaluate.json")) is not None:
         create_link_artifact(link, key="mlflow", link_text="MLflow", description="The run of stage evaluate")
     return evaluate.passed
 

@@ -53,19 +53,18 @@ def main(
         results = judge(judged, real, arms, others, cost, settings)
         rows = page.group_rows(judged, results.saving, alignment_lost(judged, arms), texts)
         with new_folder(report) as folder:
-            (folder / "index.html").write_text(
-                page.build(results.model_copy(update={"run_id": record.id}), rows), encoding="utf-8"
-            )
+            (folder / "index.html").write_text(page.build(results, rows), encoding="utf-8")
             write_json(folder / "samples.json", page.samples([*rows.across, *rows.hardest], rows.seed))
         record.metrics(flat(results))
         for step, row in enumerate(rows.across):
             record.image(page.group_sheet(row), "groups", step)
         record.artifact(report, "report")
         record.tags({"gates": "passed" if results.passed else "failed"})
-        write(metrics, results.model_copy(update={"run_id": record.id}))
+        write(metrics, results)
+        record.result(metrics)
 
 
-def read_costs(path: Path, judged: Judged) -> dict[str, dict[str, float]]:
+def read_costs(path: Path, judged: Judged) -> dict[str, float]:
     """Return what an image of each arm cost; raise MetricError where that was not counted on the judged pictures."""
     arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
     if list(arms) != list(judged.arms):
@@ -75,12 +74,12 @@ def read_costs(path: Path, judged: Judged) -> dict[str, dict[str, float]]:
         )
     images = len(judged.examples) * len(judged.seeds)
     for arm, figures in arms.items():
-        if figures["images"] != images or not all(math.isfinite(figures[name]) for name in COSTS):
+        if figures["images"] != images or not math.isfinite(figures["nfe_per_image"]):
             raise MetricError(
                 f"{path}: arm {arm} counts {figures['images']} images at {figures['nfe_per_image']} evaluations each, "
                 f"expected {images} images and finite costs. Run `dvc repro generate`."
             )
-    return {arm: {name: figures[name] for name in COSTS} for arm, figures in arms.items()}
+    return {arm: figures["nfe_per_image"] for arm, figures in arms.items()}
 
 
 def measure(
@@ -108,7 +107,7 @@ def judge(
     real: judging.Pictures,
     arms: Mapping[str, judging.Pictures],
     others: np.ndarray,
-    cost: Mapping[str, Mapping[str, float]],
+    cost: Mapping[str, float],
     settings: Evaluate,
 ) -> Results:
     """Return all figures and verdicts."""
@@ -117,16 +116,14 @@ def judge(
     measured = {arm: judging.statistics(real, pictures, groups) for arm, pictures in arms.items()}
     figures = {arm: judging.arm_figures(measured[arm], arms[arm], bootstrap) for arm in arms}
     for arm, values in figures.items():
-        nfe, seconds = (cost[arm][name] for name in COSTS)
-        # Evaluations are counted, so their interval is a point; seconds were timed once, so they have none.
-        values |= {"nfe_per_image": judging.figure(nfe, nfe, nfe, n)}
-        values |= {"seconds_per_image": judging.figure(seconds, None, None, n)}
+        # Evaluations are counted, so their interval is a point.
+        values |= {"nfe_per_image": judging.figure(cost[arm], cost[arm], cost[arm], n)}
     floor = judging.floor(real.features[:, 0], others, groups, bootstrap)
     worse = {}
     for reference in (arm for arm in arms if JUDGED in arms and arm != JUDGED):
         least = float(floor["kernel_distance"].high or 0)
         worse[reference] = judging.worse_by(measured[JUDGED], measured[reference], bootstrap, n, least)
-        pair = cost[JUDGED]["nfe_per_image"], cost[reference]["nfe_per_image"]
+        pair = cost[JUDGED], cost[reference]
         worse[reference]["nfe_per_image"] = judging.cost_worse_by(*pair, n)
     cheaper = worse[INDEPENDENT]["nfe_per_image"].relative.value if INDEPENDENT in worse else None
     saving = -(cheaper or 0.0)

@@ -99,13 +99,14 @@ def main(
             "pictures": len(examples),
             "groups": len(members),
             "losses": {name: round(value, 6) for name, value in trained.losses.items()},
-            "seconds": round(trained.seconds, 1),
             "model_sha256": sha256_tree(out),
             **sources,
         }
         record.metrics({name: value for name, value in figures.items() if isinstance(value, (int, float))})
         record.tags({name: value for name, value in figures.items() if isinstance(value, str)})
-        write_json(metrics, figures | {"run_id": record.id})
+        record.metrics({"seconds": round(trained.seconds, 1)})
+        write_json(metrics, figures)
+        record.result(metrics)
     shutil.rmtree(state)
 
 

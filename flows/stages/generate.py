@@ -64,7 +64,8 @@ def main(
     arms = plan_arms(base, model, members, settings)
     made: dict[tuple[str, Plan], dict[str, Any]] = {}
     first: dict[tuple[str, Plan], str] = {}
-    figures = {}
+    figures: dict[str, dict[str, Any]] = {}
+    seconds: dict[str, float] = {}
     images = len(examples) * len(settings.seeds)
     different = len({arm.made for arm in arms})
 
@@ -75,7 +76,7 @@ def main(
                 if arm.made in made:
                     shutil.copytree(folder / first[arm.made], folder / arm.name)
                 else:
-                    made[arm.made] = make(arm, examples, settings, folder / arm.name, advance)
+                    made[arm.made], seconds[arm.name] = make(arm, examples, settings, folder / arm.name, advance)
                     first[arm.made] = arm.name
                 figures[arm.name] = {
                     "model": str(arm.model),
@@ -91,7 +92,12 @@ def main(
                 {f"{arm.name}.{name}": v for name, v in figures[arm.name].items() if isinstance(v, (int, float))}
             )
         record.image(grid(folder, [arm.name for arm in arms], examples, members, settings.seeds[0]), "arms")
-        write_json(metrics, {"arms": figures, "split": settings.split, "seeds": settings.seeds, "run_id": record.id})
+        # How long it took differs from run to run, so it is recorded and shown, and not in the result.
+        record.metrics({f"{arm}.seconds_per_image": value for arm, value in seconds.items()})
+        write_json(metrics, {"arms": figures, "split": settings.split, "seeds": settings.seeds})
+        record.result(metrics)
+    for name, value in seconds.items():
+        typer.echo(f"{name:<22} {figures[name]['nfe_per_image']:6.2f} NFE  {value:8.3f} s per image")
 
 
 def plan_arms(base: Path, model: Path, groups: list[list[int]], settings: Generate) -> list[Arm]:
@@ -112,8 +118,11 @@ def plan_arms(base: Path, model: Path, groups: list[list[int]], settings: Genera
 
 def make(
     arm: Arm, examples: list[Example], settings: Generate, folder: Path, advance: Callable[[int], None]
-) -> dict[str, Any]:
-    """Write one arm's pictures and return its cost; raise PlanError where the network ran more or less than planned."""
+) -> tuple[dict[str, Any], float]:
+    """Write one arm's images; return its cost and the seconds that an image took.
+
+    Raises PlanError if the network evaluated more or fewer rows than planned.
+    """
     pipe = open_pipeline(arm.model)
     seconds = 0.0
     with counted(pipe.unet) as evaluations:
@@ -141,9 +150,7 @@ def make(
         "nfe": nfe,
         "nfe_per_image": nfe / images,
         "saving": arm.plan.saving,
-        "seconds": round(seconds, 3),
-        "seconds_per_image": round(seconds / images, 6),
-    }
+    }, seconds / images
 
 
 @contextmanager

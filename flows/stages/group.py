@@ -53,7 +53,8 @@ def main(
             results[split] = figures(groups, worst) | {"unusable": int((~usable(embeddings)).sum())}
         flat = {f"{split}.{name}": value for split, values in results.items() for name, value in values.items()}
         record.metrics(flat)
-        write_json(metrics, results | {"run_id": record.id})
+        write_json(metrics, results)
+        record.result(metrics)
 
 
 if __name__ == "__main__":

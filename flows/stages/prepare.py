@@ -41,7 +41,8 @@ def main(
                 advance=advance,
             )
         licence = {"licence": twemoji.LICENCE} if params.source == "twemoji" else {}
-        write_json(metrics, {"run_id": record.id, "source": params.source} | licence | found)
+        write_json(metrics, {"source": params.source} | licence | found)
+        record.result(metrics)
         record.metrics(_figures(found))
         record.dataset("prepared", found["digest"], params.source)
         record.image(_sheet(out), "training_samples")

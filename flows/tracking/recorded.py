@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.tracking.registry import aliases, connect, find, split
+from flows.tracking.runs import run_of
 from sage.errors import SageError
 from sage.evaluation.results import Results, parse
 
@@ -32,7 +33,7 @@ class Recorded:
 def recorded(name: str) -> Recorded:
     """Return what a run recorded; `name` is its id, that of a pipeline or of a registration, or models:/NAME@ALIAS.
 
-    A stage that was up to date keeps the id of the run that made its results; its parameters are that run's.
+    A stage that was up to date is represented by the run that made its results; its parameters are that run's.
     Raises SageError where there is no such run or it has no results.
     """
     from mlflow.exceptions import MlflowException
@@ -53,20 +54,21 @@ def recorded(name: str) -> Recorded:
         results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
         if "evaluate" not in results:
             raise SageError(f"run {name} was not evaluated; give a pipeline's run that finished.")
+        home = run.info.experiment_id
+        made = {stage: run_of(tracker, home, folder / f"{stage}.json") for stage in results}
         return Recorded(
             name,
             run.info.run_name,
             run.info.start_time / 1000,
             (run.info.end_time - run.info.start_time) / 1000 if run.info.end_time else None,
             {k: v for k, v in run.data.tags.items() if k.startswith(_TAGS) and not k.startswith(_ELSEWHERE)},
-            _params(tracker, results),
+            _params(tracker, made),
             parse(results["evaluate"], f"evaluate.json of run {name}"),
-            _samples(tracker, results["evaluate"].get("run_id"), temporary),
+            _samples(tracker, made["evaluate"], temporary),
         )
 
 
-def _params(tracker: Any, results: Mapping[str, Any]) -> dict[str, str]:
-    made = {stage: result.get("run_id") for stage, result in results.items()}
+def _params(tracker: Any, made: Mapping[str, str | None]) -> dict[str, str]:
     return {
         f"{stage}.{key}": value
         for stage, run in made.items()

@@ -153,7 +153,7 @@ def _tags(results: Mapping[str, dict[str, Any]], evaluate: Results, params: Para
     tags = {
         _MODEL_HASH: results["finetune"]["model_sha256"],
         # The run that recorded the figures is no part of them.
-        _METRICS_HASH: digest({key: value for key, value in raw.items() if key != "run_id"}),
+        _METRICS_HASH: digest(raw),
         SET: evaluate.set.digest,
         GATES: json.dumps(gates),
         "sage.data_digest": results["prepare"]["digest"],

@@ -25,6 +25,7 @@ EXPERIMENT = "sage"
 PIPELINE = "SAGE_PIPELINE"
 _PIPELINE_TAGS = "SAGE_PIPELINE_TAGS"
 _PROCESS = "sage.process"  # a tag of a run
+_RESULT = "sage.result_sha256"  # of the file in metrics/ that a stage wrote
 _DIGEST_LENGTH = 36  # of a dataset, in MLflow's tables
 
 
@@ -76,12 +77,26 @@ def check(uri: str) -> None:
     experiment(client(uri), uri)
 
 
-def link(run_id: str | None) -> str | None:
-    """Return where a browser finds a run; None where no server shows it."""
+def link(result: Path) -> str | None:
+    """Return where a browser finds the run that wrote a result file; None if no server shows it."""
     uri = address()
-    if uri is None or run_id is None or not uri.startswith("http"):
+    if uri is None or not uri.startswith("http"):
         return None
-    return f"{uri}/#/experiments/{client(uri).get_run(run_id).info.experiment_id}/runs/{run_id}"
+    tracker = client(uri)
+    home = experiment(tracker, uri)
+    run_id = run_of(tracker, home, result)
+    return None if run_id is None else f"{uri}/#/experiments/{home}/runs/{run_id}"
+
+
+def run_of(tracker: Any, home: str, result: Path) -> str | None:
+    """Return the latest run that wrote a result file with these bytes; None if none is recorded.
+
+    So a stage that is up to date, or restored from the cache, points to the run that made its result, and the result
+    itself holds nothing that differs from run to run.
+    """
+    same = f"tags.`{_RESULT}` = '{sha256(result)}'"
+    found = tracker.search_runs([home], filter_string=same, order_by=["attributes.start_time DESC"], max_results=1)
+    return found[0].info.run_id if found else None
 
 
 class Run:
@@ -126,6 +141,10 @@ class Run:
 
             data = Dataset(name, digest[:_DIGEST_LENGTH], source_type="dvc", source=json.dumps({"digest": digest}))
             self._tracker.log_inputs(self.id, [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
+
+    def result(self, path: Path) -> None:
+        """Record that this run wrote a result file, so that `run_of` finds it by the file."""
+        self.tags({_RESULT: sha256(path)})
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Record tags, as text."""

@@ -7,7 +7,7 @@ the stage that generates (metrics/generate.json). Tables, plots and gates then s
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Interval = Literal["bootstrap", "jackknife", "exact", "none"]
+Interval = Literal["bootstrap", "jackknife", "exact"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Metric:
     label: what people read, as it stands inside a sentence.
     higher_is_better: the direction.
     interval: how its interval is found. "bootstrap": draws over groups; "jackknife": leaving out blocks of groups;
-        "exact": counted, so the interval is a point; "none": timed once. The last two are costs.
+        "exact": counted, a cost, so the interval is a point.
     description: one line on what is measured.
     gateable: whether a gate may rest on it.
     by_similarity: whether the report also splits it by the similarity of the groups.
@@ -42,7 +42,7 @@ class Metric:
     @property
     def cost(self) -> bool:
         """Whether it is a cost, not a quality."""
-        return self.interval in ("exact", "none")
+        return self.interval == "exact"
 
     @property
     def direction(self) -> str:
@@ -65,7 +65,6 @@ METRICS = {
             "rows of all network calls over the number of images; twice as many under guidance",
             gateable=True,
         ),
-        Metric("seconds_per_image", "seconds per image", False, "none", "wall-clock time of sampling, measured once"),
         Metric(
             "kernel_distance",
             "kernel distance",

@@ -91,7 +91,6 @@ class Results(_Strict):
     worse_by: how much worse the judged arm is, by reference and metric.
     by_similarity: the same figures for parts of the groups.
     gates, passed: the verdicts, and whether all of them are favourable.
-    run_id: the run that recorded them, in files of older versions.
     """
 
     features: str
@@ -106,7 +105,6 @@ class Results(_Strict):
     by_similarity: list[Part]
     gates: list[Verdict]
     passed: bool
-    run_id: str | None = None
 
 
 def write(path: Path, results: Results) -> None:
