@@ -112,9 +112,7 @@ def _matrix(embeddings: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):  # a value too large for float32 becomes infinite: a group of its own
             matrix = np.asarray(embeddings, np.float32)
     except (ValueError, TypeError) as error:
-        raise DataError(
-            f"embeddings are not a matrix of numbers: {error}; give one row of equal width per prompt"
-        ) from error
+        raise DataError(f"embeddings are not a matrix of numbers: {error}; give every prompt equal width") from error
     if matrix.ndim != 2:
         raise DataError(f"embeddings have shape {matrix.shape}; give shape (prompts, width)")
     return matrix

@@ -17,7 +17,7 @@ Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
 # Up to this many rows every pair is kept; above, only each row's NEAREST, so that memory grows linearly.
 ALL_PAIRS = 4096
 NEAREST = 32
-# Up to this many rows the nearest neighbours are exact; above, a row is compared with the rows of PROBES inverted lists.
+# Up to this many rows nearest neighbours are exact; above, a row is compared with the rows of PROBES inverted lists.
 EXACT = 16384
 PROBES = 20
 # Lists for n rows, in units of sqrt(n): at 4, finding the lists and searching them cost about the same.

@@ -27,9 +27,9 @@ class StreamingGrouper:
     wait       seconds that the first member of a group waits at most
     window     largest number of prompts that wait; above it, the oldest group is released
 
-    A prompt joins the open group to whose least similar member it is most similar, if that cosine reaches `threshold`;
-    otherwise it opens a new group. A group is released when it is full, when its first member has waited `wait` seconds,
-    or when the window overflows. The caller passes the time, in seconds of any clock that does not run backwards.
+    A prompt joins the open group whose least similar member is most similar to it, if that cosine reaches `threshold`;
+    otherwise it opens a new group. A group is released when it is full, when its first member has waited for `wait`
+    seconds, or when the window overflows. The caller passes the time: seconds of any clock that never runs backwards.
     """
 
     def __init__(self, threshold: float, max_size: int, *, wait: float, window: int) -> None:

@@ -90,7 +90,7 @@ def threshold_for_share(embeddings: np.ndarray, share: float) -> float:
 
 
 def _sample(embeddings: np.ndarray) -> np.ndarray:
-    """Return the cosines of all pairs of rows, or of _PAIRS random pairs, drawn with a fixed seed, if there are more."""
+    """Return the cosines of all pairs of rows, or of _PAIRS pairs drawn with a fixed seed if there are more."""
     n = len(embeddings)
     if n < 2:
         raise ConfigurationError(f"{n} prompt(s) make no pair to choose a threshold from; give at least 2")
