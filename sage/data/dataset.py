@@ -45,8 +45,8 @@ def assign_splits(
 ) -> list[str]:
     """Return the split of each row; some images of each family are held out, never all of them.
 
-    families    family of each row (variants of one motif), or None; rows without a family count as one family
-    pictures    pixel hash of each row; rows with equal hashes get the same split, so that no held-out image is trained on
+    families    family of each row (variants of one subject), or None; rows without a family count as one family
+    pictures    pixel hash of each row; equal hashes get the same split, so that no held-out image is trained on
     validation  fraction of each family held out for validation
     test        fraction of each family held out for test
     seed        seed of the hash that decides which images are held out

@@ -73,7 +73,7 @@ def _walk(root: Path) -> Iterator[PurePosixPath]:
 
 
 def _is_picture(root: Path, name: PurePosixPath) -> bool:
-    """Return whether a file becomes a row; a link with another extension does too, so that its rejection is reported."""
+    """Return whether a file becomes a row; links of any extension do, so that their rejection is reported."""
     if name.suffix.lower() in _ACCEPTED + _FOREIGN:
         return True
     return name.name != METADATA and name.suffix.lower() != ".txt" and (root / name).is_symlink()

@@ -101,10 +101,8 @@ def _format(data: bytes) -> str:
             "format_not_allowed",
             f"it begins with {data[:12]!r}; allowed are {', '.join(sorted({*_ACCEPTED.values()}))}",
         )
-    raise Rejected(
-        "decode_error",
-        "the file is empty" if not data else f"it begins with {data[:12]!r}, which is no known image format",
-    )
+    detail = f"it begins with {data[:12]!r}, which is no known image format" if data else "the file is empty"
+    raise Rejected("decode_error", detail)
 
 
 def _check_size(width: int, height: int) -> None:

@@ -117,7 +117,7 @@ def _merge(
     """
     a, b, similarity = pairs
     sizes = sizes.copy()
-    # In a large set `pairs` may lack pairs of rows between two clusters; computing their cosines needs each row's cluster.
+    # In a large set `pairs` may lack pairs of rows between two clusters; computing them needs the cluster of each row.
     cluster = None if len(rows) <= ALL_PAIRS else np.arange(len(rows))
     merges: list[Link] = []
     fits = sizes[a] + sizes[b] <= max_size
