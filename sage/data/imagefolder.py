@@ -38,20 +38,20 @@ def read_folder(root: Path) -> list[Row]:
     """
     if not root.is_dir():
         raise DataError(
-            f"{root} is no folder. Put pictures with captions there, or set prepare.source to twemoji in params.yaml."
+            f"{root} is no folder. Put images with captions there, or set prepare.source to twemoji in params.yaml."
         )
     names = sorted(_walk(root), key=str)
     rows = [row for name in names if name.name == METADATA for row in _listed(root, name)]
     listed = {row.file for row in rows}
     captions = {_stem(str(name)): name for name in names if name.suffix.lower() == ".txt"}
-    pictures = [name for name in names if _is_picture(root, name)]
-    rows += [_beside(root, name, captions.get(_stem(str(name)))) for name in pictures if str(name) not in listed]
-    with_image = {_stem(file) for file in [*map(str, pictures), *listed]}
+    images = [name for name in names if _is_image(root, name)]
+    rows += [_beside(root, name, captions.get(_stem(str(name)))) for name in images if str(name) not in listed]
+    with_image = {_stem(file) for file in [*map(str, images), *listed]}
     lone = Rejected("missing_file", "a caption without an image")
     rows += [_row(root, str(name), None, rejected=lone) for stem, name in captions.items() if stem not in with_image]
     if not rows:
         raise DataError(
-            f"{root} holds no pictures. Put some there, with a {METADATA} (file_name, text) or a .txt beside each, "
+            f"{root} holds no images. Put some there, with a {METADATA} (file_name, text) or a .txt beside each, "
             "or set prepare.source to twemoji in params.yaml."
         )
     return _with_distinct_ids(_without_collisions(rows))
@@ -72,7 +72,7 @@ def _walk(root: Path) -> Iterator[PurePosixPath]:
                 yield PurePosixPath((here / name).relative_to(root))
 
 
-def _is_picture(root: Path, name: PurePosixPath) -> bool:
+def _is_image(root: Path, name: PurePosixPath) -> bool:
     """Return whether a file becomes a row; links of any extension do, so that their rejection is reported."""
     if name.suffix.lower() in _ACCEPTED + _FOREIGN:
         return True

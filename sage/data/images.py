@@ -72,14 +72,14 @@ def decode(data: bytes) -> Decoded:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # readable files are kept despite warnings; Pillow's pixel limit is above ours
         try:
-            picture = Image.open(BytesIO(data), formats=[kind])
-            _check_size(*picture.size)
-            mode, animated = picture.mode, bool(getattr(picture, "is_animated", False))
+            image = Image.open(BytesIO(data), formats=[kind])
+            _check_size(*image.size)
+            mode, animated = image.mode, bool(getattr(image, "is_animated", False))
             if mode not in _DIRECT_MODES and not mode.startswith("I;16"):
                 raise Rejected("format_not_allowed", f"pixels of mode {mode} have no defined white level")
-            picture.load()
-            ImageOps.exif_transpose(picture, in_place=True)
-            return Decoded(picture, mode, animated)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return Decoded(image, mode, animated)
         except Rejected:
             raise
         except Image.DecompressionBombError as error:

@@ -110,7 +110,11 @@ def agglomerate(
 def _merge(
     rows: np.ndarray, sizes: np.ndarray, pairs: Pairs, threshold: float, near_duplicate: float, max_size: int
 ) -> list[Link]:
-    """Return the merges (a, b, similarity) of complete linkage; `pairs` are the similar rows (`similar_pairs`).
+    """Return the merges (a, b, similarity) of complete linkage with a size cap.
+
+    rows, sizes     unit rows of shape (n, d), and the number of equal prompts that each stands for, shape (n,)
+    pairs           similar rows, from `similar_pairs`
+    threshold, near_duplicate, max_size    as for `sage.grouping.groups.group`
 
     In each round all pairs of clusters that are each other's most similar merge, and keep the smaller name. As complete
     linkage only ever lowers a similarity, this gives the same tree as merging the single best pair at a time.
