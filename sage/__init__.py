@@ -1,6 +1,14 @@
 """SAGE: semantic-aware shared sampling for text-to-image diffusion (arXiv 2509.15865).
 
-Names are imported when they are first used, so that `import sage` costs nothing.
+Similar prompts form a group; a group runs its first denoising steps as one sample, then branches into one per prompt.
+
+    SharedSamplingPipeline   diffusers pipeline that takes a list of prompts and shares their early steps
+    embed, group             prompts -> sentence embeddings -> groups of similar prompts
+    StreamingGrouper         groups for prompts that arrive one by one
+    Plan, plan_for_budget    which prompts share which steps; the plan that saves a given fraction of the network calls
+    SageError                base class of all errors that this library raises
+
+Names are imported on first use, so `import sage` loads neither torch nor diffusers.
 """
 
 from importlib import import_module
@@ -28,7 +36,7 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    """Return a public name from the module that it lives in."""
+    """Import a public name from the module that defines it."""
     if name not in _HOME:
         raise AttributeError(f"module 'sage' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

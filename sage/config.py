@@ -1,4 +1,7 @@
-"""`params.yaml` as strict, frozen models: one section a stage, every problem reported at once by its path."""
+"""`params.yaml` as strict, frozen pydantic models, one per section; all problems are reported together, by path.
+
+The comments in `params.yaml` explain each field.
+"""
 
 import re
 from collections.abc import Sequence
@@ -36,13 +39,13 @@ def _one_of(names: Sequence[str]) -> AfterValidator:
 
 
 class Section(BaseModel):
-    """What every section shares: no unknown keys, no silent conversions, no changes after parsing."""
+    """Base of all sections: unknown keys are errors, types are not converted, values do not change after parsing."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Prepare(Section):
-    """Which pictures are read, and how many are held out."""
+    """Source of the images, their size, and the fractions held out for validation and test."""
 
     source: Literal["twemoji", "folder"]
     words: Annotated[float, Field(gt=0, le=1)]
@@ -55,13 +58,13 @@ class Prepare(Section):
     def _leave_training(self) -> "Prepare":
         if self.validation + self.test >= 1:
             raise ValueError(
-                f"validation {self.validation} + test {self.test} leave nothing to train on; keep them below 1"
+                f"validation {self.validation} + test {self.test} leave nothing to train on; their sum must be below 1"
             )
         return self
 
 
 class NetworkTraining(Section):
-    """How long and how fast a part of the base model is trained."""
+    """Training schedule of one network of the base model."""
 
     steps: Count
     learning_rate: Positive
@@ -73,29 +76,26 @@ class NetworkTraining(Section):
 
 
 class Autoencoder(NetworkTraining):
-    """Pictures to latents and back."""
+    """The autoencoder (VAE) between images and latents."""
 
     kl_weight: Weight
 
 
 class Denoiser(NetworkTraining):
-    """The U-Net on those latents."""
+    """The U-Net that denoises the latents."""
 
     drop_text: Share
 
 
 class Pretrain(Section):
-    """The base model, trained from scratch by `sage pretrain`."""
+    """Training of the base model by `sage pretrain`."""
 
     autoencoder: Autoencoder
     denoiser: Denoiser
 
 
 class Group(Section):
-    """How similar the prompts of a group are, by threshold, budget or bound on damage, and how many they may be.
-
-    `guard` names the ways in which no two prompts of a group may differ although the encoder takes them for alike.
-    """
+    """The grouping policy (`sage.grouping.policy.Policy`): exactly one of threshold, saving and max_damage is set."""
 
     threshold: Cosine | None = None
     saving: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -113,7 +113,7 @@ class Group(Section):
 
 
 class Weights(Section):
-    """The weight of each term of the loss."""
+    """Weights of the terms of L_SAGE (`sage.training.loss`)."""
 
     diffusion: Weight
     shared: Weight
@@ -128,19 +128,19 @@ class Weights(Section):
 
 
 class Adapter(Section):
-    """LoRA: small matrices beside frozen weights."""
+    """LoRA: trained low-rank matrices on frozen weights."""
 
     rank: Count
 
 
 class Finetune(Section):
-    """The SAGE fine-tuning of the base model."""
+    """Fine-tuning of the base model with L_SAGE."""
 
     steps: Count
     learning_rate: Positive
     warmup: Annotated[int, Field(ge=0)]
     decay: Annotated[int, Field(ge=0)]
-    # Three terms share it.
+    # A batch is split between three terms: diffusion, shared and branch.
     batch_size: Annotated[int, Field(ge=3)]
     share_ratios: Annotated[list[Share], Field(min_length=2, max_length=2)]
     soft_target: Literal["mean", "posterior"]
@@ -160,18 +160,23 @@ class Finetune(Section):
     def _consistent(self) -> "Finetune":
         low, high = self.share_ratios
         if low > high:
-            raise ValueError(f"share_ratios {self.share_ratios} are not in order; the lower comes first")
+            raise ValueError(f"share_ratios {self.share_ratios} are not in order; give [lowest, highest]")
         if high == 0 and self.weights.shared > 0:
-            raise ValueError("share_ratios end at 0, so no step is shared; raise them or set weights.shared to 0")
+            raise ValueError(
+                f"share_ratios end at 0, so no step is shared, but weights.shared is {self.weights.shared}; "
+                "raise share_ratios or set weights.shared to 0"
+            )
         if self.warmup + self.decay > self.steps:
-            raise ValueError(f"warmup {self.warmup} + decay {self.decay} are more than the {self.steps} steps")
+            raise ValueError(
+                f"warmup {self.warmup} + decay {self.decay} are more than the {self.steps} steps; shorten them"
+            )
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate {self.accumulate} is more than batch_size {self.batch_size}; lower it")
         return self
 
 
 class Generate(Section):
-    """The pictures that are judged: every arm on the same prompts and seeds."""
+    """Sampling of the images to evaluate; every arm uses the same prompts and seeds."""
 
     split: Literal["validation", "test"]
     steps: Annotated[int, Field(ge=2, le=1000)]
@@ -184,16 +189,19 @@ class Generate(Section):
     @model_validator(mode="after")
     def _distinct(self) -> "Generate":
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds {self.seeds} repeat; a seed twice is one sample counted twice")
+            raise ValueError(f"seeds {self.seeds} repeat; list each once, or the same images are counted twice")
         return self
 
     def sampling(self) -> dict[str, Any]:
-        """Return what holds for any prompts, not only for those that are judged."""
+        """Return the settings that apply to any prompts; split and seeds belong to the evaluation alone."""
         return self.model_dump(include={"steps", "share_ratio", "branch_noise", "guidance_scale", "batch_size"})
 
 
 class Gate(Section):
-    """One condition that a model must meet: "no worse than the reference arm by more than this"."""
+    """One condition for promotion: `metric` is worse than in arm `reference` by at most `worse_by_at_most`.
+
+    `relative`: the limit is a fraction of the reference's value.
+    """
 
     metric: Annotated[str, _one_of(GATEABLE)]
     reference: Annotated[str, _one_of(REFERENCES)]
@@ -202,7 +210,7 @@ class Gate(Section):
 
 
 class Evaluate(Section):
-    """The figures, their intervals and the gates."""
+    """Bootstrap intervals of the metrics, and the gates."""
 
     resamples: Annotated[int, Field(ge=100)]
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
@@ -222,7 +230,7 @@ class Params(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-05, as DVC writes 0.00001, as a number: so does YAML 1.2, but not 1.1."""
+    """Parses 1e-05 (DVC's form of 0.00001) as a float, as YAML 1.2 does; in PyYAML's YAML 1.1 it is a string."""
 
 
 _NUMBER = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$")
@@ -230,7 +238,10 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+012345
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
-    """Return the configuration; raise ConfigurationError with one line for every problem."""
+    """Return the parsed configuration.
+
+    Raises ConfigurationError if the file is missing or not YAML, or with one line per problem in it.
+    """
     try:
         values: Any = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506
     except FileNotFoundError as error:
@@ -245,14 +256,14 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
 
 
 def _line(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"]) or "(top)"
+    path = ".".join(str(part) for part in problem["loc"]) or "(top)"
     if problem["type"] == "extra_forbidden":
-        return f"  {where}: unknown key; allowed are {', '.join(_keys(problem['loc'][:-1]))}"
-    return f"  {where}: {problem['msg']}, found {problem['input']!r}"
+        return f"  {path}: unknown key; allowed are {', '.join(_keys(problem['loc'][:-1]))}"
+    return f"  {path}: {problem['msg']}, found {problem['input']!r}"
 
 
 def _keys(location: tuple[str | int, ...]) -> list[str]:
-    """Return the keys allowed at a place of the file."""
+    """Return the keys allowed in the section at this location."""
     model: Any = Params
     for part in location:
         if isinstance(part, str):

@@ -1,4 +1,4 @@
-"""Noise schedules and prediction types: x_t, x_0, eps and v, and the conversions between them.
+"""Noise schedules, prediction types, and the conversions between x_t, x_0, eps and v.
 
 Notation
     x_0, z   clean latents                      alpha_t, sigma_t   signal and noise level
@@ -19,17 +19,17 @@ from sage.errors import UnsupportedError
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 _FLOW = "FlowMatchEulerDiscreteScheduler"
-# Those that a variance-preserving scheduler can name.
+# The prediction types that the configuration of a variance-preserving scheduler can hold.
 _NAMED = ("epsilon", "v_prediction", "sample")
 
 
 def noise_levels(scheduler: Any) -> tuple[Tensor, Tensor]:
     """Return (alpha, sigma), each of shape (T,), of a variance-preserving or flow-matching diffusers scheduler.
 
-    Raises UnsupportedError for a scheduler of another kind.
+    Raises UnsupportedError if the scheduler is neither.
     """
     if type(scheduler).__name__ == _FLOW:
-        # From the configuration: sampling leaves the scheduler with the levels of its own few steps.
+        # A fresh scheduler, because after set_timesteps `sigmas` holds only the levels of the sampling steps.
         sigmas = type(scheduler).from_config(scheduler.config).sigmas.flip(0)
         return 1 - sigmas, sigmas
     if not hasattr(scheduler, "alphas_cumprod"):
@@ -41,35 +41,38 @@ def noise_levels(scheduler: Any) -> tuple[Tensor, Tensor]:
 
 
 def network_times(scheduler: Any) -> Tensor:
-    """Return what the network is told at each timestep, shape (T,): its number, or with flow matching T sigma_t."""
+    """Return the network's time input at each timestep, shape (T,): t itself, or T sigma_t under flow matching."""
     alphas, sigmas = noise_levels(scheduler)
     return sigmas * len(sigmas) if type(scheduler).__name__ == _FLOW else torch.arange(len(alphas))
 
 
 def prediction_type(scheduler: Any) -> PredictionType:
-    """Return what a network of this scheduler predicts; raise UnsupportedError for a kind that is not known here."""
+    """Return the prediction type that this scheduler expects of its network.
+
+    Raises UnsupportedError if it is none of `PredictionType`.
+    """
     if type(scheduler).__name__ == _FLOW:
         return "flow_prediction"
     kind: PredictionType = scheduler.config.get("prediction_type")
     if kind not in _NAMED:
         raise UnsupportedError(
-            f"{type(scheduler).__name__} has prediction type {kind!r}, which is not one of {', '.join(_NAMED)}."
+            f"{type(scheduler).__name__} has prediction type {kind!r}; use one of {', '.join(_NAMED)}."
         )
     return kind
 
 
 def spread(level: Tensor, like: Tensor) -> Tensor:
-    """Return one level per item, shape (n,), as (n, 1, 1, ...) to multiply `like`, shape (n, ...)."""
+    """Return `level`, one value per item, reshaped from (n,) to (n, 1, 1, ...) to multiply `like` of shape (n, ...)."""
     return level.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def add_noise(x_0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Return x_t = alpha x_0 + sigma eps, with alpha and sigma of shape (n,)."""
+    """Return x_t = alpha x_0 + sigma eps; alpha and sigma have shape (n,), x_0 and eps shape (n, ...)."""
     return spread(alpha, x_0) * x_0 + spread(sigma, x_0) * eps
 
 
 def target(kind: PredictionType, x_0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Return what a network of this prediction type is trained to answer for clean latents and noise."""
+    """Return the regression target of a network of this prediction type; shapes as in `add_noise`."""
     if kind == "epsilon":
         return eps
     if kind == "sample":
@@ -80,15 +83,15 @@ def target(kind: PredictionType, x_0: Tensor, eps: Tensor, alpha: Tensor, sigma:
 
 
 def implied_noise(x_t: Tensor, x_0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Return eps = (x_t - alpha x_0) / sigma, the noise that a deterministic sampler sees between x_t and x_0.
+    """Return eps = (x_t - alpha x_0) / sigma, the noise that takes x_0 to x_t.
 
-    Finite for sigma > 0; an x_0 other than the one in x_t makes it grow as 1 / sigma.
+    Needs sigma > 0. If x_t was not made from this x_0, eps is not standard normal: it grows as 1 / sigma.
     """
     return (x_t - spread(alpha, x_0) * x_0) / spread(sigma, x_0)
 
 
 def predicted_sample(kind: PredictionType, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Return the x_0 that a network output means at x_t; eps-prediction needs alpha > 0."""
+    """Return the x_0 that follows from a network output at x_t; prediction type epsilon needs alpha > 0."""
     if kind == "epsilon":
         return (x_t - spread(sigma, x_t) * output) / spread(alpha, x_t)
     if kind == "sample":
@@ -108,7 +111,7 @@ class NoiseSchedule:
 
     @classmethod
     def of(cls, scheduler: Any) -> "NoiseSchedule":
-        """Return the schedule of a diffusers scheduler; raise UnsupportedError for one of another kind."""
+        """Return the training schedule of a diffusers scheduler; raise UnsupportedError if it is of another kind."""
         return cls(prediction_type(scheduler), *noise_levels(scheduler))
 
     def __len__(self) -> int:
@@ -116,17 +119,20 @@ class NoiseSchedule:
         return len(self.alphas)
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return alpha and sigma at timesteps of shape (n,)."""
+        """Return (alpha, sigma), each of shape (n,), at timesteps t of shape (n,)."""
         return self.alphas[t], self.sigmas[t]
 
     def target(self, x_t: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
-        """Return the network output that means x_0 at x_t; finite at alpha_t = 0, needs sigma_t > 0."""
+        """Return the network output that corresponds to predicting x_0 at x_t; t has shape (n,).
+
+        Needs sigma_t > 0; it is finite at alpha_t = 0 too.
+        """
         alpha, sigma = self.at(t)
         return target(self.kind, x_0, implied_noise(x_t, x_0, alpha, sigma), alpha, sigma)
 
     def timestep_after(self, share: Tensor) -> Tensor:
-        """Return the timestep at which a sampler with trailing spacing stands after this share of its steps, (n,).
+        """Return the timestep, shape (n,), that a sampler with trailing spacing reaches after a fraction of its steps.
 
-        Share 0 gives T - 1, the start.
+        `share` has shape (n,); 0 gives T - 1, the first timestep.
         """
         return ((1 - share) * len(self)).round().long().clamp(1, len(self)) - 1

@@ -1,37 +1,37 @@
-"""What this library raises, as one tree."""
+"""The exceptions of this library; all derive from SageError."""
 
 
 class SageError(Exception):
-    """The base of every error raised on purpose; its message says what is wrong and what to do."""
+    """Base of all errors of this library; the message says what is wrong and what to do about it."""
 
 
 class ConfigurationError(SageError):
-    """`params.yaml` or an argument asks for something unknown, ill-typed or contradictory."""
+    """`params.yaml` or an argument is unknown, of the wrong type, out of range or contradicts another setting."""
 
 
 class DataError(SageError):
-    """Input data cannot be used: missing, empty, or with no valid pair of picture and caption."""
+    """Input data cannot be used: missing, empty, damaged, of the wrong shape, or without a valid image and caption."""
 
 
 class PlanError(SageError):
-    """A sharing plan is impossible or does not belong to these prompts."""
+    """A sharing plan is impossible, cannot reach the requested saving, or does not match prompts or scheduler."""
 
 
 class UnsupportedError(SageError):
-    """A scheduler or a pipeline of a kind that shared sampling cannot drive."""
+    """Shared sampling or training does not support this scheduler, pipeline or network."""
 
 
 class CheckpointError(SageError):
-    """Saved state is damaged or belongs to another configuration."""
+    """A saved model or training state is damaged, incomplete or of another configuration."""
 
 
 class DivergedError(SageError):
-    """Training produced a loss or a gradient that is not finite."""
+    """Training produced a loss, a gradient or weights that are not finite."""
 
 
 class MetricError(SageError):
-    """A metric is missing, not finite, or was not measured on the expected set."""
+    """A metric is missing, not finite, or was measured on a different set of prompts and images."""
 
 
 class RegistryError(SageError):
-    """A registered version is damaged, or a promotion is not allowed."""
+    """A registered model version is missing or damaged, or its promotion is not allowed."""

@@ -1,4 +1,4 @@
-"""Writing that a crash cannot halve: temporary name, fsync, rename; and the hashes to check what was written."""
+"""Atomic writing of files and folders (temporary name, fsync, rename), and their SHA-256 hashes."""
 
 import glob
 import hashlib
@@ -19,22 +19,22 @@ def sha256(path: Path) -> str:
 
 
 def sha256_tree(folder: Path) -> str:
-    """Return one SHA-256 for all files below a folder: their relative names and their contents."""
+    """Return one SHA-256 over the relative names and contents of all files below a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     lines = (f"{path.relative_to(folder).as_posix()} {sha256(path)}\n" for path in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def digest(value: Any) -> str:
-    """Return the SHA-256 of a JSON value, whatever the order of its keys."""
+    """Return the SHA-256 of a JSON value; the order of its keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write; on success it is synced and takes the place of `path`, on failure it goes.
+    """Yield a temporary path to write; on success it is synced and replaces `path`, on failure it is deleted.
 
-    Raises OSError with the name of `path` where it cannot be written; what stood there before stands unchanged.
+    Raises OSError that names `path` if it cannot be written; an existing file is then unchanged.
     """
     with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,10 +51,10 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill; on success it is synced and takes the place of `path`, on failure it goes.
+    """Yield a temporary folder to fill; on success it is synced and replaces `path`, on failure it is deleted.
 
-    Raises OSError with the name of `path` where it cannot be written; what stood there before stands unchanged. Only
-    a kill between its two renames leaves no folder of this name; half a folder never.
+    Raises OSError that names `path` if it cannot be written; an existing folder is then unchanged. `path` never holds
+    an incomplete folder. It takes two renames to replace a folder: a process killed between them leaves none.
     """
     with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            # Together: one after the other, thousands of small files take half a minute on a slow disk.
+            # In parallel: thousands of small files, synced one by one, take half a minute on a slow disk.
             with ThreadPoolExecutor(16) as pool:
                 list(pool.map(_sync, [*temporary.rglob("*"), temporary]))
             _replace(path, temporary)
@@ -73,18 +73,18 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file atomically."""
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all; a NaN or an infinity is refused with ValueError."""
+    """Write JSON atomically; raise ValueError for NaN and infinity."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _replace(path: Path, new: Path) -> None:
-    """Put the folder `new` in the place of `path`; a folder cannot be renamed over one that is not empty."""
+    """Replace the folder `path` by `new`, in two renames, because a rename cannot overwrite a folder with files."""
     if not path.exists():
         new.rename(path)
         return
@@ -119,7 +119,7 @@ def _sweep(path: Path) -> None:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Give an error without a path, as a full disk raises it, the path that was to be written."""
+    """Add `path` to an OSError that names no file, such as a full disk's."""
     try:
         yield
     except OSError as error:

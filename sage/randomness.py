@@ -1,4 +1,4 @@
-"""Random numbers that are functions of a key, so that a resumed run draws what the uninterrupted one did."""
+"""Random numbers as a function of a key, so that a resumed run draws the same numbers as an uninterrupted one."""
 
 import hashlib
 
@@ -7,12 +7,15 @@ from torch import Tensor
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """Return the source of all randomness that belongs to a key, such as (seed, step); another key, another stream."""
+    """Return a CPU generator seeded by a hash of the key, such as (seed, step)."""
     # Hashed, because torch's CPU generator reads only the low 32 bits of a seed: `seed << 32` would change nothing.
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4]))
 
 
 def stratified_uniform(n: int, random: torch.Generator) -> Tensor:
-    """Return n numbers in [0, 1), one in each n-th, in random order: the mean of independent ones, less variance."""
-    # In double: 63 plus a float just below 1 is 64 in single precision, and a timestep T does not exist.
+    """Return n stratified uniform samples in [0, 1) as float64, shape (n,): one in each [k/n, (k+1)/n), shuffled.
+
+    An average over them is an unbiased estimate, as with independent samples, and has a lower variance.
+    """
+    # In single precision 63 plus a number just below 1 rounds to 64; the sample would be 1 and its timestep T.
     return (torch.randperm(n, generator=random) + torch.rand(n, generator=random, dtype=torch.float64)) / n

@@ -1,4 +1,4 @@
-"""Declare torchvision's operators where they cannot be loaded, so that diffusers can be imported.
+"""Declare torchvision's operators if they cannot be loaded, so that diffusers can be imported.
 
 With the CPU build of torch 2.13 the torchvision wheel cannot load its compiled operators, and importing it fails with
 `operator torchvision::nms does not exist`; diffusers, transformers and clean-fid all import it. Nothing here calls the
@@ -16,7 +16,7 @@ _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 def _operators_load() -> bool:
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
-        return True  # no torchvision, nothing to mend
+        return True  # without torchvision nothing needs its operators
     for library in Path(spec.origin).parent.glob("_C.*"):
         try:
             torch.ops.load_library(library)  # type: ignore[no-untyped-call]
@@ -25,7 +25,7 @@ def _operators_load() -> bool:
     return hasattr(torch.ops.torchvision, "nms")
 
 
-# The library must stay referenced: its declarations go when it does.
+# Keep a reference: torch drops the declarations when the Library is garbage-collected.
 _library: torch.library.Library | None = None
 if not _operators_load():
     _library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]

@@ -115,7 +115,7 @@ def test_a_bound_on_quality_is_read_from_what_was_measured_on_the_model(project)
 def test_a_bound_needs_a_measurement_of_this_model_and_of_as_much_sharing(project):
     configure(project, max_damage=0.2)
     (project / "base").mkdir()
-    with pytest.raises(ConfigurationError, match="does not exist, so what sharing costs is unknown"):
+    with pytest.raises(ConfigurationError, match="does not exist, so the damage of sharing is unknown"):
         stage(project)
     measured_model(project, share_ratio=0.2)
     with pytest.raises(ConfigurationError, match=r"share ratio 0\.2 .* less than the 0\.4"):

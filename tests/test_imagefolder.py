@@ -181,5 +181,5 @@ def test_a_missing_or_empty_folder_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"missing is no folder.*prepare\.source"):
         read_folder(tmp_path / "missing")
     (tmp_path / "README.md").write_text("nothing yet")
-    with pytest.raises(DataError, match=r"holds no pictures.*metadata\.jsonl.*prepare\.source"):
+    with pytest.raises(DataError, match=r"holds no images.*metadata\.jsonl.*prepare\.source"):
         read_folder(tmp_path)

@@ -337,7 +337,7 @@ def test_the_stage_records_what_it_did(project: Path, good: Path) -> None:
     ("prepare_folder", "message"),
     [
         (lambda folder: folder.rmdir(), "raw is no folder"),
-        (lambda folder: None, "raw holds no pictures"),
+        (lambda folder: None, "raw holds no images"),
         (lambda folder: put(folder, "a.png", b"", "a"), "none of the 1 rows can be used"),
         (lambda folder: put(folder, "a.png", encoded(drawing(), "PNG"), "a"), "1 kept rows split into 1 train"),
     ],

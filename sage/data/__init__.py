@@ -1,1 +1,1 @@
-"""Images with captions: read, checked, split into training, validation and test (stage `prepare`)."""
+"""Reading, checking and splitting images with captions (stage `prepare`)."""

@@ -1,22 +1,22 @@
-"""Captions as they come, and what is kept of them."""
+"""Checking and cleaning captions."""
 
 import re
 import unicodedata
 
 from sage.data.rows import Rejected
 
-# Written and invisible: zero-width space and joins, directional marks and overrides, byte-order mark, annotations, soft
-# hyphen. The zero-width joiner and non-joiner stay: emoji, Persian and Indic scripts are spelt with them.
+# Invisible format characters: soft hyphen, zero-width space, directional marks and overrides, word joiner, byte-order
+# mark, annotations. The zero-width joiner and non-joiner stay, because emoji, Persian and Indic scripts need them.
 _INVISIBLE = re.compile(
     "[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb]"
 )
 
 
 def clean_caption(text: object) -> str:
-    """Return a caption in Unicode form NFC, without control and invisible characters, single spaces between words.
+    """Return a caption in Unicode NFC, without control and invisible characters, words separated by single spaces.
 
-    Raises Rejected: `no_caption` for anything but text and for text without a visible character, `bad_text` for text
-    with a NUL or half a surrogate pair.
+    Raises Rejected with `no_caption` if it is not text or has no visible character, with `bad_text` if it contains a
+    NUL or a lone surrogate.
     """
     if not isinstance(text, str):
         raise Rejected("no_caption", f"the caption is {'missing' if text is None else type(text).__name__}, not text")

@@ -1,7 +1,7 @@
-"""Captioned pictures as the stages share them: one ImageFolder (Hugging Face's form) a split.
+"""The prepared dataset, which all stages read: captioned images, one Hugging Face ImageFolder per split.
 
-A prepared folder also holds `accounting.jsonl`, a line for every input row, and SHA256SUMS, for `sha256sum --check`;
-sage.data.preparation writes them all.
+A prepared folder also holds `accounting.jsonl`, one line per input row, and SHA256SUMS, for `sha256sum --check`.
+`sage.data.preparation` writes it.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ from sage.files import sha256
 
 SUMS = "SHA256SUMS"
 SPLITS = ("train", "validation", "test")
-SMALL_FAMILY = 4  # pictures; of a family with fewer, none is held out
+SMALL_FAMILY = 4  # images; a family with fewer is used for training only
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prepared picture with its caption; `other_texts` are further captions, which only training may see."""
+    """One prepared image with its caption; `other_texts` are further captions, used in training only."""
 
     id: str
     path: Path
@@ -36,25 +36,29 @@ class Example:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """All captions."""
+        """All captions of the image, `text` first."""
         return self.text, *self.other_texts
 
 
 def assign_splits(
     families: Sequence[str | None], pictures: Sequence[str], validation: float, test: float, seed: int
 ) -> list[str]:
-    """Return the split of each row, holding out some members of a family and never a whole one.
+    """Return the split of each row; some images of each family are held out, never all of them.
 
-    Rows with the same picture go together, so that nothing held out was seen in training. Members of a family of four
-    or more are held out by a seeded hash; without families, rows are drawn from the whole set as from one family.
-    `pictures` are pixel hashes; `validation` and `test` are shares of a family's pictures.
+    families    family of each row (variants of one subject), or None; rows without a family count as one family
+    pictures    pixel hash of each row; equal hashes get the same split, so that no held-out image is trained on
+    validation  fraction of each family held out for validation
+    test        fraction of each family held out for test
+    seed        seed of the hash that decides which images are held out
+
+    Families of fewer than SMALL_FAMILY images, and images that belong to several families, are not held out.
     """
     families_of: dict[str, set[str]] = defaultdict(set)
     for family, picture in zip(families, pictures, strict=True):
         families_of[picture].add(family or "")
     members: dict[str, list[str]] = defaultdict(list)
     for picture, names in families_of.items():
-        # A picture of several families is trained on: drawn for one of them, it could be all that another has.
+        # An image of several families stays in training: held out for one, it could be the last image of another.
         if len(names) == 1:
             members[min(names)].append(picture)
     split_of = dict.fromkeys(families_of, "train")
@@ -63,28 +67,28 @@ def assign_splits(
             continue
         order = sorted(group, key=lambda picture: hashlib.sha256(f"{seed}:{picture}".encode()).digest())
         n_test, n_validation = (math.floor(share * len(order) + 0.5) for share in (test, validation))
-        # Rounding up both shares must not take the last member from training.
+        # Rounding both up must not hold out the last image of a family.
         held_out = ["test"] * n_test + ["validation"] * n_validation
         split_of |= dict(zip(order[:-1], held_out, strict=False))
     return [split_of[picture] for picture in pictures]
 
 
 def write_sums(folder: Path) -> None:
-    """Write the hash of every file of a prepared folder into it."""
+    """Write SHA256SUMS, the hashes of all files in a prepared folder, into that folder."""
     lines = (f"{found}  {name}\n" for name, found in _sums(folder).items())
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def check_sums(folder: Path) -> None:
-    """Raise DataError where a prepared folder's files are not those that were written; it names the first."""
+    """Raise DataError, naming the first file, if files of a prepared folder changed, are missing or were added."""
     if not (folder / SUMS).is_file():
         raise DataError(f"{folder / SUMS} does not exist. Run `dvc repro prepare`.")
     lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     wanted, found = {line[66:]: line[:64] for line in lines}, _sums(folder)
     if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
         raise DataError(
-            f"{folder} is damaged: {len(wrong)} files are not as they were prepared, first {wrong[0]}. Run "
-            "`dvc repro --force prepare`."
+            f"{folder} is damaged: {len(wrong)} files changed, are missing or were added since it was prepared, first "
+            f"{wrong[0]}. Run `dvc repro --force prepare`."
         )
 
 
@@ -94,14 +98,14 @@ def _sums(folder: Path) -> dict[str, str]:
 
 
 def read_split(folder: Path, split: str) -> list[Example]:
-    """Return the examples of one split of a prepared folder, in its order.
+    """Return the examples of one split of a prepared folder, in the order of its metadata.jsonl.
 
-    Raises DataError where the folder is not prepared.
+    Raises DataError if the split has no metadata.jsonl.
     """
     metadata = folder / split / "metadata.jsonl"
     if not metadata.is_file():
         raise DataError(f"{metadata} does not exist. Run `dvc repro prepare`.")
-    # Not splitlines: it also ends lines where Unicode does and JSON does not.
+    # Not splitlines, which also splits at Unicode line separators, and JSON strings may contain them.
     lines = metadata.read_text(encoding="utf-8").rstrip("\n").split("\n")
     return [_example(folder / split, json.loads(line)) for line in lines]
 
@@ -112,35 +116,38 @@ def _example(folder: Path, row: dict[str, Any]) -> Example:
 
 
 def read_groups(path: Path, examples: Sequence[Example]) -> tuple[list[list[int]], list[float]]:
-    """Return a split's groups as places in `examples`, and the similarity of each group's worst pair.
+    """Return a split's groups as lists of indices into `examples`, and the cosine of each group's least similar pair.
 
-    Raises DataError where they are no partition of these examples.
+    Raises DataError if the file does not exist or its groups are not a partition of `examples`.
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist. Run `dvc repro group`.")
     groups = json.loads(path.read_text(encoding="utf-8"))["groups"]
-    place = {example.id: number for number, example in enumerate(examples)}
+    index = {example.id: number for number, example in enumerate(examples)}
     found = Counter(id for group in groups for id in group["ids"])
-    if found != Counter(list(place)):
+    if found != Counter(list(index)):
         odd = {
-            "missing": sorted(place.keys() - found.keys()),
-            "foreign": sorted(found.keys() - place.keys()),
+            "missing": sorted(index.keys() - found.keys()),
+            "foreign": sorted(found.keys() - index.keys()),
             "double": sorted(id for id, times in found.items() if times > 1),
         }
-        said = ", ".join(f"{len(ids)} {what} ({', '.join(ids[:3])})" for what, ids in odd.items() if ids)
-        raise DataError(f"{path} is no partition of the split's {len(place)} prompts: {said}. Run `dvc repro group`.")
-    return [[place[id] for id in group["ids"]] for group in groups], [float(group["similarity"]) for group in groups]
+        listed = ", ".join(f"{len(ids)} {what} ({', '.join(ids[:3])})" for what, ids in odd.items() if ids)
+        raise DataError(f"{path} is no partition of the split's {len(index)} prompts: {listed}. Run `dvc repro group`.")
+    return [[index[id] for id in group["ids"]] for group in groups], [float(group["similarity"]) for group in groups]
 
 
 def captions_of(texts: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray]:
-    """Return all different captions, and which of them are each picture's, of shape (n, k): few are repeated."""
+    """Return the distinct captions, and each image's captions as indices into them, shape (n, k).
+
+    k is the largest number of captions of an image; an image with fewer repeats its captions in turn.
+    """
     different = list(dict.fromkeys(text for own in texts for text in own))
-    place = {text: number for number, text in enumerate(different)}
+    index = {text: number for number, text in enumerate(different)}
     most = max(map(len, texts), default=0)
-    rows = [[place[own[k % len(own)]] for k in range(most)] for own in texts]
+    rows = [[index[own[k % len(own)]] for k in range(most)] for own in texts]
     return different, np.array(rows, np.int64).reshape(len(texts), most)
 
 
 def load_pixels(examples: Sequence[Example]) -> np.ndarray:
-    """Return the pictures as uint8 of shape (n, height, width, 3)."""
+    """Return the images as uint8 RGB of shape (n, height, width, 3); all must have the same size."""
     return np.stack([np.asarray(Image.open(example.path).convert("RGB")) for example in examples])

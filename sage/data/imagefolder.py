@@ -1,7 +1,7 @@
-"""A user's pictures with captions on disk, read so that nothing outside the folder is ever opened.
+"""Reads a user's folder of captioned images and never opens a file outside it.
 
-Two forms, which may be mixed and nested: `metadata.jsonl` beside or above the pictures it names (Hugging Face's
-ImageFolder), and `name.png` beside `name.txt`. Hidden files and folders are passed over.
+Two layouts, which may be mixed and nested: `metadata.jsonl` beside or above the images that it names (Hugging Face's
+ImageFolder), and `name.png` beside `name.txt`. Hidden files and folders are ignored.
 """
 
 import json
@@ -21,7 +21,7 @@ from sage.errors import DataError
 
 METADATA = "metadata.jsonl"
 _ACCEPTED = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-# Not accepted, but pictures to the user, who is told so.
+# Image formats that are rejected with a reason instead of being ignored.
 _FOREIGN = (".svg", ".eps", ".psd", ".heic", ".avif", ".jp2", ".ico", ".ppm")
 _MAX_METADATA = 1_000_000_000  # bytes
 _MAX_CAPTION = 100_000  # bytes
@@ -31,26 +31,27 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 def read_folder(root: Path) -> list[Row]:
-    """Return the rows of an image folder in an order of their names alone: listed pictures, the others, lone captions.
+    """Return the rows of an image folder: images listed in a metadata.jsonl, other images, captions without an image.
 
-    A row that cannot be used already carries its reason. Raises DataError where the folder is missing or has no row.
+    Each part is in the order of the file names. A row that cannot be used carries its reason in `rejected`. Raises
+    DataError if the folder does not exist or has no row.
     """
     if not root.is_dir():
         raise DataError(
-            f"{root} is no folder. Put pictures with captions there, or set prepare.source to twemoji in params.yaml."
+            f"{root} is no folder. Put images with captions there, or set prepare.source to twemoji in params.yaml."
         )
     names = sorted(_walk(root), key=str)
     rows = [row for name in names if name.name == METADATA for row in _listed(root, name)]
     listed = {row.file for row in rows}
     captions = {_stem(str(name)): name for name in names if name.suffix.lower() == ".txt"}
-    pictures = [name for name in names if _is_picture(root, name)]
-    rows += [_beside(root, name, captions.get(_stem(str(name)))) for name in pictures if str(name) not in listed]
-    answered = {_stem(file) for file in [*map(str, pictures), *listed]}
-    lone = Rejected("missing_file", "a caption without a picture")
-    rows += [_row(root, str(name), None, rejected=lone) for stem, name in captions.items() if stem not in answered]
+    images = [name for name in names if _is_image(root, name)]
+    rows += [_beside(root, name, captions.get(_stem(str(name)))) for name in images if str(name) not in listed]
+    with_image = {_stem(file) for file in [*map(str, images), *listed]}
+    lone = Rejected("missing_file", "a caption without an image")
+    rows += [_row(root, str(name), None, rejected=lone) for stem, name in captions.items() if stem not in with_image]
     if not rows:
         raise DataError(
-            f"{root} holds no pictures. Put some there, with a {METADATA} (file_name, text) or a .txt beside each, "
+            f"{root} holds no images. Put some there, with a {METADATA} (file_name, text) or a .txt beside each, "
             "or set prepare.source to twemoji in params.yaml."
         )
     return _with_distinct_ids(_without_collisions(rows))
@@ -61,7 +62,7 @@ def _stem(file: str) -> str:
 
 
 def _walk(root: Path) -> Iterator[PurePosixPath]:
-    """Yield the relative name of everything below `root` that is not a real folder; links are named, never followed."""
+    """Yield the relative names of all files and links below `root`; links are never followed."""
     for folder, folders, files in os.walk(root):
         here = Path(folder)
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -71,8 +72,8 @@ def _walk(root: Path) -> Iterator[PurePosixPath]:
                 yield PurePosixPath((here / name).relative_to(root))
 
 
-def _is_picture(root: Path, name: PurePosixPath) -> bool:
-    """Tell whether a name makes a row of its own; a link to who knows what does, so that it is not lost silently."""
+def _is_image(root: Path, name: PurePosixPath) -> bool:
+    """Return whether a file becomes a row; links of any extension do, so that their rejection is reported."""
     if name.suffix.lower() in _ACCEPTED + _FOREIGN:
         return True
     return name.name != METADATA and name.suffix.lower() != ".txt" and (root / name).is_symlink()
@@ -100,7 +101,7 @@ def _from_line(root: Path, folder: PurePosixPath, line: bytes) -> Row:
     except (ValueError, RecursionError) as error:
         raise Rejected("bad_row", f"the line is not JSON: {error}") from error
     if not isinstance(values, dict) or not isinstance(values.get("file_name"), str) or not values["file_name"]:
-        raise Rejected("bad_row", "the line is no object with a text `file_name`")
+        raise Rejected("bad_row", "the line is not a JSON object with a text `file_name`")
     if not isinstance(values.get("family"), str | None):
         raise Rejected("bad_row", f"`family` is {type(values['family']).__name__}, not text")
     try:
@@ -131,14 +132,14 @@ def _row(root: Path, file: str, text: object, **more: Any) -> Row:
 
 
 def _check_name(name: str) -> None:
-    """Raise Rejected (`unsafe_path`) for a name that leaves the folder or that some system cannot have."""
+    """Raise Rejected (`unsafe_path`) if a name leads out of the folder or is invalid on some operating system."""
     parts = name.split("/")
     if bad := re.search("[\0-\x1f\x7f\\\\\ud800-\udfff]", name):
-        raise Rejected("unsafe_path", f"the name has U+{ord(bad[0]):04X}")
+        raise Rejected("unsafe_path", f"the name contains the forbidden character U+{ord(bad[0]):04X}")
     if name.startswith("/") or ".." in parts or re.match("[A-Za-z][A-Za-z0-9+.-]*:", name):
         raise Rejected("unsafe_path", "the name leads out of the folder")
     if len(name.encode()) > _MAX_PATH or any(len(part.encode()) > _MAX_NAME for part in parts):
-        raise Rejected("unsafe_path", f"the name is longer than {_MAX_NAME} bytes a part or {_MAX_PATH} in all")
+        raise Rejected("unsafe_path", f"the name is longer than {_MAX_NAME} bytes per part or {_MAX_PATH} in all")
     if not PurePosixPath(name).parts:
         raise Rejected("unsafe_path", "the name is the folder itself")
     if reserved := next((part for part in parts if _RESERVED.fullmatch(part)), None):
@@ -146,11 +147,11 @@ def _check_name(name: str) -> None:
 
 
 def _without_collisions(rows: list[Row]) -> list[Row]:
-    """Reject rows whose names differ in case or Unicode form only: on other systems they are one file."""
+    """Reject rows whose file names differ only in case or Unicode form: on some systems they are one file."""
     alike: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         alike[_folded(row.file)].add(row.file)
-    collision = Rejected("unsafe_path", "another name differs in case or Unicode form only")
+    collision = Rejected("unsafe_path", "another file name differs only in case or Unicode form")
     return [
         replace(row, rejected=collision) if row.rejected is None and len(alike[_folded(row.file)]) > 1 else row
         for row in rows
@@ -162,7 +163,7 @@ def _folded(file: str) -> str:
 
 
 def _with_distinct_ids(rows: list[Row]) -> list[Row]:
-    """Number the repeats of an id, which are rows with the same file and the same caption."""
+    """Append a number to repeated ids; rows with the same file and caption have the same id."""
     seen: Counter[str] = Counter()
     distinct = []
     for row in rows:

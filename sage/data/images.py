@@ -1,4 +1,4 @@
-"""Pictures as they come: what is accepted, and how it becomes a square of RGB."""
+"""Decoding image files of untrusted origin, and scaling them to square RGB images."""
 
 import hashlib
 import warnings
@@ -14,7 +14,7 @@ MAX_PIXELS = 50_000_000
 MIN_SIDE = 8
 MAX_ASPECT = 8
 
-# A file is what its first bytes say, whatever its name; only these decoders ever run.
+# The first bytes of a file decide its format, not its name; only these decoders ever run.
 _ACCEPTED = {
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"\xff\xd8\xff": "JPEG",
@@ -25,7 +25,7 @@ _ACCEPTED = {
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
 }
-# Known to be something else (offset, bytes), so that the reason is "not this format" and not "damaged".
+# (offset, bytes) of formats that are rejected as not allowed; other unknown bytes are rejected as damaged.
 _FOREIGN = (
     *(
         (0, magic)
@@ -54,7 +54,7 @@ _DIRECT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX",
 
 @dataclass(frozen=True)
 class Decoded:
-    """A picture, upright, with the mode its file had and whether it was the first of several frames."""
+    """A decoded image, upright, the Pillow mode of its file, and whether it is the first frame of an animation."""
 
     picture: Image.Image
     mode: str
@@ -62,32 +62,32 @@ class Decoded:
 
 
 def decode(data: bytes) -> Decoded:
-    """Return the (first) picture of a file's bytes with its EXIF orientation applied.
+    """Decode the (first) image in the bytes of a file and apply its EXIF orientation.
 
-    Raises Rejected: `format_not_allowed`, `too_large`, `aspect`, `too_small`, `decode_error`. Sizes are checked on the
-    header, before any pixel is decoded.
+    Raises Rejected with `format_not_allowed`, `too_large`, `aspect`, `too_small` or `decode_error`. The size is checked
+    in the header, before any pixel is decoded.
     """
     kind = _format(data)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Pillow finds odd but reads is kept; its limit of pixels lies above ours
+        warnings.simplefilter("ignore")  # readable files are kept despite warnings; Pillow's pixel limit is above ours
         try:
-            picture = Image.open(BytesIO(data), formats=[kind])
-            _check_size(*picture.size)
-            mode, animated = picture.mode, bool(getattr(picture, "is_animated", False))
+            image = Image.open(BytesIO(data), formats=[kind])
+            _check_size(*image.size)
+            mode, animated = image.mode, bool(getattr(image, "is_animated", False))
             if mode not in _DIRECT_MODES and not mode.startswith("I;16"):
-                raise Rejected("format_not_allowed", f"samples of mode {mode} have no stated white")
-            picture.load()
-            ImageOps.exif_transpose(picture, in_place=True)
-            return Decoded(picture, mode, animated)
+                raise Rejected("format_not_allowed", f"pixels of mode {mode} have no defined white level")
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return Decoded(image, mode, animated)
         except Rejected:
             raise
         except Image.DecompressionBombError as error:
             raise Rejected("too_large", str(error)) from error
         except UnidentifiedImageError as error:
-            # Its message holds an address in memory, which differs from run to run.
+            # Pillow's message holds a memory address, which differs from run to run.
             raise Rejected("decode_error", f"the {kind} header cannot be read") from error
         except Exception as error:
-            # Damaged bytes make Pillow's decoders raise nearly anything, from struct.error to SyntaxError.
+            # On damaged bytes Pillow's decoders raise many types, from struct.error to SyntaxError.
             raise Rejected("decode_error", f"{type(error).__name__}: {error}") from error
 
 
@@ -100,24 +100,24 @@ def _format(data: bytes) -> str:
             "format_not_allowed",
             f"it begins with {data[:12]!r}; allowed are {', '.join(sorted({*_ACCEPTED.values()}))}",
         )
-    raise Rejected(
-        "decode_error", "the file is empty" if not data else f"it begins with {data[:12]!r}, which is no picture"
-    )
+    detail = f"it begins with {data[:12]!r}, which is no known image format" if data else "the file is empty"
+    raise Rejected("decode_error", detail)
 
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise Rejected("too_large", f"{width}x{height} pixels, above {MAX_PIXELS}")
+        raise Rejected("too_large", f"{width}x{height} is more than {MAX_PIXELS} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise Rejected("aspect", f"{width}x{height}, above {MAX_ASPECT} to 1")
+        raise Rejected("aspect", f"{width}x{height} has an aspect ratio above {MAX_ASPECT} to 1")
     if min(width, height) < MIN_SIDE:
-        raise Rejected("too_small", f"{width}x{height}, a side below {MIN_SIDE}")
+        raise Rejected("too_small", f"{width}x{height} has a side below {MIN_SIDE} pixels")
 
 
 def compose(picture: Image.Image, size: int) -> Image.Image:
-    """Return the picture over white as RGB, its larger side scaled to `size`, centred on a white square.
+    """Return the image as RGB, its larger side scaled to `size` (Lanczos), centred on a white square of that size.
 
-    16-bit grey is divided by 257 and never clipped; of 16-bit colour Pillow itself keeps the upper byte.
+    Transparency is composited over white. 16-bit grey is scaled by 1 / 257, not clipped; Pillow reads 16-bit colour as
+    its upper byte.
     """
     rgba = _eight_bit(picture).convert("RGBA")
     scale = size / max(rgba.size)
@@ -136,5 +136,5 @@ def _eight_bit(picture: Image.Image) -> Image.Image:
 
 
 def pixel_hash(picture: Image.Image) -> str:
-    """Return the SHA-256 of the pixels, the same whatever file they came from."""
+    """Return the SHA-256 of the RGB pixels, which does not depend on the file format."""
     return hashlib.sha256(np.asarray(picture.convert("RGB")).tobytes()).hexdigest()

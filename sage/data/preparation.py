@@ -1,4 +1,4 @@
-"""Input rows to a prepared folder: every picture and caption checked, every row accounted for, some held out."""
+"""From input rows to a prepared folder: checks every image and caption, accounts for every row, assigns splits."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from sage.errors import DataError
 from sage.files import new_folder, sha256_tree
 
 ACCOUNTING = "accounting.jsonl"
-MAX_BYTES = 200_000_000  # of a picture file
+MAX_BYTES = 200_000_000  # of an image file
 
 
 def prepare(
@@ -30,10 +30,17 @@ def prepare(
     seed: int,
     advance: Callable[[int], None] = lambda n: None,
 ) -> dict[str, Any]:
-    """Write a prepared folder of pictures `size` pixels wide, whole or not at all; return what became of the rows.
+    """Write a prepared folder, atomically, and return the counts of kept, rejected and duplicate rows.
 
-    Every row is kept, rejected with a reason, or a duplicate: the same pixels and the same caption as a row before it.
-    Raises DataError where no row can be used or a split would be empty.
+    rows              input rows, unchecked
+    folder            folder to write; an existing one is replaced
+    size              side of the square images in pixels
+    validation, test  fractions of each family to hold out, see `assign_splits`
+    seed              seed of that choice
+    advance           called with the number of rows finished since its last call
+
+    A duplicate has the same pixels and the same caption as an earlier row. Raises DataError if no row can be used or a
+    split would be empty.
     """
     with new_folder(folder) as temporary:
         entries = _screen(rows, temporary, size, advance)
@@ -55,7 +62,7 @@ def prepare(
 
 
 def _screen(rows: Sequence[Row], folder: Path, size: int, advance: Callable[[int], None]) -> list[dict[str, Any]]:
-    """Return the accounting of each row, and write the pictures that are kept into `folder`."""
+    """Return the accounting entry of each row, and write the images that are kept into `folder`."""
     entries: list[dict[str, Any]] = []
     first: dict[tuple[str, str], str] = {}
     for row in rows:
@@ -78,12 +85,12 @@ def _screen(rows: Sequence[Row], folder: Path, size: int, advance: Callable[[int
 
 
 def _check(row: Row, size: int) -> tuple[Image.Image, dict[str, Any]]:
-    """Return a row's picture, and what is to be known of it; raise Rejected for what cannot be used."""
+    """Return a row's square image and its accounting fields; raise Rejected if the row cannot be used."""
     if row.rejected is not None:
         raise row.rejected
     data = row.read(MAX_BYTES)
     text = clean_caption(row.text)
-    # Hash and decode the same bytes: a file read twice could change between.
+    # Hash the bytes that are decoded: the file could change between two reads.
     if row.sha256 is not None and row.sha256 != (digest := hashlib.sha256(data).hexdigest()):
         raise Rejected("hash_mismatch", f"SHA-256 {digest}, expected {row.sha256!r}")
     decoded = decode(data)
@@ -106,13 +113,13 @@ def _write_split(folder: Path, split: str, entries: Sequence[dict[str, Any]]) ->
         name = f"{entry['id']}.png"
         (folder / name).rename(folder / split / name)
         line = {"file_name": name, "text": entry["text"], "id": entry["id"], "family": entry["family"] or ""}
-        # Every line has it or none, as a table's columns are.
+        # All lines or none have `other_texts`, because datasets reads the file as a table.
         lines.append(line | ({"other_texts": entry.get("other_texts", [])} if several else {}))
     _write_lines(folder / split / "metadata.jsonl", lines)
 
 
 def _write_lines(path: Path, values: Sequence[dict[str, Any]]) -> None:
-    # ASCII, because the original of a rejected text may be something that UTF-8 cannot hold.
+    # ASCII escapes, because a rejected caption may hold lone surrogates, which UTF-8 cannot encode.
     path.write_text("".join(f"{json.dumps(value)}\n" for value in values), encoding="ascii")
 
 
@@ -129,7 +136,7 @@ def _summary(entries: Sequence[dict[str, Any]], splits: dict[str, int]) -> dict[
         "modes": _counts(entry["mode"] for entry in kept),
         "animated": sum("animated" in entry for entry in kept),
         "cleaned_captions": sum("original_text" in entry for entry in kept),
-        # The same picture under another caption, and the same caption on another picture: both are kept.
+        # An image with several captions, and a caption of several images: both are kept.
         "repeated_pictures": len(kept) - len({entry["pixels"] for entry in kept}),
         "repeated_captions": len(kept) - len({entry["text"] for entry in kept}),
     }
@@ -140,20 +147,20 @@ def _counts(values: Iterable[str]) -> dict[str, int]:
 
 
 def _nothing_kept(rows: Sequence[Row], entries: Sequence[dict[str, Any]]) -> str:
-    """Return the message for a set without a usable row: each reason, how often, and one example."""
+    """Return the error message if no row can be used: each reason with its count and one example."""
     lines = [f"none of the {len(rows)} rows can be used:"]
     reasons = _counts(entry["reason"] for entry in entries)
     for reason, count in reasons.items():
-        place = next(place for place, entry in enumerate(entries) if entry["reason"] == reason)
-        # !a: a name is the user's, and may hold what a terminal obeys.
-        lines.append(f"  {reason}: {count}, for example {str(rows[place].path)!a} ({entries[place]['detail']})")
+        index = next(index for index, entry in enumerate(entries) if entry["reason"] == reason)
+        # !a, because a user's file name may contain terminal control sequences.
+        lines.append(f"  {reason}: {count}, for example {str(rows[index].path)!a} ({entries[index]['detail']})")
     return "\n".join([*lines, "Correct these, or set prepare.source to twemoji in params.yaml."])
 
 
 def _empty_split(counts: dict[str, int], validation: float, test: float) -> str:
     found = ", ".join(f"{count} {split}" for split, count in counts.items())
     return (
-        f"{sum(counts.values())} kept rows split into {found}; each split needs one at least. "
-        f"Add pictures (of a family of fewer than {SMALL_FAMILY} none is held out), "
+        f"{sum(counts.values())} kept rows split into {found}; each split needs at least one. "
+        f"Add images (a family of fewer than {SMALL_FAMILY} is used for training only), "
         f"or raise prepare.validation ({validation}) or prepare.test ({test}) in params.yaml."
     )

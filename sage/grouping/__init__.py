@@ -1,1 +1,1 @@
-"""Prompts to groups of similar prompts (stage `group`)."""
+"""From prompts to groups of similar prompts (stage `group`)."""

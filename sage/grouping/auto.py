@@ -1,4 +1,4 @@
-"""What a pipeline does with prompts that come without groups: one default operating point, that of `params.yaml`."""
+"""The default grouping of a pipeline that is called without groups; its policy has the values of `params.yaml`."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ DEFAULT = Policy(max_size=6, near_duplicate=0.999, threshold=0.5)
 
 
 def group_prompts(prompts: Sequence[str] | None) -> Groups:
-    """Return groups of similar prompts, a partition of their numbers; copies of a prompt never share a group.
+    """Return groups of similar prompts, a partition of their indices; copies of a prompt never share a group.
 
-    Raises ConfigurationError for None, prompts that were given as embeddings only.
+    Raises ConfigurationError if `prompts` is None: the pipeline was given prompt embeddings only.
     """
     if prompts is None:
         raise ConfigurationError(

@@ -1,6 +1,7 @@
-"""The measured cost of sharing for one model, kept as JSON in the model's folder: damage by similarity of a group.
+"""Damage: how much sharing degrades the images of one model, by the similarity of the group.
 
-`sage calibrate` measures it (`sage.evaluation.damage`); a bound on damage becomes a similarity threshold here.
+`sage calibrate` measures it (`sage.evaluation.damage`, which defines it) and writes it as JSON into the model's folder;
+`Damage.threshold` turns a bound on damage into a similarity threshold.
 """
 
 import json
@@ -16,7 +17,10 @@ FILE = "damage.json"
 
 @dataclass(frozen=True)
 class Point:
-    """The damage to groups of about one similarity (of the worst pair), with its interval."""
+    """Damage to groups of about the same similarity, with its confidence interval (low, high).
+
+    `similarity` is the mean cosine of the groups' least similar pairs; `groups` and `prompts` count what was measured.
+    """
 
     similarity: float
     damage: float
@@ -28,51 +32,51 @@ class Point:
 
 @dataclass(frozen=True)
 class Damage:
-    """What sharing up to this share ratio, in groups up to this size, was measured to cost."""
+    """Damage measured at a share ratio, in groups of at most `max_size`; valid for that much sharing or less."""
 
     share_ratio: float
     max_size: int
     points: list[Point]
 
     def threshold(self, at_most: float) -> float:
-        """Return the lowest similarity from which on the bad end of the interval, made monotone, keeps a bound.
+        """Return the lowest similarity from which on damage stays at or below `at_most`.
 
-        Raises ConfigurationError where no similarity that was measured does.
+        Decides on the upper ends of the intervals, made monotone by isotonic regression. Raises ConfigurationError if
+        damage exceeds the bound even at the highest similarity measured.
         """
         curve = damage_curve([point.similarity for point in self.points], [point.high for point in self.points])
         return threshold_for_damage(curve, at_most)
 
 
 def model_digest(model: Path) -> str:
-    """Return what names a model in its measurements: its parts (folders), whatever else lies beside them."""
+    """Return a SHA-256 of the model's parts (the subfolders); files beside them, as damage.json, do not count."""
     return digest({part.name: sha256_tree(part) for part in sorted(model.iterdir()) if part.is_dir()})
 
 
 def read_damage(model: Path, share_ratio: float, max_size: int) -> Damage:
-    """Return what was measured on a model.
+    """Return the damage measured on the model in this folder.
 
-    Raises ConfigurationError where it was not, or was on other weights, for less sharing or for smaller groups.
+    Raises ConfigurationError if there is no measurement, or if it is of other weights, of a lower share ratio or of
+    smaller groups than asked for.
     """
-    path, remedy = (
-        model / FILE,
-        "Run `sage calibrate`, or give group.threshold instead of group.max_damage.",
-    )
+    path = model / FILE
+    remedy = "Run `sage calibrate`, or give group.threshold instead of group.max_damage."
     if not path.is_file():
-        raise ConfigurationError(f"{path} does not exist, so what sharing costs is unknown. {remedy}")
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    found = Damage(kept["share_ratio"], kept["max_size"], [Point(**point) for point in kept["points"]])
-    if kept["model"] != model_digest(model):
-        raise ConfigurationError(f"{path} was measured on other weights than those of {model}. {remedy}")
-    if share_ratio > found.share_ratio or max_size > found.max_size:
+        raise ConfigurationError(f"{path} does not exist, so the damage of sharing is unknown. {remedy}")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    damage = Damage(stored["share_ratio"], stored["max_size"], [Point(**point) for point in stored["points"]])
+    if stored["model"] != model_digest(model):
+        raise ConfigurationError(f"{path} was measured on other weights than {model} has now. {remedy}")
+    if share_ratio > damage.share_ratio or max_size > damage.max_size:
         raise ConfigurationError(
-            f"{path} was measured at share ratio {found.share_ratio} in groups of {found.max_size} at most, less than "
-            f"the {share_ratio} and {max_size} asked for. {remedy}"
+            f"{path} was measured at share ratio {damage.share_ratio} in groups of at most {damage.max_size}, "
+            f"less than the {share_ratio} and {max_size} asked for. {remedy}"
         )
-    return found
+    return damage
 
 
 def kept_form(damage: Damage, model: Path, how: dict[str, object]) -> dict[str, object]:
-    """Return what `read_damage` reads, as JSON; `how` says more of how it was measured."""
+    """Return the JSON value that `read_damage` reads; `how` adds the settings of the measurement, for the record."""
 
     def rounded(point: Point) -> dict[str, float]:
         return {name: round(value, 4) for name, value in vars(point).items()}

@@ -1,4 +1,4 @@
-"""Prompts to unit vectors through a sentence-transformers model, with a cache on disk keyed by model and text."""
+"""Sentence embeddings of prompts, with a cache on disk keyed by encoder and text."""
 
 import hashlib
 import sqlite3
@@ -11,7 +11,7 @@ import numpy as np
 from sage.files import sha256_tree
 from sage.packaged import minilm_folder
 
-# Far more than any sentence encoder reads (MiniLM: 256 tokens), and little enough that a tokenizer never chokes on it.
+# Far more than any sentence encoder reads (MiniLM: 256 tokens), yet short enough for every tokenizer.
 MAX_CHARACTERS = 20_000
 
 
@@ -23,13 +23,15 @@ def embed(
     batch_size: int = 128,
     progress: Callable[[int], None] = lambda n: None,
 ) -> np.ndarray:
-    """Return the prompts' embeddings: float32 of shape (n, d), each row of length 1.
+    """Return the prompts' sentence embeddings: float32, shape (n, d), rows of length 1 ((0, 0) without prompts).
 
-    `encoder` is "minilm" (the packaged all-MiniLM-L6-v2, English) or any name or folder that SentenceTransformer takes;
-    `cache` is a file that keeps what was embedded before; `progress(k)` is told of k more prompts done. A prompt is
-    read to the encoder's own limit of tokens and no further. Equal prompts have equal rows.
+    prompts     texts; each is truncated at the encoder's token limit; equal prompts get equal rows
+    encoder     "minilm" (the packaged all-MiniLM-L6-v2, English), or a name or folder that SentenceTransformer loads
+    cache       SQLite file of embeddings computed before; None: no cache
+    batch_size  prompts per call of the encoder
+    progress    called with the number of prompts finished since its last call
     """
-    # Sorted, so that batches, and with them the last bits, do not depend on the order of the prompts.
+    # Batch composition changes the rounding, so sort: the result must not depend on the order of the prompts.
     texts = sorted({_clean(prompt) for prompt in prompts}, key=lambda text: (len(text), text))
     if not texts:
         return np.zeros((0, 0), np.float32)
@@ -54,12 +56,12 @@ def embed(
 
 
 def _clean(prompt: str) -> str:
-    """Return what the encoder reads of a prompt: its beginning, with lone surrogates replaced."""
+    """Return the text to encode: at most MAX_CHARACTERS, with lone surrogates replaced."""
     return prompt[:MAX_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
 
 
 def _load(encoder: str):  # type: ignore[no-untyped-def]
-    # Late: this takes seconds, and what is in the cache needs no model.
+    # Imported here because it takes seconds, and cached prompts need no model.
     import sage.torchvision_ops  # noqa: F401
 
     from sentence_transformers import SentenceTransformer
@@ -68,14 +70,14 @@ def _load(encoder: str):  # type: ignore[no-untyped-def]
 
 
 def _folder(encoder: str) -> Path | None:
-    """Return where an encoder's files lie, or None for a name that is found elsewhere."""
+    """Return the encoder's folder, or None if its name is left for SentenceTransformer to resolve."""
     if encoder == "minilm":
         return minilm_folder()
     return Path(encoder) if Path(encoder).is_dir() else None
 
 
 def _identity(encoder: str) -> str:
-    """Return what names an encoder in the cache: the hash of its files where it lies on disk, else its name."""
+    """Return the encoder's part of the cache key: the hash of its files if it is a folder, else its name."""
     folder = _folder(encoder)
     return sha256_tree(folder) if folder else encoder
 

@@ -1,14 +1,14 @@
-"""Groups of similar prompts: every pair of a group reaches the threshold, and no group exceeds a size.
+"""Groups of similar prompts: every pair in a group reaches a cosine threshold, and group sizes are capped.
 
-Complete-linkage agglomeration: the two most similar clusters merge, again and again, where the similarity of two
-clusters is that of their least similar pair. What merges is a tree, and groups are a cut of it. Rows are brought into
-an order of their own first, so nothing depends on the order of the prompts.
+Complete-linkage clustering: the two most similar clusters merge repeatedly, and the similarity of two clusters is the
+lowest cosine between their members. The merges form a tree; groups are a cut of it. Rows are first sorted by their
+values, so the result does not depend on the order of the prompts.
 
 | symbol | meaning |
 |---|---|
-| n, d | prompts and the width of their embeddings |
-| a, b | two clusters, named by one of their members |
-| M, K | prompts and groups: one level of sharing at share ratio beta saves beta (1 - K / M) |
+| n, d | number of prompts, width of their embeddings |
+| a, b | two clusters, each named by one of its members |
+| M, K | number of prompts and of groups: one level of sharing at share ratio beta saves beta (1 - K / M) |
 """
 
 import itertools
@@ -24,16 +24,15 @@ from sage.errors import ConfigurationError, DataError
 from sage.grouping.linkage import Link, agglomerate, pack, scramble
 
 Groups = list[list[int]]
-_PART = 16384
+_PART = 16384  # rows processed at a time
 
 
 @dataclass(frozen=True)
 class Tree:
     """Nested groups of `size` prompts as merges (a, b, similarity), most similar first.
 
-    As in scipy's linkage, 0 to size - 1 are the prompts and size + k is what merge k made; `similarity` is the cosine
-    of the least similar pair inside it. Unlike there, it may be a forest:
-    prompts that nothing joins stay apart.
+    Numbering as in scipy's linkage matrix: 0 to size - 1 are the prompts, size + k is the cluster that merge k makes.
+    `similarity` is the lowest cosine in that cluster. Unlike scipy's, the tree may be a forest.
     """
 
     size: int
@@ -41,13 +40,16 @@ class Tree:
 
 
 def group(embeddings: np.ndarray, threshold: float, max_size: int, near_duplicate: float = math.inf) -> Groups:
-    """Return groups of rows, a partition: every pair has at least this cosine, no group more than `max_size` rows.
+    """Return groups of similar prompts: lists of row indices, a partition of all rows.
 
-    `embeddings` has shape (n, d), of any length but zero; a row that is zero or not finite is alone. Members ascend,
-    groups are ordered by their first member. No pair of a group reaches `near_duplicate`: prompts so alike would give
-    the same image twice, so copies of a prompt go to different groups, each of which has its own seed.
+    embeddings      shape (n, d), rows of any nonzero length; a zero or non-finite row forms a group of its own
+    threshold       lowest cosine that a pair in a group may have
+    max_size        largest number of prompts in a group
+    near_duplicate  pairs with this cosine or more never share a group, because they would give the same image twice;
+                    copies of a prompt thus go to different groups, which have different seeds
 
-    Raises ConfigurationError for a threshold outside [-1, 1] or a cap below 1, DataError for what is no matrix.
+    Indices ascend within a group, and groups are ordered by their first index. Raises ConfigurationError if `threshold`
+    is outside [-1, 1] or `max_size` below 1, DataError if `embeddings` is not a matrix.
     """
     matrix = _matrix(embeddings)
     links = _links(pack, matrix, threshold, max_size, near_duplicate)
@@ -60,13 +62,13 @@ def group(embeddings: np.ndarray, threshold: float, max_size: int, near_duplicat
 
 
 def tree(embeddings: np.ndarray, threshold: float, max_size: int, near_duplicate: float = math.inf) -> Tree:
-    """Return nested groups down to a threshold, each level of which `cut` gives; arguments and errors are `group`'s.
+    """Return nested groups down to a threshold; `cut` gives one level. Arguments and errors are the same as `group`'s.
 
-    A level has a few more groups than `group` finds at its height, for that may take groups apart.
+    At equal threshold `cut` gives a few more groups than `group`, which also dissolves small groups into others.
     """
     matrix = _matrix(embeddings)
     links = _links(agglomerate, matrix, threshold, max_size, near_duplicate)
-    # Name the clusters as scipy does: a merge's number instead of a member.
+    # Rename clusters from one of their members to scipy's numbering.
     name = list(range(len(matrix)))
     merges = []
     for k, (a, b, similarity) in enumerate(sorted(links, key=lambda link: -link[2])):
@@ -76,7 +78,7 @@ def tree(embeddings: np.ndarray, threshold: float, max_size: int, near_duplicate
 
 
 def cut(tree: Tree, threshold: float) -> Groups:
-    """Return the groups of a tree at a height: what merged at this cosine or above."""
+    """Return the groups of a tree at a threshold: all merges of at least this cosine are applied."""
     members: dict[int, list[int]] = {prompt: [prompt] for prompt in range(tree.size)}
     for k, (a, b, similarity) in enumerate(tree.merges):
         if similarity >= threshold:
@@ -85,9 +87,9 @@ def cut(tree: Tree, threshold: float) -> Groups:
 
 
 def usable(embeddings: np.ndarray) -> np.ndarray:
-    """Return which rows have a direction, shape (n,): all but those that are zero or not finite."""
+    """Return a boolean mask of shape (n,): False for rows that are zero or not finite."""
     matrix = _matrix(embeddings)
-    # A row's largest magnitude says both, and needs no second matrix: NaN and infinity survive max and min.
+    # The largest magnitude tells both without a second matrix, as max and min pass NaN and infinity on.
     if not matrix.size:
         return np.zeros(len(matrix), bool)
     largest = np.maximum(matrix.max(axis=1), -matrix.min(axis=1))
@@ -96,7 +98,7 @@ def usable(embeddings: np.ndarray) -> np.ndarray:
 
 
 def worst_similarity(embeddings: np.ndarray, groups: Sequence[Sequence[int]]) -> list[float]:
-    """Return for each group the cosine of its least similar pair; 1 for a single."""
+    """Return for each group the cosine of its least similar pair; 1 for a group of one."""
     matrix = _matrix(embeddings)
     worst = []
     for members in groups:
@@ -107,31 +109,31 @@ def worst_similarity(embeddings: np.ndarray, groups: Sequence[Sequence[int]]) ->
 
 def _matrix(embeddings: np.ndarray) -> np.ndarray:
     try:
-        with np.errstate(over="ignore"):  # too large for a float32 becomes infinite, and that prompt is alone
+        with np.errstate(over="ignore"):  # a value too large for float32 becomes infinite: a group of its own
             matrix = np.asarray(embeddings, np.float32)
     except (ValueError, TypeError) as error:
-        raise DataError(f"embeddings are no matrix of numbers: {error}. Give every prompt the same width.") from error
+        raise DataError(f"embeddings are not a matrix of numbers: {error}; give every prompt equal width") from error
     if matrix.ndim != 2:
-        raise DataError(f"embeddings have shape {matrix.shape}, but (prompts, width) is expected")
+        raise DataError(f"embeddings have shape {matrix.shape}; give shape (prompts, width)")
     return matrix
 
 
 def _unit_rows(matrix: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Return the rows at `index`, each of length 1; a part at a time, so that memory holds them once."""
+    """Return the rows at `index` scaled to length 1, computed in parts so that memory holds a single copy."""
     rows = np.empty((len(index), matrix.shape[1]), np.float32)
     for start in range(0, len(index), _PART):
         part = matrix[index[start : start + _PART]]
-        # Scaled twice, so that neither tiny nor huge rows lose their direction.
+        # Divide by the maximum first, so that the norm of tiny and huge rows neither underflows nor overflows.
         part /= np.abs(part).max(axis=1, keepdims=True)
         rows[start : start + _PART] = part / np.linalg.norm(part, axis=1, keepdims=True)
     return rows
 
 
 def _canonical(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the usable rows in an order that depends on their values alone, and where in it each value begins.
+    """Return the usable rows' indices in an order given by values alone, and the position of each first copy in it.
 
-    Different rows are ordered by their projection on one fixed direction, which noise in their last bits does not turn
-    round: what is equally good is decided by this order, and should be decided alike on every machine.
+    Copies of a row are adjacent. The order decides between equally good merges. Distinct rows are sorted by their
+    projection on a fixed direction, because rounding errors, which differ between machines, rarely change that order.
     """
     index = np.flatnonzero(usable(matrix))
     # A 64-bit hash of each row: sums of its bits times odd constants, modulo 2^64.
@@ -164,32 +166,34 @@ def _links(
     max_size: int,
     near_duplicate: float,
 ) -> list[Link]:
-    """Return what `find` links among the different rows of a matrix, and the links of their copies."""
+    """Return the links of all rows of a matrix: `find` (pack or agglomerate) links distinct rows; copies are added."""
     if not -1 <= threshold <= 1:
-        raise ConfigurationError(f"threshold is {threshold}, but a cosine lies in [-1, 1]")
+        raise ConfigurationError(f"threshold is {threshold}; give a cosine in [-1, 1]")
     if max_size < 1:
-        raise ConfigurationError(f"max_size is {max_size}, but a group has at least 1 member")
+        raise ConfigurationError(f"max_size is {max_size}; give at least 1")
     index, first = _canonical(matrix)
     copies = np.diff(first, append=len(index))
     links: list[Link] = []
-    if near_duplicate > 1:  # copies of a row fill groups of their own; what is left of them joins others
+    if near_duplicate > 1:  # copies may share a group: they fill groups of their own, and the remainder joins others
         for row in np.flatnonzero(copies > 1):
             for begin in range(0, copies[row], max_size):
                 head = first[row] + begin
                 links += [(head, head + k, 1.0) for k in range(1, min(max_size, copies[row] - begin))]
         left = copies % max_size
         layers = [(np.flatnonzero(left), copies - left, 1)]
-    else:  # all first copies among each other, all second ones, ...: those of the same rows group alike
+    else:  # copies may not share a group: link all first copies, then all second copies, and so on
         left = np.ones_like(copies)
         counts = [0, *np.unique(copies)]
+        # Layers with the same distinct rows have the same links, so they are computed once and repeated.
         layers = [
             (np.flatnonzero(copies > done), np.full_like(copies, done), count - done)
             for done, count in itertools.pairwise(counts)
         ]
-    for some, begin, repeats in layers:
-        if len(some) < 2 or max_size < 2:
+    for distinct, offset, repeats in layers:
+        if len(distinct) < 2 or max_size < 2:
             continue
-        place = (first + begin)[some]
-        for a, b, similarity in find(_unit_rows(matrix, index[place]), left[some], threshold, near_duplicate, max_size):
+        place = (first + offset)[distinct]
+        found = find(_unit_rows(matrix, index[place]), left[distinct], threshold, near_duplicate, max_size)
+        for a, b, similarity in found:
             links += [(place[a] + repeat, place[b] + repeat, similarity) for repeat in range(repeats)]
     return [(int(index[a]), int(index[b]), similarity) for a, b, similarity in links]

@@ -1,6 +1,6 @@
-"""A second view of prompts that a sentence encoder takes for the same: number, colour, negation, name, order.
+"""Splits groups whose prompts differ in ways that sentence encoders miss: negation, number, colour, name, word order.
 
-English words only: what a list does not know is not guarded. What it catches and costs stands in docs/grouping.md.
+It compares English word lists; words outside them are not checked. docs/grouping.md measures what it finds and costs.
 """
 
 import re
@@ -30,7 +30,7 @@ _NEGATIONS = frozenset(
     ]
 )
 _COUNTING = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-# No article: "a" says one thing without counting it.
+# Without "a" and "an": an article is not a count.
 _NUMBERS = {word: str(number) for number, word in enumerate(_COUNTING)} | {
     "single": "1", "pair": "2", "couple": "2", "trio": "3", "dozen": "12",
 }  # fmt: skip
@@ -54,34 +54,34 @@ _COLOURS = frozenset(
         "turquoise",
     ]
 )
-_SMALL = frozenset(
+_FUNCTION_WORDS = frozenset(
     ["a", "an", "the", "of", "in", "on", "at", "to", "with", "and", "or", "is", "are", "by", "for", "from"]
 )
 
 
 def differences(first: str, second: str) -> set[Kind]:
-    """Return in which ways two prompts say different things although their words are much alike."""
+    """Return the kinds of difference between two prompts; "order": the same content words in another order."""
     found: set[Kind] = set()
-    one, other = _WORD.findall(first), _WORD.findall(second)
-    low, high = [word.lower() for word in one], [word.lower() for word in other]
-    if sum(word in _NEGATIONS for word in low) != sum(word in _NEGATIONS for word in high):
+    words_1, words_2 = _WORD.findall(first), _WORD.findall(second)
+    lower_1, lower_2 = [word.lower() for word in words_1], [word.lower() for word in words_2]
+    if sum(word in _NEGATIONS for word in lower_1) != sum(word in _NEGATIONS for word in lower_2):
         found.add("negation")
-    if _numbers(low) != _numbers(high):
+    if _numbers(lower_1) != _numbers(lower_2):
         found.add("number")
-    if {word for word in low if word in _COLOURS} != {word for word in high if word in _COLOURS}:
+    if {word for word in lower_1 if word in _COLOURS} != {word for word in lower_2 if word in _COLOURS}:
         found.add("colour")
-    if _names(one) != _names(other):
+    if _names(words_1) != _names(words_2):
         found.add("name")
-    content, reverse = ([word for word in words if word not in _SMALL] for words in (low, high))
-    if sorted(content) == sorted(reverse) and content != reverse:
+    content_1, content_2 = ([word for word in words if word not in _FUNCTION_WORDS] for words in (lower_1, lower_2))
+    if sorted(content_1) == sorted(content_2) and content_1 != content_2:
         found.add("order")
     return found
 
 
 def guard(prompts: Sequence[str], groups: Sequence[Sequence[int]], kinds: Sequence[Kind] = KINDS) -> list[list[int]]:
-    """Return the groups, each split until no two of its prompts differ in these ways; still a partition.
+    """Return the groups, split so that no two prompts of a group differ in any of `kinds`; still a partition.
 
-    A prompt stays with the first part of its group that it fits.
+    Splitting is greedy: each prompt joins the first part of its group from whose members it does not differ.
     """
     result = []
     for members in groups:
@@ -102,5 +102,5 @@ def _numbers(words: Sequence[str]) -> list[str]:
 
 
 def _names(words: Sequence[str]) -> set[str]:
-    """Return the capitalised words that do not begin the prompt."""
+    """Return the capitalised words after the first word of the prompt."""
     return {word for word in words[1:] if word[0].isupper()}

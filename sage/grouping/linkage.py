@@ -1,10 +1,10 @@
-"""Complete linkage with a cap on a graph of similar rows, and the pass that dissolves what it leaves small.
+"""Complete linkage with a size cap on the graph of similar rows, and a pass that dissolves small groups into others.
 
 | symbol | meaning |
 |---|---|
-| a, b | rows, or clusters named by their smallest row |
-| sizes | how many equal prompts a row stands for |
-| link | (a, b, similarity): these belong together |
+| a, b | rows, or clusters, each named by its smallest row |
+| sizes | shape (n,): the number of equal prompts that each row stands for |
+| link | (a, b, similarity): a and b belong to one group |
 """
 
 import itertools
@@ -17,28 +17,31 @@ Link = tuple[int, int, float]
 
 
 def pack(rows: np.ndarray, sizes: np.ndarray, threshold: float, near_duplicate: float, max_size: int) -> list[Link]:
-    """Return links of groups: agglomerate, then dissolve groups whose every row fits into another, smallest first.
+    """Return the links of all groups: agglomerate, then dissolve groups whose rows all fit into others, smallest first.
 
-    Agglomeration alone leaves pairs and singles beside groups with room; moving those saves 1 to 5 % more of the steps
-    at the same threshold (docs/grouping.md).
+    Agglomeration alone leaves singles and pairs that other groups could take in; moving them saves 1 to 5 % more of the
+    steps at the same threshold (docs/grouping.md). Each link has `threshold` as its similarity.
     """
     pairs = similar_pairs(rows, threshold, near_duplicate)
     members = {row: [row] for row in range(len(rows))}
     for a, b, _ in _merge(rows, sizes, pairs, threshold, near_duplicate, max_size):
         members[a] += members.pop(b)
-    home = np.empty(len(rows), np.int64)
+    group_of = np.empty(len(rows), np.int64)
     for name, group in members.items():
-        home[group] = name
-    weight = np.bincount(home, weights=sizes, minlength=len(rows)).astype(np.int64)
-    refuges = _refuges(rows, sizes, pairs, home, weight, threshold, near_duplicate, max_size)
+        group_of[group] = name
+    prompts_in = np.bincount(group_of, weights=sizes, minlength=len(rows)).astype(np.int64)
+    targets = _targets(rows, sizes, pairs, group_of, prompts_in, threshold, near_duplicate, max_size)
     added: dict[int, list[int]] = {}
 
-    def refuge(row: int, guests: dict[int, list[int]]) -> int | None:
-        """Return the group with room that stays most alike with this row, given the guests that it has already."""
+    def best_target(row: int, moves: dict[int, list[int]]) -> int | None:
+        """Return the group with room whose least similar member is most similar to this row, or None.
+
+        `moves` holds the rows that would join each group before this one.
+        """
         found = []
-        for target, least in refuges[row]:
-            extra = guests.get(target, [])
-            if target in members and weight[target] + sizes[extra].sum() + sizes[row] <= max_size:
+        for target, least in targets[row]:
+            extra = moves.get(target, [])
+            if target in members and prompts_in[target] + sizes[extra].sum() + sizes[row] <= max_size:
                 if extra := extra + added.get(target, []):
                     cosine = rows[extra] @ rows[row]
                     least = min(least, cosine.min()) if cosine.max() < near_duplicate else -np.inf
@@ -46,44 +49,50 @@ def pack(rows: np.ndarray, sizes: np.ndarray, threshold: float, near_duplicate: 
                     found.append((least, -target))
         return -max(found)[1] if found else None
 
-    movable = (name for name, group in members.items() if all(row in refuges for row in group))
-    for name in sorted(movable, key=lambda name: (weight[name], name)):
-        guests: dict[int, list[int]] = {}
+    movable = (name for name, group in members.items() if all(row in targets for row in group))
+    for name in sorted(movable, key=lambda name: (prompts_in[name], name)):
+        moves: dict[int, list[int]] = {}
         for row in members[name] + added.get(name, []):
-            target = refuge(row, guests) if row in refuges else None
+            target = best_target(row, moves) if row in targets else None
             if target is None:
                 break
-            guests.setdefault(target, []).append(row)
+            moves.setdefault(target, []).append(row)
         else:
             del members[name]
-            for target, moved in guests.items():
+            for target, moved in moves.items():
                 added.setdefault(target, []).extend(moved)
-                weight[target] += sizes[moved].sum()
+                prompts_in[target] += sizes[moved].sum()
     for name, more in added.items():
         if name in members:
             members[name] += more
     return [(group[0], row, threshold) for group in members.values() for row in group[1:]]
 
 
-def _refuges(
+def _targets(
     rows: np.ndarray,
     sizes: np.ndarray,
     pairs: Pairs,
-    home: np.ndarray,
-    weight: np.ndarray,
+    group_of: np.ndarray,
+    prompts_in: np.ndarray,
     threshold: float,
     near_duplicate: float,
     max_size: int,
 ) -> dict[int, list[tuple[int, float]]]:
-    """Return for a row the groups that could take it in, each with its least similarity; rows without any are left out.
+    """Return {row: [(group, least similarity), ...]}: the other groups that could take each row in; no empty lists.
 
-    Groups only grow, so what is not among these can never take the row in.
+    rows, sizes     shapes (n, d) and (n,)
+    pairs           similar rows, from `similar_pairs`
+    group_of        shape (n,): the name of each row's group
+    prompts_in      shape (n,): the number of prompts in the group of that name
+    threshold, near_duplicate, max_size    as for `sage.grouping.groups.group`
+
+    Groups only grow, so a group that is not listed for a row can never take it in later.
     """
     row, other = (np.concatenate(side) for side in (pairs[:2], pairs[1::-1]))
-    target = home[other]
-    room = (home[row] != target) & (weight[target] + sizes[row] <= max_size)
+    target = group_of[other]
+    room = (group_of[row] != target) & (prompts_in[target] + sizes[row] <= max_size)
     row, target = np.divmod(np.unique(row[room] * len(rows) + target[room]), len(rows))
-    least = _linkage(rows, np.arange(len(rows)), home, row, target, near_duplicate)
+    least = _linkage(rows, np.arange(len(rows)), group_of, row, target, near_duplicate)
     fits = least >= threshold
     found: dict[int, list[tuple[int, float]]] = {}
     for at, name, similarity in zip(row[fits].tolist(), target[fits].tolist(), least[fits].tolist(), strict=True):
@@ -94,21 +103,25 @@ def _refuges(
 def agglomerate(
     rows: np.ndarray, sizes: np.ndarray, threshold: float, near_duplicate: float, max_size: int
 ) -> list[Link]:
-    """Return the merges (a, b, similarity) of all rows."""
+    """Return the merges (a, b, similarity) of complete linkage with a size cap, in no order of similarity."""
     return _merge(rows, sizes, similar_pairs(rows, threshold, near_duplicate), threshold, near_duplicate, max_size)
 
 
 def _merge(
     rows: np.ndarray, sizes: np.ndarray, pairs: Pairs, threshold: float, near_duplicate: float, max_size: int
 ) -> list[Link]:
-    """Return the merges (a, b, similarity) of canonical rows, where row i stands for sizes[i] equal prompts.
+    """Return the merges (a, b, similarity) of complete linkage with a size cap.
 
-    All pairs of clusters that are each other's most similar merge at once, named by their smaller row. Complete linkage
-    only ever lowers a similarity, so this gives the tree that merging one best pair at a time gives.
+    rows, sizes     unit rows of shape (n, d), and the number of equal prompts that each stands for, shape (n,)
+    pairs           similar rows, from `similar_pairs`
+    threshold, near_duplicate, max_size    as for `sage.grouping.groups.group`
+
+    In each round all pairs of clusters that are each other's most similar merge, and keep the smaller name. As complete
+    linkage only ever lowers a similarity, this gives the same tree as merging the single best pair at a time.
     """
     a, b, similarity = pairs
     sizes = sizes.copy()
-    # The cluster of each row. In a large set a pair of clusters may lack pairs of rows: those are then looked up.
+    # In a large set `pairs` may lack pairs of rows between two clusters; computing them needs the cluster of each row.
     cluster = None if len(rows) <= ALL_PAIRS else np.arange(len(rows))
     merges: list[Link] = []
     fits = sizes[a] + sizes[b] <= max_size
@@ -134,24 +147,28 @@ def _merge(
 
 
 def _mutual_best(a: np.ndarray, b: np.ndarray, similarity: np.ndarray, n: int) -> np.ndarray:
-    """Return the pairs, at least one, in which each is the other's most similar; ties go by a hash."""
+    """Return indices of the pairs, at least one, that are each other's most similar; a hash breaks ties."""
     best = np.full(n, -np.inf, np.float32)
     np.maximum.at(best, a, similarity)
     np.maximum.at(best, b, similarity)
     tied = np.flatnonzero((similarity == best[a]) & (similarity == best[b]))
-    # By a hash and not by name: among n equal pairs of pairs, names in order would let one merge at a time.
-    lot = scramble(a[tied].astype(np.uint64) * np.uint64(n) + b[tied].astype(np.uint64))
-    first = np.full(n, np.iinfo(np.uint64).max, np.uint64)
-    np.minimum.at(first, a[tied], lot)
-    np.minimum.at(first, b[tied], lot)
-    drawn: np.ndarray = tied[(lot == first[a[tied]]) & (lot == first[b[tied]])]
-    return drawn
+    # Not by name: in a chain of equally similar pairs, names in order would let only one pair merge per round.
+    key = scramble(a[tied].astype(np.uint64) * np.uint64(n) + b[tied].astype(np.uint64))
+    lowest = np.full(n, np.iinfo(np.uint64).max, np.uint64)
+    np.minimum.at(lowest, a[tied], key)
+    np.minimum.at(lowest, b[tied], key)
+    chosen: np.ndarray = tied[(key == lowest[a[tied]]) & (key == lowest[b[tied]])]
+    return chosen
 
 
 def _join(
     a: np.ndarray, b: np.ndarray, similarity: np.ndarray, merged: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return each pair of renamed clusters once: (a, b, least similarity, whether all pairs it joins are known)."""
+    """Return each pair of renamed clusters once: (a, b, least similarity, complete).
+
+    `complete` is False if the similarity of some pair of the clusters that merged is not among the given ones; `merged`
+    marks the clusters that merged in this round.
+    """
     a, b = np.minimum(a, b), np.maximum(a, b)
     touched = merged[a] | merged[b]
     code = a[touched] * len(merged) + b[touched]
@@ -160,38 +177,39 @@ def _join(
     start = np.flatnonzero(np.diff(code, prepend=-1))
     first, second = np.divmod(code[start], len(merged))
     least = np.minimum.reduceat(similarity[touched][order], start) if len(start) else similarity[:0]
-    # A side that merged in this round had two names before: two or four pairs become one.
-    whole = np.diff(start, append=len(code)) == (1 + merged[first]) * (1 + merged[second])
+    # A cluster that merged in this round was two before, so a complete pair joins two or four former pairs.
+    complete = np.diff(start, append=len(code)) == (1 + merged[first]) * (1 + merged[second])
     return (
         np.concatenate([a[~touched], first]),
         np.concatenate([b[~touched], second]),
         np.concatenate([similarity[~touched], least]),
-        np.concatenate([np.ones((~touched).sum(), bool), whole]),
+        np.concatenate([np.ones((~touched).sum(), bool), complete]),
     )
 
 
 def _linkage(
-    rows: np.ndarray, one: np.ndarray, another: np.ndarray, a: np.ndarray, b: np.ndarray, near_duplicate: float
+    rows: np.ndarray, left: np.ndarray, right: np.ndarray, a: np.ndarray, b: np.ndarray, near_duplicate: float
 ) -> np.ndarray:
-    """Return the least similarity of the rows that `one` files under a[i] to those that `another` files under b[i].
+    """Return the lowest cosine between cluster a[i] of one clustering and cluster b[i] of another, for each i.
 
-    -inf where one reaches `near_duplicate`.
+    rows            unit rows, shape (n, d)
+    left, right     the two clusterings: the cluster of each row, shape (n,)
+    a, b            clusters of `left` and of `right` to compare, shape (pairs,)
+    near_duplicate  the result is -inf if any cosine reaches it
     """
-    (left_rows, left_counts, left_first), (right_rows, right_counts, right_first) = (
-        _members(file) for file in (one, another)
-    )
+    (left_rows, left_counts, left_first), (right_rows, right_counts, right_first) = _members(left), _members(right)
     result = np.empty(len(a), np.float32)
     pairs = left_counts[a] * right_counts[b]
-    # A million pairs of rows at a time.
+    # In parts of about a million pairs of rows, to bound memory.
     part = np.cumsum(pairs) // 2**20
     for start, stop in itertools.pairwise([*np.flatnonzero(np.diff(part, prepend=-1)), len(a)]):
         n = pairs[start:stop]
         begin = np.cumsum(n) - n
         place = np.arange(n.sum()) - np.repeat(begin, n)
-        left, right = np.repeat(a[start:stop], n), np.repeat(b[start:stop], n)
-        across = right_counts[right]
+        one, other = np.repeat(a[start:stop], n), np.repeat(b[start:stop], n)
+        across = right_counts[other]
         cosine = cosines(
-            rows, left_rows[left_first[left] + place // across], right_rows[right_first[right] + place % across]
+            rows, left_rows[left_first[one] + place // across], right_rows[right_first[other] + place % across]
         )
         least = np.minimum.reduceat(cosine, begin)
         result[start:stop] = np.where(np.maximum.reduceat(cosine, begin) < near_duplicate, least, -np.inf)
@@ -199,13 +217,13 @@ def _linkage(
 
 
 def _members(cluster: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the rows cluster by cluster, how many each has, and where it begins."""
+    """Return the rows sorted by cluster, and the size and first position of each cluster in that order."""
     counts = np.bincount(cluster, minlength=len(cluster))
     return np.argsort(cluster, kind="stable"), counts, np.cumsum(counts) - counts
 
 
 def scramble(x: np.ndarray) -> np.ndarray:
-    """Return 64-bit numbers that look random and depend on x alone (splitmix64)."""
+    """Return a 64-bit hash of each element of x (splitmix64)."""
     x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

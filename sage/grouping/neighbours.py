@@ -1,4 +1,4 @@
-"""Pairs of similar rows: all of them in a small set, those of each row's nearest in a large one.
+"""Pairs of similar rows: all pairs in a small set, pairs of nearest neighbours in a large one.
 
 Large sets use an inverted-file (IVF) index: faiss finds centroids (k-means), each row is stored in the list of its
 nearest centroid, and is compared with the rows of the PROBES lists nearest to it. Searching list by list, for all rows
@@ -14,24 +14,24 @@ import numpy as np
 
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
 
-# Up to here every pair is kept; beyond, only those of each row's nearest, so that memory grows with the rows.
+# Up to this many rows every pair is kept; above, only each row's NEAREST, so that memory grows linearly.
 ALL_PAIRS = 4096
 NEAREST = 32
-# Up to here the nearest are exact; beyond, a row is compared with the rows of PROBES inverted lists.
+# Up to this many rows nearest neighbours are exact; above, a row is compared with the rows of PROBES inverted lists.
 EXACT = 16384
 PROBES = 20
 # Lists for n rows, in units of sqrt(n): at 4, finding the lists and searching them cost about the same.
 _LISTS = 4
 _BLOCK = 1024
-# Pairs are sought from a little below the threshold: a search rounds otherwise than `cosines`, which has the last word.
+# Searches go slightly below the threshold, because they round differently from `cosines`, which decides.
 _SLACK = 1e-3
 
 
 def similar_pairs(rows: np.ndarray, threshold: float, near_duplicate: float = math.inf) -> Pairs:
-    """Return (a, b, cosine), a < b, of pairs of rows whose cosine reaches `threshold` and not `near_duplicate`.
+    """Return (a, b, cosine), a < b, of pairs of rows with threshold <= cosine < near_duplicate.
 
-    `rows` is float32 of shape (n, d), each of length 1. All such pairs up to ALL_PAIRS rows; above, those in which one
-    is among the NEAREST of the other.
+    `rows` is float32 of shape (n, d), each of length 1. Up to ALL_PAIRS rows, all such pairs; above, only pairs in
+    which one row is among the NEAREST neighbours of the other, which are approximate above EXACT rows.
     """
     a, b = (_all if len(rows) <= ALL_PAIRS else _nearest)(rows, threshold)
     cosine = cosines(rows, a, b)
@@ -40,7 +40,7 @@ def similar_pairs(rows: np.ndarray, threshold: float, near_duplicate: float = ma
 
 
 def cosines(rows: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the cosine of each pair of rows of length 1, at most 1: float32 of shape (pairs,)."""
+    """Return the cosine of each pair (a, b) of rows of length 1, clipped to at most 1: float32 of shape (pairs,)."""
     result = np.empty(len(a), np.float32)
     part = max(1, 2**22 // rows.shape[1])  # some tens of MB at a time
     for start in range(0, len(a), part):
@@ -60,7 +60,7 @@ def _all(rows: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
 
 def _nearest(rows: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     found = _exact(rows, threshold) if len(rows) <= EXACT else ivf_pairs(rows, threshold)
-    # One number for both directions of a pair.
+    # One code for both directions of a pair.
     codes = np.unique(np.concatenate([np.minimum(a, b) * len(rows) + np.maximum(a, b) for a, b in found]))
     a, b = np.divmod(codes, len(rows))
     return a[a != b], b[a != b]
@@ -75,7 +75,7 @@ def _exact(rows: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.
 
 
 def ivf_pairs(rows: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield each row with its nearest among the rows of the PROBES inverted lists that are nearest to it."""
+    """Yield (a, b) once: each row with its NEAREST among the rows of the PROBES inverted lists nearest to it."""
     n, d = rows.shape
     lists = min(n, round(_LISTS * math.sqrt(n)))
     centroids = faiss.Kmeans(
@@ -89,11 +89,11 @@ def ivf_pairs(rows: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, 
     members, probing = _by_list(near[:, 0], lists), _by_list(near.ravel(), lists)
     kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     count = 0
-    # All rows that probe a list at once: one matrix product is several times as fast as row after row.
+    # One matrix product for all rows that probe a list is several times as fast as searching row by row.
     for rows_of_list, places in zip(members, probing, strict=True):
-        asks = places // probes
-        for start in range(0, len(asks), _BLOCK * 4):
-            some = asks[start : start + _BLOCK * 4]
+        queries = places // probes
+        for start in range(0, len(queries), _BLOCK * 4):
+            some = queries[start : start + _BLOCK * 4]
             cosine = rows[some] @ rows[rows_of_list].T
             a, b = np.nonzero(cosine >= threshold - _SLACK)
             kept.append((some[a], rows_of_list[b], cosine[a, b]))
@@ -110,7 +110,7 @@ def _by_list(number: np.ndarray, lists: int) -> list[np.ndarray]:
 
 
 def _best(found: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the NEAREST other rows of each row, and itself."""
+    """Return each row's NEAREST + 1 pairs of highest cosine, which include the row itself."""
     row, other, cosine = (np.concatenate(part) for part in zip(*found, strict=True))
     count = np.bincount(row)
     if count.max(initial=0) <= NEAREST + 1:

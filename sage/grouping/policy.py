@@ -1,4 +1,4 @@
-"""How a list of prompts is grouped: how alike, how many at most, and which differences never share a group."""
+"""The grouping policy: how similar the prompts of a group are, how many they may be, and what keeps them apart."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ from sage.grouping.guard import Kind, guard
 from sage.grouping.thresholds import threshold_for_saving
 
 ENCODER = "minilm"
-# A budget accepts no pair below this cosine: with MiniLM, unrelated prompts lie around 0.
+# Lowest threshold that a target saving may lead to: with MiniLM the cosine of unrelated prompts is around 0.
 FLOOR = 0.0
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A grouping policy; exactly one of `threshold`, `saving` and `max_damage` says how alike prompts of a group are.
+    """How to group prompts; exactly one of `threshold`, `saving` and `max_damage` sets how similar a group must be.
 
-    threshold       cosine similarity that every pair of a group reaches
-    saving          share of the network evaluations to save; the threshold follows from the prompts
+    max_size        largest number of prompts in a group
+    near_duplicate  pairs with this cosine or more never share a group
+    threshold       lowest cosine that a pair in a group may have
+    saving          fraction of the network evaluations to save; the threshold follows from the prompts
     max_damage      largest measured damage of sharing (`sage.grouping.cost`); the threshold follows from the model
-    max_size        prompts in a group at most
-    near_duplicate  pairs from this cosine on never share a group
-    guard           kinds of differences that part prompts although their embeddings are alike
+    guard           kinds of difference between prompts that never share a group (`sage.grouping.guard`); None: none
     """
 
     max_size: int
@@ -37,10 +37,11 @@ class Policy:
     guard: Sequence[Kind] | None = None
 
     def choose_threshold(self, embeddings: np.ndarray, share_ratio: float, model: Path | None = None) -> float:
-        """Return the cosine threshold for these prompts, embeddings of shape (n, d).
+        """Return the cosine threshold for prompts with these embeddings, shape (n, d).
 
-        `model` is the folder whose measured damage `max_damage` reads. Raises ConfigurationError if the prompts do not
-        allow the saving, if damage was not measured on this model, or if no model folder is given.
+        `saving` and `max_damage` refer to sampling at `share_ratio`; `max_damage` also needs `model`, the folder with
+        its measured damage. Raises ConfigurationError if the prompts do not allow the saving, if the model has no valid
+        measurement or exceeds the damage everywhere, or if the policy is empty.
         """
         if self.saving is not None:
             return threshold_for_saving(
@@ -49,24 +50,24 @@ class Policy:
         if self.max_damage is not None:
             if model is None or not model.is_dir():
                 raise ConfigurationError(
-                    f"group.max_damage {self.max_damage} needs what sharing costs the model, which is measured on a "
-                    f"model folder; {model or 'this model'} is none. Give group.threshold instead."
+                    f"group.max_damage {self.max_damage} needs the damage measured in a model's folder, but "
+                    f"{model or 'this model'} is not a folder. Give group.threshold instead."
                 )
             return read_damage(model, share_ratio, self.max_size).threshold(self.max_damage)
         if self.threshold is None:
-            raise ConfigurationError("a grouping policy needs one of threshold, saving and max_damage; none was given")
+            raise ConfigurationError("the grouping policy is empty; give one of threshold, saving and max_damage")
         return self.threshold
 
     def form(self, texts: Sequence[str], embeddings: np.ndarray, threshold: float) -> Groups:
-        """Return the groups of prompts at a threshold, under this policy's cap, near-duplicate rule and guard."""
+        """Return the groups of prompts at a threshold, with this policy's max_size, near_duplicate and guard."""
         groups = group(embeddings, threshold, self.max_size, self.near_duplicate)
         return guard(texts, groups, self.guard) if self.guard else groups
 
 
 def figures(groups: Groups, worst: Sequence[float]) -> dict[str, float]:
-    """Return the number of prompts and groups, mean size, least similarity, and the saving at share ratio 1.
+    """Return a summary: number of prompts and groups, mean group size, lowest similarity, saving at share ratio 1.
 
-    `worst` holds each group's least similar pair.
+    `worst` holds the cosine of each group's least similar pair (`worst_similarity`).
     """
     prompts = sum(map(len, groups))
     return {

@@ -1,6 +1,6 @@
-"""Where to set the threshold: for a budget, for a bound on damage, or as strict as another encoder's.
+"""Choosing the cosine threshold: for a target saving, for a bound on damage, or as strict as with another encoder.
 
-A cosine means different things to different encoders and prompts, so each of these is read from the user's own prompts.
+Cosines are not comparable between encoders or sets of prompts, so all of these work on the user's own prompts.
 """
 
 import math
@@ -12,49 +12,54 @@ from sage.errors import ConfigurationError
 from sage.grouping.groups import Tree
 from sage.grouping.neighbours import cosines
 
-# Pairs drawn to estimate a distribution: a share of 1 in 10,000 then rests on some hundred pairs.
+# Sampled pairs for a distribution of cosines: a fraction of 1 in 10,000 is then estimated from about 100 pairs.
 _PAIRS = 1_000_000
 
 
 def threshold_for_saving(tree: Tree, saving: float, share_ratio: float) -> float:
-    """Return the highest threshold at which one level of sharing saves this share of the network evaluations.
+    """Return the highest threshold at which one level of sharing saves this fraction of the network evaluations.
 
-    K groups of M prompts save share_ratio (1 - K / M), and each merge makes one group fewer. `group` at the result
-    saves at least as much. Raises ConfigurationError where the tree, down to its own threshold, does not allow it.
+    K groups of M prompts save share_ratio (1 - K / M), and each merge in the tree lowers K by one. `group` at the
+    returned threshold saves at least as much. Raises ConfigurationError if `saving` is outside [0, 1) or more than the
+    whole tree allows.
     """
     if not 0 <= saving < 1:
-        raise ConfigurationError(f"saving is {saving}, but a share of the network evaluations lies in [0, 1)")
+        raise ConfigurationError(f"saving is {saving}; give a fraction of the network evaluations in [0, 1)")
     if saving == 0:
         return 1.0
     most = share_ratio * len(tree.merges) / max(tree.size, 1)
-    # A hair more, or a saving that was computed as share_ratio * k / M could ask for k + 1 merges.
+    # Tolerate rounding: a saving computed as share_ratio * k / M must not need k + 1 merges.
     if most * (1 + 1e-9) < saving:
         raise ConfigurationError(
             f"a saving of {saving} was asked for, but these prompts allow {most:.4f} at share ratio {share_ratio}; "
-            "ask for less, or raise the share ratio or the size of a group"
+            "ask for less, or raise the share ratio or the maximum group size"
         )
     needed = math.ceil(saving / share_ratio * tree.size * (1 - 1e-9))
     return tree.merges[needed - 1][2]
 
 
 def damage_curve(similarity: Sequence[float], damage: Sequence[float]) -> list[tuple[float, float]]:
-    """Return (similarity, damage) points of the least-squares curve that never rises with similarity.
+    """Return the points (similarity, damage) of a non-increasing least-squares curve (isotonic regression).
 
-    Each measurement is the worst similarity of a group and what sharing cost it, in any unit (isotonic regression).
+    `similarity` and `damage`, of equal length, are measurements of groups; damage may be in any unit. Raises
+    ConfigurationError unless there are two or more measurements, all finite.
     """
     from sklearn.isotonic import IsotonicRegression
 
     if len(similarity) < 2 or not np.isfinite([*similarity, *damage]).all():
-        raise ConfigurationError(f"a curve needs two or more finite measurements, found {len(similarity)}")
+        raise ConfigurationError(
+            f"a damage curve needs two or more measurements, all finite; found similarity {list(similarity)} "
+            f"and damage {list(damage)}"
+        )
     curve = IsotonicRegression(increasing=False).fit(similarity, damage)
     return list(zip(curve.X_thresholds_.tolist(), curve.y_thresholds_.tolist(), strict=True))
 
 
 def threshold_for_damage(curve: Sequence[tuple[float, float]], at_most: float) -> float:
-    """Return the lowest similarity from which on damage stays within a bound, linear between the points of a curve.
+    """Return the lowest similarity from which on damage is at most `at_most`, with linear interpolation of the curve.
 
-    Below the least similarity that was measured nothing is known, so nothing is allowed; above 1 nothing can be. Raises
-    ConfigurationError where the bound is not met even at the highest similarity measured.
+    The result is never below the lowest similarity measured, as nothing is known there. Raises ConfigurationError if
+    damage exceeds the bound even at the highest similarity measured.
     """
     points = sorted(curve)
     if not points or points[-1][1] > at_most:
@@ -69,25 +74,26 @@ def threshold_for_damage(curve: Sequence[tuple[float, float]], at_most: float) -
 
 
 def share_reaching(embeddings: np.ndarray, threshold: float) -> float:
-    """Return the share of the pairs of these unit vectors, in [0, 1], whose cosine reaches the threshold."""
+    """Return the fraction of all pairs of rows whose cosine reaches the threshold; rows have length 1."""
     return float((_sample(embeddings) >= threshold).mean())
 
 
 def threshold_for_share(embeddings: np.ndarray, share: float) -> float:
-    """Return the cosine that this share of the pairs of these unit vectors reaches.
+    """Return the cosine that a fraction `share` of all pairs of rows reaches; rows have length 1.
 
-    With `share_reaching` of one encoder's embeddings of the same prompts it says what is as strict for another's.
+    `threshold_for_share(other, share_reaching(one, threshold))` converts a threshold between two encoders' embeddings
+    of the same prompts. Raises ConfigurationError if `share` is outside [0, 1] or there are fewer than two rows.
     """
     if not 0 <= share <= 1:
-        raise ConfigurationError(f"share is {share}, but a share of the pairs lies in [0, 1]")
+        raise ConfigurationError(f"share is {share}; give a fraction of the pairs in [0, 1]")
     return float(np.quantile(_sample(embeddings), 1 - share))
 
 
 def _sample(embeddings: np.ndarray) -> np.ndarray:
-    """Return the cosines of all pairs of a small set, or of seeded random ones of a large set."""
+    """Return the cosines of all pairs of rows, or of _PAIRS pairs drawn with a fixed seed if there are more."""
     n = len(embeddings)
     if n < 2:
-        raise ConfigurationError(f"{n} prompt(s) have no pairs to learn from; give at least 2")
+        raise ConfigurationError(f"{n} prompt(s) make no pair to choose a threshold from; give at least 2")
     if n * (n - 1) // 2 <= _PAIRS:
         a, b = np.triu_indices(n, 1)
     else:
