@@ -4,9 +4,10 @@ import json
 import math
 
 import pytest
-from evaluated import SET, changed, del_, results
+from evaluated import SET, changed, del_, part, results
 
 from sage.errors import MetricError
+from sage.evaluation.bootstrap import LEAST_GROUPS
 from sage.evaluation.gates import judge, passed
 from sage.evaluation.results import JudgedSet, parse, read
 
@@ -99,6 +100,36 @@ def test_a_figure_that_cannot_be_trusted_fails_with_its_reason(found, words):
     assert words in verdicts[0].reason
     assert verdicts[0].reason.startswith("The kernel distance cannot be judged: ")
     assert verdicts[0].reason.endswith(".")
+
+
+def with_groups(*groups):
+    """An evaluation on so many groups of one prompt, and of more, whose intervals look whole."""
+    found = results() | {"by_similarity": [part("single prompts", groups[0]), part("tightest third", groups[1])]}
+    for side in (*found["arms"].values(), *found["worse_by"].values()):
+        side["group_diversity"] = side["alignment"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("groups", "metric", "words"),
+    [
+        ((0, 1), "alignment", "only 1 group; an interval needs at least "),
+        ((1, LEAST_GROUPS - 2), "kernel_distance", f"only {LEAST_GROUPS - 1} groups; an interval needs at least "),
+        ((0, 0), "alignment", "only 0 groups; an interval needs at least "),
+        ((50, 1), "group_diversity", "only 1 group of two or more prompts; an interval needs at least "),
+        ((50, LEAST_GROUPS - 1), "group_diversity", "groups of two or more prompts; an interval needs at least "),
+    ],
+)
+def test_too_few_groups_fail_and_say_so_even_with_an_interval_that_looks_whole(groups, metric, words):
+    (verdict,) = decided(with_groups(*groups), gate(metric))
+    assert not verdict.passed
+    assert f"{words}{LEAST_GROUPS}." in verdict.reason
+
+
+def test_enough_groups_are_judged_and_what_is_counted_needs_none():
+    assert passed(decided(with_groups(1, LEAST_GROUPS - 1), gate("alignment")))
+    assert passed(decided(with_groups(0, LEAST_GROUPS), gate("group_diversity")))
+    assert passed(decided(with_groups(0, 1), gate("nfe_per_image", -0.15)))
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from sage.evaluation import bootstrap
 from sage.evaluation.arms import JUDGED
 from sage.evaluation.registry import METRICS, label
 from sage.evaluation.results import Figure, JudgedSet, Results, Verdict
@@ -78,12 +79,22 @@ def _difference(results: Results, metric: str, reference: str, relative: bool, n
     worse, should_be = _number(difference.value, "the difference"), METRICS[metric].worse(a, b)
     if not math.isclose(worse, should_be, rel_tol=1e-6, abs_tol=1e-6 * max(abs(a), abs(b))):
         raise _Unfit(f"the difference is given as {worse:.4g}, but the arms differ by {should_be:.4g}.")
+    if METRICS[metric].interval == "bootstrap":
+        _check_groups(results, METRICS[metric].within_groups)
     found = difference.relative if relative else difference
     value = _number(found.value, "the difference's value")
     low, high = _number(found.low, "the difference's low"), _number(found.high, "the difference's high")
     if not low <= high:
         raise _Unfit(f"its interval runs from {low:.4g} down to {high:.4g}.")
     return value, low, high
+
+
+def _check_groups(results: Results, within: bool) -> None:
+    """Refuse an interval from too few groups, whatever its ends are."""
+    groups = results.groups(within)
+    if groups < bootstrap.LEAST_GROUPS:
+        kind = ("group" if groups == 1 else "groups") + (" of two or more prompts" if within else "")
+        raise _Unfit(f"only {groups} {kind}; an interval needs at least {bootstrap.LEAST_GROUPS}.")
 
 
 def _figure(figures: Mapping[str, _F], metric: str, where: str) -> _F:
