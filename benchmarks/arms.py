@@ -135,11 +135,12 @@ class Judge:
             ours, theirs = (self.figures(points)[metric].value for points in (arm, reference))
             return float(ours or 0) / float(theirs or 1) - 1, np.nan, np.nan
         share = self.draws(arm, metric) / self.draws(reference, metric) - 1
-        return float(share[0]), *percentiles(share[1:], self.bootstrap.confidence)
+        return float(share[0]), *percentiles(share[1:], self.bootstrap.confidence, len(self.trials.groups))
 
 
 def _mean(statistics: list[Statistic]) -> Statistic:
-    return lambda counts: np.mean([statistic(counts) for statistic in statistics], axis=0)
+    measured = np.logical_and.reduce([statistic.measured for statistic in statistics])
+    return Statistic(lambda counts: np.mean([statistic(counts) for statistic in statistics], axis=0), measured)
 
 
 @app.command()
@@ -408,7 +409,7 @@ def frontiers(judge: Judge, arms: Arms, form: Form, picture: Path) -> str:
         for arm in series:
             distance, cost = judge.draws(arm), judge.trials.nfe(arm[0])
             savings = [saving(cost, distance, *points) for points in (frontier, whole)]
-            ends = [percentiles(found[1:], judge.bootstrap.confidence) for found in savings]
+            ends = [percentiles(found[1:], judge.bootstrap.confidence, len(judge.trials.groups)) for found in savings]
             cells = [_percent(found[0], *pair) for found, pair in zip(savings, ends, strict=True)]
             at_knee = "yes" if distance[0] <= knee else "no"
             rows.append([name, str(len(arm)), str(arm[0].steps), f"{cost:.1f}", f"{distance[0]:.4f}", *cells, at_knee])
@@ -433,7 +434,9 @@ def _draw(judge: Judge, series: Mapping[str, Sequence[Sequence[Point]]], ratio: 
     for name, points in series.items():
         nfe = [judge.trials.nfe(arm[0]) for arm in points]
         draws = np.array([judge.draws(arm) for arm in points])
-        low, high = np.array([percentiles(row[1:], judge.bootstrap.confidence) for row in draws]).T
+        low, high = np.array(
+            [percentiles(row[1:], judge.bootstrap.confidence, len(judge.trials.groups)) for row in draws]
+        ).T
         style = "-" if "shared" in name else "--"
         (line,) = axes.plot(nfe, draws[:, 0], marker="o", markersize=4, linestyle=style, label=name)
         if name in ("independent, base, dpm++", f"shared, SAGE, {ratio}"):

@@ -10,6 +10,7 @@ import yaml
 
 from flows.commands import calibrate
 from sage.errors import DataError
+from sage.evaluation import bootstrap
 from sage.evaluation.damage import distances
 from sage.grouping.cost import FILE, read_damage
 from sage.grouping.groups import worst_similarity
@@ -43,6 +44,8 @@ def measure(folder):
 
 @pytest.mark.slow
 def test_a_measurement_is_read_back_and_a_killed_run_goes_on_to_the_same_bytes(project, monkeypatch, capsys):
+    # The small split forms 13 groups; they stand for as many as a real one has.
+    monkeypatch.setattr(bootstrap, "LEAST_GROUPS", 1)
     draw, calls = calibrate._pictures, []
 
     def dies(*arguments):
@@ -93,4 +96,10 @@ def test_too_few_groups_are_refused(project):
     rows = (project / "prepared/validation/metadata.jsonl").read_text().splitlines()[:4]
     (project / "prepared/validation/metadata.jsonl").write_text("\n".join(rows) + "\n")
     with pytest.raises(DataError, match="too few"):
+        measure(project)
+
+
+def test_a_part_without_an_interval_is_refused_before_anything_is_drawn(project, monkeypatch):
+    monkeypatch.setattr(calibrate, "draw", lambda *arguments: pytest.fail("it was drawn"))
+    with pytest.raises(DataError, match=f"forms 13 groups, too few .* at least {bootstrap.LEAST_GROUPS} are needed"):
         measure(project)

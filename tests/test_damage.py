@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sage.errors import ConfigurationError, DataError
+from sage.evaluation.bootstrap import LEAST_GROUPS
 from sage.evaluation.damage import by_similarity, distances
 from sage.grouping.cost import FILE, Damage, Point, kept_form, read_damage
 
@@ -51,6 +52,12 @@ def test_damage_is_found_where_it_is_and_the_interval_holds_it():
     assert measured.threshold(0.2) == pytest.approx(points[0].similarity)
     with pytest.raises(ConfigurationError, match="least measured"):
         measured.threshold(-0.5)
+
+
+def test_parts_of_too_few_groups_are_refused():
+    ones = np.ones(4 * LEAST_GROUPS - 1)
+    with pytest.raises(DataError, match=f"{len(ones)} groups in 4 parts .* an interval needs at least {LEAST_GROUPS}"):
+        by_similarity(ones, ones, ones, 2 * ones, parts=4)
 
 
 def test_one_seed_measures_nothing():

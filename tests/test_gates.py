@@ -4,9 +4,10 @@ import json
 import math
 
 import pytest
-from evaluated import SET, changed, del_, results
+from evaluated import SET, changed, del_, part, results
 
 from sage.errors import MetricError
+from sage.evaluation.bootstrap import LEAST_GROUPS
 from sage.evaluation.gates import judge, passed
 from sage.evaluation.results import JudgedSet, parse, read
 
@@ -101,6 +102,36 @@ def test_a_figure_that_cannot_be_trusted_fails_with_its_reason(found, words):
     assert verdicts[0].reason.endswith(".")
 
 
+def with_groups(*groups):
+    """An evaluation on so many groups of one prompt, and of more, whose intervals look whole."""
+    found = results() | {"by_similarity": [part("single prompts", groups[0]), part("tightest third", groups[1])]}
+    for side in (*found["arms"].values(), *found["worse_by"].values()):
+        side["group_diversity"] = side["alignment"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("groups", "metric", "words"),
+    [
+        ((0, 1), "alignment", "only 1 group; an interval needs at least "),
+        ((1, LEAST_GROUPS - 2), "kernel_distance", f"only {LEAST_GROUPS - 1} groups; an interval needs at least "),
+        ((0, 0), "alignment", "only 0 groups; an interval needs at least "),
+        ((50, 1), "group_diversity", "only 1 group of two or more prompts; an interval needs at least "),
+        ((50, LEAST_GROUPS - 1), "group_diversity", "groups of two or more prompts; an interval needs at least "),
+    ],
+)
+def test_too_few_groups_fail_and_say_so_even_with_an_interval_that_looks_whole(groups, metric, words):
+    (verdict,) = decided(with_groups(*groups), gate(metric))
+    assert not verdict.passed
+    assert f"{words}{LEAST_GROUPS}." in verdict.reason
+
+
+def test_enough_groups_are_judged_and_what_is_counted_needs_none():
+    assert passed(decided(with_groups(1, LEAST_GROUPS - 1), gate("alignment")))
+    assert passed(decided(with_groups(0, LEAST_GROUPS), gate("group_diversity")))
+    assert passed(decided(with_groups(0, 1), gate("nfe_per_image", -0.15)))
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("end", ["value", "low", "high"])
 def test_what_is_not_finite_fails_also_when_nothing_was_read(number, end):
@@ -117,49 +148,58 @@ def test_what_is_not_finite_fails_also_when_nothing_was_read(number, end):
         (
             gate(limit=0.10),
             True,
-            "Kernel distance: 5.0% worse (1.0% worse to 9.0% worse) than independent; "
-            "at most 10.0% worse is allowed, and the bad end keeps to it.",
+            "Kernel distance: 5.0% worse than independent; limit 10% worse; "
+            "worst case of the 95% interval: 9.0% worse. Passed.",
         ),
         (
             gate(limit=0.08),
             False,
-            "Kernel distance: 5.0% worse (1.0% worse to 9.0% worse) than independent; "
-            "at most 8.0% worse is allowed, and the bad end does not.",
+            "Kernel distance: 5.0% worse than independent; limit 8% worse; "
+            "worst case of the 95% interval: 9.0% worse. Failed.",
         ),
         (
             gate(limit=0.08996),
             False,
-            "Kernel distance: 5.000% worse (1.000% worse to 9.000% worse) than independent; "
-            "at most 8.996% worse is allowed, and the bad end does not.",
+            "Kernel distance: 5.000% worse than independent; limit 8.996% worse; "
+            "worst case of the 95% interval: 9.000% worse. Failed.",
         ),
         (
             gate(limit=0.018, relative=False),
             True,
-            "Kernel distance: 0.01 worse (0.002 worse to 0.018 worse) than independent; "
-            "at most 0.018 worse is allowed, and the bad end keeps to it.",
+            "Kernel distance: 0.01 worse than independent; limit 0.018 worse; "
+            "worst case of the 95% interval: 0.018 worse. Passed.",
+        ),
+        (
+            gate(limit=-0.02),
+            False,
+            "Kernel distance: 5.0% worse than independent; at least 2% better is required; "
+            "worst case of the 95% interval: 9.0% worse. Failed.",
         ),
         (
             gate("nfe_per_image", -0.25),
             True,
-            "Network evaluations per image: 25.0% fewer than independent; "
-            "at least 25.0% fewer is required, and the bad end keeps to it.",
+            "Network evaluations per image: 25.0% fewer than independent; at least 25% fewer is required. Passed.",
         ),
         (
             gate("nfe_per_image", -0.30),
             False,
-            "Network evaluations per image: 25.0% fewer than independent; "
-            "at least 30.0% fewer is required, and the bad end does not.",
+            "Network evaluations per image: 25.0% fewer than independent; at least 30% fewer is required. Failed.",
         ),
     ],
 )
-def test_the_bad_end_decides_and_the_reason_is_a_sentence(gate, expected, sentence):
+def test_the_worst_case_decides_and_the_reason_is_a_sentence(gate, expected, sentence):
     (verdict,) = decided(results(), gate)
     assert (verdict.passed, verdict.reason) == (expected, sentence)
 
 
-def test_a_better_value_whose_bad_end_is_beyond_the_limit_fails():
+def test_a_better_value_whose_worst_case_is_beyond_the_limit_fails():
     found = changed(*DIFFERENCE, "relative", to={"value": -0.05, "low": -0.30, "high": 0.20})
     assert not passed(decided(found, gate(limit=0.10)))
+
+
+def test_the_confidence_is_that_of_the_results():
+    found = results() | {"confidence": 0.975}
+    assert "worst case of the 97.5% interval: 9.0% worse. Passed." in decided(found, gate())[0].reason
 
 
 def test_one_failed_gate_fails_all_and_no_gates_pass_nothing():

@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 
 from sage.evaluation import bootstrap, figures
+from sage.evaluation.bootstrap import LEAST_GROUPS
 from sage.evaluation.distances import frechet_distance, frechet_statistic, kernel, kernel_statistic
 from sage.evaluation.diversity import group_diversity, seed_diversity
 
 GROUPS = [[0, 3, 5], [1, 2], [4], [6, 7], [8], [9, 10, 11]]
+# Five such sets: enough groups for an interval.
+MANY = [[12 * k + place for place in group] for k in range(5) for group in GROUPS]
 
 
 @pytest.fixture
@@ -125,7 +128,7 @@ def test_a_draw_that_leaves_nothing_to_measure_makes_the_interval_nan():
     statistic = bootstrap.ratio(np.array([0.0, 5.0]), np.array([0.0, 1.0]))
     draws = statistic(np.array([[2.0, 0.0], [1.0, 1.0]]))
     assert np.isnan(draws[0]) and draws[1] == 5
-    assert np.isnan(bootstrap.percentiles(draws, 0.95)).all()
+    assert np.isnan(bootstrap.percentiles(draws, 0.95, 40)).all()
 
 
 def test_jackknife_of_a_mean_is_its_standard_error(random):
@@ -140,7 +143,7 @@ def test_jackknife_holds_the_frechet_distance_that_the_bootstrap_would_miss(rand
     groups = [[k] for k in range(40)]
     statistic = frechet_statistic(x, y, groups)
     value = bootstrap.value(statistic, 40)
-    assert bootstrap.percentiles(statistic(bootstrap.resamples(40, 100, 0)), 0.95)[0] > value
+    assert bootstrap.percentiles(statistic(bootstrap.resamples(40, 100, 0)), 0.95, 40)[0] > value
     low, high = bootstrap.jackknife(statistic, 40, 0.95, 0)
     assert low < value < high
 
@@ -171,49 +174,85 @@ def test_seed_diversity_is_the_distance_between_seeds_of_a_prompt_and_nothing_wi
 
 @pytest.fixture
 def arms(random):
-    real = figures.Pictures(features(random, 12, 1), random.uniform(0.7, 0.9, (12, 1)))
-    good = figures.Pictures(features(random, 12, shift=0.2), random.uniform(0.5, 0.7, (12, 2)))
-    bad = figures.Pictures(features(random, 12, shift=1.0), good.alignment - 0.1)
+    real = figures.Pictures(features(random, 60, 1), random.uniform(0.7, 0.9, (60, 1)))
+    good = figures.Pictures(features(random, 60, shift=0.2), random.uniform(0.5, 0.7, (60, 2)))
+    bad = figures.Pictures(features(random, 60, shift=1.0), good.alignment - 0.1)
     return real, good, bad
 
 
 def test_worse_by_is_paired_signed_and_agrees_with_the_arms(arms):
     real, good, bad = arms
-    draws = figures.Bootstrap.over(GROUPS, 200, 0.9, 0)
-    ours, theirs = (figures.statistics(real, arm, GROUPS) for arm in (bad, good))
-    worse = figures.worse_by(ours, theirs, draws, 24, 0.0)
+    draws = figures.Bootstrap.over(MANY, 200, 0.9, 0)
+    ours, theirs = (figures.statistics(real, arm, MANY) for arm in (bad, good))
+    worse = figures.worse_by(ours, theirs, draws, 120, 0.0)
     # The same loss everywhere: a paired difference has no width, the arms' own intervals have.
     assert [worse["alignment"].value, worse["alignment"].low, worse["alignment"].high] == pytest.approx([0.1] * 3)
     found = figures.arm_figures(ours, bad, draws)
     assert found["alignment"].high - found["alignment"].low > 0.01
     assert worse["kernel_distance"].value > 0
-    better = figures.worse_by(theirs, ours, draws, 24, 0.0)
+    better = figures.worse_by(theirs, ours, draws, 120, 0.0)
     assert better["kernel_distance"].value == -worse["kernel_distance"].value
-    assert found["frechet_distance"].n == 12 and found["kernel_distance"].n == 24
+    assert found["frechet_distance"].n == 60 and found["kernel_distance"].n == 120
 
 
 def test_a_kernel_distance_near_0_is_compared_with_the_floor(arms):
     real, good, bad = arms
-    draws = figures.Bootstrap.over(GROUPS, 200, 0.9, 0)
-    ours, theirs = (figures.statistics(real, arm, GROUPS) for arm in (bad, good))
-    worse = figures.worse_by(ours, theirs, draws, 24, 1e6)["kernel_distance"]
+    draws = figures.Bootstrap.over(MANY, 200, 0.9, 0)
+    ours, theirs = (figures.statistics(real, arm, MANY) for arm in (bad, good))
+    worse = figures.worse_by(ours, theirs, draws, 120, 1e6)["kernel_distance"]
     assert worse.relative.value == pytest.approx(worse.value / 1e6)
 
 
 def test_parts_by_similarity_cover_all_groups_and_their_savings_make_the_whole(arms):
     real, good, _ = arms
-    draws = figures.Bootstrap.over(GROUPS, 200, 0.9, 0)
-    measured = {"sage": figures.statistics(real, good, GROUPS)}
-    parts = figures.by_similarity(measured, GROUPS, [0.7, 0.9, 1.0, 0.8, 1.0, 0.75], draws, 2, 0.2)
+    draws = figures.Bootstrap.over(MANY, 200, 0.9, 0)
+    measured = {"sage": figures.statistics(real, good, MANY)}
+    parts = figures.by_similarity(measured, MANY, 5 * [0.7, 0.9, 1.0, 0.8, 1.0, 0.75], draws, 2, 0.2)
     assert [part.part for part in parts] == ["single prompts", "loosest third", "middle third", "tightest third"]
-    assert sum(part.groups for part in parts) == 6
-    assert sum(part.prompts for part in parts) == 12
-    assert sum(part.saving * part.prompts for part in parts) / 12 == pytest.approx(0.2)
+    assert sum(part.groups for part in parts) == 30
+    assert sum(part.prompts for part in parts) == 60
+    assert sum(part.saving * part.prompts for part in parts) / 60 == pytest.approx(0.2)
     assert parts[0].saving == 0 and parts[0].arms["sage"]["group_diversity"].value is None
 
 
 def test_the_floor_says_how_many_pictures_it_had(arms, random):
     real = arms[0].features[:, 0]
-    draws = figures.Bootstrap.over(GROUPS, 200, 0.9, 0)
-    assert figures.floor(real, features(random, 12, 1)[:, 0], GROUPS, draws)["kernel_distance"].n == 12
-    assert figures.floor(real, features(random, 9, 1)[:, 0], GROUPS, draws)["frechet_distance"].n == 9
+    draws = figures.Bootstrap.over(MANY, 200, 0.9, 0)
+    assert figures.floor(real, features(random, 60, 1)[:, 0], MANY, draws)["kernel_distance"].n == 60
+    assert figures.floor(real, features(random, 45, 1)[:, 0], MANY, draws)["frechet_distance"].n == 45
+
+
+def without_interval(figure):
+    return figure.value is not None and (figure.low, figure.high) == (None, None)
+
+
+@pytest.mark.parametrize("groups", [1, LEAST_GROUPS - 1, LEAST_GROUPS])
+def test_too_few_groups_have_a_value_and_no_interval(random, groups):
+    partition = [[2 * k, 2 * k + 1] for k in range(groups)]
+    n, enough = 2 * groups, groups >= LEAST_GROUPS
+    real = figures.Pictures(features(random, n, 1), random.uniform(0.7, 0.9, (n, 1)))
+    arms = [figures.Pictures(features(random, n), random.uniform(0.5, 0.7, (n, 2))) for _ in range(2)]
+    draws = figures.Bootstrap.over(partition, 100, 0.9, 0)
+    ours, theirs = (figures.statistics(real, arm, partition) for arm in arms)
+    found = [
+        *figures.arm_figures(ours, arms[0], draws).values(),
+        *figures.real_figures(real, partition, draws).values(),
+        *figures.floor(real.features[:, 0], features(random, n, 1)[:, 0], partition, draws).values(),
+    ]
+    for difference in figures.worse_by(ours, theirs, draws, 2 * n, 0.0).values():
+        found += [difference, difference.relative]
+    assert [without_interval(figure) for figure in found] == [not enough] * len(found)
+
+
+def test_a_part_of_too_few_groups_and_groups_with_nothing_to_measure_have_no_interval(arms):
+    real, good, _ = arms
+    draws = figures.Bootstrap.over(MANY, 200, 0.9, 0)
+    measured = {"sage": figures.statistics(real, good, MANY)}
+    parts = figures.by_similarity(measured, MANY, 5 * [0.7, 0.9, 1.0, 0.8, 1.0, 0.75], draws, 2, 0.2)
+    assert all(part.groups < LEAST_GROUPS and without_interval(part.arms["sage"]["alignment"]) for part in parts)
+    # Of thirty groups one has two prompts: only in that one can images of a group differ.
+    partition = [[0, 1], *[[k] for k in range(2, 31)]]
+    one = figures.Pictures(good.features[:31], good.alignment[:31])
+    statistics = figures.statistics(figures.Pictures(real.features[:31], real.alignment[:31]), one, partition)
+    found = figures.arm_figures(statistics, one, figures.Bootstrap.over(partition, 200, 0.9, 0))
+    assert without_interval(found["group_diversity"]) and not without_interval(found["alignment"])

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sage.errors import DataError
+from sage.evaluation.bootstrap import LEAST_GROUPS
 from sage.evaluation.diversity import group_diversity
 from sage.evaluation.shards import figures, sums
 
@@ -36,8 +37,7 @@ def test_figures_are_those_of_all_pictures_however_they_are_parted(machine, seed
     assert found[0]["group_diversity"].value == pytest.approx(distances.sum() / n.sum())
     assert found[0]["alignment"].value == pytest.approx(alignment.mean())
     assert (found[0]["alignment"].n, found[0]["group_diversity"].n) == (9, 7)
-    # A draw of single groups only has no diversity, so that interval may be null.
-    assert found[0]["alignment"].low <= found[0]["alignment"].high
+    assert found[0]["alignment"].low is None  # five groups are too few for an interval
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3], [0, 1, 2, 3, 4, 4], [0, 1, 2, 3, 3]])
@@ -51,3 +51,14 @@ def test_a_figure_that_is_not_finite_is_none():
     features = np.full((9, 4), np.nan, np.float32)
     found = figures(parts(range(5), features, np.full(9, np.nan)), 5, **DRAWS)
     assert {figure.value for figure in found.values()} == {None}
+
+
+@pytest.mark.parametrize(("single", "paired"), [(LEAST_GROUPS - 1, 0), (1, LEAST_GROUPS - 1), (0, LEAST_GROUPS)])
+def test_an_interval_needs_enough_groups_that_have_something_to_measure(single, paired):
+    random = np.random.default_rng(0)
+    groups = [[k] for k in range(single)] + [[single + 2 * k, single + 2 * k + 1] for k in range(paired)]
+    n = single + 2 * paired
+    rows = sums(range(len(groups)), groups, random.normal(size=(n, 4)), random.uniform(size=n))
+    found = figures(rows, len(groups), **DRAWS)
+    assert (found["alignment"].low is not None) == (single + paired >= LEAST_GROUPS)
+    assert (found["group_diversity"].low is not None) == (paired >= LEAST_GROUPS)

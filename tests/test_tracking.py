@@ -496,6 +496,17 @@ def test_a_figure_that_could_not_be_measured_is_listed_as_missing(project, weigh
     assert (row["seed_diversity"], row["kernel_distance"]) == ("-", "0.1")
 
 
+def test_a_version_without_an_interval_is_neither_promoted_nor_compared_with(project, weights):
+    register(weights)
+    promotion.promote()
+    kept = {"kernel_distance": figure(0.1), "group_diversity": figure(0.4), "nfe_per_image": figure(12.0)}
+    alone = kept | {"alignment": figure(0.5) | {"low": None, "high": None}}
+    register(weights, arms={"sage": alone})
+    with pytest.raises(RegistryError, match="version 2 has no interval of alignment"):
+        promotion.promote()
+    assert aliases()["champion"] == "1"
+
+
 def before_call(number: int) -> None:
     """Kill this process before the given call of MLflow's client, counted from 1."""
     count = itertools.count(1)

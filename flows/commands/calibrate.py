@@ -20,6 +20,7 @@ from flows.terminal import progress, run
 from sage.config import load_params
 from sage.data.dataset import Example, read_split
 from sage.errors import DataError
+from sage.evaluation import bootstrap
 from sage.evaluation.damage import by_similarity, distances
 from sage.evaluation.extractors import EfficientNetLite0
 from sage.files import digest, new_file, sha256_tree, write_json
@@ -33,7 +34,7 @@ from sage.sampling.seeds import prompt_seed
 SPLIT = "validation"
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8)
 SEEDS = (0, 1)
-_PARTS = 8
+_PARTS = 8  # at most, and at least two: a relation of damage and similarity needs two points
 _PIECE = 64  # prompts that are kept together
 
 
@@ -48,8 +49,13 @@ def main(
     examples = read_split(data, SPLIT)
     embeddings = embed([example.text for example in examples], ENCODER, cache=embedding_cache())
     groups = groups_at(THRESHOLDS, embeddings, grouping.max_size, grouping.near_duplicate)
-    if len(groups) < _PARTS:
-        raise DataError(f"the {SPLIT} split forms {len(groups)} groups, too few to measure what sharing costs")
+    # Before anything is drawn: each part gets an interval.
+    parts = min(_PARTS, len(groups) // bootstrap.LEAST_GROUPS)
+    if parts < 2:
+        raise DataError(
+            f"the {SPLIT} split forms {len(groups)} groups, too few to measure what sharing costs: two parts of at "
+            f"least {bootstrap.LEAST_GROUPS} are needed"
+        )
     how: dict[str, Any] = {
         "split": SPLIT,
         "data": sha256_tree(data),
@@ -71,7 +77,7 @@ def main(
     ]
     above, below = (np.array([side.sum() for side in sides]) for sides in zip(*sums, strict=True))
     worst, sizes = np.array(worst_similarity(embeddings, groups)), np.array([len(members) for members in groups])
-    damage = Damage(settings.share_ratio, grouping.max_size, by_similarity(worst, above, below, sizes, parts=_PARTS))
+    damage = Damage(settings.share_ratio, grouping.max_size, by_similarity(worst, above, below, sizes, parts=parts))
     write_json(model / FILE, kept_form(damage, model, how))
     _show(damage)
     typer.echo(f"wrote {model / FILE}")

@@ -100,7 +100,7 @@ def _interval(version: Any, metric: str) -> tuple[float, float, float]:
         raise RegistryError(f"version {version.version} has no usable {label(metric)}, so it cannot be compared.")
     if figure.low is None or figure.high is None:
         raise RegistryError(
-            f"version {version.version} has a {label(metric)} without an interval, so it cannot be compared. Evaluate "
-            "it on more groups of prompts."
+            f"version {version.version} has no interval of {label(metric)}, so it cannot be compared. Evaluate it on "
+            "more groups of prompts."
         )
     return figure.value, figure.low, figure.high

@@ -42,13 +42,18 @@ def by_similarity(
     """Return the damage in parts of about equally many groups, from the least alike on.
 
     All arrays have shape (groups,): the worst pair's similarity, both sums of `distances` and the number of prompts.
-    Intervals are a bootstrap over groups.
+    Intervals are a bootstrap over groups; raises DataError if a part has too few groups for one.
     """
+    if (least := len(similarity) // parts) < bootstrap.LEAST_GROUPS:
+        raise DataError(
+            f"{len(similarity)} groups in {parts} parts are {least} a part; an interval needs at least "
+            f"{bootstrap.LEAST_GROUPS}. Measure more prompts, or fewer parts."
+        )
     points = []
     for part in np.array_split(np.argsort(similarity, kind="stable"), parts):
         statistic = bootstrap.ratio(above[part], below[part])
         counts = bootstrap.resamples(len(part), draws, seed)
-        low, high = bootstrap.percentiles(statistic(counts) - 1, confidence)
+        low, high = bootstrap.percentiles(statistic(counts) - 1, confidence, statistic.groups())
         value = bootstrap.value(statistic, len(part)) - 1
         prompts = int(sizes[part].sum())
         points.append(Point(float(similarity[part].mean()), value, low, high, len(part), prompts))

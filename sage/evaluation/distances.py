@@ -44,7 +44,7 @@ def frechet_statistic(real: Array, generated: Array, groups: Groups) -> Statisti
 
         return np.array([one(count) for count in counts])
 
-    return statistic
+    return Statistic(statistic, np.ones(len(groups), bool))
 
 
 def kernel(x: Array, y: Array) -> Array:

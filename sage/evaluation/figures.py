@@ -14,7 +14,7 @@ from sage.evaluation.bootstrap import Array, Statistic, jackknife, percentiles, 
 from sage.evaluation.distances import Groups, frechet_statistic, kernel_statistic
 from sage.evaluation.diversity import group_diversity, seed_diversity
 from sage.evaluation.registry import BOOTSTRAPPED, BY_SIMILARITY, METRICS
-from sage.evaluation.results import Difference, Figure, Interval, Part
+from sage.evaluation.results import SINGLE_PROMPTS, Difference, Figure, Interval, Part
 
 _PARTS = ("loosest third", "middle third", "tightest third")
 
@@ -43,8 +43,8 @@ class Bootstrap:
     def figure(self, statistic: Statistic, n: int, part: Array | None = None) -> Figure:
         """Return value, interval and n, of some of the groups where `part`, boolean (groups,), names them."""
         part = np.ones(self.counts.shape[1], bool) if part is None else part
-        draws = statistic(within(self.counts, part))
-        return figure(float(statistic(part[None].astype(float))[0]), *percentiles(draws, self.confidence), n)
+        ends = percentiles(statistic(within(self.counts, part)), self.confidence, statistic.groups(part))
+        return figure(float(statistic(part[None].astype(float))[0]), *ends, n)
 
 
 def figure(value: float, low: float | None, high: float | None, n: int) -> Figure:
@@ -133,7 +133,8 @@ def worse_by(
         scale = np.maximum(np.abs(theirs), least)
         share = np.divide(worse, scale, out=np.full(len(worse), np.nan), where=scale > 0)
         absolute, relative = (
-            figure(float(draws[0]), *percentiles(draws[1:], bootstrap.confidence), n) for draws in (worse, share)
+            figure(float(draws[0]), *percentiles(draws[1:], bootstrap.confidence, arm[name].groups()), n)
+            for draws in (worse, share)
         )
         result[name] = _difference(absolute, relative)
     return result
@@ -162,7 +163,7 @@ def by_similarity(
     sizes = np.array([len(group) for group in groups])
     shareable = 1 - len(groups) / sizes.sum()
     order = [number for number in np.argsort(similarity, kind="stable") if sizes[number] > 1]
-    parts = [("single prompts", np.flatnonzero(sizes == 1)), *zip(_PARTS, np.array_split(order, 3), strict=True)]
+    parts = [(SINGLE_PROMPTS, np.flatnonzero(sizes == 1)), *zip(_PARTS, np.array_split(order, 3), strict=True)]
     result = []
     for name, numbers in parts:
         if len(numbers) == 0:

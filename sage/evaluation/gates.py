@@ -1,14 +1,15 @@
 """Gates: conditions that a model must meet, decided by a pure function that fails closed.
 
-A gate says "no worse than the reference arm by more than this". It passes when the bad end of the interval of the
-difference does, so too few pictures fail a gate and never pass it. Whatever is missing, not a finite number, measured
-on another set, or at odds with the arms' own figures fails, with its reason.
+A gate says "no worse than the reference arm by more than this". It passes if the worst case of the interval of the
+difference does, so too few images fail a gate and never pass it. Whatever is missing, not a finite number, measured
+on another set or on too few groups, or at odds with the arms' own figures fails, with its reason.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from sage.evaluation import arms, bootstrap
 from sage.evaluation.arms import JUDGED
 from sage.evaluation.registry import METRICS, label
 from sage.evaluation.results import Figure, JudgedSet, Results, Verdict
@@ -47,7 +48,7 @@ def verdict(
         value, low, high = ends
         # Written so that a comparison with NaN fails.
         kept = bool(high <= worse_by_at_most)
-        reason = _sentence(metric, reference, relative, worse_by_at_most, ends, kept)
+        reason = _sentence(metric, reference, relative, worse_by_at_most, results.confidence, value, high, kept)
     return Verdict(
         metric=metric,
         reference=reference,
@@ -78,12 +79,22 @@ def _difference(results: Results, metric: str, reference: str, relative: bool, n
     worse, should_be = _number(difference.value, "the difference"), METRICS[metric].worse(a, b)
     if not math.isclose(worse, should_be, rel_tol=1e-6, abs_tol=1e-6 * max(abs(a), abs(b))):
         raise _Unfit(f"the difference is given as {worse:.4g}, but the arms differ by {should_be:.4g}.")
+    if METRICS[metric].interval == "bootstrap":
+        _check_groups(results, METRICS[metric].within_groups)
     found = difference.relative if relative else difference
     value = _number(found.value, "the difference's value")
     low, high = _number(found.low, "the difference's low"), _number(found.high, "the difference's high")
     if not low <= high:
         raise _Unfit(f"its interval runs from {low:.4g} down to {high:.4g}.")
     return value, low, high
+
+
+def _check_groups(results: Results, within: bool) -> None:
+    """Refuse an interval from too few groups, whatever its ends are."""
+    groups = results.groups(within)
+    if groups < bootstrap.LEAST_GROUPS:
+        kind = ("group" if groups == 1 else "groups") + (" of two or more prompts" if within else "")
+        raise _Unfit(f"only {groups} {kind}; an interval needs at least {bootstrap.LEAST_GROUPS}.")
 
 
 def _figure(figures: Mapping[str, _F], metric: str, where: str) -> _F:
@@ -102,25 +113,27 @@ def _number(number: float | None, what: str) -> float:
 
 
 def _sentence(
-    metric: str, reference: str, relative: bool, limit: float, ends: tuple[float, float, float], kept: bool
+    metric: str, reference: str, relative: bool, limit: float, confidence: float, value: float, high: float, kept: bool
 ) -> str:
+    """Return the verdict for people: the difference, the limit, the worst case of the interval, passed or failed."""
+    worse, better = ("more", "fewer") if METRICS[metric].interval == "exact" else ("worse", "better")
+
     def written(number: float, digits: int) -> str:
         return f"{abs(number):.{digits}%}" if relative else f"{abs(number):.{digits + 3}g}"
 
-    # As many digits as tell the bad end from the limit.
-    digits = next((d for d in range(1, 13) if written(ends[2], d) != written(limit, d)), 1)
-
-    def size(number: float) -> str:
-        return written(number, digits)
+    # As many digits as tell the worst case from the limit.
+    digits = next((d for d in range(1, 13) if written(high, d) != written(limit, d)), 1)
 
     def side(number: float) -> str:
-        return f"{size(number)} {'worse' if number > 0 else 'better'}"
+        return f"{written(number, digits)} {worse if number > 0 else better}"
 
-    value, low, high = ends
-    name, other = metric.replace("_", " ").capitalize(), reference.replace("_", " ").replace("nfe", "NFE")
-    found = side(value) if low == high else f"{side(value)} ({side(low)} to {side(high)})"
-    allowed = f"at most {size(limit)} worse is allowed" if limit >= 0 else f"at least {size(limit)} better is required"
-    if metric == "nfe_per_image":
-        name, found = "Network evaluations per image", found.replace("worse", "more").replace("better", "fewer")
-        allowed = allowed.replace("worse", "more").replace("better", "fewer")
-    return f"{name}: {found} than {other}; {allowed}, and the {'bad end keeps to it' if kept else 'bad end does not'}."
+    size = f"{100 * abs(limit):.{digits}f}".rstrip("0").rstrip(".") + "%" if relative else written(limit, digits)
+    allowed = f"limit {size} {worse}" if limit >= 0 else f"at least {size} {better} is required"
+    worst = (
+        f"; worst case of the {100 * confidence:g}% interval: {side(high)}"
+        if METRICS[metric].interval == "bootstrap"
+        else ""
+    )
+    other = arms.label(reference)
+    other = other[0].lower() + other[1:]
+    return f"{METRICS[metric].title}: {side(value)} than {other}; {allowed}{worst}. {'Passed' if kept else 'Failed'}."

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sage.errors import MetricError
 from sage.files import write_json
 
+SINGLE_PROMPTS = "single prompts"  # the part of the groups of one prompt
 _SHOWN = 8  # problems of a file that are listed
 
 
@@ -105,6 +106,10 @@ class Results(_Strict):
     by_similarity: list[Part]
     gates: list[Verdict]
     passed: bool
+
+    def groups(self, within: bool) -> int:
+        """Return how many groups were judged; `within`: only those of two or more prompts."""
+        return sum(part.groups for part in self.by_similarity if not (within and part.part == SINGLE_PROMPTS))
 
 
 def write(path: Path, results: Results) -> None:

@@ -60,6 +60,5 @@ def figures(parts: Sequence[Sums], groups: int, *, draws: int, confidence: float
 
 def _interval(statistic: Statistic, groups: int, draws: int, confidence: float, seed: int) -> tuple[float, float]:
     # A draw at a time: all draws over a million groups would not fit in memory.
-    return percentiles(
-        np.concatenate([statistic(resamples(groups, 1, seed + draw)) for draw in range(draws)]), confidence
-    )
+    values = np.concatenate([statistic(resamples(groups, 1, seed + draw)) for draw in range(draws)])
+    return percentiles(values, confidence, statistic.groups())
