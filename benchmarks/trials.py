@@ -23,7 +23,8 @@ import sage
 from flows.machine import device
 from flows.terminal import progress
 from sage.config import Finetune, Params
-from sage.data.dataset import read_groups, read_split
+from sage.data.dataset import read_split
+from sage.data.groups import read_groups
 from sage.evaluation.alignment import cosines, load_alignment
 from sage.evaluation.extractors import EfficientNetLite0, read_pictures
 from sage.evaluation.figures import Pictures

@@ -2,9 +2,9 @@
 
 import base64
 import io
-import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +29,7 @@ from flows.report.sheet import opened, sheet
 from flows.tracking import runs
 from flows.versioning.repository import FINAL, Output, StageError, Write
 from sage.evaluation import arms
+from sage.evaluation.manifest import image_path, read_manifest
 from sage.evaluation.results import read
 
 _SIDE = 64  # pixels
@@ -63,18 +64,13 @@ def results(folder: Path) -> bool:
 
 def grid(generated: Path) -> Image.Image:
     """Return pictures of the largest groups of the first seed, a row for each arm."""
-    text = (generated / "manifest.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
-    sizes: dict[int, int] = {}
-    for line in lines:
-        sizes[line["group"]] = sizes.get(line["group"], 0) + 1
-    first = [line for line in lines if line["seed"] == lines[0]["seed"]]
-    first.sort(key=lambda line: (-sizes[line["group"]], line["group"]))
+    lines = read_manifest(generated)
+    sizes = Counter(line.group for line in lines)
+    first = [line for line in lines if line.seed == lines[0].seed]
+    first.sort(key=lambda line: (-sizes[line.group], line.group or 0))
     rows = [
-        [generated / arm / f"seed-{line['seed']}" / f"{line['id']}.png" for line in first if line["arm"] == arm][
-            :_COLUMNS
-        ]
-        for arm in dict.fromkeys(line["arm"] for line in lines)
+        [image_path(generated, arm, line.seed, line.id) for line in first if line.arm == arm][:_COLUMNS]
+        for arm in dict.fromkeys(line.arm for line in lines)
     ]
     return sheet([[opened(path) for path in row] for row in rows], size=(_SIDE, _SIDE))
 

@@ -21,7 +21,8 @@ from flows.report.sheet import sheet
 from flows.terminal import progress, run
 from flows.tracking.runs import Run, stage_run
 from sage.config import Finetune, load_params
-from sage.data.dataset import Example, captions_of, check_sums, load_pixels, read_groups, read_split
+from sage.data.dataset import Example, captions_of, check_sums, load_pixels, read_split
+from sage.data.groups import read_groups
 from sage.errors import DataError
 from sage.files import digest, new_folder, sha256, sha256_tree, write_json
 from sage.sampling import base as base_model

@@ -3,7 +3,6 @@
 sage/evaluation/arms.py says what each arm is: its model, its steps and what it shares.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,10 +22,12 @@ from flows.report.sheet import opened, sheet
 from flows.terminal import progress, run
 from flows.tracking.runs import stage_run
 from sage.config import Generate, load_params
-from sage.data.dataset import Example, read_groups, read_split
+from sage.data.dataset import Example, read_split
+from sage.data.groups import read_groups
 from sage.errors import PlanError
 from sage.evaluation.arms import INDEPENDENT, SAGE, SAME_NFE, SHARED
-from sage.files import new_folder, sha256, sha256_tree, write_json
+from sage.evaluation.manifest import image_path, write_manifest
+from sage.files import new_folder, sha256_tree, write_json
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import prompt_seed
 
@@ -86,7 +87,8 @@ def main(
                     "images": images,
                     **made[arm.made],
                 }
-        write_manifest(folder, [arm.name for arm in arms], examples, members, settings.seeds)
+        ids = [example.id for example in examples]
+        write_manifest(folder, [arm.name for arm in arms], ids, members, settings.seeds)
         for arm in arms:
             record.metrics(
                 {f"{arm.name}.{name}": v for name, v in figures[arm.name].items() if isinstance(v, (int, float))}
@@ -164,24 +166,10 @@ def counted(network: torch.nn.Module) -> Iterator[list[int]]:
         handle.remove()
 
 
-def write_manifest(
-    folder: Path, arms: list[str], examples: list[Example], groups: list[list[int]], seeds: list[int]
-) -> None:
-    """Write one line for every picture: arm, seed, id, number of the group, hash of the file."""
-    group_of = {member: number for number, group in enumerate(groups) for member in group}
-    with (folder / "manifest.jsonl").open("w", encoding="utf-8") as file:
-        for arm in arms:
-            for seed in seeds:
-                for number, example in enumerate(examples):
-                    digest = sha256(folder / arm / f"seed-{seed}" / f"{example.id}.png")
-                    line = {"arm": arm, "seed": seed, "id": example.id, "group": group_of[number], "sha256": digest}
-                    file.write(json.dumps(line) + "\n")
-
-
 def grid(folder: Path, arms: list[str], examples: list[Example], groups: list[list[int]], seed: int) -> Image.Image:
     """Return one picture: a row an arm, columns the members of the largest groups."""
     chosen = [member for group in sorted(groups, key=len, reverse=True) for member in group][:GRID_COLUMNS]
-    return sheet([[opened(folder / arm / f"seed-{seed}" / f"{examples[i].id}.png") for i in chosen] for arm in arms])
+    return sheet([[opened(image_path(folder, arm, seed, examples[i].id)) for i in chosen] for arm in arms])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from flows.terminal import progress, run
 from flows.tracking.runs import stage_run
 from sage.config import load_params
 from sage.data.dataset import SPLITS, read_split
+from sage.data.groups import write_groups
 from sage.files import new_folder, sha256_tree, write_json
 from sage.grouping.embedding import embed
 from sage.grouping.groups import usable, worst_similarity
@@ -37,19 +38,8 @@ def main(
             threshold = policy.choose_threshold(embeddings, params.generate.share_ratio, base)
             groups = policy.form(texts, embeddings, threshold)
             worst = worst_similarity(embeddings, groups)
-            write_json(
-                folder / f"{split}.json",
-                {
-                    "encoder": ENCODER,
-                    "threshold": threshold,
-                    "max_size": settings.max_size,
-                    # Rounded: the encoder's last bits depend on which prompts it met together.
-                    "groups": [
-                        {"ids": [examples[member].id for member in members], "similarity": round(similarity, 4)}
-                        for members, similarity in zip(groups, worst, strict=True)
-                    ],
-                },
-            )
+            path, size = folder / f"{split}.json", settings.max_size
+            write_groups(path, groups, worst, examples, encoder=ENCODER, threshold=threshold, max_size=size)
             results[split] = figures(groups, worst) | {"unusable": int((~usable(embeddings)).sum())}
         flat = {f"{split}.{name}": value for split, values in results.items() for name, value in values.items()}
         record.metrics(flat)

@@ -17,6 +17,7 @@ from flows.tracking import content
 from flows.tracking.runs import address, client, ending, experiment, new_run
 from flows.versioning.repository import revision
 from sage.config import Params
+from sage.data.groups import read_threshold
 from sage.errors import MetricError, RegistryError
 from sage.evaluation.arms import JUDGED
 from sage.evaluation.results import Results, parse, parse_figure
@@ -61,8 +62,8 @@ def register(model: Path, metrics: Path, groups: Path, params: Params) -> Regist
     version = _find(tracker, tags)
     new = version is None
     if version is None:
-        judged = json.loads((groups / f"{params.generate.split}.json").read_text(encoding="utf-8"))
-        says = content.describe(params, judged["threshold"], tags[_MODEL_HASH])
+        threshold = read_threshold(groups / f"{params.generate.split}.json")
+        says = content.describe(params, threshold, tags[_MODEL_HASH])
         version = _create(tracker, home, model, metrics, says, tags)
     if version != aliases(tracker).get(CHAMPION):
         tracker.set_registered_model_alias(MODEL, CHALLENGER, version)

@@ -7,7 +7,7 @@ A prepared folder also holds `accounting.jsonl`, one line per input row, and SHA
 import hashlib
 import json
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,27 +113,6 @@ def read_split(folder: Path, split: str) -> list[Example]:
 def _example(folder: Path, row: dict[str, Any]) -> Example:
     others = tuple(row.get("other_texts", ()))
     return Example(row["id"], folder / row["file_name"], row["text"], row["family"], others)
-
-
-def read_groups(path: Path, examples: Sequence[Example]) -> tuple[list[list[int]], list[float]]:
-    """Return a split's groups as lists of indices into `examples`, and the cosine of each group's least similar pair.
-
-    Raises DataError if the file does not exist or its groups are not a partition of `examples`.
-    """
-    if not path.is_file():
-        raise DataError(f"{path} does not exist. Run `dvc repro group`.")
-    groups = json.loads(path.read_text(encoding="utf-8"))["groups"]
-    index = {example.id: number for number, example in enumerate(examples)}
-    found = Counter(id for group in groups for id in group["ids"])
-    if found != Counter(list(index)):
-        odd = {
-            "missing": sorted(index.keys() - found.keys()),
-            "foreign": sorted(found.keys() - index.keys()),
-            "double": sorted(id for id, times in found.items() if times > 1),
-        }
-        listed = ", ".join(f"{len(ids)} {what} ({', '.join(ids[:3])})" for what, ids in odd.items() if ids)
-        raise DataError(f"{path} is no partition of the split's {len(index)} prompts: {listed}. Run `dvc repro group`.")
-    return [[index[id] for id in group["ids"]] for group in groups], [float(group["similarity"]) for group in groups]
 
 
 def captions_of(texts: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray]:

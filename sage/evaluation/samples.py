@@ -1,18 +1,16 @@
 """Which pictures are judged: read from disk and checked, so that no figure rests on a wrong or a missing one."""
 
-import json
 from collections import Counter, defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from sage.data.dataset import Example, read_groups, read_split
+from sage.data.dataset import Example, read_split
+from sage.data.groups import read_groups
 from sage.errors import MetricError
+from sage.evaluation.manifest import MANIFEST, Line, image_path, read_manifest
 from sage.evaluation.results import JudgedSet
 from sage.files import digest, sha256
-
-MANIFEST = "manifest.jsonl"
 
 
 @dataclass(frozen=True)
@@ -68,11 +66,9 @@ def _read_arms(
     folder: Path, ids: Sequence[str], groups: Sequence[Sequence[int]], seeds: Sequence[int]
 ) -> dict[str, list[list[Path]]]:
     manifest = folder / MANIFEST
-    if not manifest.is_file():
-        raise MetricError(f"{manifest} is missing. Run `dvc repro generate`.")
-    lines = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
-    arms = list(dict.fromkeys(line["arm"] for line in lines))
-    found = Counter((line["arm"], line["seed"], line["id"]) for line in lines)
+    lines = read_manifest(folder)
+    arms = list(dict.fromkeys(line.arm for line in lines))
+    found = Counter((line.arm, line.seed, line.id) for line in lines)
     expected = Counter((arm, seed, id) for arm in arms for seed in seeds for id in ids)
     if found != expected:
         missing, foreign = sorted(expected - found), sorted(found - expected)
@@ -82,13 +78,13 @@ def _read_arms(
             "Run `dvc repro generate`."
         )
     _check_groups(lines, [[ids[row] for row in group] for group in groups], manifest)
-    paths = {arm: [[folder / arm / f"seed-{seed}" / f"{id}.png" for seed in seeds] for id in ids] for arm in arms}
+    paths = {arm: [[image_path(folder, arm, seed, id) for seed in seeds] for id in ids] for arm in arms}
     listed = {path for rows in paths.values() for row in rows for path in row}
     extra = sorted(str(path.relative_to(folder)) for path in set(folder.rglob("*.png")) - listed)
     altered = sorted(
-        f"{line['arm']}/seed-{line['seed']}/{line['id']}"
+        f"{line.arm}/seed-{line.seed}/{line.id}"
         for line in lines
-        if not _intact(folder / line["arm"] / f"seed-{line['seed']}" / f"{line['id']}.png", line["sha256"])
+        if not _intact(image_path(folder, line.arm, line.seed, line.id), line.sha256)
     )
     if extra or altered:
         raise MetricError(
@@ -98,12 +94,12 @@ def _read_arms(
     return paths
 
 
-def _check_groups(lines: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[str]], manifest: Path) -> None:
+def _check_groups(lines: Sequence[Line], groups: Sequence[Sequence[str]], manifest: Path) -> None:
     """Raise MetricError where pictures were made with other groups; an arm that shares nothing may name none."""
-    labelled: dict[tuple[str, int], dict[Any, set[str]]] = defaultdict(lambda: defaultdict(set))
+    labelled: dict[tuple[str, int], dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for line in lines:
-        if line["group"] is not None:
-            labelled[line["arm"], line["seed"]][line["group"]].add(line["id"])
+        if line.group is not None:
+            labelled[line.arm, line.seed][line.group].add(line.id)
     expected = {frozenset(group) for group in groups}
     for (arm, seed), found in labelled.items():
         if {frozenset(group) for group in found.values()} != expected:

@@ -1,0 +1,61 @@
+"""manifest.jsonl of stage generate: one line for every generated image, written with the images and read to judge them.
+
+    {"arm": "sage", "seed": 0, "id": "p3", "group": 7, "sha256": "..."}
+
+`id` is the prompt's, `group` the number of its group among those that the images were generated with, or null if
+nothing was shared. The image itself lies beside the manifest, at `image_path`.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sage.errors import MetricError
+from sage.files import sha256
+
+MANIFEST = "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One image: its arm, seed and prompt, the number of its group, and the hash of its file."""
+
+    arm: str
+    seed: int
+    id: str
+    group: int | None
+    sha256: str
+
+
+def image_path(folder: Path, arm: str, seed: int, id: str) -> Path:
+    """Return where an image lies in the folder of the manifest."""
+    return folder / arm / f"seed-{seed}" / f"{id}.png"
+
+
+def write_manifest(
+    folder: Path, arms: Iterable[str], ids: Sequence[str], groups: Sequence[Sequence[int]], seeds: Sequence[int]
+) -> None:
+    """Write the manifest of a folder whose images all lie there; `groups` are places in `ids`."""
+    group_of = {member: number for number, group in enumerate(groups) for member in group}
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+        for arm in arms:
+            for seed in seeds:
+                for place, id in enumerate(ids):
+                    line = Line(arm, seed, id, group_of[place], sha256(image_path(folder, arm, seed, id)))
+                    file.write(json.dumps(asdict(line)) + "\n")
+
+
+def read_manifest(folder: Path) -> list[Line]:
+    """Return the lines of a folder's manifest; raise MetricError if it is missing or damaged."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise MetricError(f"{path} is missing. Run `dvc repro generate`.")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(Line(**json.loads(line)))
+        except (TypeError, ValueError) as error:
+            raise MetricError(f"{path}, line {number} is damaged. Run `dvc repro --force generate`.") from error
+    return found
