@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from flows.prompts.files import read_prompts
+from flows.prompts.files import _records, read_prompts
 from sage.errors import DataError
 
 
@@ -26,6 +26,9 @@ def prompts(tmp_path, content, name="list.txt"):
     [
         ("p.txt", "a cat\n\n  a  dog \n\x1b[31mred\x0c sky", ["a cat", "a dog", "[31mred sky"]),
         ("p.txt", "a\x0cb\u2028c\r\nd\r\n", ["a b c", "d"]),
+        ("p.txt", "a cat\ra dog\r", ["a cat", "a dog"]),  # line ends of old Macs and of Excel for Mac
+        ("p.jsonl", '"a cat"\r"a dog"', ["a cat", "a dog"]),
+        ("p.csv", 'prompt\r"a\rcat"\ra dog\r', ["a cat", "a dog"]),
         ("p.jsonl", '{"id": "x", "text": "a cat"}\n"a dog"\n', ["a cat", "a dog"]),
         ("p.jsonl", '{"Prompt": "a cat"}\n', ["a cat"]),
         ("p.jsonl", '[\n  {"prompt": "a cat"},\n  "a dog"\n]\n', ["a cat", "a dog"]),
@@ -34,6 +37,7 @@ def prompts(tmp_path, content, name="list.txt"):
         ("p.csv", "id;prompt\n1;a red fox, in snow\n2;blue heart\n", ["a red fox, in snow", "blue heart"]),
         ("p.csv", "id\tprompt\n1\ta red fox, in snow\n", ["a red fox, in snow"]),
         ("p.tsv", "id\tprompt\n1\ta red fox, in snow\n", ["a red fox, in snow"]),
+        ("p.csv", "prompt;notes, other, more\na cat, red;x\n", ["a cat, red"]),
         ("p.csv", "Id,Prompt\n1,red heart\n", ["red heart"]),
         ("p.csv", 'id, prompt\n1, red heart\n2, "red, blue"\n', ["red heart", "red, blue"]),
         ("p.csv", "sep=;\nid;prompt\n1;red, heart\n", ["red, heart"]),
@@ -71,9 +75,17 @@ def test_another_encoding_is_named_and_costs_only_the_prompts_that_need_it(tmp_p
     assert re.fullmatch(r"bad_text: byte 0x96 is not UTF-8 \(the list .*cp932.*\); save the list as UTF-8", night)
 
 
-def test_utf_16_without_a_mark_is_refused(tmp_path):
+def test_japanese_in_ascii_bytes_is_not_drawn_as_those_letters(tmp_path):
+    wrong, cat = prompts(tmp_path, "\u591c\u306e\u732b\na cat\n".encode("iso2022_jp"))
+    assert wrong == "bad_text: it has an escape sequence of ISO-2022; save the list as UTF-8"
+    assert cat == "a cat"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("text", ["red heart", "red heart\nblue heart\n", "\u591c\u306e\u732b\n\u591c\n"])
+def test_utf_16_and_32_without_a_mark_are_refused(tmp_path, encoding, text):
     with pytest.raises(DataError, match="zero bytes as UTF-16 does, but no byte order mark"):
-        rows(tmp_path, "red heart\nblue heart\n".encode("utf-16-le"))
+        rows(tmp_path, text.encode(encoding))
 
 
 @pytest.mark.parametrize(
@@ -104,10 +116,41 @@ def test_a_bad_line_of_json_is_an_error_and_costs_no_other_line(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("[" * 100_000, "bad_row: not JSON"),
+        ('{"prompt":' * 100_000, "bad_row: not JSON"),
+        ('{"prompt": "a", "prompt": "b"}', "bad_row: two values for prompt"),
+        ('{"Prompt": "a", "prompt": "b"}', "bad_row: two values for prompt"),
+    ],
+    ids=["nested lists", "nested objects", "a key twice", "a key twice in other letters"],
+)
+def test_json_that_cannot_be_taken_at_its_word_is_an_error(tmp_path, line, says):
+    wrong, cat = prompts(tmp_path, line + '\n{"prompt": "a cat"}\n', "p.jsonl")
+    assert wrong.startswith(says) and cat == "a cat"
+
+
+def test_bad_rows_cost_no_more_time_the_further_down_they_are(tmp_path):
+    class Counted(list):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return super().__getitem__(index)
+
+        def __iter__(self):
+            return (self[number] for number in range(len(self)))
+
+    lines = Counted(f'"a" {number}\n' for number in range(1000))
+    assert [problem is None for _, problem in _records(lines, 0, ",")] == [False] * 1000
+    assert lines.reads < 3 * 1000
+
+
+@pytest.mark.parametrize(
     ("name", "content", "says"),
     [
         ("p.pdf", "a", r"ends in .pdf; prompts are read from .txt, .jsonl, .json, .csv, .tsv or -"),
-        ("p.csv", "a,b\n1,2", "none is named prompt or text"),
+        ("p.csv", "a,b\n1,2", r"columns \['a', 'b'\], but none is named prompt or text"),
         ("p.csv", "", "none is named prompt or text"),
         ("p.csv", "prompt,prompt\nred heart,blue heart\n", "2 columns are named prompt; leave one"),
         ("p.jsonl", '{"id": "../x", "prompt": "a"}', r"prompt 1 is named '../x'; names become files"),

@@ -5,6 +5,7 @@ that cannot be read at all is an exception.
 """
 
 import csv
+import io
 import itertools
 import json
 import re
@@ -29,6 +30,8 @@ _MARKS = {  # byte order marks; UTF-32 before UTF-16, whose mark it begins with
 _COLUMNS = ("prompt", "text")
 # A byte that is no UTF-8, as Python's surrogateescape shows it.
 _ESCAPED = re.compile("[\udc80-\udcff]")
+# How ISO-2022 changes its alphabet. All its bytes are ASCII, so its Japanese would be drawn as those letters.
+_ISO_2022 = re.compile(r"\x1b[$(]")
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ def _item(number: int, row: _Row, guess: str) -> Item:
     if problem is None and isinstance(row.prompt, str) and (broken := _ESCAPED.search(row.prompt)):
         byte = ord(broken[0]) - 0xDC00
         problem = f"bad_text: byte 0x{byte:02X} is not UTF-8{guess}; save the list as UTF-8"
+    if problem is None and isinstance(row.prompt, str) and _ISO_2022.search(row.prompt):
+        problem = "bad_text: it has an escape sequence of ISO-2022; save the list as UTF-8"
     if problem is not None:
         return Item(id, "", problem)
     try:
@@ -91,7 +96,9 @@ def _item(number: int, row: _Row, guess: str) -> Item:
 def _decoded(data: bytes, source: str) -> str:
     """Return the text; a byte that is not UTF-8 stays as a surrogate, so that it costs one prompt and not the list."""
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
-    if encoding is None and data[:1000].count(0) > len(data[:1000]) // 4:
+    # In UTF-16 and UTF-32 every line feed has a zero beside it, also in scripts whose letters have none.
+    zeros = b"\n\0" in data or b"\0\n" in data or data[:1000].count(0) > len(data[:1000]) // 4
+    if encoding is None and zeros:
         raise DataError(
             f"{source} holds zero bytes as UTF-16 does, but no byte order mark; save it as UTF-8, or with the mark"
         )
@@ -107,46 +114,62 @@ def _guess(data: bytes) -> str:
     return f" (the list looks like {' or '.join(found)})" if found else ""
 
 
+def _split(text: str) -> list[str]:
+    """Return the lines with their ends: LF, CR LF or CR. str.splitlines would also split at a form feed or U+2028."""
+    return list(io.StringIO(text, newline=""))
+
+
 def _lines(text: str, source: str) -> Iterator[_Row]:
-    # str.splitlines would also split a prompt at a form feed or U+2028.
-    return (_Row(prompt=line) for line in text.split("\n") if line.strip())
+    return (_Row(prompt=line) for line in _split(text) if line.strip())
 
 
 def _json_rows(text: str, source: str) -> Iterator[_Row]:
     if text.lstrip().startswith("["):
         try:
-            return map(_json_row, json.loads(text))
-        except ValueError:
+            return map(_json_row, json.loads(text, object_pairs_hook=_json_object))
+        except (ValueError, RecursionError):
             pass  # lines of lists, each of which is a row that is no prompt
-    return (_json_line(line) for line in text.split("\n") if line.strip())
+    return (_json_line(line) for line in _split(text) if line.strip())
 
 
 def _json_line(line: str) -> _Row:
     try:
-        return _json_row(json.loads(line))
-    except ValueError as error:
+        return _json_row(json.loads(line, object_pairs_hook=_json_object))
+    except (ValueError, RecursionError) as error:
         return _Row(problem=f"bad_row: not JSON: {error}")
 
 
+def _json_object(pairs: list[tuple[str, object]]) -> dict[str, object] | _Row:
+    """Return an object with its keys in lower case, or a problem if it says something twice that is read."""
+    names = [key.strip().lower() for key, _ in pairs]
+    if twice := next((name for name in ("id", *_COLUMNS) if names.count(name) > 1), None):
+        return _Row(problem=f"bad_row: two values for {twice}; leave one")
+    return dict(zip(names, (value for _, value in pairs), strict=True))
+
+
 def _json_row(value: object) -> _Row:
+    if isinstance(value, _Row):
+        return value
     if isinstance(value, str):
         return _Row(prompt=value)
     if not isinstance(value, dict):
         return _Row(problem=f"bad_row: {type(value).__name__} is neither a text nor an object with a prompt")
-    row = {str(key).strip().lower(): found for key, found in value.items()}
-    return _Row(row.get("id"), row.get("prompt", row.get("text")))
+    return _Row(value.get("id"), value.get("prompt", value.get("text")))
 
 
 def _table(text: str, source: str) -> Iterator[_Row]:
-    lines = text.splitlines(keepends=True) if "\n" not in text else [f"{line}\n" for line in text.split("\n")]
+    lines = _split(text)
     first = next((number for number, line in enumerate(lines) if line.strip()), 0)
     declared = re.fullmatch(r"sep=(.)\s*", lines[first] if lines else "")  # written by Excel
     start = first + 1 if declared else first
     header_line = lines[start] if start < len(lines) else ""
-    delimiter = declared[1] if declared else max(",;\t", key=header_line.count)
-    records = _records(lines, start, delimiter)
+    # The most frequent one, unless only another one makes a column of prompts.
+    delimiters = declared[1] if declared else sorted(",;\t", key=header_line.count, reverse=True)
+    firsts = {delimiter: next(_records(lines, start, delimiter), ([], None))[0] for delimiter in delimiters}
+    named = (delimiter for delimiter, cells in firsts.items() if set(_COLUMNS) & set(_names(cells)))
+    records = _records(lines, start, next(named, delimiters[0]))
     cells, problem = next(records, ([], None))
-    header = [cell.strip().lower() for cell in cells]
+    header = _names(cells)
     found = [name for name in _COLUMNS if name in header]
     if problem or not found:
         raise DataError(
@@ -156,6 +179,10 @@ def _table(text: str, source: str) -> Iterator[_Row]:
     if header.count(found[0]) > 1:
         raise DataError(f"{source}: {header.count(found[0])} columns are named {found[0]}; leave one")
     return (_record(header, found[0], cells, problem) for cells, problem in records)
+
+
+def _names(cells: list[str]) -> list[str]:
+    return [cell.strip().lower() for cell in cells]
 
 
 def _record(header: list[str], column: str, cells: list[str], problem: str | None) -> _Row:
@@ -176,9 +203,9 @@ def _records(lines: list[str], start: int, delimiter: str) -> Iterator[tuple[lis
     After a fault, such as a quote that is never closed, reading goes on at the next line.
     """
     while start < len(lines):
-        reader = csv.reader(
-            itertools.islice(lines, start, None), delimiter=delimiter, skipinitialspace=delimiter != "\t", strict=True
-        )
+        # By number: to skip the lines before would take longer from fault to fault.
+        rest = (lines[number] for number in range(start, len(lines)))
+        reader = csv.reader(rest, delimiter=delimiter, skipinitialspace=delimiter != "\t", strict=True)
         begin = 0
         try:
             for cells in reader:
