@@ -6,7 +6,7 @@ Chosen on validation, never on the held-out test split. State is kept, so a seco
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import sage.torchvision_ops  # noqa: F401
 
@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL
 from rich.console import Console
 from rich.table import Table
 
+from flows.drawing import open_pipeline
 from flows.terminal import progress, run
 from sage.data.dataset import Example, load_pixels, read_split
 from sage.evaluation.alignment import cosines, load_alignment
@@ -27,7 +28,6 @@ from sage.evaluation.registry import METRICS
 from sage.files import new_file
 from sage.grouping.cost import model_digest
 from sage.grouping.embedding import embed
-from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import prompt_seed
 from sage.training.pretraining import restored
@@ -82,8 +82,7 @@ def through_autoencoder(model: Path, examples: list[Example]) -> list[np.ndarray
 
 def sample(model: Path, examples: list[Example], steps: int, guidance_scale: float) -> list[np.ndarray]:
     """Return pictures of shape (height, width, 3), prompt by prompt, every prompt's seeds together."""
-    pipe: Any = SharedSamplingPipeline.from_pretrained(model)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = open_pipeline(model)
     pictures: dict[tuple[int, int], np.ndarray] = {}
     with progress(len(examples) * len(SEEDS), f"{steps} steps") as advance:
         for seed in SEEDS:

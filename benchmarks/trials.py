@@ -20,6 +20,7 @@ import yaml
 from diffusers import DDIMScheduler
 
 import sage
+from flows.drawing import open_pipeline
 from flows.machine import device
 from flows.terminal import progress
 from sage.config import Finetune, Params
@@ -33,7 +34,6 @@ from sage.grouping.cost import model_digest
 from sage.grouping.embedding import embed
 from sage.grouping.groups import tree
 from sage.sampling.budget import Cluster, clusters, plan_for_budget
-from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import prompt_seed
 
@@ -158,8 +158,7 @@ class Trials:
     def draw(self, point: Point, seed: int) -> list[np.ndarray]:
         """Return a picture (height, width, 3) of every prompt."""
         settings = self.params.generate
-        pipe: Any = SharedSamplingPipeline.from_pretrained(self.model(point.model)).to(device())
-        pipe.set_progress_bar_config(disable=True)
+        pipe = open_pipeline(self.model(point.model))
         if point.solver == "ddim":
             pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
         drawn: dict[int, np.ndarray] = {}
