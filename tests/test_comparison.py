@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import test_tracking
+import yaml
 from PIL import Image
 from test_tracking import database, project, small_model, write_results  # noqa: F401
 
@@ -29,15 +30,13 @@ def run(monkeypatch, kept: dict[str, object] | None, threshold: float, **changes
     with runs.pipeline_run() as pipeline, monkeypatch.context() as patch:
         for name, value in pipeline.environment.items():
             patch.setenv(name, value)
-        with runs.stage_run("group", {"threshold": threshold, "max_size": 6}) as group:
-            pass
-        with runs.stage_run("evaluate", {"note": HOSTILE if threshold > 0.8 else "plain"}) as evaluate:
+        with runs.stage_run("evaluate", {}) as evaluate:
             if kept is not None:
                 write_json(Path("report/samples.json"), kept)
                 evaluate.artifact(Path("report"), "report")
         metrics = write_results(small_model(Path("m")), **changes)
-        write_json(metrics / "group.json", {"threshold": threshold})
-        group.result(metrics / "group.json")
+        params = {"group": {"threshold": threshold, "max_size": 6}, "note": HOSTILE if threshold > 0.8 else "plain"}
+        Path("dvc.lock").write_text(yaml.safe_dump({"stages": {"group": {"params": {"params.yaml": params}}}}))
         evaluate.result(metrics / "evaluate.json")
         pipeline.finish("FINISHED", metrics)
     client = test_tracking.client()

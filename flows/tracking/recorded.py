@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from flows.tracking.registry import aliases, connect, find, split
-from flows.tracking.runs import run_of
+from flows.tracking.runs import flattened, run_of
 from sage.errors import SageError
 from sage.evaluation.results import Results, parse
 
@@ -33,7 +35,7 @@ class Recorded:
 def recorded(name: str) -> Recorded:
     """Return what a run recorded; `name` is its id, that of a pipeline or of a registration, or models:/NAME@ALIAS.
 
-    A stage that was up to date is represented by the run that made its results; its parameters are that run's.
+    Parameters are those that the pipeline's stages ran with, whether they were executed or up to date.
     Raises SageError where there is no such run or it has no results.
     """
     from mlflow.exceptions import MlflowException
@@ -55,26 +57,27 @@ def recorded(name: str) -> Recorded:
         if "evaluate" not in results:
             raise SageError(f"run {name} was not evaluated; give a pipeline's run that finished.")
         home = run.info.experiment_id
-        made = {stage: run_of(tracker, home, folder / f"{stage}.json") for stage in results}
         return Recorded(
             name,
             run.info.run_name,
             run.info.start_time / 1000,
             (run.info.end_time - run.info.start_time) / 1000 if run.info.end_time else None,
             {k: v for k, v in run.data.tags.items() if k.startswith(_TAGS) and not k.startswith(_ELSEWHERE)},
-            _params(tracker, made),
+            _params(tracker, run, temporary),
             parse(results["evaluate"], f"evaluate.json of run {name}"),
-            _samples(tracker, made["evaluate"], temporary),
+            _samples(tracker, run_of(tracker, home, folder / "evaluate.json"), temporary),
         )
 
 
-def _params(tracker: Any, made: Mapping[str, str | None]) -> dict[str, str]:
-    return {
-        f"{stage}.{key}": value
-        for stage, run in made.items()
-        if run is not None
-        for key, value in tracker.get_run(run).data.params.items()
-    }
+def _params(tracker: Any, run: Any, folder: str) -> dict[str, str]:
+    """Return the parameters of a registration, or of the pipeline whose dvc.lock was recorded, under dotted names."""
+    if kept := run.data.tags.get("sage.params"):
+        return dict(flattened(json.loads(kept)))
+    if not any(file.path == "dvc.lock" for file in tracker.list_artifacts(run.info.run_id)):
+        return {}
+    lock = yaml.safe_load(Path(tracker.download_artifacts(run.info.run_id, "dvc.lock", folder)).read_text("utf-8"))
+    stages = [stage.get("params", {}).get("params.yaml", {}) for stage in lock["stages"].values()]
+    return {name: text for params in stages for name, text in flattened(params)}
 
 
 def _samples(tracker: Any, run: str | None, folder: str) -> Any:

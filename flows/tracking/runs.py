@@ -112,7 +112,7 @@ class Run:
         if self._tracker is not None:
             from mlflow.entities import Param
 
-            self._tracker.log_batch(self.id, params=[Param(key, text) for key, text in _flat(values)])
+            self._tracker.log_batch(self.id, params=[Param(key, text) for key, text in flattened(values)])
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """Record figures, with `step` as points of curves."""
@@ -317,9 +317,10 @@ def _alive(process: str) -> bool:
         return False
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield nested values under dotted names, as text; lists as JSON."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flattened(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value if isinstance(value, str) else json.dumps(value)
