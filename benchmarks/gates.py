@@ -26,14 +26,14 @@ from rich.console import Console
 from rich.table import Table
 from scipy.optimize import brentq
 
-from flows.terminal import guard
+from flows.terminal import exit_on_error
 from sage.config import Evaluate, Gate, load_params
 from sage.evaluation import bootstrap, gates
 from sage.evaluation.arms import INDEPENDENT, JUDGED
 from sage.evaluation.bootstrap import Array
 from sage.evaluation.figures import Bootstrap, Pictures, cost_worse_by, figure, statistics, worse_by
 from sage.evaluation.registry import METRICS
-from sage.evaluation.results import JudgedSet, Results, Verdict
+from sage.evaluation.results import JudgedSet, Part, Results, Verdict
 
 SIZE, SEEDS, WIDTH = 3, 2, 40
 DISTANCE, ALIGNMENT = 0.15, 0.3  # of the reference arm, about those of docs/results.md
@@ -112,7 +112,7 @@ def judge(groups: int, truth: Truth, seed: int) -> list[Verdict]:
             INDEPENDENT: worse_by(measured[JUDGED], measured[INDEPENDENT], intervals, n, 0.0)
             | {"nfe_per_image": cost_worse_by(cost[JUDGED], cost[INDEPENDENT], n)}
         },
-        by_similarity=[],
+        by_similarity=[Part(part="all", similarity=[1, 1], groups=groups, prompts=groups * SIZE, saving=0.25, arms={})],
     )
     return gates.judge(results, judged, [gate.model_dump() for gate in settings.gates])
 
@@ -164,4 +164,4 @@ def _passes(trials: list[list[Verdict]], metric: str) -> float:
 
 
 if __name__ == "__main__":
-    guard(app)
+    exit_on_error(app)

@@ -5,9 +5,8 @@ import os
 import shutil
 import socket
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import requests
 import small
 from requests.adapters import HTTPAdapter
 from urllib3 import Retry
+from waiting import wait_for
 
 from flows import leash
 
@@ -92,15 +92,6 @@ def server(home: Path) -> Iterator[str]:
         yield address
     finally:
         leash.end(process)
-
-
-def wait_for(condition: Callable[[], object], seconds: float) -> float:
-    """Wait until a condition holds and return how long that took; fail where it takes longer."""
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < seconds, f"not within {seconds} s"
-        time.sleep(0.2)
-    return time.monotonic() - start
 
 
 def answers(address: str) -> bool:

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import psutil
 import pytest
 import small
 from operated import ask
+from waiting import wait_for
 
 from flows.tracking import runs
 from sage.evaluation.arms import ARMS
@@ -163,20 +163,18 @@ def test_a_promotion_waits_for_a_person_who_sees_figures_and_pictures(flow_run, 
         "from flows.orchestration.versions import promote_version; from flows.orchestration.forms import Promotion\n"
         "print(promote_version(Promotion(ask=True, prompts=['red circle', 'blue ring'])))"
     )
+    paused = {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}}
     for answer, expected in ((False, None), (True, "1")):
         process = start_flow(server, project, code)
-        paused: list[dict[str, Any]] = []
-        end = time.monotonic() + 300
-        while not paused and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.5)
-            paused = ask(server, "flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}})
-        assert len(paused) == 1, process.communicate()[0]
-        run = paused[0]["id"]
-        shown = ""  # the form comes a moment after the state
-        while not shown and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.5)
-            form = ask(server, f"flow_runs/{run}/input/filter", {"prefix": "paused", "limit": 10})
-            shown = next((row["value"] for row in form if row["key"].endswith("description")), "")
+        wait_for(lambda: ask(server, "flow_runs/filter", paused), 300, process)
+        (run,) = (row["id"] for row in ask(server, "flow_runs/filter", paused))
+
+        def form(run=run) -> str:
+            rows = ask(server, f"flow_runs/{run}/input/filter", {"prefix": "paused", "limit": 10})
+            return next((row["value"] for row in rows if row["key"].endswith("description")), "")
+
+        wait_for(form, 300, process)  # it comes a moment after the state
+        shown = form()
         assert "Make version 1 champion?" in shown
         assert "| kernel_distance |" in shown
         assert "data:image/jpeg;base64," in shown
@@ -216,9 +214,7 @@ def test_a_training_that_is_killed_is_tried_again_and_goes_on_where_it_was(flow_
         "print(sage_pipeline(Range(until='finetune')))"
     )
     process = start_flow(server, project, code)
-    end = time.monotonic() + 300
-    while not list(project.glob("work/finetune/*/step-*")) and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.1)
+    wait_for(lambda: list(project.glob("work/finetune/*/step-*")), 300, process)
     (training,) = [
         found
         for found in psutil.Process(process.pid).children(recursive=True)

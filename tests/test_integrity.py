@@ -6,11 +6,11 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
+from waiting import wait_for
 
 from flows import cli
 from flows.versioning import integrity, repository
@@ -172,10 +172,7 @@ def s3(tmp_path, monkeypatch):
     with (tmp_path / "s3.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"RCLONE_CONFIG": "/dev/null"})
     try:
-        end = time.monotonic() + 30
-        while not listens(port):
-            assert process.poll() is None and time.monotonic() < end, (tmp_path / "s3.log").read_text()
-            time.sleep(0.1)
+        wait_for(lambda: listens(port), 30, process, str(tmp_path / "s3.log"))
         yield f"http://127.0.0.1:{port}", folder / "sage"
     finally:
         process.terminate()

@@ -14,7 +14,8 @@ import operated
 import pytest
 import requests
 import tiny
-from operated import artifacts, ask, start, state, wait_for
+from operated import artifacts, ask, start, state
+from waiting import wait_for
 
 from flows import leash
 from sage.files import sha256_tree
@@ -58,9 +59,10 @@ def killed(address, environment, tmp_path_factory):
     waiting = environment | {"WAIT": "prepare", "PID": str(pid)}
     process = subprocess.Popen([sys.executable, "-c", DIRECT], env=waiting, cwd=folder, stdout=subprocess.DEVNULL)
     wait_for(lambda: pid.exists() and pid.read_text(), 300)
-    # Two signs of life at most; the server must know of one.
     (run,) = ask(address, "flow_runs/filter", {})
-    time.sleep(3)
+    # The server must know of a sign of life, or it would not miss the next ones.
+    beats = {"filter": {"event": {"name": ["prefect.flow-run.heartbeat"]}}, "limit": 1}
+    wait_for(lambda: ask(address, "events/filter", beats)["events"], 120)
     process.kill()
     process.wait()
     ended = wait_for(lambda: not Path(f"/proc/{pid.read_text()}").exists(), 30)

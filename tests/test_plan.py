@@ -1,6 +1,6 @@
 import itertools
 import math
-import time
+import sys
 
 import numpy as np
 import pytest
@@ -103,12 +103,27 @@ def test_an_impossible_plan_says_why(make, says):
         make()
 
 
-def test_a_hundred_thousand_prompts_over_a_thousand_steps_cost_little():
-    groups = [list(range(i, i + 4)) for i in range(0, 100_000, 4)]
-    start = time.perf_counter()
-    plan = Plan.shared(groups, 1000, [i % 1000 / 1000 for i in range(len(groups))])
-    assert plan.nfe(guidance=True) < 200_000_000
-    assert time.perf_counter() - start < 5
+def calls_of_planning(prompts, steps):
+    """Return how many calls a plan of groups of four and its cost take."""
+    groups = [list(range(i, i + 4)) for i in range(0, prompts, 4)]
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        Plan.shared(groups, steps, [i % steps / steps for i in range(len(groups))]).nfe(guidance=True)
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_a_plan_costs_as_much_as_it_has_prompts_whatever_the_steps():
+    small = calls_of_planning(2_000, 1000)
+    assert calls_of_planning(20_000, 1000) < 11 * small
+    assert calls_of_planning(2_000, 100) > 0.9 * small
 
 
 def test_a_tree_shares_longer_where_prompts_are_closer():

@@ -3,13 +3,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from waiting import wait_for
 
 from flows.prompts import generate as prompts
 from sage.errors import ConfigurationError, DataError
@@ -117,8 +117,11 @@ def test_killed_at_random_and_started_again_it_ends_as_if_never_killed(generate,
     kills = 0
     for wanted in (1, 7, 11):
         process = subprocess.Popen(command, env=os.environ | {"SAGE_DEVICE": "cpu"}, start_new_session=True)
-        while process.poll() is None and len(list((tmp_path / "killed").glob("0*.png"))) < wanted:
-            time.sleep(0.005)
+
+        def enough(process=process, wanted=wanted):
+            return process.poll() is not None or len(list((tmp_path / "killed").glob("0*.png"))) >= wanted
+
+        wait_for(enough, 300)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             kills += 1

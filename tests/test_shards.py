@@ -10,6 +10,7 @@ import fsspec
 import operated
 import pytest
 import tiny
+from waiting import wait_for
 
 from flows import leash
 from flows.prompts import generate, shards
@@ -172,7 +173,7 @@ def s3(tmp_path, monkeypatch):
     with (tmp_path / "s3.log").open("wb") as log:
         server = leash.start(list(map(str, command)), log, os.environ | {"RCLONE_CONFIG": "/dev/null"})
     try:
-        operated.wait_for(lambda: operated.listens(port), 60)
+        wait_for(lambda: operated.listens(port), 60)
         yield "s3://pictures"
     finally:
         leash.end(server)

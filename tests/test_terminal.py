@@ -4,14 +4,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+from waiting import Clock
 
 from flows.terminal import Lines
 
 PROGRAM = """
-import sys, time
+import signal, sys
 from pathlib import Path
 from flows.terminal import progress, run
 from sage.errors import DataError, DivergedError
@@ -30,10 +30,17 @@ def main(end: str = "well") -> None:
             advance(1)
             if end == "wait":
                 print("ready", flush=True)
-                time.sleep(60)
+                signal.pause()
 
 run(main)
 """
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    found = Clock()
+    monkeypatch.setattr("flows.terminal.time", found)
+    return found
 
 
 def program(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -86,26 +93,24 @@ def test_progress_on_a_terminal_is_a_bar():
     assert "5/5" in text
 
 
-def test_lines_come_no_more_often_than_asked(capsys):
-    lines = Lines(1000, "work", every=0.05)
-    start = time.monotonic()
+def test_lines_come_no_more_often_than_asked(capsys, clock):
+    lines = Lines(1000, "work", every=5)
     for _ in range(500):
+        clock.now += 0.125
         lines.advance(1)
-        time.sleep(0.0005)
-    seconds = time.monotonic() - start
     printed = capsys.readouterr().err.splitlines()
-    assert 2 <= len(printed) <= seconds / 0.05
+    assert len(printed) == 500 * 0.125 // 5
     assert all(re.fullmatch(r"work: \d+/1000 \(\d+%, [\d.]+/s, \d+s left\)", line) for line in printed)
 
 
-def test_the_rate_of_a_resumed_run_is_not_that_of_the_process_before(capsys):
+def test_the_rate_of_a_resumed_run_is_not_that_of_the_process_before(capsys, clock):
     lines = Lines(100_000, "work", every=0.0)
     lines.advance(90_000)
     for _ in range(5):
-        time.sleep(0.02)
+        clock.now += 0.02
         lines.advance(1)
     rate = float(re.search(r"([\d.]+)/s, ", capsys.readouterr().err.splitlines()[-1])[1])
-    assert rate < 51
+    assert rate == pytest.approx(50)
 
 
 def test_no_closing_line_claims_an_end_that_was_not(capsys):

@@ -10,6 +10,7 @@ import operated
 import psutil
 import pytest
 import requests
+from waiting import wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +73,7 @@ def test_it_listens_on_loopback_and_ctrl_c_ends_all_that_it_started(project):
         assert status(address, "stranger.example") in (400, 403), path
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
-    took = operated.wait_for(lambda: gone(started), 30)
+    took = wait_for(lambda: gone(started), 30)
     print(f"\nall ended {took:.1f} s after it")
 
 

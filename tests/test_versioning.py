@@ -3,10 +3,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from waiting import wait_for
 
 from flows.versioning import repository
 from flows.versioning.repository import BusyError, StageError
@@ -79,13 +79,6 @@ def states(*arguments, alone=False, **environment):
     return {name: outcome.state for name, outcome in outcomes.items()}
 
 
-def wait_for(path: Path) -> None:
-    end = time.monotonic() + 30
-    while not path.exists() or not path.read_text():
-        assert time.monotonic() < end, f"{path} did not come"
-        time.sleep(0.05)
-
-
 def test_the_shipped_graph_is_in_the_order_of_the_design():
     graph = Path(__file__).parents[1] / "dvc.yaml"
     assert repository.stages(graph) == ["prepare", "group", "finetune", "generate", "evaluate"]
@@ -135,21 +128,18 @@ def test_a_run_that_ends_early_leaves_no_process_and_no_lock(project, number):
     command = [sys.executable, "-c", CALL]
     waiting = os.environ | {"WAIT": "first", "QUIET": "1"}
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=waiting)
-    wait_for(project / "pid")
+    wait_for(lambda: (project / "pid").exists() and (project / "pid").read_text(), 30)
     stage = int((project / "pid").read_text())
     run.send_signal(number)
     run.wait(20)
-    end = time.monotonic() + 20
-    while Path(f"/proc/{stage}").exists():
-        assert time.monotonic() < end, "the stage outlives the run"
-        time.sleep(0.1)
+    wait_for(lambda: not Path(f"/proc/{stage}").exists(), 20, what="the stage outlives the run")
     assert states() == {"first": "executed", "second": "executed"}
 
 
 def test_a_second_run_in_the_same_folder_is_told_to_come_again(project):
     run = subprocess.Popen([sys.executable, "-c", CALL], stdout=subprocess.DEVNULL, env=os.environ | {"WAIT": "first"})
     try:
-        wait_for(project / "pid")
+        wait_for(lambda: (project / "pid").exists() and (project / "pid").read_text(), 30)
         second = subprocess.run([sys.executable, "-c", CALL], capture_output=True, text=True, timeout=30)
         assert second.returncode == 75
         assert "another pipeline run works in this folder" in second.stderr
