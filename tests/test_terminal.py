@@ -100,7 +100,7 @@ def test_lines_come_no_more_often_than_asked(capsys, clock):
         lines.advance(1)
     printed = capsys.readouterr().err.splitlines()
     assert len(printed) == 500 * 0.125 // 5
-    assert all(re.fullmatch(r"work: \d+/1000 \(\d+%, [\d.]+/s, \d+s left\)", line) for line in printed)
+    assert all(re.fullmatch(r"work: \d+/1000 \(\d+%, [\d.]+/s, (\d+m)?\d+s left\)", line) for line in printed)
 
 
 def test_the_rate_of_a_resumed_run_is_not_that_of_the_process_before(capsys, clock):
