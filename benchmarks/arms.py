@@ -174,7 +174,7 @@ def choose(
     _rewrite(page, "choose", f"{note}\n\n{_table(head, rows)}")
 
 
-# All three terms of the design's loss; the shipped recipe leaves out the shared one.
+# All three terms of L_SAGE; the shipped recipe leaves out the shared one.
 WHOLE = {"diffusion": 1.0, "shared": 1.0, "branch": 1.0, "consistency": 0.0}
 
 

@@ -6,7 +6,7 @@
 The stock trainer is a script and no part of the package (examples/text_to_image/train_text_to_image.py); `Stock` is
 its step with its own calls of diffusers and accelerate: picture and text encoded in every step, noise, prediction,
 loss, clipping, AdamW, EMA. Arms are interleaved: each repetition runs every arm for a few steps, in another order;
-figures are medians over all steps. Peak memory is that of a process of its own for each arm. The goal: per network
+figures are medians over all steps. Peak memory is that of a process of its own for each arm. The target: per network
 evaluation no slower than the stock trainer.
 """
 

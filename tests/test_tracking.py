@@ -625,6 +625,7 @@ def test_no_acknowledged_version_is_lost_when_writers_are_killed(project):
     assert set(wanted) <= known
 
 
+@pytest.mark.slow
 @pytest.mark.stack
 def test_no_acknowledged_version_is_lost_when_the_server_is_killed(project, monkeypatch):
     port = operated.free_port()
