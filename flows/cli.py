@@ -118,9 +118,9 @@ def up(
 
 @app.command(rich_help_panel="The main job")
 def doctor() -> None:
-    """Say whether versions, weights, git, DVC, tracking, disk, memory and device are fit, and what to do where not.
+    """Check versions, weights, git, DVC, tracking, disk, memory and device, and say how to fix what is missing.
 
-    Ends with code 1 where something is not.
+    Exits with code 1 if a check fails.
     """
     from flows.commands import doctor as checks
 
@@ -142,7 +142,7 @@ def group(context: typer.Context) -> None:
 
 @app.command(context_settings=_DELEGATE, rich_help_panel="Models")
 def pretrain(context: typer.Context) -> None:
-    """Train the base model from scratch: autoencoder, denoiser, and the judge of text and picture."""
+    """Train the parts of the base model: autoencoder, denoiser, and the network that scores image against prompt."""
     _delegate("flows.commands.pretrain", context)
 
 
@@ -229,7 +229,7 @@ def verify(
 ) -> None:
     """Re-hash data and models in the cache, the work tree and the remote; name what is corrupt or missing.
 
-    Ends with code 1 where anything is.
+    Exits with code 1 if anything is corrupt or missing.
     """
     from flows.versioning import integrity
 

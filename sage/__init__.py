@@ -5,7 +5,7 @@ Similar prompts form a group; a group runs its first denoising steps as one samp
     SharedSamplingPipeline   diffusers pipeline that takes a list of prompts and shares their early steps
     embed, group             prompts -> sentence embeddings -> groups of similar prompts
     StreamingGrouper         groups for prompts that arrive one by one
-    Plan, plan_for_budget    which prompts share which steps; the plan that saves a given fraction of the network calls
+    Plan, plan_for_budget    which prompts share which steps; a plan that saves a given fraction of the evaluations
     SageError                base class of all errors that this library raises
 
 Names are imported on first use, so `import sage` loads neither torch nor diffusers.

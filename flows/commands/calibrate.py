@@ -1,6 +1,6 @@
 """What sharing costs at which similarity, measured on the validation split and written into the model's folder.
 
-`group.max_damage` in params.yaml and `sage.plan_for_budget` read it. Interrupted, it goes on where it was.
+`group.max_damage` in params.yaml and `sage.plan_for_budget` read it. An interrupted run resumes.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ _PIECE = 64  # prompts that are kept together
 def main(
     model: Annotated[Path, typer.Option(help="A model folder.")] = Path("models/base"),
     data: Annotated[Path, typer.Option(help="Prepared data.")] = Path("data/prepared"),
-    work: Annotated[Path, typer.Option(help="Where features are kept.")] = Path("work/calibrate"),
+    work: Annotated[Path, typer.Option(help="Folder for the state of an interrupted run.")] = Path("work/calibrate"),
 ) -> None:
     """Share at several thresholds and compare with independent pictures of the same prompts; keep the relation."""
     params = load_params()

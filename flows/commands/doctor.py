@@ -1,4 +1,4 @@
-"""Is this machine fit? A line for each check, with what to do where it is not."""
+"""`sage doctor`: a line for each check of this machine and folder, with a remedy if it fails."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ _MEMORY_GB = 4.0
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found; `remedy` is empty where all is well."""
+    """The result of a check; `remedy` is empty if it passed."""
 
     what: str
     remedy: str = ""

@@ -28,9 +28,9 @@ _FIRST = '{"until": "prepare"}'
 
 
 def up(port: int, tracking_port: int, check: bool) -> None:
-    """Start all, say where to click, and wait until interrupted; with `check`, run one deployment instead of waiting.
+    """Start all, print the addresses, and wait until interrupted; with `check`, run one deployment instead of waiting.
 
-    Raises ConfigurationError where a port is taken or this is no project, SageError where a part does not start, or
+    Raises ConfigurationError if a port is taken or this is no project, SageError if a part does not start, or
     ends.
     """
     if not Path("prefect.yaml").exists():

@@ -1,7 +1,7 @@
 """The flow `sage-generate`: pictures for a large list of prompts with a registered version, in shards.
 
 Shards run one after the other on the worker, or, with SAGE_DASK set to the address of a Dask scheduler, on all of that
-scheduler's workers; a shard whose worker is lost goes to another one, and begins where that one was.
+scheduler's workers; a shard whose worker is lost goes to another one, and continues from the images that exist.
 """
 
 import os

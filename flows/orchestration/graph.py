@@ -28,7 +28,7 @@ _WHOLE = Range()
 
 
 def may_pass(task: "Task[..., Any]", run: TaskRun, state: "State[Any]") -> bool:
-    """Return whether another try may help: not where a person must mend something."""
+    """Return whether a retry may help: not if a person must fix something first."""
     error = state.result(raise_on_failure=False)
     if isinstance(error, repository.StageError):
         return error.transient
@@ -39,7 +39,7 @@ def may_pass(task: "Task[..., Any]", run: TaskRun, state: "State[Any]") -> bool:
     task_run_name="{stage}", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[2, 20], retry_condition_fn=may_pass
 )
 def reproduce(stage: str, environment: dict[str, str], folder: str = ".") -> dict[str, Any]:
-    """Bring one stage up to date; return what became of it and how long it took. A training goes on where it was."""
+    """Bring one stage up to date; return its outcome and duration. A killed training resumes at its checkpoint."""
     log = get_run_logger()
     # In a log, a bar that redraws itself would be thousands of lines.
     environment = {**environment, "TTY_COMPATIBLE": "0"}
@@ -101,7 +101,7 @@ def run_tags() -> dict[str, str]:
 
 @contextmanager
 def _place(overrides: list[str]) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Yield where the stages run, and what the runs say of it: this folder, or a work tree with other parameters."""
+    """Yield the folder that the stages run in and the tags of its runs: this folder, or a work tree for overrides."""
     tags = run_tags()
     if not overrides:
         with one_writer(Path()), repository.only_writer():

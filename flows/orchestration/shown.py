@@ -103,7 +103,7 @@ def lines(what: str) -> Write:
 
 
 def run(what: str, module: str, *arguments: str) -> None:
-    """Run a module of this project as a process, and show what it prints; raise StageError where it fails."""
+    """Run a module of this project as a process, and show what it prints; raise StageError if it fails."""
     output = Output(lines(what))
     code = leash.run([sys.executable, "-m", module, *arguments], output.feed)
     if code:

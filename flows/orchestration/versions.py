@@ -70,7 +70,7 @@ def evaluate_version(judged: Judged = Judged()) -> dict[str, Any]:  # noqa: B008
 
 @flow(name="sage-promote")
 def promote_version(promotion: Promotion = Promotion()) -> dict[str, Any]:  # noqa: B008  # frozen
-    """Make a version champion; where asked for, a person decides after seeing figures and pictures."""
+    """Make a version champion; if `ask` is set, a person decides after seeing figures and images."""
     reach_tracking()
     rows = _compared(promotion.version)
     number = rows[0]["version"]
@@ -84,7 +84,7 @@ def promote_version(promotion: Promotion = Promotion()) -> dict[str, Any]:  # no
 
 
 def _compared(version: str) -> list[Row]:
-    """Return the rows of a version and of the champion, where there is one; raise RegistryError for no such version."""
+    """Return the rows of a version and of the champion, if there is one; raise RegistryError for an unknown version."""
     found = registry.versions()
     candidate = next((row for row in found if version in (row["version"], *row["alias"].split(", "))), None)
     if candidate is None:

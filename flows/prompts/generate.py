@@ -41,7 +41,7 @@ TILE, TILES, COLUMNS = 128, 240, 12
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be drawn, and with what: `groups` are of the prompts that can be drawn, in their order."""
+    """One run of `sage generate`; `groups` partition the prompts that can be drawn, by their index among them."""
 
     items: list[Item]
     groups: Sequence[Sequence[int]]
@@ -57,7 +57,7 @@ class Job:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the pictures."""
+        """Everything that the images depend on; a folder holds images of one identity only."""
         prompts = digest([asdict(item) for item in self.items])
         return self.settings | {"model": self.model, "prompts": prompts, "device": str(self.pipe.device)}
 
@@ -72,7 +72,13 @@ def main(
     ] = "models/sage",
     plan: Annotated[bool, typer.Option("--plan", help="Only show groups and cost.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pictures.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Inference steps; else as in params.yaml.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Inference steps. Default of this and the next four: as the registered model was judged, else params.yaml.",
+        ),
+    ] = None,
     share_ratio: Annotated[float | None, typer.Option(help="Share of the steps that a group takes together.")] = None,
     branch_noise: Annotated[
         float | None, typer.Option(min=0, max=1, help="How much of its noise each picture draws anew at a branch.")
@@ -101,9 +107,9 @@ def main(
 
 
 def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: str, seed: int) -> Job:
-    """Return what a list of prompts asks for; of the settings that are `given`, those that are not None hold.
+    """Return the run for a list of prompts; settings in `given` that are not None override the model's.
 
-    Raises DataError where no prompt can be drawn, RegistryError for a registered model that is damaged or unknown.
+    Raises DataError if no prompt can be drawn, RegistryError for a registered model that is damaged or unknown.
     """
     items = read_prompts(source)
     texts = [item.prompt for item in items if item.error is None]

@@ -26,7 +26,7 @@ def main(
     prompts: Annotated[
         str, typer.Argument(help="A list of prompts: .txt, .jsonl, .csv, .tsv, or - for standard input.")
     ],
-    page: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("work/groups.html"),
+    page: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("work/groups.html"),
     threshold: Annotated[float | None, typer.Option(help="Instead of what params.yaml asks for.")] = None,
     max_size: Annotated[int | None, typer.Option(help="Instead of what params.yaml asks for.")] = None,
     model: Annotated[Path, typer.Option(help="The model whose measured damage group.max_damage reads.")] = Path(

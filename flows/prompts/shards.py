@@ -5,8 +5,9 @@
     python -m flows.prompts.shards finish --out s3://pictures/run               manifest and contact sheet, once
 
 With --judge, `draw` also measures its pictures, and `finish` puts the measures together in evaluation.json.
-A shard is whole batches of whole groups, so what is evaluated together is the same whoever evaluates it. Addresses are
-fsspec's: a folder, s3://, memory://. A picture appears there whole or not at all; a shard makes only what is missing.
+A shard holds whole batches of whole groups, so batch composition, and with it rounding, does not depend on the number
+of machines. Addresses are fsspec's: a folder, s3://, memory://. An image appears there whole or not at all; a shard
+makes only the missing ones.
 """
 
 import json
@@ -39,7 +40,7 @@ from sage.sampling.plan import Plan
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 PLAN, RUN, EVALUATION = "plan.json", "run.json", "evaluation.json"
 ALIGNMENT = Path("models/alignment")
-Out = Annotated[str, typer.Option(help="Where the pictures go: a folder, s3://..., or another fsspec address.")]
+Out = Annotated[str, typer.Option(help="Output address: a folder, s3://..., or another fsspec address.")]
 
 
 @app.command()
@@ -53,7 +54,7 @@ def plan(
     guidance_scale: Annotated[float | None, typer.Option(min=0)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
-    """Group the prompts and write down what is to be drawn; going on with the same run changes nothing."""
+    """Group the prompts and write the plan of the run; repeating it for the same run changes nothing."""
     given = {"steps": steps, "share_ratio": share_ratio, "guidance_scale": guidance_scale, "batch_size": batch_size}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -86,7 +87,7 @@ def draw(
     shard: Annotated[str, typer.Option(metavar="I/N", help="Which shard, from 1, of how many.")] = "1/1",
     judge: Annotated[bool, typer.Option("--judge", help="Also measure how they fit their prompts and differ.")] = False,
 ) -> None:
-    """Make the pictures of one shard that are missing."""
+    """Generate the missing images of one shard."""
     found = _read_plan(out)
     number, count = _number(shard)
     batches = part(found["groups"], found["settings"]["batch_size"], number, count)
@@ -114,7 +115,7 @@ def _draw(out: str, found: dict[str, Any], wanted: set[int]) -> None:
 
 
 def _judge(out: str, items: Sequence[Item], batches: list[list[tuple[int, list[int]]]], name: str) -> None:
-    """Write the sums of a shard's groups; batch by batch, as it was drawn, for arithmetic depends on the company."""
+    """Write the sums of a shard's groups, batch by batch as generated: batch composition changes rounding."""
     extract, encoder = EfficientNetLite0(device()), load_alignment(ALIGNMENT)
     rows: list[Sums] = []
     for batch in batches:
@@ -138,7 +139,7 @@ def finish(
     out: Out,
     judged: Annotated[int, typer.Option(min=0, help="How many shards were drawn with --judge; 0: none.")] = 0,
 ) -> None:
-    """Write the manifest and the contact sheet; raise DataError where a picture or a measure is missing."""
+    """Write the manifest and the contact sheet; raise DataError if a picture or a measure is missing."""
     found = _read_plan(out)
     items = _drawable(found)
     there = set(_names(out))
@@ -223,7 +224,7 @@ def _read(out: str, name: str) -> Any:
 
 
 def _names(address: str) -> list[str]:
-    """Return the names of the files at an address; none where there is nothing yet."""
+    """Return the names of the files at an address; none if nothing exists yet."""
     store, path = fsspec.core.url_to_fs(address.rstrip("/"))
     store.invalidate_cache()
     return [Path(found).name for found in store.ls(path, detail=False)] if store.exists(path) else []

@@ -39,7 +39,7 @@ def main(
     costs: Annotated[Path, typer.Option(help="What the pictures cost: the figures of stage generate.")],
     alignment: Annotated[Path, typer.Option(help="The dual encoder.")],
     report: Annotated[Path, typer.Option(help="Folder of the report page.")],
-    metrics: Annotated[Path, typer.Option(help="Where the figures go.")],
+    metrics: Annotated[Path, typer.Option(help="JSON file of figures to write.")],
 ) -> None:
     """Judge every arm on the same held-out prompts and seeds; write figures, verdicts and the report."""
     params = load_params()
@@ -65,7 +65,7 @@ def main(
 
 
 def read_costs(path: Path, judged: Judged) -> dict[str, float]:
-    """Return what an image of each arm cost; raise MetricError where that was not counted on the judged pictures."""
+    """Return what an image of each arm cost; raise MetricError if it was counted on other images than are judged."""
     arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
     if list(arms) != list(judged.arms):
         raise MetricError(
@@ -146,7 +146,7 @@ def judge(
 
 
 def alignment_lost(judged: Judged, arms: Mapping[str, judging.Pictures]) -> list[float]:
-    """Return for each group by how much sharing lowered its alignment; 0 where there is nothing to compare."""
+    """Return for each group by how much sharing lowered its alignment; 0 if there is nothing to compare."""
     if not {INDEPENDENT, JUDGED} <= set(arms):
         return [0.0] * len(judged.groups)
     lost = (arms[INDEPENDENT].alignment - arms[JUDGED].alignment).mean(1)

@@ -54,9 +54,9 @@ def main(
     base: Annotated[Path, typer.Option(help="The base model.")],
     model: Annotated[Path, typer.Option(help="The fine-tuned model.")],
     data: Annotated[Path, typer.Option(help="Prepared data.")],
-    groups: Annotated[Path, typer.Option(help="One JSON file of groups a split.")],
-    out: Annotated[Path, typer.Option(help="Where the pictures go: ARM/seed-SEED/ID.png and manifest.jsonl.")],
-    metrics: Annotated[Path, typer.Option(help="Where the figures go.")],
+    groups: Annotated[Path, typer.Option(help="Folder with a JSON file of groups for each split.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: ARM/seed-SEED/ID.png and manifest.jsonl.")],
+    metrics: Annotated[Path, typer.Option(help="JSON file of figures to write.")],
 ) -> None:
     """Make every arm's pictures and say what each arm cost."""
     settings = load_params().generate

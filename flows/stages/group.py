@@ -20,8 +20,8 @@ from sage.grouping.policy import ENCODER, Policy, figures
 def main(
     data: Annotated[Path, typer.Option(help="Prepared data.")],
     base: Annotated[Path, typer.Option(help="The model whose measured damage group.max_damage reads.")],
-    out: Annotated[Path, typer.Option(help="One JSON file of groups a split.")],
-    metrics: Annotated[Path, typer.Option(help="Where the figures go.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: a JSON file of groups for each split.")],
+    metrics: Annotated[Path, typer.Option(help="JSON file of figures to write.")],
 ) -> None:
     """Group the prompts of every split and write groups and figures."""
     params = load_params()

@@ -22,7 +22,7 @@ _SHEET_COLUMNS = 8
 
 
 def main(
-    raw: Annotated[Path, typer.Option(help="Your own pictures; read where prepare.source is `folder`.")],
+    raw: Annotated[Path, typer.Option(help="Your own pictures; read if prepare.source is `folder`.")],
     out: Annotated[Path, typer.Option(help="Folder to write: one image folder a split, and the accounting.")],
     metrics: Annotated[Path, typer.Option(help="File to write: what became of the rows.")],
 ) -> None:

@@ -20,7 +20,7 @@ from sage.errors import RegistryError
 from sage.files import digest, sha256
 
 FILES_HASH = "sage.files_sha256"  # the tag of a version
-# Loading a version writes these beside its files, where they are local even into the store itself: MLflow what was
+# Loading a version writes these beside its files, even into the store itself if that is local: MLflow what was
 # loaded, Python the bytecode of served.py.
 _LOADED_AS, _BYTECODE = "registered_model_meta", "__pycache__"
 _WEIGHTS = "artifacts/model"
@@ -47,7 +47,7 @@ class Version:
 def describe(params: Params, threshold: float, model_sha256: str) -> dict[str, Any]:
     """Return what a version says of itself: the judged pictures were made so, and its own shall be."""
     sampling = params.generate.sampling()
-    # The threshold that was used, also where the parameters ask for a budget.
+    # The threshold that was used, also if the parameters ask for a budget.
     grouping = {"threshold": threshold, **params.group.model_dump(include={"max_size", "near_duplicate", "guard"})}
     return {
         "model_sha256": model_sha256,
@@ -139,7 +139,7 @@ def check_loaded(folder: Path) -> None:
 
     loaded_as = folder / _LOADED_AS
     if not loaded_as.exists():
-        return  # from a folder, where whoever put it there has verified it
+        return  # from a folder, verified by whoever put it there
     named = yaml.safe_load(loaded_as.read_text(encoding="utf-8"))
     _compare(folder, MlflowClient().get_model_version(named["model_name"], named["model_version"]))
 

@@ -17,7 +17,7 @@ _REPLACED = "sage.replaced"  # a tag of a version: the champion before it
 def promote(version: str | None = None, to: str = MODEL) -> str:
     """Make a version, by default the challenger, the champion; return it.
 
-    `to` another registered model the champion, or the version, is copied first, once. Raises RegistryError where it is
+    `to` another registered model the champion, or the version, is copied first, once. Raises RegistryError if it is
     damaged, failed a gate, was judged on another held-out set than the champion, or is worse than the champion beyond
     both intervals in anything that a gate rests on.
     """

@@ -36,7 +36,7 @@ def recorded(name: str) -> Recorded:
     """Return what a run recorded; `name` is its id, that of a pipeline or of a registration, or models:/NAME@ALIAS.
 
     Parameters are those that the pipeline's stages ran with, whether they were executed or up to date.
-    Raises SageError where there is no such run or it has no results.
+    Raises SageError if there is no such run or it has no results.
     """
     from mlflow.exceptions import MlflowException
 

@@ -48,7 +48,7 @@ def register(model: Path, metrics: Path, groups: Path, params: Params) -> Regist
     """Make a version of a model that passed its gates; of one that failed keep the reasons, and no version.
 
     `metrics` and `groups` are the folders with the stages' results and with the groups that were judged. The same
-    model with the same results is registered once. Raises RegistryError where the results are not those of this model
+    model with the same results is registered once. Raises RegistryError if the results are not those of this model
     or tracking is off.
     """
     tracker, home = connect()
@@ -108,7 +108,7 @@ def versions(model: str = MODEL) -> list[dict[str, str]]:
 
 
 def connect() -> tuple[Any, str]:
-    """Return a client and the id of the experiment; raise RegistryError where tracking is off."""
+    """Return a client and the id of the experiment; raise RegistryError if tracking is off."""
     uri = address()
     if uri is None:
         raise RegistryError("tracking is off (SAGE_TRACKING_URI=off), and with it the registry.")
@@ -232,13 +232,13 @@ def _ensure_model(tracker: Any) -> None:
 
 
 def aliases(tracker: Any, model: str = MODEL) -> dict[str, str]:
-    """Return alias -> version; none where nothing was ever registered."""
+    """Return alias -> version; none if nothing was ever registered."""
     found = tracker.search_registered_models(f"name = '{model}'")
     return {alias: str(version) for alias, version in found[0].aliases.items()} if found else {}
 
 
 def find(tracker: Any, version: str | None, model: str = MODEL, what: str = CHALLENGER) -> Any:
-    """Return a version as the registry has it; raise RegistryError where there is none."""
+    """Return a version as the registry has it; raise RegistryError if there is none."""
     from mlflow.exceptions import MlflowException
 
     if version is None:

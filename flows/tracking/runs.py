@@ -52,9 +52,9 @@ def client(uri: str) -> Any:
 
 
 def experiment(tracker: Any, uri: str) -> str:
-    """Return the id of the one experiment, making it where it is missing.
+    """Return the id of the one experiment; create it if it is missing.
 
-    Raises SageError where the address does not answer.
+    Raises SageError if the address does not answer.
     """
     from mlflow.exceptions import MlflowException
 
@@ -73,7 +73,7 @@ def experiment(tracker: Any, uri: str) -> str:
 
 
 def check(uri: str) -> None:
-    """Raise SageError where the address does not answer."""
+    """Raise SageError if the address does not answer."""
     experiment(client(uri), uri)
 
 
@@ -100,7 +100,7 @@ def run_of(tracker: Any, home: str, result: Path) -> str | None:
 
 
 class Run:
-    """The record of one execution; `id` is None, and nothing is recorded, where tracking is off."""
+    """The record of one execution; if tracking is off, `id` is None and nothing is recorded."""
 
     def __init__(self, tracker: Any = None, run_id: str | None = None) -> None:
         """`tracker`: an MLflow client, or None for a run that records nothing."""
@@ -158,7 +158,7 @@ class Run:
 def stage_run(stage: str, params: Mapping[str, Any]) -> Iterator[Run]:
     """Yield the run that records this execution of a stage; it ends as finished, failed or killed.
 
-    Inside a pipeline run it is a child of the pipeline's run. Raises SageError where the address does not answer.
+    Inside a pipeline run it is a child of the pipeline's run. Raises SageError if the address does not answer.
     """
     uri = address()
     if uri is None:
@@ -176,9 +176,9 @@ def stage_run(stage: str, params: Mapping[str, Any]) -> Iterator[Run]:
 
 
 def new_run(tracker: Any, home: str, name: str, tags: Mapping[str, str]) -> Run:
-    """Make a run that says which revision and machine it is of and which process records it; `tags` go before these.
+    """Create a run tagged with revision, machine and recording process; `tags` take precedence.
 
-    Runs whose process is gone are marked as killed first: nothing else would ever end them.
+    Runs whose process is gone are first marked as killed, because nothing else would ever end them.
     """
     end_killed(tracker, home)
     own = {"mlflow.source.git.commit": revision(), _PROCESS: _process(), "sage.profile": _profile()}
@@ -186,7 +186,7 @@ def new_run(tracker: Any, home: str, name: str, tags: Mapping[str, str]) -> Run:
 
 
 def end_killed(tracker: Any, home: str) -> None:
-    """Mark the running runs as killed whose process, on this machine, is gone."""
+    """Mark running runs as killed if they were started on this machine and their process is gone."""
     mine = f"attributes.status = 'RUNNING' and tags.`{_PROCESS}` LIKE '{socket.gethostname()}:%'"
     for found in tracker.search_runs([home], filter_string=mine):
         if not _alive(found.data.tags[_PROCESS]):
@@ -206,7 +206,7 @@ def ending(run: Run, tracker: Any) -> Iterator[None]:
 
 @contextmanager
 def _watched(run: Run, uri: str) -> Iterator[None]:
-    """Record what the machine does meanwhile, every ten seconds, unless MLflow's own variable says no."""
+    """Record system metrics every ten seconds meanwhile, unless MLflow's environment variable turns them off."""
     if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() in ("false", "0"):
         yield
         return
@@ -227,18 +227,18 @@ class Pipeline:
     """
 
     def __init__(self, tags: Mapping[str, str] | None = None) -> None:
-        """Choose an id; nothing is recorded yet. `tags` say of its run who started it and how."""
+        """Choose an id; nothing is recorded yet. `tags` are set on its run."""
         self._id = uuid4().hex
         # The stage that makes the run ends before it does.
         self._tags = {_PROCESS: _process(), **(tags or {})}
 
     @property
     def environment(self) -> dict[str, str]:
-        """Return what the stages' processes need to find their parent."""
+        """Return the environment in which the stages' processes find their parent run."""
         return {PIPELINE: self._id, _PIPELINE_TAGS: json.dumps(self._tags)}
 
     def finish(self, status: str, metrics: Path | None = None) -> None:
-        """End the pipeline's run, where there is one; `metrics`, the folder of results, is recorded in it."""
+        """End the pipeline's run, if there is one; `metrics`, the folder of results, is recorded in it."""
         uri = address()
         if uri is None:
             return
@@ -264,7 +264,7 @@ class Pipeline:
 
 @contextmanager
 def pipeline_run(tags: Mapping[str, str] | None = None) -> Iterator[Pipeline]:
-    """Yield a pipeline; where the block fails, its run ends as failed. Calling `finish` is the caller's, at success."""
+    """Yield a pipeline; if the block fails, its run ends as failed. On success the caller calls `finish`."""
     pipeline = Pipeline(tags)
     try:
         yield pipeline
@@ -294,7 +294,7 @@ def _new_parent(tracker: Any, home: str, pipeline: str) -> str:
 
 
 def _profile() -> str:
-    """Return what seconds depend on, in words."""
+    """Return the machine that timings were taken on, in words."""
     return f"{platform.machine()}, {os.cpu_count()} cores, device {os.environ.get('SAGE_DEVICE', 'chosen')}"
 
 

@@ -2,7 +2,7 @@
 
 One request's prompts share steps with each other, never with another request's. The answer has an item for each prompt,
 in their order: its picture, or why there is none. A prompt that cannot be drawn costs its own item; a whole request is
-refused, with status 400, where it asks for more than the limits or its parameters are out of range.
+refused, with status 400, if it exceeds the limits or its parameters are out of range.
 """
 
 import base64
@@ -37,7 +37,7 @@ class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow
     """Groups the prompts, samples each group's early steps once, and answers in the order of the prompts."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the weights that the version carries; raise RegistryError where a hash does not fit."""
+        """Load the weights that the version carries; raise RegistryError if a hash does not fit."""
         folder = Path(context.artifacts["model"])
         check_loaded(folder.parents[1])
         found, wanted = sha256_tree(folder), context.model_config["model_sha256"]

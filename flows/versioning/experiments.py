@@ -59,7 +59,7 @@ def set_parameters(folder: Path, overrides: Sequence[str]) -> None:
 def work_tree(name: str) -> Iterator[Path]:
     """Yield a work tree of this folder's commit, which goes in the end; those that killed runs left go first.
 
-    Raises SageError where there is no commit, or a tree or an experiment of this name.
+    Raises SageError if there is no commit yet, or if a tree or an experiment of this name exists.
     """
     check_name(name)
     _sweep()

@@ -15,7 +15,7 @@ from sage.errors import DataError
 
 @dataclass(frozen=True)
 class Finding:
-    """A copy that is not what the graph says: where, which path, and how: corrupt, missing or unknown."""
+    """A copy that differs from what the graph expects: its place, its path, and its state."""
 
     place: str
     path: str
@@ -50,7 +50,7 @@ def verify(remote: str | None = None) -> tuple[int, list[Finding]]:
 def push(remote: str | None = None) -> str:
     """Upload what the remote lacks, unless the cache is damaged; return what DVC says. No file here changes.
 
-    Raises DataError where an object is not what its name says: DVC would upload it under its good name.
+    Raises DataError if the content of an object does not match its name: DVC would upload it under that name.
     """
     kept = repository.objects()
     states = kept["states"]["cache"]
@@ -61,7 +61,7 @@ def push(remote: str | None = None) -> str:
 
 
 def pull(remote: str | None = None) -> str:
-    """Download what is missing here and check it; return what DVC says. Raises DataError where it is damaged."""
+    """Download what is missing here and check it; return what DVC prints. Raises DataError if a copy is damaged."""
     said = repository.dvc("pull", *_to(remote))
     bad = [finding.path for finding in verify()[1] if finding.state == "corrupt"]
     if bad:
@@ -83,7 +83,7 @@ def _named(outs: Mapping[str, str], members: Mapping[str, Any]) -> list[tuple[st
 
 
 def _wanted(out: str, name: str, members: Mapping[str, Any]) -> dict[str, str] | None:
-    """Return file -> MD5 of an output; None where no intact copy of a folder's listing is left."""
+    """Return the MD5 of each file of an output; None if no intact copy of the folder's listing is left."""
     if not name.endswith(".dir"):
         return {out: name}
     return {f"{out}/{path}": member for path, member in members[name]} if name in members else None

@@ -1,9 +1,9 @@
-"""What DVC keeps, as it is: each object of the graph re-hashed in cache and remote. The only file that imports dvc.
+"""The objects of the graph, re-hashed in DVC's cache and remote. The only file that imports dvc.
 
 Run as a process of its own (`python -m flows.versioning.objects [REMOTE]`), like every use of DVC. Prints one JSON
 object: `outs`, path to object; `members`, object of a folder to a list of path in it and object, from any intact copy
 of its listing; `states`, for cache and remote, object to ok, corrupt or missing.
-DVC itself compares an object with its name only where the file's mode does not say that it is protected.
+DVC itself compares an object with its name only if the file's mode is not read-only.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any
 
 from dvc.repo import Repo
 
-_THREADS = 16  # for a remote, where each small object is a request
+_THREADS = 16  # for a remote, because each small object is a request
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def _check(store: Any, name: str) -> str:
 
 
 def _read(store: Any, name: str) -> bytes | None:
-    """Return the listing of a folder, which is small; None where there is none."""
+    """Return the listing of a folder, which is small; None if there is none."""
     try:
         content: bytes = store.fs.cat_file(store.oid_to_path(name))
     except FileNotFoundError:

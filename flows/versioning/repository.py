@@ -1,4 +1,4 @@
-"""What DVC and git know: the graph, what must run, which revision this is. The only file that runs dvc."""
+"""The project as a DVC and git repository: its graph, what must run, its revision. The only file that runs dvc."""
 
 import codecs
 import fcntl
@@ -40,7 +40,7 @@ class BusyError(SageError):
 
 
 class StageError(SageError):
-    """A stage failed; `transient` where it did not say why itself but died, so that another try may help."""
+    """A stage failed; `transient` if it died without an error message of its own, so that a retry may help."""
 
     def __init__(self, message: str, transient: bool) -> None:
         """`message` says which stage and why."""
@@ -50,14 +50,14 @@ class StageError(SageError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a stage, and how long it took in seconds."""
+    """The outcome of a stage and its duration in seconds."""
 
     state: State
     seconds: float
 
 
 def revision() -> str:
-    """Return the commit of the work tree with "-dirty" where tracked files differ; "none" outside git."""
+    """Return the commit of the work tree with "-dirty" if tracked files differ; "none" outside git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
@@ -66,9 +66,9 @@ def revision() -> str:
 
 
 def stages(graph: Path = Path("dvc.yaml")) -> list[str]:
-    """Return the names of the graph's stages in an order in which they can run, that of the file where it is free.
+    """Return the names of the graph's stages in an order in which they can run; ties keep the order of the file.
 
-    Raises ConfigurationError where there is no graph here.
+    Raises ConfigurationError if there is no graph here.
     """
     if not graph.exists():
         raise ConfigurationError(f"{graph} does not exist. Run from the project's top folder.")
@@ -94,9 +94,9 @@ def paths(stage: Mapping[str, Any], key: str) -> list[PurePosixPath]:
 
 @contextmanager
 def only_writer(folder: Path = Path()) -> Iterator[None]:
-    """Hold a folder against other pipeline runs; the system lets go of it however this process ends.
+    """Lock a folder against other pipeline runs; the operating system releases the lock when this process ends.
 
-    Raises BusyError where another one holds it.
+    Raises BusyError if another run holds it.
     """
     lock = folder / ".dvc/tmp/sage.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def reproduce(
     """Bring all stages of a folder, or one with what it needs, or one `alone`, up to date; return what became of each.
 
     `write` receives what DVC and the stages print, as it comes; `environment` is added to theirs. Raises BusyError
-    where another process has the lock, StageError where a stage fails. Whatever ends this call, or kills its process,
+    where another process has the lock, StageError if a stage fails. Whatever ends this call, or kills its process,
     ends the stages.
     """
     target = [] if stage is None else ["--single-item", stage] if alone else [stage]
@@ -146,7 +146,7 @@ def dvc(*arguments: str, folder: Path = Path()) -> str:
 def objects(*remote: str) -> Any:
     """Return what `flows.versioning.objects` finds in the cache, and in a remote, "" being the default one.
 
-    Raises SageError where that cannot be read.
+    Raises SageError if that cannot be read.
     """
     command = [sys.executable, "-m", "flows.versioning.objects", *remote]
     done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
@@ -157,7 +157,7 @@ def objects(*remote: str) -> Any:
 
 
 def stale() -> list[str]:
-    """Return the stages that are not up to date; raise SageError where DVC cannot say."""
+    """Return the stages that are not up to date; raise SageError if DVC cannot say."""
     command = [sys.executable, "-m", "dvc", "status", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
     if done.returncode:

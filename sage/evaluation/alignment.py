@@ -153,7 +153,7 @@ def save(model: DualEncoder, folder: Path) -> None:
 
 
 def load_alignment(folder: Path) -> DualEncoder:
-    """Return a saved dual encoder; raise CheckpointError where it is missing, damaged, or made for other features."""
+    """Return a saved dual encoder; raise CheckpointError if it is missing, damaged, or made for other features."""
     weights, config = folder / "model.safetensors", folder / "config.json"
     missing = [path.name for path in (weights, config) if not path.is_file()]
     if missing:

@@ -112,7 +112,7 @@ def jackknife(statistic: Statistic, groups: int, confidence: float, seed: int, b
 
 
 def _divide(numerator: Array, denominator: Array) -> Array:
-    """Return the quotient, NaN where the denominator is 0."""
+    """Return the quotient, NaN if the denominator is 0."""
     quotient = np.full(len(numerator), np.nan)
     np.divide(numerator, denominator, out=quotient, where=denominator > 0)
     return quotient

@@ -1,4 +1,4 @@
-"""Whether pictures differ where they should: those of a group from each other, those of a prompt from seed to seed.
+"""Diversity: how much the images of a group differ from each other, and the images of a prompt from seed to seed.
 
 A sampler can keep its quality while every group collapses to one picture; no distance to real pictures shows that.
 Both return, for each group, the sum over its pictures and their number, as `bootstrap.ratio` takes them.

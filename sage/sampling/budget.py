@@ -66,14 +66,18 @@ class Budget:
 def plan_for_budget(
     nested: Sequence[Cluster | int], steps: int, saving: float, most: float = 0.9, at_least: float = -1.0
 ) -> Budget:
-    """Return the plan that saves the fraction `saving` of the evaluations at the highest possible threshold.
+    """Return a Budget whose plan saves at least `saving`, with the highest similarity threshold that does.
 
-    A cluster of similarity s shares most * (1 - (1 - s) / (1 - threshold)) of the steps: `most` at similarity 1,
-    nothing at or below the threshold. `nested` comes from `clusters`, or holds one Cluster for each flat group.
-    Clusters less similar than `at_least` never share as a whole; only tighter clusters inside them may. To bound the
-    loss of quality, give the similarity measured for that bound as `at_least` and the share ratio of the measurement as
-    `most` (sage.evaluation.damage).
-    Raises PlanError if `saving` is outside [0, 1) or sharing `most` everywhere saves less.
+    nested    the tree of the prompts, as made by `sage.grouping.groups.tree` and `clusters`:
+              `found = tree(embed(prompts), 0.0, 6); nested = clusters(found.size, found.merges)`;
+              or one Cluster for each flat group
+    steps     steps of the sampler
+    saving    fraction of the network evaluations to save, in [0, 1)
+    most      share ratio of a cluster of similarity 1; it falls linearly to 0 at the threshold
+    at_least  similarity below which a cluster never shares as a whole; tighter clusters inside it may
+
+    To bound the loss of quality, give the similarity measured for that bound as `at_least` and the share ratio of the
+    measurement as `most` (`sage.grouping.cost`). Raises PlanError if `saving` is outside [0, 1) or out of reach.
     """
     if not 0 <= saving < 1:
         raise PlanError(f"saving {saving} is outside [0, 1); 0.4 saves 40% of the network evaluations")

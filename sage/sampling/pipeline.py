@@ -40,7 +40,7 @@ FAMILIES = {
     "StableDiffusion3Pipeline": "sage.sampling.families.stable_diffusion_3",
     "PixArtAlphaPipeline": "sage.sampling.families.pixart_alpha",
 }
-# The default operating point, with sage.grouping.auto.DEFAULT: the same as in params.yaml (tests/test_config.py).
+# With sage.grouping.auto.DEFAULT the operating point of params.yaml, but for branch noise (tests/test_config.py).
 SHARE_RATIO = 0.34
 BATCH_SIZE = 8
 
@@ -62,10 +62,18 @@ class SharedSamplingOutput(BaseOutput):  # type: ignore[misc]
 
 
 class SharedSamplingPipeline:
-    """Base class of the families; each overrides the methods that raise NotImplementedError here.
+    """A diffusers pipeline whose similar prompts share their early steps.
 
-    An image depends on its prompt, seed and group, not on the order, the batch size or the other prompts. Only rounding
-    differs with the batch size, by about 1e-5 of the latents in single precision.
+    Make one with `from_pipe` or `from_pretrained`, then call it with a list of prompts. The output's `cost` holds
+    `network_evaluations`, what `independent` sampling would have needed, and the `saving`.
+
+    With given groups and an integer seed, an image depends on its text, its seed, its group and the settings; order,
+    batch size and prompts outside the group do not matter, apart from rounding (about 1e-5 of the latents in single
+    precision). Groups that the pipeline forms itself depend on all prompts. One generator for all images draws their
+    noise in order.
+
+    For maintainers: this is the base class of the families (`sage.sampling.families`), which override the methods that
+    raise NotImplementedError here.
     """
 
     # Provided by the stock class.
@@ -156,24 +164,27 @@ class SharedSamplingPipeline:
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **options: Any,
     ) -> "Stream":
-        """Return an iterator over the images, each as soon as it is finished; memory holds a few batches.
+        """Return an iterator of `Result`s in the order in which images finish; memory holds a few batches.
 
         prompt                 one prompt or several
-        groups                 partition of the prompt numbers; None: group by similarity of MiniLM embeddings
+        groups                 partition of the prompt numbers; None: groups of MiniLM embeddings (English), with cosine
+                               0.5 or more between all pairs and at most 6 prompts (`sage.grouping.auto`)
         plan                   a plan to use instead of `groups` and `share_ratio`
         share_ratio            fraction of the steps that a group shares, in [0, 1), or one for each group
         num_inference_steps    sampler steps
         guidance_scale         guidance if above 1; None: default of the stock class
         negative_prompt        one for all prompts or one for each
         num_images_per_prompt  images of each prompt; they do not share steps with each other
-        seed                   an image's noise is a function of seed, prompt and how often the prompt came before; or a
-                               list with one seed for each image; None: drawn from torch's global generator
+        seed                   seed of the run, from which each image's seed is derived with its prompt and the number
+                               of earlier copies of that prompt; or a list with one seed for each image; None: drawn
+                               from torch's global generator
         generator              instead of `seed`: one for all noise, or one for each image
         latents                standard normal initial noise, one row for each image
         height, width          size in pixels; None: default of the network
         batch_size             latents in a network call (under guidance twice as many rows)
         group_condition        "mean" of the members' conditions, or "medoid", the member nearest to the mean
-        branch_noise           in [0, 1], makes the members of a group differ more (`sage.sampling.branch_noise`)
+        branch_noise           in [0, 1], makes the members of a group differ more (`sage.sampling.branch_noise`); the
+                               published figures use 1, which not every scheduler supports, so the default is 0
         output_type            "pil", "np", "pt" or "latent"
         callback_on_step_end   as in diffusers, called after each step of each batch
         callback_on_step_end_tensor_inputs  what the callback gets: "latents" only

@@ -1,11 +1,11 @@
 """Plans: which prompts share which sampler steps, and how many network evaluations that takes.
 
-A plan is a forest. Its leaves are the prompts; a `Block` is sampled once for all prompts below it, from the branch
-point of its parent (step 0 for a root) until its own at step `until`, where it branches into its children. The blocks
-at step k partition the prompts, and later partitions refine earlier ones. The cost is known before sampling:
+A plan is a forest whose leaves are the prompts. A `Block` shares steps, from the branch point of its parent (step 0 for
+a root) until step `until`, and then splits into its children. So at each step every prompt is in exactly one part, a
+block or the prompt alone, and later parts refine earlier ones. The cost is known before sampling:
 
-    NFE = g * sum_k |blocks at step k|       g = 2 under classifier-free guidance, else 1
-    one level, K groups of M prompts, share ratio beta:    saving = beta * (1 - K / M)
+    NFE = g * sum_k |parts at step k|        g = 2 under classifier-free guidance, else 1
+    M prompts in K groups that share the fraction beta of the steps:    saving = beta * (1 - K / M)
 
 A plan's steps are the scheduler's timesteps, one network evaluation each: at 30 inference steps
 `len(scheduler.timesteps)` is 30 for most schedulers, 59 for Heun and 31 for PNDM.
@@ -33,8 +33,8 @@ class Block:
 class Plan:
     """A plan for prompts 0 to M - 1 over `steps` steps.
 
-    Raises PlanError if a block does not branch after it starts and before the last step or has fewer than two children,
-    if a prompt is missing or appears twice, or if there is no step or no prompt.
+    Raises PlanError unless there is a step and a prompt, every prompt from 0 on appears once, and every block has at
+    least two children and start < until < steps.
     """
 
     steps: int
@@ -100,7 +100,7 @@ class Plan:
         return (2 if guidance else 1) * sum(end - start for end, start in ends)
 
     def partition(self, step: int) -> list[list[int]]:
-        """Return the blocks at a step as sorted lists of prompts, ordered by their first prompt."""
+        """Return the parts at a step as sorted lists of prompts, ordered by their first prompt."""
         alive = []
         for node, start in self._walk():
             end = node.until if isinstance(node, Block) else self.steps
