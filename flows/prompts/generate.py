@@ -72,12 +72,9 @@ def main(
     ] = "models/sage",
     plan: Annotated[bool, typer.Option("--plan", help="Only show groups and cost.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pictures.")] = 0,
+    # Without it, and the same for the next four: how a registered model was judged; for another model, params.yaml.
     steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Inference steps. Default of this and the next four: as the registered model was judged, else params.yaml.",
-        ),
+        int | None, typer.Option(min=1, help="Inference steps; default: the model's, or params.yaml.")
     ] = None,
     share_ratio: Annotated[float | None, typer.Option(help="Share of the steps that a group takes together.")] = None,
     branch_noise: Annotated[
