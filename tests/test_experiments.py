@@ -64,10 +64,10 @@ def test_a_name_that_is_no_folder_is_refused(name):
 
 def test_what_a_killed_run_left_goes_with_the_next_one(project):
     code = (
-        "import os; from flows import experiments\n"
+        "import os; from flows.versioning import experiments\n"
         "with experiments.work_tree('killed') as tree: os.kill(os.getpid(), 9)"
     )
-    subprocess.run([sys.executable, "-c", code], check=False)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     left = project / experiments.TREES / "killed"
     assert left.exists()
     os.utime(left, (0, 0))

@@ -20,7 +20,9 @@ import pytest
 import test_tracking
 import tiny
 import torch
+from mlflow.exceptions import MlflowException
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_pre_hook
 from waiting import wait_for
 
 from flows.prompts import generate
@@ -69,6 +71,23 @@ def server(project):
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def champion(project):
+    """The champion in this process, the same code as the server's."""
+    import mlflow.pyfunc
+
+    return mlflow.pyfunc.load_model("models:/sage@champion")
+
+
+@pytest.fixture
+def computed():
+    """The kinds of the networks and layers that this process calls, one for each call."""
+    calls = []
+    hook = register_module_forward_pre_hook(lambda module, inputs: calls.append(type(module).__name__))
+    yield calls
+    hook.remove()
 
 
 def store() -> Path:
@@ -178,10 +197,18 @@ def test_parameters_are_obeyed(server):
         ("one text", {}, "list"),
     ],
 )
-def test_what_asks_too_much_or_nonsense_is_refused_at_once(server, prompts, params, reason):
+def test_what_asks_too_much_or_nonsense_is_refused_before_anything_is_computed(
+    server, champion, computed, prompts, params, reason
+):
     status, answer = post(server, json.dumps({"inputs": prompts, "params": params}).encode())
     assert status == 400, answer
     assert reason in answer
+    if isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts):
+        with pytest.raises(MlflowException):
+            champion.predict(prompts, params=params)
+        assert not computed
+        champion.predict(["red cat"])
+        assert "UNet2DConditionModel" in computed
 
 
 BODIES = {

@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -261,6 +260,10 @@ assert "mlflow" not in sys.modules
 
 def test_a_dead_address_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # The product's own number of tries, not that of the tests, and without the waits between them.
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
     tries = []
     with socket.create_server(("127.0.0.1", 0)) as dead:
         port = dead.getsockname()[1]
@@ -276,8 +279,8 @@ def test_a_dead_address_is_said_at_once(tmp_path, monkeypatch):
         with pytest.raises(SageError, match=said), runs.stage_run("group", {}):
             pass
         dead.shutdown(socket.SHUT_RDWR)
-    # MLflow itself would go on for minutes.
-    assert 1 <= len(tries) <= 2
+    # MLflow itself would try eight times, for minutes.
+    assert 1 <= len(tries) <= 3
 
 
 # Registry
@@ -592,10 +595,8 @@ def test_processes_that_register_and_promote_at_once_make_one_version_each(proje
         if process < 2:
             assert promotion.promote(ready[process]) in ready
 
-    start = time.monotonic()
     with ThreadPoolExecutor(processes) as pool:
         ended = list(pool.map(lambda process: in_child(lambda: work(process)), range(processes)))
-    print(f"{processes * each} versions and 2 promotions in {time.monotonic() - start:.1f} s")
     assert ended == [0] * processes
     versions = client().search_model_versions("name = 'sage'")
     assert sorted(int(version.version) for version in versions) == list(range(1, processes * each + 3))
@@ -611,10 +612,10 @@ def test_no_acknowledged_version_is_lost_when_writers_are_killed(project):
     def work() -> None:
         for number in itertools.count():
             done = register(small_model(Path("m"), f"{os.getpid()}-{number}"))
-            if number == 0:
-                threading.Timer(random.uniform(0.0, 1.0), kill).start()
             with acknowledged.open("a") as file:
                 file.write(f"{done.version}\n")
+            if number == 0:  # written, however soon the kill comes
+                threading.Timer(random.uniform(0.0, 1.0), kill).start()
 
     assert [in_child(work) for _ in range(5)] == [-9] * 5
     with sqlite3.connect("mlflow.db") as connection:
