@@ -1,1 +1,1 @@
-"""The shell around the library: stages, the `sage` command, tracking, versioning and the Prefect flow."""
+"""Everything around the library: stages, the `sage` command, tracking, versioning and the Prefect flows."""

@@ -1,4 +1,4 @@
-"""The `sage` command. Everything heavy is imported by the command that needs it, so that help comes at once."""
+"""The `sage` command. Each command imports its heavy modules itself, so that --help is fast."""
 
 import sys
 from collections.abc import Sequence
@@ -15,29 +15,29 @@ if TYPE_CHECKING:
     from flows.tracking.registry import Registration
 
 _HELP = """
-Shared sampling for text-to-image diffusion: groups of similar prompts pay their early steps once.
+Shared sampling for text-to-image diffusion: groups of similar prompts share their early denoising steps.
 
-The main job, from data to a gated and registered model, is `sage run`; what it does is set in params.yaml, and a second
-run repeats nothing. Pictures for your own prompts come from `sage generate`. Something amiss? `sage doctor` says what.
+`sage run` goes from data to a gated and registered model; params.yaml configures it, and a second run repeats nothing.
+`sage generate` makes images for your own prompts. If something does not work, `sage doctor` checks the installation.
 """
 _EXAMPLES = """
 Examples:
 
-  sage run                     everything, then the table of arms
+  sage run                                 all stages, then a table that compares the arms
 
-  sage run group               only what stage `group` needs, and itself
+  sage run group                           stage `group` and the stages that it needs
 
-  sage generate prompts.txt    pictures for the prompts of a file
+  sage generate prompts.txt --out images   images for the prompts of a file
 
-  sage promote                 make the challenger champion
+  sage promote                             make the challenger champion
 
-What belongs to a machine is environment: SAGE_DEVICE, SAGE_TRACKING_URI.
+Settings of the machine are environment variables: SAGE_DEVICE, SAGE_TRACKING_URI.
 """
 
 app = typer.Typer(
     help=_HELP, epilog=_EXAMPLES, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
 )
-# The command of another module parses its own arguments, so that the module is imported only when it is called.
+# These commands pass their arguments on to another module, which is imported only when the command is called.
 _DELEGATE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 _MODEL = Path("models/sage")
 _METRICS = Path("metrics")
@@ -52,11 +52,11 @@ def main() -> None:
 
 @app.command(rich_help_panel="The main job")
 def run(
-    stage: Annotated[str | None, typer.Argument(help="Stop after this stage; nothing is registered then.")] = None,
+    stage: Annotated[str | None, typer.Argument(help="Stop after this stage and register nothing.")] = None,
 ) -> None:
-    """Bring data, model, pictures and report up to date, register the model if it passes its gates, show the table.
+    """Bring data, model, images and report up to date, register the model if it passes its gates, show the results.
 
-    Stages that are up to date are not repeated. `dvc repro` alone leaves the same files.
+    Stages that are up to date are not repeated. `dvc repro` writes the same files, but registers nothing.
     """
     from flows.tracking import registry, runs
     from flows.versioning import repository
@@ -84,14 +84,14 @@ def run(
 
 @app.command(rich_help_panel="The main job")
 def flow() -> None:
-    """Do the same as `sage run` as the Prefect flow `sage-pipeline`, a task for each stage.
+    """Do the same as `sage run`, as the Prefect flow `sage-pipeline` with a task for each stage.
 
-    Without PREFECT_API_URL a temporary server is started, which takes some 15 seconds.
+    If PREFECT_API_URL is not set, a temporary server is started, which takes about 15 seconds.
     """
     from flows.versioning import repository
     from sage.config import load_params
 
-    # Before a server is started for nothing.
+    # Report errors in params.yaml and dvc.yaml before a server is started.
     load_params()
     repository.stages()
 
@@ -103,13 +103,13 @@ def flow() -> None:
 
 @app.command(rich_help_panel="The main job")
 def up(
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Of Prefect's server.")] = 4200,
-    tracking_port: Annotated[int, typer.Option(min=1, max=65535, help="Of MLflow's server.")] = 5000,
-    check: Annotated[bool, typer.Option("--check", help="Run one deployment, say whether it worked, and end.")] = False,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Prefect's server.")] = 4200,
+    tracking_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of MLflow's server.")] = 5000,
+    check: Annotated[bool, typer.Option("--check", help="Run one deployment, report the result, and stop.")] = False,
 ) -> None:
-    """Start Prefect, MLflow, a worker and the deployments on this machine, for a first look; Ctrl-C ends them all.
+    """Start Prefect, MLflow and a worker on this machine, and create the deployments; Ctrl-C stops everything.
 
-    They listen on this machine only.
+    The servers listen on 127.0.0.1 only.
     """
     from flows.commands import up as everything
 
@@ -118,9 +118,9 @@ def up(
 
 @app.command(rich_help_panel="The main job")
 def doctor() -> None:
-    """Check versions, weights, git, DVC, tracking, disk, memory and device, and say how to fix what is missing.
+    """Check packages, weights, git, DVC, tracking, disk, memory and device, and say how to fix each problem.
 
-    Exits with code 1 if a check fails.
+    Exits with code 1 if there is a problem.
     """
     from flows.commands import doctor as checks
 
@@ -130,31 +130,31 @@ def doctor() -> None:
 
 @app.command(context_settings=_DELEGATE, rich_help_panel="Pictures for your own prompts")
 def generate(context: typer.Context) -> None:
-    """Make pictures for a list of prompts, sharing early steps among similar ones; say what it saved."""
+    """Generate images for a list of prompts, sharing early steps among similar ones; print the evaluations saved."""
     _delegate("flows.prompts.generate", context)
 
 
 @app.command(context_settings=_DELEGATE, rich_help_panel="Pictures for your own prompts")
 def group(context: typer.Context) -> None:
-    """Show which prompts of a file would share their early steps, and what that would save."""
+    """Show which prompts of a file would share their early steps, and how many evaluations that would save."""
     _delegate("flows.prompts.group", context)
 
 
 @app.command(context_settings=_DELEGATE, rich_help_panel="Models")
 def pretrain(context: typer.Context) -> None:
-    """Train the parts of the base model: autoencoder, denoiser, and the network that scores image against prompt."""
+    """Train the base model (autoencoder, denoiser) and the dual encoder that measures text-image alignment."""
     _delegate("flows.commands.pretrain", context)
 
 
 @app.command(context_settings=_DELEGATE, rich_help_panel="Models")
 def calibrate(context: typer.Context) -> None:
-    """Measure what sharing costs at which similarity, and keep it with the model; `group.max_damage` reads it."""
+    """Measure the damage of sharing by similarity of the prompts, and store it with the model for group.max_damage."""
     _delegate("flows.commands.calibrate", context)
 
 
 @app.command(rich_help_panel="Models")
 def register() -> None:
-    """Register the model that `sage run` made as challenger, if it passed its gates; twice makes no second version."""
+    """Register the model of `sage run` as challenger if it passed its gates; the same model is registered once."""
     from flows.tracking import registry
     from sage.config import load_params
 
@@ -164,18 +164,21 @@ def register() -> None:
 @app.command(rich_help_panel="Models")
 def promote(
     version: Annotated[str | None, typer.Argument(help="Version to promote; by default the challenger.")] = None,
-    rollback: Annotated[bool, typer.Option("--rollback", help="Go back to the champion before.")] = False,
-    to: Annotated[str, typer.Option(help="The registered model to promote in; another one gets a copy.")] = "sage",
+    rollback: Annotated[bool, typer.Option("--rollback", help="Make the previous champion champion again.")] = False,
+    to: Annotated[
+        str, typer.Option(help="Registered model to promote in; if it is not `sage`, the version is copied there.")
+    ] = "sage",
 ) -> None:
     """Make the challenger champion, unless it is damaged, failed a gate, or is worse than the champion.
 
-    With --to production, the champion, or the version, is copied there and becomes champion there.
+    With --to production, the champion (or the given version) is copied to the registered model `production` and
+    becomes champion there.
     """
     from flows.tracking import promotion
     from sage.errors import ConfigurationError
 
     if rollback and version:
-        raise ConfigurationError("--rollback goes to the champion before, so it takes no version.")
+        raise ConfigurationError("--rollback returns to the previous champion, so it takes no version; omit one.")
     champion = promotion.rollback(to) if rollback else promotion.promote(version, to)
     typer.echo(f"version {champion} of {to} is champion")
 
@@ -183,17 +186,17 @@ def promote(
 @app.command(rich_help_panel="Models")
 def compare(
     runs: Annotated[
-        list[str] | None, typer.Argument(help="Two runs by their id in MLflow, or versions: models:/sage@champion.")
+        list[str] | None, typer.Argument(help="Two MLflow run ids or registered versions (models:/sage@champion).")
     ] = None,
-    out: Annotated[Path, typer.Option(help="The page that two runs are compared on.")] = Path("work/comparison.html"),
-    model: Annotated[str, typer.Option(help="Whose versions to show.")] = "sage",
+    out: Annotated[Path, typer.Option(help="HTML file for the comparison of two runs.")] = Path("work/comparison.html"),
+    model: Annotated[str, typer.Option(help="Registered model whose versions are listed.")] = "sage",
 ) -> None:
-    """Show all registered versions, or write a page with two runs side by side: parameters, figures, pictures."""
+    """List all registered versions, or write a page that compares the parameters, figures and images of two runs."""
     from flows.tracking import recorded, registry
     from sage.errors import ConfigurationError
 
     if runs and len(runs) != 2:
-        raise ConfigurationError(f"{len(runs)} runs were given; two are compared.")
+        raise ConfigurationError(f"{len(runs)} runs were given, but compare takes two, or none to list all versions.")
     if runs:
         from flows.report import comparison
         from sage.files import write_text
@@ -207,16 +210,16 @@ def compare(
 
 
 @app.command(rich_help_panel="Data")
-def push(remote: Annotated[str | None, typer.Argument(help="The DVC remote; else the default one.")] = None) -> None:
-    """Upload data and models to the DVC remote, unless the cache is damaged."""
+def push(remote: Annotated[str | None, typer.Argument(help="Name of the DVC remote.")] = None) -> None:
+    """Upload data and models to the default DVC remote or a named one, unless the cache is damaged."""
     from flows.versioning import integrity
 
     typer.echo(integrity.push(remote))
 
 
 @app.command(rich_help_panel="Data")
-def pull(remote: Annotated[str | None, typer.Argument(help="The DVC remote; else the default one.")] = None) -> None:
-    """Download data and models from the DVC remote, and check them."""
+def pull(remote: Annotated[str | None, typer.Argument(help="Name of the DVC remote.")] = None) -> None:
+    """Download data and models from the default DVC remote or a named one, and check their hashes."""
     from flows.versioning import integrity
 
     typer.echo(integrity.pull(remote))
@@ -224,10 +227,12 @@ def pull(remote: Annotated[str | None, typer.Argument(help="The DVC remote; else
 
 @app.command(rich_help_panel="Data")
 def verify(
-    remote: Annotated[bool, typer.Option("--remote", help="Read the default DVC remote as well, all of it.")] = False,
-    name: Annotated[str | None, typer.Option(help="Read this remote as well.")] = None,
+    remote: Annotated[
+        bool, typer.Option("--remote", help="Also check the default DVC remote; reads all of it.")
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="Also check the remote of this name.")] = None,
 ) -> None:
-    """Re-hash data and models in the cache, the work tree and the remote; name what is corrupt or missing.
+    """Re-hash data and models in the cache, the work tree and the remote; list what is corrupt or missing.
 
     Exits with code 1 if anything is corrupt or missing.
     """
@@ -242,7 +247,7 @@ def verify(
 
 
 def _delegate(module: str, context: typer.Context) -> None:
-    """Call a module's `app`, or its `main` as a command, with the arguments of this one."""
+    """Call a module's `app`, or its `main` as a command, with the arguments of this command."""
     found = import_module(module)
     quiet()
     sub = getattr(found, "app", None)
@@ -258,7 +263,7 @@ def _write(text: str) -> None:
 
 
 def _say(registration: "Registration") -> None:
-    """Say what became of a registration; a model that failed its gates is a result, not an error."""
+    """Print the result of a registration; a model that failed its gates is a result, not an error."""
     if registration.version is None:
         typer.echo("not registered, because a gate failed:\n  " + "\n  ".join(registration.reasons))
     else:
@@ -286,5 +291,5 @@ def _table(title: str, rows: Sequence[dict[str, str]]) -> None:
     for row in rows:
         table.add_row(*(row.get(name, "-") for name in names))
     console = Console()
-    # A log has no width of its own; 80 columns would break every interval.
+    # Without a terminal rich assumes 80 columns, which would break every interval over two lines.
     (console if console.is_terminal else Console(width=140)).print(table)

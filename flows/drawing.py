@@ -1,4 +1,4 @@
-"""Pictures for a list of prompts, the same bytes wherever they are asked for: the shell, Python, or a server."""
+"""Images for a list of prompts, the same bytes from the command line, from Python and from a served model."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from sage.sampling.stream import Result
 
 
 def open_pipeline(model: str | Path, on: str | None = None) -> Any:
-    """Return a saved pipeline for shared sampling, on a device (by default this machine's), without progress bars."""
+    """Return a saved pipeline for shared sampling on device `on` (default: `device()`), without progress bars."""
     pipe: Any = SharedSamplingPipeline.from_pretrained(model)
     pipe.to(on or device())
     pipe.set_progress_bar_config(disable=True)
@@ -26,11 +26,17 @@ def draw(
     settings: Mapping[str, Any],
     wanted: Callable[[int], bool] = lambda number: True,
 ) -> Iterator[tuple[int, Result, int]]:
-    """Yield for each wanted prompt its number, its picture and how many of its tokens the text encoder did not read.
+    """Yield the index of each wanted prompt, its result, and how many of its tokens the text encoder cut off.
 
-    `settings`: steps, share_ratio, branch_noise, guidance_scale, negative_prompt and batch_size. A batch of which any
-    picture is wanted is made whole, and batches do not depend on what is wanted: what is evaluated together has a part
-    in the arithmetic.
+    Batch composition changes floating-point rounding, so batches never depend on which images are wanted: a batch with
+    at least one wanted image is sampled whole.
+
+    pipe      pipeline for shared sampling
+    texts     prompts
+    seeds     seed of each image
+    groups    indices of prompts, each prompt in one group
+    settings  steps, share_ratio, branch_noise, guidance_scale, negative_prompt, batch_size
+    wanted    whether the image of a prompt is yielded, by index; default: all
     """
     pipe.scheduler.set_timesteps(settings["steps"])
     steps = len(pipe.scheduler.timesteps)
@@ -44,7 +50,7 @@ def draw(
             plan=Plan.shared([[place[m] for m in group] for group in batch], steps, settings["share_ratio"]),
             num_inference_steps=settings["steps"],
             guidance_scale=settings["guidance_scale"],
-            # Versions that were registered before this was a setting were judged without it.
+            # Versions registered before this setting existed were evaluated without branch noise.
             branch_noise=settings.get("branch_noise", 0.0),
             negative_prompt=settings["negative_prompt"] or None,
             seed=[seeds[member] for member in members],
@@ -56,7 +62,7 @@ def draw(
 
 
 def batches(groups: Sequence[Sequence[int]], size: int) -> Iterator[list[Sequence[int]]]:
-    """Yield runs of whole groups of about `size` prompts, the same whatever is done already."""
+    """Yield consecutive whole groups in batches of at least `size` prompts; the last batch may be smaller."""
     batch: list[Sequence[int]] = []
     for members in groups:
         batch.append(members)

@@ -1,8 +1,8 @@
-"""Commands that end with whoever started them, however that one ends.
+"""Child processes that end when their caller ends, even if the caller is killed.
 
-`run` starts this file as a process in a session of its own, and that one starts the command. Its standard input is the
-leash: the caller holds the other end and writes nothing, so it closes when the caller is gone, killed or not. Then the
-whole group is asked to end, and killed after a while.
+`start` runs this file as a process in a new session, and this process runs the command. Its standard input is the
+leash: a pipe whose other end the caller holds and never writes to, so it closes when the caller ends for any reason.
+The whole process group then gets SIGTERM, and SIGKILL ten seconds later.
 """
 
 import os
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-_GRACE = 10.0  # seconds between asking a group to end and killing it
+_GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 
 
 def run(
@@ -25,9 +25,9 @@ def run(
     environment: Mapping[str, str] | None = None,
     folder: Path = Path(),
 ) -> int:
-    """Run a command, pass on what it prints as it comes, and return its exit code.
+    """Run a command, pass its output to `feed` as it comes, and return its exit code.
 
-    Whatever ends this call ends the command with all that it started.
+    If this call is interrupted or its process is killed, the command and all its child processes end too.
     """
     process = start(command, subprocess.PIPE, environment, folder)
     assert process.stdout is not None
@@ -36,7 +36,7 @@ def run(
             feed(piece)
         return process.wait()
     finally:
-        # Nothing is left to end after a normal return; after an interruption the command and its children are.
+        # After an interruption the command and its children are still running; after a normal return nothing is.
         end(process)
         process.stdout.close()
 
@@ -44,7 +44,7 @@ def run(
 def start(
     command: Sequence[str], output: int | IO[bytes], environment: Mapping[str, str] | None = None, folder: Path = Path()
 ) -> "subprocess.Popen[bytes]":
-    """Start a command that ends when this process does, or when `end` is called; `output` receives what it prints."""
+    """Start a command that ends when this process ends or `end` is called; its stdout and stderr go to `output`."""
     return subprocess.Popen(
         [sys.executable, "-S", __file__, *command],
         cwd=folder,
@@ -57,7 +57,7 @@ def start(
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:
-    """Ask a command and all that it started to end, kill after a while what has not, and wait for it."""
+    """Send SIGTERM to a command and its children, SIGKILL after the grace period, and wait for the end."""
     assert process.stdin is not None
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
@@ -72,8 +72,8 @@ def end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _alive(process: "subprocess.Popen[bytes]") -> bool:
-    """Return whether any process of the group is left; the leader is reaped, or its remains would count."""
-    process.poll()
+    """Return whether any process of the group is left."""
+    process.poll()  # reap the leader: as a zombie it would count
     try:
         os.killpg(process.pid, 0)
     except ProcessLookupError:
@@ -82,8 +82,8 @@ def _alive(process: "subprocess.Popen[bytes]") -> bool:
 
 
 def main() -> None:
-    """Run the command of the arguments; exit with its code."""
-    # A handler, for an ignored signal would be ignored by the command too; asking the group must not end this process.
+    """Run the command given as arguments; exit with its code."""
+    # SIGTERM to the group must not end this process. SIG_IGN would be inherited by the command, a handler is not.
     signal.signal(signal.SIGTERM, lambda *_: None)
     command = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
     let_go = threading.Event()
@@ -91,7 +91,7 @@ def main() -> None:
     holder.start()
     code = command.wait()
     if let_go.is_set():
-        holder.join()  # what the command started may outlive it
+        holder.join()  # children of the command may still be running
     sys.exit(code if code >= 0 else 128 - code)
 
 

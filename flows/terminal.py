@@ -1,4 +1,4 @@
-"""What a person sees while a command works: errors as one message, progress with rate and time left."""
+"""Terminal output of commands: errors as one message, progress with rate and time left."""
 
 import logging
 import os
@@ -14,8 +14,8 @@ import typer
 
 from sage.errors import DivergedError, SageError
 
-# Beside 0: 2 what a person can mend, 4 training diverged, 130 interrupted, 143 told to end; 75, try again later, is
-# that of flows.versioning.repository.BusyError.
+# Exit codes besides 0: 2 an error that the user can fix, 4 training diverged, 130 interrupted, 143 terminated.
+# flows.versioning.repository.BusyError has its own: 75, try again later.
 _EXIT_CODE = 2
 _EXIT_DIVERGED = 4
 _EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -25,16 +25,16 @@ Advance = Callable[[int], None]
 
 
 def run(main: Callable[..., None]) -> None:
-    """Run a stage's `main` as a command: its parameters are the options, a SageError is one message and exit code 2."""
+    """Run a stage's `main` as a command: parameters become options, a SageError one message and an exit code."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     exit_on_error(app)
 
 
 def exit_on_error(app: Callable[..., Any]) -> None:
-    """Call a command line quietly; what a person can mend becomes one message on stderr, never a traceback."""
+    """Call `app` with quiet logs; an error that the user can fix becomes one message on stderr, not a traceback."""
     quiet()
-    # A termination request unwinds like an interruption, so that child processes and temporary files go.
+    # SIGTERM unwinds the stack as Ctrl-C does, so that child processes are ended and temporary files removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(_EXIT_TERMINATED))
     try:
         app()
@@ -43,7 +43,7 @@ def exit_on_error(app: Callable[..., Any]) -> None:
     except SageError as error:
         _stop(error, getattr(error, "exit_code", _EXIT_CODE))
     except OSError as error:
-        # A full disk, a folder without permission: the message names path and cause. Others are faults of ours.
+        # With a file name (full disk, no permission) the message is enough for the user; otherwise it is a bug.
         if error.filename is None:
             raise
         _stop(error, _EXIT_CODE)
@@ -57,7 +57,7 @@ def _stop(message: object, code: int) -> None:
 
 
 def quiet() -> None:
-    """Keep the log to warnings, and libraries, imported already or later, from drawing bars of their own."""
+    """Log warnings only, and turn off the progress bars of libraries, whether imported already or later."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for name in ("transformers", "diffusers"):
@@ -68,7 +68,7 @@ def quiet() -> None:
 
 @contextmanager
 def progress(total: int, what: str) -> Iterator[Advance]:
-    """Yield `advance(n)`: a bar on a terminal, else a line at most every five seconds; both with rate and time left."""
+    """Yield `advance(n)`: it moves a bar on a terminal, and otherwise prints a line at most every five seconds."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -96,20 +96,20 @@ def _bar(console: Any, total: int, what: str) -> Iterator[Advance]:
 
 
 class Lines:
-    """Progress as lines of text, for a log that is no terminal."""
+    """Progress as lines of text, for output that is not a terminal."""
 
     def __init__(self, total: int, what: str, every: float = 5.0, window: float = 60.0) -> None:
-        """`every`: seconds between lines at least; `window`: seconds that the rate looks back."""
+        """`every`: minimum seconds between lines; `window`: seconds over which the rate is averaged."""
         self._total, self._what, self._every, self._window = total, what, every, window
         self._done = 0
         self._start = self._printed = time.monotonic()
         self._seen: deque[tuple[float, int]] = deque()
 
     def advance(self, n: int = 1) -> None:
-        """Count `n` more; print a line when the last one is old enough."""
+        """Count `n` more; print a line if the last one is `every` seconds old."""
         now = time.monotonic()
         self._done += n
-        # The first call of a resumed run counts what an earlier process did, so rates are measured from it on.
+        # In a resumed run the first call counts the work of an earlier process, so rates are measured from there on.
         self._seen.append((now, self._done))
         while now - self._seen[0][0] > self._window and len(self._seen) > 2:
             self._seen.popleft()

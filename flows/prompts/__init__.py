@@ -1,1 +1,1 @@
-"""Lists of prompts of any length: `sage generate`, `sage group`, and shards for many machines."""
+"""Lists of prompts of any length: `sage generate`, `sage group`, and shards for several machines."""

@@ -1,7 +1,7 @@
 """The one reader for lists of prompts: text, JSON lines and tables, for `sage generate`, `sage group` and shards.
 
-Every row of a list becomes one item, in order: a prompt, or an error that says why the row is no prompt. Only a list
-that cannot be read at all is an exception.
+Every row of a list becomes one item, in order: a prompt, or an error that says why the row is not a prompt. An
+exception is raised only if the list cannot be read at all.
 """
 
 import csv
@@ -28,7 +28,7 @@ _MARKS = {  # byte order marks; UTF-32 before UTF-16, whose mark it begins with
     b"\xfe\xff": "utf-16",
 }
 _COLUMNS = ("prompt", "text")
-# A byte that is no UTF-8, as Python's surrogateescape shows it.
+# Bytes that are not UTF-8, as Python's surrogateescape decodes them.
 _ESCAPED = re.compile("[\udc80-\udcff]")
 # How ISO-2022 changes its alphabet. All its bytes are ASCII, so its Japanese would be drawn as those letters.
 _ISO_2022 = re.compile(r"\x1b[$(]")
@@ -36,7 +36,7 @@ _ISO_2022 = re.compile(r"\x1b[$(]")
 
 @dataclass(frozen=True)
 class Item:
-    """One row of a list of prompts: its name (by default its number), its prompt, or why there is none."""
+    """One row of a list of prompts: its name (by default its number) and its prompt, or the error of a bad row."""
 
     id: str
     prompt: str
@@ -45,7 +45,7 @@ class Item:
 
 @dataclass(frozen=True)
 class _Row:
-    """What a reader found in a row: a name, if it has one, and a prompt, or a problem."""
+    """A row as a reader found it, not yet checked: name (if it has one) and prompt, or a problem."""
 
     id: object = None
     prompt: object = None
@@ -55,8 +55,9 @@ class _Row:
 def read_prompts(source: str) -> list[Item]:
     """Return the rows of a file, or of standard input ("-", one prompt a line), as items in order.
 
-    Blank lines and rows are passed over. Raises DataError if the file is missing, of another kind, in an encoding
-    without a byte order mark that is not UTF-8 throughout, or if names are unsafe as file names or used twice.
+    Blank lines and rows are skipped. Raises DataError if the file is missing, its suffix is unknown, its encoding
+    contradicts its byte order mark, it looks like UTF-16 without a mark, a table has no column of prompts, or a name
+    is unsafe as a file name or used twice.
     """
     path = Path(source)
     kinds = ", ".join(_READERS)
@@ -71,7 +72,7 @@ def read_prompts(source: str) -> list[Item]:
     items = [_item(number, row, guess) for number, row in enumerate(_READERS[kind](text, source), start=1)]
     names = sorted(item.id.lower() for item in items)
     if twice := next((a for a, b in itertools.pairwise(names) if a == b), None):
-        raise DataError(f"two prompts are named {twice!r}; names become files: make each different")
+        raise DataError(f"two prompts are named {twice!r}; names become file names, so each must be different")
     return items
 
 
@@ -94,7 +95,7 @@ def _item(number: int, row: _Row, guess: str) -> Item:
 
 
 def _decoded(data: bytes, source: str) -> str:
-    """Return the text; a byte that is not UTF-8 stays as a surrogate, so that it costs one prompt and not the list."""
+    """Return the text; a byte that is not UTF-8 becomes a surrogate, so that only its own prompt is an error."""
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
     # In UTF-16 and UTF-32 every line feed has a zero beside it, also in scripts whose letters have none.
     zeros = b"\n\0" in data or b"\0\n" in data or data[:1000].count(0) > len(data[:1000]) // 4
@@ -105,11 +106,13 @@ def _decoded(data: bytes, source: str) -> str:
     try:
         return data.decode(encoding or "utf-8", "surrogateescape")
     except UnicodeDecodeError as error:
-        raise DataError(f"{source} begins with the byte order mark of {encoding}, but is not: {error}") from error
+        raise DataError(
+            f"{source} begins with the byte order mark of {encoding}, but cannot be decoded: {error}; save it as UTF-8"
+        ) from error
 
 
 def _guess(data: bytes) -> str:
-    """Return the encodings that fit a list best, in words; short lists fit several."""
+    """Return a phrase with the two most likely encodings; for short lists one guess is often wrong."""
     found = [match.encoding for match in charset_normalizer.from_bytes(data) if match.encoding != "utf_8"][:2]
     return f" (the list looks like {' or '.join(found)})" if found else ""
 
@@ -198,9 +201,10 @@ def _record(header: list[str], column: str, cells: list[str], problem: str | Non
 
 
 def _records(lines: list[str], start: int, delimiter: str) -> Iterator[tuple[list[str], str | None]]:
-    """Yield the cells of each record that is not empty, or what is wrong with it.
+    """Yield cells and None for each record that is not empty, or no cells and the problem of a bad record.
 
-    After a fault, such as a quote that is never closed, reading goes on at the next line.
+    After a problem, such as a quote that is never closed, reading continues at the line after the one where the bad
+    record began.
     """
     while start < len(lines):
         # By number: to skip the lines before would take longer from fault to fault.
