@@ -20,7 +20,7 @@ from rich.table import Table
 from flows.drawing import open_pipeline
 from flows.terminal import progress, run
 from sage.data.dataset import Example, load_pixels, read_split
-from sage.evaluation.alignment import cosines, load_alignment
+from sage.evaluation.alignment import load_alignment, text_image_cosines
 from sage.evaluation.bootstrap import value
 from sage.evaluation.distances import frechet_statistic, kernel_statistic
 from sage.evaluation.extractors import EfficientNetLite0, read_pictures
@@ -59,7 +59,9 @@ def main(
         kernel, frechet = (
             value(statistic(real, features, each), len(each)) for statistic in (kernel_statistic, frechet_statistic)
         )
-        table.add_row(name, f"{kernel:.4g}", f"{frechet:.4g}", f"{cosines(encoder, features, texts).mean():.4f}")
+        table.add_row(
+            name, f"{kernel:.4g}", f"{frechet:.4g}", f"{text_image_cosines(encoder, features, texts).mean():.4f}"
+        )
 
     row("the pictures themselves", real)
     row("through the autoencoder", extract(through_autoencoder(model, examples)))

@@ -26,7 +26,7 @@ from flows.terminal import progress
 from sage.config import Finetune, Params
 from sage.data.dataset import read_split
 from sage.data.groups import read_groups
-from sage.evaluation.alignment import cosines, load_alignment
+from sage.evaluation.alignment import load_alignment, text_image_cosines
 from sage.evaluation.extractors import EfficientNetLite0, read_pictures
 from sage.evaluation.figures import Pictures
 from sage.files import digest, new_file, sha256, sha256_tree, write_text
@@ -192,7 +192,9 @@ class Trials:
         )
 
     def _seen(self, features: np.ndarray) -> Pictures:
-        return Pictures(features, cosines(load_alignment(Path("models/alignment")), features, self.embeddings))
+        return Pictures(
+            features, text_image_cosines(load_alignment(Path("models/alignment")), features, self.embeddings)
+        )
 
 
 def _code(*modules: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sage.errors import CheckpointError
-from sage.evaluation.alignment import DualEncoder, cosines, load_alignment, retrieval, save, train
+from sage.evaluation.alignment import DualEncoder, load_alignment, retrieval, save, text_image_cosines, train
 from sage.evaluation.extractors import WIDTH
 
 
@@ -34,8 +34,8 @@ def test_pairs_never_trained_on_find_each_other(pairs, model):
     features, embeddings = (side[150:] for side in pairs)
     assert min(retrieval(model, features, embeddings, 5)) > 0.7
     assert max(retrieval(DualEncoder(20, 12, 8), features, embeddings, 5)) < 0.4
-    own = cosines(model, features[:, None], embeddings)
-    foreign = cosines(model, features[:, None], np.roll(embeddings, 1, 0))
+    own = text_image_cosines(model, features[:, None], embeddings)
+    foreign = text_image_cosines(model, features[:, None], np.roll(embeddings, 1, 0))
     assert own.shape == (50, 1)
     assert own.mean() > foreign.mean() + 0.5
 
@@ -51,8 +51,8 @@ def test_pairs_that_share_a_side_are_not_told_apart(pairs, alike):
 
 def test_each_seed_of_a_prompt_has_its_own_cosine(pairs, model):
     features = np.stack([pairs[0][:4], pairs[0][4:8]], 1)
-    found = cosines(model, features, pairs[1][:4])
-    assert found[:, 1] == pytest.approx(cosines(model, features[:, 1:], pairs[1][:4])[:, 0], abs=1e-6)
+    found = text_image_cosines(model, features, pairs[1][:4])
+    assert found[:, 1] == pytest.approx(text_image_cosines(model, features[:, 1:], pairs[1][:4])[:, 0], abs=1e-6)
 
 
 def test_retrieval_counts_the_k_nearest():

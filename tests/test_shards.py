@@ -15,7 +15,7 @@ from waiting import wait_for
 from flows import leash
 from flows.prompts import generate, shards
 from sage.errors import ConfigurationError, DataError
-from sage.evaluation.alignment import cosines, load_alignment
+from sage.evaluation.alignment import load_alignment, text_image_cosines
 from sage.evaluation.diversity import group_diversity
 from sage.evaluation.extractors import EfficientNetLite0, read_pictures
 from sage.files import sha256, sha256_tree
@@ -113,7 +113,7 @@ def test_judged_shards_give_the_figures_of_all_pictures(source, model, tmp_path,
     features = EfficientNetLite0()(read_pictures(sorted((tmp_path / "of-3").glob("0*.png"))))
     distances, n = group_diversity(features[:, None], groups)
     assert values["group_diversity"]["value"] == pytest.approx(distances.sum() / n.sum(), rel=1e-4)
-    fit = cosines(load_alignment(shards.ALIGNMENT), features[:, None], embed(TEXTS))
+    fit = text_image_cosines(load_alignment(shards.ALIGNMENT), features[:, None], embed(TEXTS))
     assert values["alignment"]["value"] == pytest.approx(fit.mean(), abs=1e-4)
     assert (values["prompts"], values["errors"], values["alignment"]["n"]) == (12, 0, 12)
     # Half of four steps under guidance is shared: a group of m costs 2 * (2 + 2 m).

@@ -101,7 +101,7 @@ def dual_encoder(data: Data = Path("data/prepared"), out: Out = Path("models/ali
     for k in (1, 5):
         captions, pictures = alignment.retrieval(model, features, embeddings, k)
         typer.echo(f"among the {k} nearest: own caption {captions:.1%}, own picture {pictures:.1%}")
-    own = alignment.cosines(model, features[:, None], embeddings)
+    own = alignment.text_image_cosines(model, features[:, None], embeddings)
     typer.echo(f"mean cosine of {len(unseen)} unseen pictures and their captions: {own.mean():.3f}. Wrote {out}.")
 
 

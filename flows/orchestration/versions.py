@@ -16,7 +16,7 @@ from flows.orchestration import shown
 from flows.orchestration.forms import Approval, Judged, Promotion
 from flows.orchestration.graph import MODEL, may_pass, reach_tracking, reproduce, run_tags
 from flows.report.sheet import opened, sheet
-from flows.report.tables import Row
+from flows.report.tables import TableRow
 from flows.tracking import promotion, registry, runs
 from flows.versioning import experiments
 from sage.errors import RegistryError
@@ -83,7 +83,7 @@ def promote_version(promotion: Promotion = Promotion()) -> dict[str, Any]:  # no
     return {"version": number, "champion": True}
 
 
-def _compared(version: str) -> list[Row]:
+def _compared(version: str) -> list[TableRow]:
     """Return the rows of a version and of the champion, if there is one; raise RegistryError for an unknown version."""
     found = registry.versions()
     candidate = next((row for row in found if version in (row["version"], *row["alias"].split(", "))), None)
@@ -92,7 +92,7 @@ def _compared(version: str) -> list[Row]:
     return [candidate, *(row for row in found if _CHAMPION in row["alias"].split(", ") and row is not candidate)]
 
 
-def _ask(rows: list[Row], promotion: Promotion) -> Approval:
+def _ask(rows: list[TableRow], promotion: Promotion) -> Approval:
     """Show both versions and wait for the answer."""
     with tempfile.TemporaryDirectory() as temporary:
         places = [Path(temporary) / row["version"] for row in rows]

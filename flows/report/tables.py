@@ -6,10 +6,10 @@ from sage.evaluation import arms as arm_table
 from sage.evaluation import registry
 from sage.evaluation.results import Figure, Results
 
-Row = dict[str, str]
+TableRow = dict[str, str]
 
 
-def arms(results: Results) -> list[Row]:
+def arms(results: Results) -> list[TableRow]:
     """Return a row for each metric, with a column for each arm: the value with its interval."""
     metrics = dict.fromkeys(metric for figures in results.arms.values() for metric in figures)
     return [
@@ -19,7 +19,7 @@ def arms(results: Results) -> list[Row]:
     ]
 
 
-def gates(results: Results) -> list[Row]:
+def gates(results: Results) -> list[TableRow]:
     """Return a row for each gate: what was compared, the verdict, and why."""
     return [
         {
@@ -32,7 +32,7 @@ def gates(results: Results) -> list[Row]:
     ]
 
 
-def columns(rows: Sequence[Row]) -> list[str]:
+def columns(rows: Sequence[TableRow]) -> list[str]:
     """Return the names of the columns in the order in which they first appear."""
     return list(dict.fromkeys(name for row in rows for name in row))
 

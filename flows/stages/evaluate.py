@@ -20,7 +20,7 @@ from sage.data.dataset import read_split
 from sage.errors import MetricError
 from sage.evaluation import figures as judging
 from sage.evaluation import gates
-from sage.evaluation.alignment import DualEncoder, cosines, load_alignment
+from sage.evaluation.alignment import DualEncoder, load_alignment, text_image_cosines
 from sage.evaluation.arms import INDEPENDENT, JUDGED
 from sage.evaluation.extractors import EfficientNetLite0, read_pictures
 from sage.evaluation.registry import METRICS
@@ -95,7 +95,7 @@ def measure(
         def see(paths: Sequence[Sequence[Path]]) -> judging.Pictures:
             features = extract(read_pictures(path for row in paths for path in row), advance)
             features = features.reshape(prompts, -1, features.shape[-1])
-            return judging.Pictures(features, cosines(encoder, features, texts))
+            return judging.Pictures(features, text_image_cosines(encoder, features, texts))
 
         real = see([[example.path] for example in judged.examples])
         arms = {arm: see(paths) for arm, paths in judged.arms.items()}

@@ -46,7 +46,7 @@ class DualEncoder(nn.Module):
         return F.normalize(self.text(torch.from_numpy(embeddings)), dim=-1).numpy()
 
 
-def cosines(model: DualEncoder, features: np.ndarray, embeddings: np.ndarray) -> np.ndarray:
+def text_image_cosines(model: DualEncoder, features: np.ndarray, embeddings: np.ndarray) -> np.ndarray:
     """Return the alignment of each picture with its prompt: (prompts, seeds) for features (prompts, seeds, width)."""
     return np.asarray((model.images(features) * model.texts(embeddings)[:, None]).sum(-1))
 
