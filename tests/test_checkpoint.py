@@ -105,6 +105,7 @@ def test_state_that_is_not_json_leaves_the_older_one(tmp_path):
     assert step_of(checkpoint.latest(tmp_path, IDENTITY)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("effect", [kill, fill_disk])
 def test_a_fault_at_any_line_of_a_save_leaves_a_good_checkpoint(effect, tmp_path):
     keep = 1

@@ -101,6 +101,7 @@ def test_latents_are_what_the_pipeline_decodes(pipe):
     torch.testing.assert_close(found, (expected / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_family_can_be_tuned(pipe, family, tmp_path):
     denoiser = Denoiser(pipe, "bf16")
     data = data_of(denoiser)

@@ -93,6 +93,7 @@ def project(tmp_path):
     return build(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_stage_writes_figures_verdicts_and_the_page(project, monkeypatch):
     run(project, monkeypatch)
     found = json.loads((project / "metrics" / "evaluate.json").read_text())

@@ -83,6 +83,7 @@ def test_outside_git_the_reason_is_said(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.slow
 def test_a_saved_tree_is_an_experiment_of_the_checkout(project):
     with experiments.work_tree("kept") as tree:
         experiments.set_parameters(tree, ["group.max_size=2"])

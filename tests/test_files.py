@@ -67,6 +67,7 @@ def test_digests_depend_on_names_and_contents_alone(tmp_path):
     assert files.sha256(tmp_path / "one" / "a") == "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("effect", [kill, fill_disk])
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_no_fault_at_any_line_leaves_half_a_result(kind, effect, tmp_path):
@@ -99,6 +100,7 @@ def test_no_fault_at_any_line_leaves_half_a_result(kind, effect, tmp_path):
     assert number > 25
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_with_the_path_and_changes_nothing(tmp_path):
     path = tmp_path / "out"
     files.write_text(path, "old")

@@ -92,6 +92,7 @@ def test_the_stage_leaves_a_model_figures_and_no_work(project, tune, tmp_path):
     assert after.scheduler.config == before.scheduler.config
 
 
+@pytest.mark.slow
 def test_a_killed_stage_resumes_to_the_same_model(tune, tmp_path, project):
     whole = tune()["model_sha256"]
     script = textwrap.dedent("""
@@ -120,10 +121,12 @@ def test_a_killed_stage_resumes_to_the_same_model(tune, tmp_path, project):
     assert not state.exists()
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_model(tune):
     assert tune()["model_sha256"] != tune(seed=1)["model_sha256"]
 
 
+@pytest.mark.slow
 def test_state_of_another_configuration_is_not_touched(tune, tmp_path):
     other = tmp_path / "work" / "0123456789abcdef" / "step-00000002.safetensors"
     other.parent.mkdir(parents=True)
@@ -138,6 +141,7 @@ def test_an_exploding_rate_leaves_no_model(tune, tmp_path):
     assert not (tmp_path / "tuned").exists() and not (tmp_path / "finetune.json").exists()
 
 
+@pytest.mark.slow
 def test_an_exploding_rate_ends_with_code_4(tune, tmp_path):
     said = tmp_path / "said"
 
@@ -157,6 +161,7 @@ def test_one_group_larger_than_a_batch_is_trained_on(tune, tmp_path):
     assert figures["evaluations"] == 12 and figures["groups"] == 1 and figures["losses"]["shared"] > 0
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_and_stands_beside_as_stock_diffusers_loads_it(project, tune, tmp_path):
     tune(adapter={"rank": 2}, learning_rate=0.05, accumulate=2, gradient_checkpointing=True, min_snr=5.0, ema=0.0)
     before, merged = base.load(project / "base"), base.load(tmp_path / "tuned")

@@ -375,6 +375,7 @@ def test_a_base_that_does_not_fit_is_refused():
         loss_of(unet(), Batches(((0, 1),), ALL, 6, 0), narrow)
 
 
+@pytest.mark.slow
 def test_it_learns_and_resumes_bit_for_bit(tmp_path):
     def train(folder, stop=None):
         network = unet()

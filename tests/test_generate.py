@@ -129,11 +129,13 @@ def test_an_independent_picture_is_the_stock_pipelines(project, made):
     assert np.abs(np.asarray(image) - picture(project, "first", "independent", 3, "p2")).max() <= 1
 
 
+@pytest.mark.slow
 def test_again_is_the_same_bytes(project, made, monkeypatch):
     run(project, monkeypatch, "second")
     assert sha256_tree(project / "second/images") == sha256_tree(project / "first/images")
 
 
+@pytest.mark.slow
 def test_an_arm_with_the_same_model_and_plan_is_not_made_twice(project, made, monkeypatch):
     count = []
     make = generate.make

@@ -223,6 +223,7 @@ def test_a_limited_graph_costs_no_correctness_and_little_saving(monkeypatch):
     assert len(limited) <= 1.05 * len(exact)
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_prompts_where_all_are_alike():
     x = random_rows(neighbours.ALL_PAIRS + 2000, d=8, spread=0.01, centres=1)
     tracemalloc.start()
@@ -272,6 +273,7 @@ def test_thresholds_translate_between_encoders(n):
     assert threshold_for_share(other, share) > 0.8
 
 
+@pytest.mark.slow
 def test_a_calibrated_threshold_is_as_strict_for_another_encoder_on_real_prompts():
     names = sorted(entry["en"].strip(":").replace("_", " ") for entry in EMOJI_DATA.values())[::8]
     minilm = embed(names)

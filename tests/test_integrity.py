@@ -85,6 +85,7 @@ def flip(path: Path, mode: int, chance: random.Random) -> None:
     path.chmod(mode)
 
 
+@pytest.mark.slow
 def test_what_is_whole_is_found_whole_everywhere(project):
     integrity.push()
     copies = FILES + 1  # the listing of the folder is an object too
@@ -98,6 +99,7 @@ def flip_all(paths: list[Path]) -> None:
         flip(path, (0o444, 0o644)[number % 2], chance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["cache", "remote"])
 def test_every_flipped_bit_is_found_and_named(project, tmp_path, place):
     integrity.push()
@@ -109,6 +111,7 @@ def test_every_flipped_bit_is_found_and_named(project, tmp_path, place):
     assert {finding.path for finding in findings} == files | {"made"}
 
 
+@pytest.mark.slow
 def test_the_work_tree_is_read_and_what_cannot_be_known_is_said(project):
     flip_all(sorted(Path("made").rglob("*.bin")))
     Path("made/more.bin").write_bytes(b"more")
@@ -128,6 +131,7 @@ def test_the_work_tree_is_read_and_what_cannot_be_known_is_said(project):
     }
 
 
+@pytest.mark.slow
 def test_nothing_damaged_is_pushed_or_accepted(project, tmp_path):
     mode, chance = 0o444, random.Random(1)
     damaged = objects(Path(".dvc/cache"))[3]
@@ -147,6 +151,7 @@ def test_nothing_damaged_is_pushed_or_accepted(project, tmp_path):
         integrity.pull()
 
 
+@pytest.mark.slow
 def test_a_failed_push_changes_no_pointer(project):
     before = {path: sha256(Path(path)) for path in ("dvc.lock", ".dvc/config", "dvc.yaml")}
     dvc("remote", "modify", "--local", "store", "url", "/proc/none")

@@ -301,6 +301,7 @@ def test_the_stage_writes_data_and_figures_and_prints_the_accounting(
     assert f"prepare: {found['rows']}/{found['rows']}" in printed.err
 
 
+@pytest.mark.slow
 def test_the_stage_records_what_it_did(project: Path, good: Path) -> None:
     # A process of its own: MLflow's imports warn, and here a warning is an error.
     command = [

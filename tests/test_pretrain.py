@@ -38,6 +38,7 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_judge_of_text_and_picture_says_how_it_does_on_unseen_pictures(project, capsys):
     pretrain.dual_encoder()
     said = capsys.readouterr().out
@@ -46,6 +47,7 @@ def test_the_judge_of_text_and_picture_says_how_it_does_on_unseen_pictures(proje
     assert alignment.load_alignment(project / "models/alignment").text.in_features == 384
 
 
+@pytest.mark.slow
 def test_it_leaves_a_base_that_loads_and_keeps_the_card(project, capsys):
     pretrain.autoencoder()
     assert "reconstruction of 4 unseen pictures" in capsys.readouterr().out

@@ -24,7 +24,13 @@ def test_the_readme_names_its_commands():
     assert any(command.startswith("sage generate") for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+# A program that shows its help takes seconds to start.
+STARTED = [command for command in COMMANDS if not command.startswith("scripts/")]
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(command, marks=pytest.mark.slow if command in STARTED else ()) for command in COMMANDS]
+)
 def test_a_command_of_the_readme_is_there(command):
     program, *arguments = shlex.split(command)
     if program.startswith("scripts/"):

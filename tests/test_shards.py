@@ -80,6 +80,7 @@ def test_shards_give_the_bytes_of_one_machine_in_any_order_at_any_address(source
     assert hashes(out) == whole
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_drawn_again_makes_only_what_is_missing(source, model, whole, tmp_path):
     out = tmp_path / "out"
     draw_all(source, model, str(out), 2)
@@ -93,6 +94,7 @@ def test_a_shard_that_is_drawn_again_makes_only_what_is_missing(source, model, w
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
 
 
+@pytest.mark.slow
 def test_judged_shards_give_the_figures_of_all_pictures(source, model, tmp_path, monkeypatch):
     monkeypatch.chdir(operated.ROOT)
     found = []
@@ -154,6 +156,7 @@ def test_without_prompts_there_is_no_plan(tmp_path, model):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_without_a_plan_there_is_one_message(tmp_path):
     command = [sys.executable, "-m", "flows.prompts.shards", "draw", "--out", str(tmp_path), "--shard", "1/1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

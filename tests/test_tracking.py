@@ -206,6 +206,7 @@ def test_a_pipelines_run_says_of_what_it_is_and_the_machine_is_watched(project, 
     assert "cores" in tags["sage.profile"]
 
 
+@pytest.mark.slow
 def test_the_next_run_ends_those_whose_process_was_killed(project):
     def work() -> None:
         with runs.pipeline_run() as pipeline:
@@ -408,6 +409,7 @@ def test_promotion_moves_the_champion_and_rollback_moves_it_back(project, weight
     assert rows[0]["alignment"] == "0.52"
 
 
+@pytest.mark.slow
 def test_nothing_that_is_worse_foreign_or_unknown_is_promoted(project, weights):
     with pytest.raises(RegistryError, match="there is no challenger"):
         promotion.promote()
@@ -439,6 +441,7 @@ def test_a_version_that_was_altered_is_refused_before_it_is_loaded(project, weig
     assert "champion" not in aliases()
 
 
+@pytest.mark.slow
 def test_promotion_to_another_registry_copies_once_and_verifies_the_copy(project, weights):
     with pytest.raises(RegistryError, match="there is no champion of sage"):
         promotion.promote(to="production")
@@ -507,6 +510,7 @@ def test_a_figure_that_could_not_be_measured_is_listed_as_missing(project, weigh
     assert (row["seed_diversity"], row["kernel_distance"]) == ("-", "0.1")
 
 
+@pytest.mark.slow
 def test_a_version_without_an_interval_is_neither_promoted_nor_compared_with(project, weights):
     register(weights)
     promotion.promote()

@@ -140,6 +140,7 @@ def test_a_run_can_be_lengthened_before_it_decays(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), longer.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
     script = textwrap.dedent("""
         import os, signal, sys

@@ -63,6 +63,7 @@ def folder():
     shutil.rmtree(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("effect", "cause"),
     [(fail_sync, "Input/output error"), (no_more_files, "Too many open files"), (become_nobody, "Permission denied")],

@@ -63,6 +63,7 @@ def test_a_family_is_of_the_whole_name_whatever_the_caption_keeps(found: list[Ro
     assert all(clean_caption(text) == text for row in shortened for text in (row.text, *row.other_texts))
 
 
+@pytest.mark.slow
 def test_the_shipped_models_held_out_pictures_stay_held_out(found: list[Row]) -> None:
     """`models/base` was trained on this very train split: another one would judge it on what it has seen."""
     params = load_params().prepare

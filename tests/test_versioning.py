@@ -94,6 +94,7 @@ def test_no_graph_says_where_to_stand(tmp_path, monkeypatch):
         repository.stages()
 
 
+@pytest.mark.slow
 def test_what_became_of_each_stage_is_known(project):
     assert repository.stale() == ["first", "second"]
     assert states() == {"first": "executed", "second": "executed"}
@@ -115,12 +116,14 @@ def test_output_is_passed_on_as_it_comes(project):
     assert "Running stage 'first':" in "".join(pieces)
 
 
+@pytest.mark.slow
 def test_a_failing_stage_is_named_with_its_own_reason_and_nothing_done_is_repeated(project):
     with pytest.raises(SageError, match="stage second failed: the reason that the stage gave"):
         states(FAIL="second")
     assert states() == {"first": "up to date", "second": "executed"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["interrupted", "told to end", "killed"]
 )
@@ -136,6 +139,7 @@ def test_a_run_that_ends_early_leaves_no_process_and_no_lock(project, number):
     assert states() == {"first": "executed", "second": "executed"}
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_told_to_come_again(project):
     run = subprocess.Popen([sys.executable, "-c", CALL], stdout=subprocess.DEVNULL, env=os.environ | {"WAIT": "first"})
     try:
