@@ -1,4 +1,4 @@
-"""Pictures to features: a network with a name, a named resizing, and no hidden download.
+"""Images to features: a network with a name, a named resizing, and no hidden download.
 
 The name of an extractor stands beside every figure that rests on it. Only the Inception network makes a "FID".
 """
@@ -29,7 +29,7 @@ _BATCH = 16
 class EfficientNetLite0:
     """The last feature map of EfficientNet-Lite0 (ImageNet), averaged over places: 1280 numbers a picture.
 
-    Pictures are resized to 160x160 by clean-fid's resizer: Pillow's bicubic filter on floats, antialiased, clipped to
+    Images are resized to 160x160 by clean-fid's resizer: Pillow's bicubic filter on floats, antialiased, clipped to
     0..255 and not quantised (Parmar et al., 2022). A picture that is not square is stretched. The network sees
     (x - 127) / 128, as it was trained.
     """
@@ -68,7 +68,7 @@ class EfficientNetLite0:
         return np.concatenate(parts)
 
 
-def read_pictures(paths: Iterable[Path]) -> Iterator[np.ndarray]:
+def read_images(paths: Iterable[Path]) -> Iterator[np.ndarray]:
     """Yield the pictures of files as uint8 of shape (height, width, 3), each opened when its turn comes."""
     for path in paths:
         with Image.open(path) as picture:

@@ -20,7 +20,7 @@ _PARTS = ("loosest third", "middle third", "tightest third")
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageFeatures:
     """An arm's pictures: features (prompts, seeds, width), and cosines to their prompts (prompts, seeds)."""
 
     features: Array
@@ -61,7 +61,7 @@ def _difference(absolute: Figure, relative: Figure) -> Difference:
     return Difference(value=absolute.value, low=absolute.low, high=absolute.high, n=absolute.n, relative=share)
 
 
-def statistics(real: Pictures, arm: Pictures, groups: Groups) -> dict[str, Statistic]:
+def statistics(real: ImageFeatures, arm: ImageFeatures, groups: Groups) -> dict[str, Statistic]:
     """Return what is measured of an arm against the real pictures of the same prompts, by name."""
     return {
         "kernel_distance": kernel_statistic(real.features[:, 0], arm.features, groups),
@@ -69,7 +69,7 @@ def statistics(real: Pictures, arm: Pictures, groups: Groups) -> dict[str, Stati
     } | _means(arm, groups)
 
 
-def _means(pictures: Pictures, groups: Groups) -> dict[str, Statistic]:
+def _means(pictures: ImageFeatures, groups: Groups) -> dict[str, Statistic]:
     cosines = np.array([pictures.alignment[list(group)].sum() for group in groups], float)
     numbers = np.array([pictures.alignment[list(group)].size for group in groups], float)
     return {
@@ -79,7 +79,7 @@ def _means(pictures: Pictures, groups: Groups) -> dict[str, Statistic]:
     }
 
 
-def real_figures(real: Pictures, groups: Groups, bootstrap: Bootstrap) -> dict[str, Figure]:
+def real_figures(real: ImageFeatures, groups: Groups, bootstrap: Bootstrap) -> dict[str, Figure]:
     """Return what the real pictures themselves reach in alignment and diversity: a mark to read the arms' against."""
     measured = _means(real, groups)
     return {name: bootstrap.figure(measured[name], real.alignment.size) for name in ("alignment", "group_diversity")}
@@ -101,7 +101,7 @@ def floor(real: Array, siblings: Array, groups: Groups, bootstrap: Bootstrap) ->
     }
 
 
-def arm_figures(measured: Mapping[str, Statistic], pictures: Pictures, bootstrap: Bootstrap) -> dict[str, Figure]:
+def arm_figures(measured: Mapping[str, Statistic], pictures: ImageFeatures, bootstrap: Bootstrap) -> dict[str, Figure]:
     """Return the figures of an arm; the Frechet distance is a mean over seeds, so its n is that of one seed."""
     prompts, n = len(pictures.alignment), pictures.alignment.size
     groups = bootstrap.counts.shape[1]
