@@ -1,6 +1,6 @@
-"""What sharing costs at which similarity, measured on the validation split and written into the model's folder.
+"""`sage calibrate`: damage of sharing by similarity, measured on the validation split, stored in the model's folder.
 
-`group.max_damage` in params.yaml and `sage.plan_for_budget` read it. Interrupted, it goes on where it was.
+`group.max_damage` in params.yaml and `sage.plan_for_budget` read it. An interrupted run continues when started again.
 """
 
 from collections.abc import Sequence
@@ -34,22 +34,26 @@ SPLIT = "validation"
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8)
 SEEDS = (0, 1)
 _PARTS = 8
-_PIECE = 64  # prompts that are kept together
+_PIECE = 64  # minimum prompts whose features are stored in one file
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="A model folder.")] = Path("models/base"),
+    model: Annotated[Path, typer.Option(help="Model folder to measure; the result is written into it.")] = Path(
+        "models/base"
+    ),
     data: Annotated[Path, typer.Option(help="Prepared data.")] = Path("data/prepared"),
-    work: Annotated[Path, typer.Option(help="Where features are kept.")] = Path("work/calibrate"),
+    work: Annotated[Path, typer.Option(help="Folder that caches image features, so that a run can continue.")] = Path(
+        "work/calibrate"
+    ),
 ) -> None:
-    """Share at several thresholds and compare with independent pictures of the same prompts; keep the relation."""
+    """Measure how far sharing at several thresholds moves images from independently sampled ones; store the damage."""
     params = load_params()
     settings, grouping = params.generate, params.group
     examples = read_split(data, SPLIT)
     embeddings = embed([example.text for example in examples], ENCODER, cache=embedding_cache())
     groups = groups_at(THRESHOLDS, embeddings, grouping.max_size, grouping.near_duplicate)
     if len(groups) < _PARTS:
-        raise DataError(f"the {SPLIT} split forms {len(groups)} groups, too few to measure what sharing costs")
+        raise DataError(f"the {SPLIT} split forms {len(groups)} groups, too few to measure damage; {_PARTS} are needed")
     how: dict[str, Any] = {
         "split": SPLIT,
         "data": sha256_tree(data),
@@ -78,13 +82,13 @@ def main(
 
 
 def groups_at(thresholds: Sequence[float], embeddings: np.ndarray, max_size: int, near_duplicate: float) -> Groups:
-    """Return all different groups of two or more that form at any of the thresholds."""
+    """Return the distinct groups of two or more prompts that form at any of the thresholds."""
     found = {tuple(members) for at in thresholds for members in group(embeddings, at, max_size, near_duplicate)}
     return [list(members) for members in sorted(found) if len(members) > 1]
 
 
 def draw(model: Path, examples: Sequence[Example], groups: Groups, settings: Any, folder: Path) -> list[np.ndarray]:
-    """Return for each group the features of its pictures, shape (members, seeds, width); kept in pieces."""
+    """Return each group's image features, shape (members, seeds, width); `folder` caches them in files."""
     pieces: list[Groups] = [[]]
     for members in groups:
         if sum(map(len, pieces[-1])) >= _PIECE:
@@ -109,7 +113,7 @@ def draw(model: Path, examples: Sequence[Example], groups: Groups, settings: Any
 
 
 def _pictures(pipe: Any, examples: Sequence[Example], groups: Groups, settings: Any) -> list[np.ndarray]:
-    """Return pictures group by group, member by member, every member's seeds together."""
+    """Return images ordered by group, then member, then seed."""
     members = [examples[member] for group in groups for member in group]
     ends = np.cumsum([len(group) for group in groups]).tolist()
     blocks = [list(range(end - len(group), end)) for group, end in zip(groups, ends, strict=True)]
