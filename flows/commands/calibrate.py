@@ -46,7 +46,7 @@ def main(
         "work/calibrate"
     ),
 ) -> None:
-    """Measure how far sharing at several thresholds moves images from independently sampled ones; store the damage."""
+    """Generate validation images with and without sharing, measure the damage by similarity, and store it."""
     params = load_params()
     settings, grouping = params.generate, params.group
     examples = read_split(data, SPLIT)

@@ -1,4 +1,4 @@
-"""The flows on registered versions: judge one on this folder's held-out set; make one champion, asking a person."""
+"""The flows on registered versions: evaluate one on this folder's held-out set; promote one, on approval if asked."""
 
 import shutil
 import tempfile
@@ -22,12 +22,12 @@ from flows.versioning import experiments
 from sage.errors import RegistryError
 
 _CHAMPION = "champion"
-_POLL = 5  # seconds between looks for an answer
+_POLL = 5  # seconds between checks for an answer
 
 
 @task(cache_policy=NO_CACHE, retries=4, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
 def fetch(version: str, out: str) -> None:
-    """Put the verified weights of a version into a folder."""
+    """Verify the weights of a version and copy them into a folder, which is replaced."""
     with tempfile.TemporaryDirectory() as temporary:
         weights = registry.fetch(version, Path(temporary)).weights
         shutil.rmtree(out, ignore_errors=True)
@@ -36,13 +36,13 @@ def fetch(version: str, out: str) -> None:
 
 @task(cache_policy=NO_CACHE, retries=4, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
 def promote(version: str) -> str:
-    """Make a version champion, unless it is damaged, failed a gate, or is worse; return its number."""
+    """Make a version champion unless it is damaged, failed a gate or is worse than the champion; return its number."""
     return promotion.promote(version)
 
 
 @task(task_run_name="draw with {version}", cache_policy=NO_CACHE)
 def draw(version: str, prompts: list[str], out: str) -> None:
-    """Draw prompts with a registered version, in a process of its own."""
+    """Generate images for prompts with a registered version, in a separate process."""
     folder = Path(out)
     folder.mkdir(parents=True)
     source = folder / "prompts.txt"
@@ -53,7 +53,7 @@ def draw(version: str, prompts: list[str], out: str) -> None:
 
 @flow(name="sage-evaluate")
 def evaluate_version(judged: Judged = Judged()) -> dict[str, Any]:  # noqa: B008  # frozen
-    """Judge a registered version on the held-out set of this folder's commit, in a work tree of its own."""
+    """Evaluate a registered version on the held-out set of this folder's commit, in a temporary work tree."""
     reach_tracking()
     name = run_tags()["prefect.flow_run"]
     tags = run_tags() | {"sage.judged_version": judged.version}
@@ -70,7 +70,7 @@ def evaluate_version(judged: Judged = Judged()) -> dict[str, Any]:  # noqa: B008
 
 @flow(name="sage-promote")
 def promote_version(promotion: Promotion = Promotion()) -> dict[str, Any]:  # noqa: B008  # frozen
-    """Make a version champion; where asked for, a person decides after seeing figures and pictures."""
+    """Make a version champion; with `ask`, only after a person has seen figures and images and approved."""
     reach_tracking()
     rows = _compared(promotion.version)
     number = rows[0]["version"]
@@ -84,7 +84,7 @@ def promote_version(promotion: Promotion = Promotion()) -> dict[str, Any]:  # no
 
 
 def _compared(version: str) -> list[Row]:
-    """Return the rows of a version and of the champion, where there is one; raise RegistryError for no such version."""
+    """Return the rows of a version and of the champion, if another; raise RegistryError if the version is unknown."""
     found = registry.versions()
     candidate = next((row for row in found if version in (row["version"], *row["alias"].split(", "))), None)
     if candidate is None:
@@ -93,7 +93,7 @@ def _compared(version: str) -> list[Row]:
 
 
 def _ask(rows: list[Row], promotion: Promotion) -> Approval:
-    """Show both versions and wait for the answer."""
+    """Show figures and images of both versions and wait for the answer."""
     with tempfile.TemporaryDirectory() as temporary:
         places = [Path(temporary) / row["version"] for row in rows]
         for row, place in zip(rows, places, strict=True):
@@ -108,6 +108,6 @@ def _ask(rows: list[Row], promotion: Promotion) -> Approval:
     lines = [f"| {name} | " + " | ".join(row.get(name, "-") for row in rows) + " |" for name in columns]
     table = "\n".join([lines[0], "|---" * (len(rows) + 1) + "|", *lines[1:]])
     asked = f"It passed its gates. Make version {rows[0]['version']} champion?"
-    text = f"{asked}\n\n{table}\n\nPictures, a row for each version:\n\n![pictures]({url})"
+    text = f"{asked}\n\n{table}\n\nImages, a row for each version:\n\n![pictures]({url})"
     form = Approval.with_initial_data(description=text)
     return pause_flow_run(wait_for_input=form, timeout=round(promotion.wait_hours * 3600), poll_interval=_POLL)

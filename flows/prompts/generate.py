@@ -74,7 +74,9 @@ def main(
         bool, typer.Option("--plan", help="Print the number of groups and the cost, draw nothing.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same images.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Inference steps; default: the model's setting.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Inference steps; default: as registered, else params.yaml.")
+    ] = None,
     share_ratio: Annotated[float | None, typer.Option(help="Fraction of the steps that a group shares.")] = None,
     branch_noise: Annotated[
         float | None, typer.Option(min=0, max=1, help="Amount of fresh noise per image at a branch: 0 none, 1 all.")

@@ -1,6 +1,6 @@
-"""`sage push`, `sage pull`, `sage verify`: data and models in a DVC remote, and whether every copy is what it says.
+"""`sage push`, `sage pull`, `sage verify`: data and models in a DVC remote, and the integrity of every copy.
 
-Three copies are compared with the hashes of the graph (dvc.lock and .dvc files): the cache, the work tree, the remote.
+Copies in the cache, the work tree and the remote are compared with the hashes in dvc.lock and the .dvc files.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from sage.errors import DataError
 
 @dataclass(frozen=True)
 class Finding:
-    """A copy that is not what the graph says: where, which path, and how: corrupt, missing or unknown."""
+    """A copy that does not match its hash: its place, its path, and its state (corrupt, missing, extra or unknown)."""
 
     place: str
     path: str
@@ -23,9 +23,9 @@ class Finding:
 
 
 def verify(remote: str | None = None) -> tuple[int, list[Finding]]:
-    """Re-hash cache and work tree, and with `remote` (a name, or "" for the default) that; return count and findings.
+    """Re-hash cache, work tree and, if given, `remote` ("": the default one); return the number checked and findings.
 
-    What is missing from the cache or the work tree can be pulled; what is missing from all can only be made again.
+    What is missing from the cache or the work tree can be pulled; what is missing everywhere must be reproduced.
     """
     kept = repository.objects() if remote is None else repository.objects(remote)
     outs, members = kept["outs"], kept["members"]
@@ -48,20 +48,22 @@ def verify(remote: str | None = None) -> tuple[int, list[Finding]]:
 
 
 def push(remote: str | None = None) -> str:
-    """Upload what the remote lacks, unless the cache is damaged; return what DVC says. No file here changes.
+    """Upload what the remote lacks; return DVC's output. No local file changes.
 
-    Raises DataError where an object is not what its name says: DVC would upload it under its good name.
+    Raises DataError if an object in the cache does not match its hash, because DVC would upload it unchecked.
     """
     kept = repository.objects()
     states = kept["states"]["cache"]
     bad = [path for path, name in _named(kept["outs"], kept["members"]) if states[name] == "corrupt"]
     if bad:
-        raise DataError(f"the cache is damaged, so nothing was pushed: {', '.join(bad)}. `sage verify` shows all.")
+        raise DataError(
+            f"the cache is damaged, so nothing was pushed: {', '.join(bad)}. `sage verify` lists all damage."
+        )
     return repository.dvc("push", *_to(remote))
 
 
 def pull(remote: str | None = None) -> str:
-    """Download what is missing here and check it; return what DVC says. Raises DataError where it is damaged."""
+    """Download what is missing and check it; return DVC's output. Raises DataError if a file is corrupt."""
     said = repository.dvc("pull", *_to(remote))
     bad = [finding.path for finding in verify()[1] if finding.state == "corrupt"]
     if bad:
@@ -74,7 +76,7 @@ def _to(remote: str | None) -> list[str]:
 
 
 def _named(outs: Mapping[str, str], members: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return path and object of everything tracked, folders themselves included."""
+    """Return (path, object) of every tracked file and folder."""
     named = []
     for out, name in outs.items():
         named.append((_shown(out), name))
@@ -83,14 +85,14 @@ def _named(outs: Mapping[str, str], members: Mapping[str, Any]) -> list[tuple[st
 
 
 def _wanted(out: str, name: str, members: Mapping[str, Any]) -> dict[str, str] | None:
-    """Return file -> MD5 of an output; None where no intact copy of a folder's listing is left."""
+    """Return the recorded MD5 of each file of an output; None if there is no intact copy of a folder's listing."""
     if not name.endswith(".dir"):
         return {out: name}
     return {f"{out}/{path}": member for path, member in members[name]} if name in members else None
 
 
 def _files(out: Path) -> dict[str, str]:
-    """Return file -> MD5 of what lies in the work tree."""
+    """Return the actual MD5 of each file of an output in the work tree."""
     found = sorted(path for path in out.rglob("*") if path.is_file()) if out.is_dir() else [out] * out.is_file()
     return {str(path): hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() for path in found}
 

@@ -1,9 +1,14 @@
-"""What DVC keeps, as it is: each object of the graph re-hashed in cache and remote. The only file that imports dvc.
+"""Re-hash every DVC object of the graph in the cache and in a remote. The only file that imports dvc.
 
-Run as a process of its own (`python -m flows.versioning.objects [REMOTE]`), like every use of DVC. Prints one JSON
-object: `outs`, path to object; `members`, object of a folder to a list of path in it and object, from any intact copy
-of its listing; `states`, for cache and remote, object to ok, corrupt or missing.
-DVC itself compares an object with its name only where the file's mode does not say that it is protected.
+It runs as a separate process (`python -m flows.versioning.objects [REMOTE]`), like every use of DVC, and prints JSON:
+
+| key | value |
+|---|---|
+| outs | path of an output -> name of its object |
+| members | object of a folder -> list of [path in the folder, object], from any intact copy of the folder's listing |
+| states | "cache" and "remote" -> object -> "ok", "corrupt" or "missing" |
+
+DVC itself trusts a cached file that is read-only and does not re-hash it.
 """
 
 import hashlib
@@ -16,11 +21,11 @@ from typing import Any
 
 from dvc.repo import Repo
 
-_THREADS = 16  # for a remote, where each small object is a request
+_THREADS = 16  # a remote needs a request for each object
 
 
 def main() -> None:
-    """Print what there is of the cache, and of the remote that is named; an empty name is the default remote."""
+    """Print the state of the cache and, if an argument names one, of a remote; an empty name is the default remote."""
     with Repo() as repo:
         stores = {"cache": repo.cache.local}
         if len(sys.argv) > 1:
@@ -59,7 +64,7 @@ def _check(store: Any, name: str) -> str:
 
 
 def _read(store: Any, name: str) -> bytes | None:
-    """Return the listing of a folder, which is small; None where there is none."""
+    """Return the listing of a folder as JSON bytes; None if the store does not have it."""
     try:
         content: bytes = store.fs.cat_file(store.oid_to_path(name))
     except FileNotFoundError:
