@@ -1,4 +1,4 @@
-"""Stage evaluate: figures with intervals for every arm, verdicts of the gates, and the report page."""
+"""Stage evaluate: metrics with confidence intervals for every arm, gates, and the report page."""
 
 import json
 import math
@@ -34,14 +34,14 @@ COSTS = tuple(name for name, metric in METRICS.items() if metric.cost)
 
 def main(
     data: Annotated[Path, typer.Option(help="Prepared data.")],
-    groups: Annotated[Path, typer.Option(help="Groups of each split.")],
-    generated: Annotated[Path, typer.Option(help="The pictures of every arm, with their manifest.")],
-    costs: Annotated[Path, typer.Option(help="What the pictures cost: the figures of stage generate.")],
-    alignment: Annotated[Path, typer.Option(help="The dual encoder.")],
-    report: Annotated[Path, typer.Option(help="Folder of the report page.")],
-    metrics: Annotated[Path, typer.Option(help="Where the figures go.")],
+    groups: Annotated[Path, typer.Option(help="Folder with a JSON file of groups for each split.")],
+    generated: Annotated[Path, typer.Option(help="Folder with the images of every arm and their manifest.")],
+    costs: Annotated[Path, typer.Option(help="JSON file of stage generate, with the cost of every arm.")],
+    alignment: Annotated[Path, typer.Option(help="Folder of the dual encoder that measures alignment.")],
+    report: Annotated[Path, typer.Option(help="Folder for the report page.")],
+    metrics: Annotated[Path, typer.Option(help="JSON file for the figures.")],
 ) -> None:
-    """Judge every arm on the same held-out prompts and seeds; write figures, verdicts and the report."""
+    """Evaluate every arm on the same held-out prompts and seeds, check the gates, and write figures and report."""
     params = load_params()
     settings = params.evaluate
     judged = read_judged(data, groups, generated, params.generate.split, params.generate.seeds)
@@ -65,7 +65,10 @@ def main(
 
 
 def read_costs(path: Path, judged: Judged) -> dict[str, float]:
-    """Return what an image of each arm cost; raise MetricError where that was not counted on the judged pictures."""
+    """Return the network evaluations per image of each arm.
+
+    Raises MetricError if they were counted for other arms or numbers of images than those judged, or are not finite.
+    """
     arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
     if list(arms) != list(judged.arms):
         raise MetricError(
@@ -85,20 +88,20 @@ def read_costs(path: Path, judged: Judged) -> dict[str, float]:
 def measure(
     judged: Judged, data: Path, encoder: DualEncoder, texts: np.ndarray
 ) -> tuple[judging.Pictures, dict[str, judging.Pictures], np.ndarray]:
-    """Return what the extractors see: the real pictures, each arm's, and the features of the real ones' siblings."""
+    """Return features and alignment of the real images and of each arm's, and features of the real images' siblings."""
     extract = EfficientNetLite0(device())
     others = siblings(judged.examples, read_split(data, "train"))
     prompts, seeds = len(judged.examples), len(judged.seeds)
     total = prompts * (1 + seeds * len(judged.arms)) + len(others)
     with progress(total, "extracting features") as advance:
 
-        def see(paths: Sequence[Sequence[Path]]) -> judging.Pictures:
+        def extracted(paths: Sequence[Sequence[Path]]) -> judging.Pictures:
             features = extract(read_pictures(path for row in paths for path in row), advance)
             features = features.reshape(prompts, -1, features.shape[-1])
             return judging.Pictures(features, cosines(encoder, features, texts))
 
-        real = see([[example.path] for example in judged.examples])
-        arms = {arm: see(paths) for arm, paths in judged.arms.items()}
+        real = extracted([[example.path] for example in judged.examples])
+        arms = {arm: extracted(paths) for arm, paths in judged.arms.items()}
         return real, arms, extract(read_pictures(example.path for example in others), advance)
 
 
@@ -110,13 +113,21 @@ def judge(
     cost: Mapping[str, float],
     settings: Evaluate,
 ) -> Results:
-    """Return all figures and verdicts."""
+    """Return the figures of all arms and the verdicts of the gates.
+
+    judged    prompts, groups and seeds of the evaluation
+    real      features and alignment of the real images
+    arms      features and alignment of each arm's images
+    others    features of siblings of the real images, for the floor of the distances
+    cost      network evaluations per image of each arm
+    settings  the section evaluate of params.yaml
+    """
     groups, n = judged.groups, len(judged.examples) * len(judged.seeds)
     bootstrap = judging.Bootstrap.over(groups, settings.resamples, settings.confidence, settings.seed)
     measured = {arm: judging.statistics(real, pictures, groups) for arm, pictures in arms.items()}
     figures = {arm: judging.arm_figures(measured[arm], arms[arm], bootstrap) for arm in arms}
     for arm, values in figures.items():
-        # Evaluations are counted, so their interval is a point.
+        # Evaluations are counted, not estimated, so the interval is a point.
         values |= {"nfe_per_image": judging.figure(cost[arm], cost[arm], cost[arm], n)}
     floor = judging.floor(real.features[:, 0], others, groups, bootstrap)
     worse = {}
@@ -146,7 +157,7 @@ def judge(
 
 
 def alignment_lost(judged: Judged, arms: Mapping[str, judging.Pictures]) -> list[float]:
-    """Return for each group by how much sharing lowered its alignment; 0 where there is nothing to compare."""
+    """Return how much lower each group's alignment is in arm JUDGED than in INDEPENDENT; 0 if either is missing."""
     if not {INDEPENDENT, JUDGED} <= set(arms):
         return [0.0] * len(judged.groups)
     lost = (arms[INDEPENDENT].alignment - arms[JUDGED].alignment).mean(1)
@@ -154,7 +165,7 @@ def alignment_lost(judged: Judged, arms: Mapping[str, judging.Pictures]) -> list
 
 
 def flat(results: Results) -> dict[str, float]:
-    """Return the figures of the arms under dotted names, as a tracker takes them: value, low and high."""
+    """Return the figures as metrics for MLflow: ARM.METRIC, ARM.METRIC.low and ARM.METRIC.high."""
     return {
         f"{arm}.{metric}" + ("" if end == "value" else f".{end}"): number
         for arm, figures in results.arms.items()

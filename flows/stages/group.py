@@ -1,4 +1,4 @@
-"""Stage group: the prompts of each split to groups of similar prompts."""
+"""Stage group: form groups of similar prompts in each split."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,11 +18,13 @@ from sage.grouping.policy import ENCODER, Policy, figures
 
 def main(
     data: Annotated[Path, typer.Option(help="Prepared data.")],
-    base: Annotated[Path, typer.Option(help="The model whose measured damage group.max_damage reads.")],
-    out: Annotated[Path, typer.Option(help="One JSON file of groups a split.")],
-    metrics: Annotated[Path, typer.Option(help="Where the figures go.")],
+    base: Annotated[
+        Path, typer.Option(help="Model whose measured damage limits the groups, if group.max_damage is set.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for a JSON file of groups for each split.")],
+    metrics: Annotated[Path, typer.Option(help="JSON file for the figures.")],
 ) -> None:
-    """Group the prompts of every split and write groups and figures."""
+    """Group the prompts of every split; write groups and figures."""
     params = load_params()
     settings = params.group
     policy = Policy(**settings.model_dump())
@@ -43,7 +45,7 @@ def main(
                     "encoder": ENCODER,
                     "threshold": threshold,
                     "max_size": settings.max_size,
-                    # Rounded: the encoder's last bits depend on which prompts it met together.
+                    # Rounded, because the last bits of an embedding depend on the batch of the encoder.
                     "groups": [
                         {"ids": [examples[member].id for member in members], "similarity": round(similarity, 4)}
                         for members, similarity in zip(groups, worst, strict=True)
