@@ -96,7 +96,7 @@ def draw(model: Path, examples: Sequence[Example], groups: Groups, settings: Any
         pieces[-1].append(members)
     extract, pipe = None, None
     found: list[np.ndarray] = []
-    with progress(sum(map(len, groups)), "pictures with and without sharing") as advance:
+    with progress(sum(map(len, groups)), "images with and without sharing") as advance:
         for number, piece in enumerate(pieces):
             path = folder / f"{number:04d}.npy"
             if not path.exists():

@@ -30,7 +30,7 @@ _PACKAGED = [
     ),
 ]
 _OWN = ("models/base", "models/alignment")
-_DISK_GB = 3.0  # data, models, pictures, DVC's cache of them, and MLflow's copies
+_DISK_GB = 3.0  # data, models, images, their copies in DVC's cache and in MLflow
 _MEMORY_GB = 4.0
 
 

@@ -108,6 +108,6 @@ def _ask(rows: list[Row], promotion: Promotion) -> Approval:
     lines = [f"| {name} | " + " | ".join(row.get(name, "-") for row in rows) + " |" for name in columns]
     table = "\n".join([lines[0], "|---" * (len(rows) + 1) + "|", *lines[1:]])
     asked = f"It passed its gates. Make version {rows[0]['version']} champion?"
-    text = f"{asked}\n\n{table}\n\nImages, a row for each version:\n\n![pictures]({url})"
+    text = f"{asked}\n\n{table}\n\nImages, a row for each version:\n\n![images]({url})"
     form = Approval.with_initial_data(description=text)
     return pause_flow_run(wait_for_input=form, timeout=round(promotion.wait_hours * 3600), poll_interval=_POLL)

@@ -1,7 +1,7 @@
 """`sage generate`: images for a list of prompts; similar prompts share their early steps.
 
-    sage generate prompts.txt --out pictures          one prompt a line; also .jsonl, .csv, .tsv, -
-    sage generate prompts.txt --out pictures --plan   only print the cost
+    sage generate prompts.txt --out images          one prompt per line; also .jsonl, .csv, .tsv, -
+    sage generate prompts.txt --out images --plan   only print the cost
 
 The metadata of each PNG holds prompt, seed, group and plan; `manifest.jsonl` has a line for every prompt, with its
 image or its error, and `contact.jpg` is a sheet of the first images. A killed run continues when it is started again
@@ -103,7 +103,7 @@ def main(
         pass
     manifest(out, job.items)
     contact_sheet(out, [item.id for item in job.drawn], job.groups)
-    typer.echo(f"{len(job.drawn)} pictures in {out}" + (f"; {len(refused)} prompts were not drawn" if refused else ""))
+    typer.echo(f"{len(job.drawn)} images in {out}" + (f"; {len(refused)} prompts were not drawn" if refused else ""))
 
 
 def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: str, seed: int) -> Job:
@@ -161,7 +161,7 @@ def begin(out: Path, identity: dict[str, Any]) -> None:
         found = json.loads(path.read_text(encoding="utf-8"))
         if differ := sorted(name for name in identity if found.get(name) != identity[name]):
             was = ", ".join(f"{name} {found.get(name)!r} (now {identity[name]!r})" for name in differ)
-            raise ConfigurationError(f"{out} holds pictures of another run, with {was}; choose another folder")
+            raise ConfigurationError(f"{out} holds images of another run, with {was}; choose another folder")
         return
     # A killed run may have left a temporary file of run.json.
     if out.exists() and any(not found.name.startswith(".run.json.") for found in out.iterdir()):

@@ -166,7 +166,7 @@ def finish(
             write_json(folder / EVALUATION, values)
             _put(folder / EVALUATION, f"{out}/{EVALUATION}")
             typer.echo(", ".join(f"{name} {_written(values[name]['value'])}" for name in MEASURES))
-    typer.echo(f"{len(items)} pictures in {out}")
+    typer.echo(f"{len(items)} images in {out}")
 
 
 def _written(value: float | None) -> str:
