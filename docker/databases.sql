@@ -1,4 +1,4 @@
--- Run once, when the volume is empty.
+-- PostgreSQL runs this file once, if its volume is empty.
 CREATE DATABASE mlflow;
 CREATE DATABASE mlflow_users;
 CREATE DATABASE prefect;

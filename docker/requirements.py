@@ -1,4 +1,4 @@
-"""Print what pyproject.toml installs, a requirement a line; arguments are the extras that are wanted as well."""
+"""Print the requirements in pyproject.toml, one per line; arguments name extras to include."""
 
 import sys
 import tomllib

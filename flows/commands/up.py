@@ -1,7 +1,7 @@
-"""`sage up`: everything of this project on this machine for a first look, on loopback only; it ends together.
+"""`sage up`: Prefect's server, a worker, MLflow's server and the deployments of prefect.yaml on this machine.
 
-Prefect's server and a worker, MLflow's server, and the deployments of prefect.yaml. Their state lies in work/up, but
-for MLflow's, which is the project's own (mlflow.db), so that what `sage run` recorded is there.
+The servers listen on loopback only, and all processes end together. State and logs are in work/up, except that MLflow
+uses the project's mlflow.db, so that it shows the runs that `sage run` recorded.
 """
 
 import os
@@ -23,7 +23,7 @@ from sage.errors import ConfigurationError, SageError
 STATE = Path("work/up")
 HOST = "127.0.0.1"
 _PATIENCE = 300  # seconds that a server may take to start on a busy machine
-_SMALL = "sage-pipeline/data"  # the deployment that proves it, up to its first stage
+_SMALL = "sage-pipeline/data"  # the deployment that --check runs, up to its first stage
 _FIRST = '{"until": "prepare"}'
 
 
@@ -62,22 +62,22 @@ def up(port: int, tracking_port: int, check: bool) -> None:
         typer.echo(f"runs and deployments   {prefect}/deployments")
         typer.echo(f"results and models     {mlflow}")
         typer.echo(f"logs                   {STATE}/*.log")
-        typer.echo("Ctrl-C ends them all.")
+        typer.echo("Ctrl-C stops all of them.")
         try:
             _wait(parts)
         except KeyboardInterrupt:
-            typer.echo("ending them all")
+            typer.echo("stopping")
 
 
 def _environment(prefect: str, mlflow: str) -> dict[str, str]:
     return os.environ | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
-        # prefect.yaml has the runs take place in $PWD, which only a shell keeps true.
+        # prefect.yaml sets the working directory of runs to $PWD, which is current only in a shell.
         "PWD": str(Path.cwd()),
         "PREFECT_API_URL": f"{prefect}/api",
         "PREFECT_HOME": str((STATE / "prefect").resolve()),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        # Pages of other sites may not call it from a browser.
+        # Refuse requests that a page of another site makes from the browser.
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{prefect},{prefect.replace(HOST, 'localhost')}",
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
@@ -93,14 +93,14 @@ def _prefect(*arguments: str) -> list[str]:
 
 def _mlflow(port: int) -> list[str]:
     store, artifacts = f"sqlite:///{Path('mlflow.db').resolve()}", Path("mlartifacts").resolve().as_uri()
-    where = ["--host", HOST, "--port", str(port), "--workers", "1"]
-    # Clients read and write artifacts themselves, as they do without a server.
+    listen = ["--host", HOST, "--port", str(port), "--workers", "1"]
+    # Clients read and write artifact files directly, as they do without a server.
     return [
         sys.executable,
         "-m",
         "mlflow",
         "server",
-        *where,
+        *listen,
         "--backend-store-uri",
         store,
         "--no-serve-artifacts",
@@ -120,7 +120,7 @@ def _refuse_taken(port: int, option: str) -> None:
 
 @contextmanager
 def _part(name: str, command: list[str], environment: Mapping[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
-    """Run one part, its output in a file, until the block ends."""
+    """Run one process, with its output in a log file, until the block ends."""
     with (STATE / f"{name}.log").open("wb") as log:
         process = leash.start(command, log, environment)
         try:
@@ -140,7 +140,7 @@ def _await(address: str, name: str, parts: Mapping[str, "subprocess.Popen[bytes]
     while True:
         _check(parts)
         try:
-            with urllib.request.urlopen(address, timeout=5):  # noqa: S310  # our own
+            with urllib.request.urlopen(address, timeout=5):  # noqa: S310  # loopback
                 return
         except (urllib.error.URLError, OSError) as error:
             if time.monotonic() > end:
@@ -158,4 +158,6 @@ def _check(parts: Mapping[str, "subprocess.Popen[bytes]"]) -> None:
     for name, process in parts.items():
         if process.poll() is not None:
             tail = "\n".join((STATE / f"{name}.log").read_text(errors="replace").splitlines()[-5:])
-            raise SageError(f"{name} ended with code {process.returncode}; all is stopped. Its last words:\n{tail}")
+            raise SageError(
+                f"{name} ended with code {process.returncode}; everything is stopped. Its last output:\n{tail}"
+            )

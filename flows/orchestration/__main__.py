@@ -1,4 +1,4 @@
-"""`python -m flows.orchestration`: tell the server at PREFECT_API_URL how to know a dead run; again changes nothing."""
+"""`python -m flows.orchestration`: set up the server at PREFECT_API_URL to mark killed runs as crashed; idempotent."""
 
 from flows.orchestration.server import watch_for_dead_runs
 

@@ -1,4 +1,4 @@
-"""The flow `sage-generate`: pictures for a large list of prompts with a registered version, in shards.
+"""The flow `sage-generate`: images for a large list of prompts with a registered version, in shards.
 
 Shards run one after the other on the worker, or, with SAGE_DASK set to the address of a Dask scheduler, on all of that
 scheduler's workers; a shard whose worker is lost goes to another one, and continues from the images that exist.
@@ -21,7 +21,7 @@ from flows.orchestration.graph import may_pass, reach_tracking
 
 
 def _runner() -> "TaskRunner[Any]":
-    """Return who runs the shards: a matter of the machine, so environment."""
+    """Return the task runner for the shards; it depends on the machine, so an environment variable chooses it."""
     if address := os.environ.get("SAGE_DASK"):
         from prefect_dask.task_runners import DaskTaskRunner
 
@@ -31,7 +31,7 @@ def _runner() -> "TaskRunner[Any]":
 
 @task(cache_policy=NO_CACHE, retries=3, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
 def plan(batch: Batch) -> None:
-    """Group the prompts and write down what is to be drawn."""
+    """Group the prompts and write the plan of the run."""
     values = batch.model_dump(include={"model", "seed", "steps", "share_ratio", "guidance_scale", "batch_size"})
     options = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
     shown.run("plan", "flows.prompts.shards", "plan", batch.prompts, "--out", batch.out, *options)
@@ -45,20 +45,20 @@ def plan(batch: Batch) -> None:
     retry_condition_fn=may_pass,
 )
 def draw(out: str, number: int, count: int, judge: bool) -> None:
-    """Draw what is missing of one shard, and judge it, in a process of its own."""
+    """Draw the missing images of one shard in a separate process; with `judge`, also measure the shard."""
     options = ["--judge"] if judge else []
     shown.run(f"shard-{number}", "flows.prompts.shards", "draw", "--out", out, "--shard", f"{number}/{count}", *options)
 
 
 @task(cache_policy=NO_CACHE, retries=3, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
 def finish(out: str, judged: int) -> None:
-    """Write manifest and contact sheet, and the figures of so many judged shards."""
+    """Write manifest and contact sheet, and evaluation.json if the number of judged shards is not 0."""
     shown.run("finish", "flows.prompts.shards", "finish", "--out", out, f"--judged={judged}")
 
 
 @flow(name="sage-generate", task_runner=_runner())
 def generate_batch(batch: Batch) -> dict[str, Any]:
-    """Draw pictures for a list of prompts; the same bytes, however many draw them."""
+    """Draw images for a list of prompts; the bytes do not depend on the number of shards or workers."""
     reach_tracking()
     plan(batch)
     shards = [draw.submit(batch.out, number, batch.shards, batch.judge) for number in range(1, batch.shards + 1)]

@@ -1,4 +1,4 @@
-"""What a person or a program may ask of a flow: small models that Prefect shows as forms, with help and limits."""
+"""Parameters of the flows: pydantic models that Prefect shows as forms, with help and limits."""
 
 from typing import Annotated, Literal, Self, get_args
 
@@ -14,24 +14,26 @@ Version = Annotated[str, Field(pattern=r"^([0-9]+|[a-z][a-z0-9_-]*)$")]
 
 
 class Form(BaseModel):
-    """What every form shares: a field that it does not know is refused."""
+    """Base of all forms: immutable, and unknown fields are an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Range(Form):
-    """Which stages are brought up to date, and with which parameters."""
+    """Parameters of `sage-pipeline`: the stages to bring up to date, and changes to params.yaml."""
 
     from_stage: Stage = Field(
-        "prepare", title="From", description="The first stage looked at; what stands before it is taken as it is."
+        "prepare", title="From", description="First stage to bring up to date; earlier stages are not checked."
     )
-    until: Stage = Field("evaluate", title="Until", description="The last stage; a model is registered after evaluate.")
+    until: Stage = Field(
+        "evaluate", title="Until", description="Last stage; the model is registered only after evaluate."
+    )
     overrides: list[Override] = Field(
         [],
         max_length=50,
         title="Overrides",
-        description="Parameters for this run only, as in `dvc exp run -S`: finetune.steps=500. The run is then a DVC "
-        "experiment of the committed state, named as this run, in a work tree of its own; nothing is registered.",
+        description="Parameters for this run only, as in `dvc exp run -S`: finetune.steps=500. The run becomes a DVC "
+        "experiment on the current commit, in its own work tree, with the name of the run; nothing is registered.",
     )
 
     @model_validator(mode="after")
@@ -42,67 +44,79 @@ class Range(Form):
 
 
 class Judged(Form):
-    """Which registered version is judged on this folder's held-out set."""
+    """Parameters of `sage-evaluate`: the registered version to evaluate on this folder's held-out set."""
 
     version: Version = Field("champion", title="Version", description="A number, or an alias: champion, challenger.")
 
 
 class Promotion(Form):
-    """Which version becomes champion, and who decides."""
+    """Parameters of `sage-promote`: the version to promote, and whether a person must approve."""
 
     version: Version = Field("challenger", title="Version", description="A number, or an alias.")
     ask: bool = Field(
         False,
         title="Ask a person",
-        description="Show figures and pictures, and wait here for a yes or no.",
+        description="Show figures and images, and pause until someone approves or declines.",
     )
     wait_hours: float = Field(
-        24, gt=0, le=24 * 14, title="Wait at most, hours", description="Without an answer by then the run fails."
+        24, gt=0, le=24 * 14, title="Wait at most, hours", description="The run fails if there is no answer by then."
     )
     prompts: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(
         ["red heart", "smiling cat", "house", "waving hand", "banana", "full moon"],
         min_length=1,
         max_length=12,
         title="Prompts",
-        description="What is drawn for the person who decides, by both versions from the same seeds.",
+        description="Shown to the person who decides: images from both versions with the same seeds.",
     )
 
 
 class Batch(Form):
-    """Which prompts are drawn, with what, and among how many."""
+    """Parameters of `sage-generate`: prompts, model, sampling settings and number of shards."""
 
     prompts: str = Field(
         min_length=1,
         max_length=1000,
         title="Prompts",
-        description="A .txt, .jsonl or .csv file where every worker finds it: a path, s3://..., any fsspec address.",
+        description="A .txt, .jsonl or .csv file that all workers can read: a path, s3://..., any fsspec address.",
     )
-    out: str = Field(min_length=1, max_length=1000, title="Pictures", description="Where they go: a folder or s3://...")
+    out: str = Field(min_length=1, max_length=1000, title="Images", description="Output folder: a path or s3://...")
     model: str = Field(
         "models:/sage@champion",
         min_length=1,
         max_length=1000,
         title="Model",
-        description="A registered version, models:/sage@champion or models:/sage/3, or a pipeline's folder.",
+        description="A registered version (models:/sage@champion, models:/sage/3) or a pipeline folder.",
     )
-    shards: int = Field(1, ge=1, le=10_000, title="Shards", description="Parts that machines draw on their own.")
+    shards: int = Field(
+        1, ge=1, le=10_000, title="Shards", description="Number of parts that workers draw independently."
+    )
     judge: bool = Field(
         False, title="Judge", description="Also measure alignment and diversity within groups: evaluation.json."
     )
-    seed: int = Field(0, ge=0, lt=2**31, title="Seed", description="The same seed gives the same pictures.")
-    steps: int | None = Field(None, ge=1, le=1000, title="Steps", description="Else as the version was judged.")
+    seed: int = Field(0, ge=0, lt=2**31, title="Seed", description="The same seed gives the same images.")
+    steps: int | None = Field(None, ge=1, le=1000, title="Steps", description="Default: the model's setting.")
     share_ratio: float | None = Field(
-        None, ge=0, lt=1, title="Share ratio", description="Of the steps, what a group takes together; else as judged."
+        None,
+        ge=0,
+        lt=1,
+        title="Share ratio",
+        description="Fraction of the steps that a group shares. Default: the model's setting.",
     )
-    guidance_scale: float | None = Field(None, ge=0, le=100, title="Guidance", description="Else as judged.")
+    guidance_scale: float | None = Field(
+        None, ge=0, le=100, title="Guidance", description="Default: the model's setting."
+    )
     batch_size: int | None = Field(
-        None, ge=1, le=100_000, title="Batch size", description="Prompts a network call at most; else as judged."
+        None,
+        ge=1,
+        le=100_000,
+        title="Batch size",
+        description="Maximum prompts per network call. Default: the model's setting.",
     )
 
 
 class Approval(RunInput):
     """The answer of the person who decides."""
 
-    promote: bool = Field(False, title="Promote", description="Yes makes it champion; no leaves everything as it is.")
-    by: str = Field("", max_length=100, title="Your name", description="Kept with the answer.")
-    reason: str = Field("", max_length=1000, title="Why", description="Kept with the answer.")
+    promote: bool = Field(False, title="Promote", description="Yes makes the version champion; no changes nothing.")
+    by: str = Field("", max_length=100, title="Your name", description="Logged with the answer.")
+    reason: str = Field("", max_length=1000, title="Why", description="Logged with the answer.")

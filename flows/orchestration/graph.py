@@ -1,4 +1,4 @@
-"""The flow `sage-pipeline`: the stages of `dvc repro`, a task each, then registration."""
+"""The flow `sage-pipeline`: the stages of dvc.yaml, one task for each, then registration."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,7 +41,7 @@ def may_pass(task: "Task[..., Any]", run: TaskRun, state: "State[Any]") -> bool:
 def reproduce(stage: str, environment: dict[str, str], folder: str = ".") -> dict[str, Any]:
     """Bring one stage up to date; return its outcome and duration. A killed training resumes at its checkpoint."""
     log = get_run_logger()
-    # In a log, a bar that redraws itself would be thousands of lines.
+    # Print progress as lines: in a log, a progress bar would be thousands of lines.
     environment = {**environment, "TTY_COMPATIBLE": "0"}
     write = shown.lines(stage)
     outcome = repository.reproduce(write, stage, alone=True, environment=environment, folder=Path(folder))[stage]
@@ -51,14 +51,14 @@ def reproduce(stage: str, environment: dict[str, str], folder: str = ".") -> dic
 
 @task(cache_policy=NO_CACHE, retries=4, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
 def reach_tracking() -> None:
-    """See that MLflow answers, before hours of work depend on it."""
+    """Check that MLflow answers, before hours of work depend on it."""
     if (uri := runs.address()) is not None:
         runs.check(uri)
 
 
 @task(cache_policy=NO_CACHE, retries=4, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
 def register() -> dict[str, Any]:
-    """Register the model if it passed its gates, once."""
+    """Register the model if it passed its gates and is not registered yet."""
     done = registry.register(MODEL, METRICS, GROUPS, load_params())
     return {"version": done.version, "new": done.new, "reasons": done.reasons}
 
@@ -68,12 +68,12 @@ def sage_pipeline(run: Range = _WHOLE) -> dict[str, Any]:
     """Bring stages up to date in the order of dvc.yaml, show the results, register the model."""
     if run.overrides and repository.stages()[-1] not in STAGES[: STAGES.index(run.until) + 1]:
         raise ConfigurationError(
-            f"overrides make an experiment, which is the whole graph, but the range ends at {run.until}; leave out "
-            "`until`, or the overrides."
+            f"a run with overrides is an experiment, which needs all stages, but `until` is {run.until}; remove "
+            "`until` or the overrides."
         )
     reach_tracking()
     with _place(run.overrides) as (tree, tags), runs.pipeline_run(tags) as pipeline:
-        # A work tree of an experiment is empty, so what stands before the range is brought there as well.
+        # The work tree of an experiment has no outputs yet, so the stages before the range must run too.
         first = 0 if run.overrides else STAGES.index(run.from_stage)
         wanted = STAGES[first : STAGES.index(run.until) + 1]
         environment = pipeline.environment | {"SAGE_TRACKING_URI": runs.address() or "off"}
@@ -93,7 +93,7 @@ def sage_pipeline(run: Range = _WHOLE) -> dict[str, Any]:
 
 
 def run_tags() -> dict[str, str]:
-    """Return what a run in MLflow says of the run in Prefect."""
+    """Return the MLflow tags that name the current Prefect run."""
     found = get_run_context().flow_run  # type: ignore[union-attr]
     assert found is not None
     return {"prefect.flow_run": found.name or "", "prefect.flow_run_id": str(found.id)}

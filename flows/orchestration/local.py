@@ -1,7 +1,7 @@
 """Prefect's server for this machine alone: `python -m flows.orchestration.local PORT`.
 
-`prefect server start` answers whatever host a request names, so a stranger's page whose name comes to point at this
-machine (DNS rebinding) could read and start runs. Here such a request is refused.
+`prefect server start` accepts requests with any Host header, so a web page could reach it by DNS rebinding and read or
+start runs. This server rejects requests with a host other than 127.0.0.1 or localhost.
 """
 
 import sys

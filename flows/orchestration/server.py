@@ -1,4 +1,4 @@
-"""What the project needs of a Prefect server: one writer a work tree, and killed runs that are seen to be dead."""
+"""Settings of the Prefect server that the project needs: one writer per folder, and killed runs marked as crashed."""
 
 import socket
 from collections.abc import Iterator
@@ -18,18 +18,18 @@ from prefect.exceptions import ObjectAlreadyExists, PrefectHTTPStatusError
 from sage.files import digest
 
 WATCH = "sage: runs without a sign of life have crashed"
-_SILENCE = timedelta(seconds=90)  # three signs of life missed; a busy machine may miss one
-_LEASE = 60  # seconds after which the slot of a killed run is free
+_SILENCE = timedelta(seconds=90)  # three missed heartbeats; a busy machine may miss one
+_LEASE = 60  # seconds until the slot of a killed run is free again
 _CONFLICT = 409
-# A suspended run has no process, and needs none.
+# States without heartbeats; a suspended run has no process.
 _ENDS = ("Completed", "Failed", "Cancelled", "Crashed", "Suspended")
 
 
 def watch_for_dead_runs() -> None:
-    """Create the automation that marks a run as crashed when its heartbeats stop, or bring it up to date."""
+    """Create or update the automation that marks a run as crashed when its heartbeats stop."""
     automation = AutomationCore(
         name=WATCH,
-        description="Made by the project: a killed process cannot report its own end.",
+        description="Created by sage: a killed process cannot report its own end.",
         trigger=EventTrigger(
             after={"prefect.flow-run.heartbeat"},
             expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{end}" for end in _ENDS)},
@@ -42,8 +42,8 @@ def watch_for_dead_runs() -> None:
         actions=[
             ChangeFlowRunState(
                 state=StateType.CRASHED,
-                message="No sign of life: its process was killed, stopped, or lost its machine. Run it again; finished "
-                "stages are not repeated.",
+                message="No heartbeat: the process was killed or stopped, or its machine was lost. Run it again; "
+                "finished stages are not repeated.",
             )
         ],
     )
@@ -57,17 +57,17 @@ def watch_for_dead_runs() -> None:
 
 @contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
-    """Wait until no other run writes into a folder of this machine, then hold it against others."""
+    """Hold a Prefect concurrency slot for a folder of this machine; wait until no other run holds it."""
     place = f"{socket.gethostname()}:{folder.resolve()}"
     name = f"sage-writer-{digest(place)[:12]}"
     with get_client(sync_client=True) as client:
         try:
             client.upsert_global_concurrency_limit_by_name(name, limit=1)
         except ObjectAlreadyExists:
-            pass  # another run made it in the same moment
+            pass  # another run created it at the same moment
         except PrefectHTTPStatusError as error:
             if error.response.status_code != _CONFLICT:
                 raise
-    # A server that is away for a minute costs the slot, not the training; the folder has a lock of its own as well.
+    # If the server is unreachable for a minute, the run loses its slot but continues: the folder has its own lock.
     with concurrency(name, lease_duration=_LEASE, strict=True, raise_on_lease_renewal_failure=False):
         yield

@@ -1,11 +1,11 @@
-"""Settings that prefect reads when it is imported; `import flows.orchestration.settings` stands before that."""
+"""Settings that prefect reads at import time, so this module must be imported before prefect."""
 
 import os
 
-# Nothing is reported home.
+# Turn telemetry off.
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-# Two busy cores start the temporary server in 12 to 15 s; the default limit of 20 s is near that.
+# The temporary server takes 12 to 15 s to start on two busy cores, close to the default limit of 20 s.
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-# Seconds between heartbeats; without them a killed run would be shown as running for ever.
+# Seconds between heartbeats; without them a killed run would stay in state Running.
 os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")

@@ -1,4 +1,4 @@
-"""What Prefect shows of a run: tables, pictures, links and progress, each under a key, so that runs can be compared."""
+"""Prefect artifacts of a run: tables, images, links and progress, each with a key, so that runs can be compared."""
 
 import base64
 import io
@@ -38,7 +38,7 @@ _PROGRESS = re.compile(r"^(?P<what>[a-z][a-z -]*): (?P<done>\d+)/(?P<total>\d+) 
 
 
 def stages(outcomes: Sequence[dict[str, Any]], overrides: Sequence[str] = ()) -> None:
-    """Show what each stage did, and the parameters that were of this run only."""
+    """Show the state and duration of each stage, and the overrides of this run."""
     create_table_artifact(list(outcomes), key="stages", description="What each stage did")
     if overrides:
         lines = "\n".join(f"- `{override}`" for override in overrides)
@@ -46,7 +46,7 @@ def stages(outcomes: Sequence[dict[str, Any]], overrides: Sequence[str] = ()) ->
 
 
 def results(folder: Path) -> bool:
-    """Show the arms, the verdicts, some pictures of each arm, and where to read more; return the verdict."""
+    """Show the arms, the gates, some images of each arm, and links to more; return whether all gates passed."""
     evaluate = read(folder / "metrics/evaluate.json")
     create_table_artifact(tables.arms(evaluate), key="arms", description="Held-out prompts, value [interval]")
     create_table_artifact(tables.gates(evaluate), key="gates", description="Verdicts")
@@ -54,7 +54,7 @@ def results(folder: Path) -> bool:
     create_image_artifact(
         as_url(picture), key="pictures", description="A row for each arm: " + ", ".join(map(arms.label, evaluate.arms))
     )
-    if folder == Path():  # a tree of its own goes, and its report with it; MLflow keeps that
+    if folder == Path():  # a temporary work tree is removed with its report, which remains in MLflow
         report = (folder / "report/index.html").resolve().as_uri()
         create_link_artifact(report, key="report", link_text="report", description="On the worker's machine")
     if (link := runs.link(folder / "metrics/evaluate.json")) is not None:
@@ -76,14 +76,17 @@ def grid(generated: Path) -> Image.Image:
 
 
 def as_url(picture: Image.Image) -> str:
-    """Return a picture as an address that holds it, so that no server must."""
+    """Return an image as a data URL, so that no server must store it."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def lines(what: str) -> Write:
-    """Return what logs text as whole lines; those that say how far a thing is also move a progress artifact."""
+    """Return a function that logs text line by line; lines with progress also update a progress artifact.
+
+    `what` is the prefix of the artifact's key.
+    """
     log, rest, bars = get_run_logger(), "", dict[str, UUID]()
 
     def write(text: str) -> None:

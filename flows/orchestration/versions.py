@@ -1,4 +1,4 @@
-"""The flows on registered versions: judge one on this folder's held-out set; make one champion, asking a person."""
+"""The flows on registered versions: evaluate one on this folder's held-out set; promote one, on approval if asked."""
 
 import shutil
 import tempfile
@@ -22,12 +22,12 @@ from flows.versioning import experiments
 from sage.errors import RegistryError
 
 _CHAMPION = "champion"
-_POLL = 5  # seconds between looks for an answer
+_POLL = 5  # seconds between checks for an answer
 
 
 @task(cache_policy=NO_CACHE, retries=4, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
 def fetch(version: str, out: str) -> None:
-    """Put the verified weights of a version into a folder."""
+    """Verify the weights of a version and copy them into a folder, which is replaced."""
     with tempfile.TemporaryDirectory() as temporary:
         weights = registry.fetch(version, Path(temporary)).weights
         shutil.rmtree(out, ignore_errors=True)
@@ -36,13 +36,13 @@ def fetch(version: str, out: str) -> None:
 
 @task(cache_policy=NO_CACHE, retries=4, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
 def promote(version: str) -> str:
-    """Make a version champion, unless it is damaged, failed a gate, or is worse; return its number."""
+    """Make a version champion unless it is damaged, failed a gate or is worse than the champion; return its number."""
     return promotion.promote(version)
 
 
 @task(task_run_name="draw with {version}", cache_policy=NO_CACHE)
 def draw(version: str, prompts: list[str], out: str) -> None:
-    """Draw prompts with a registered version, in a process of its own."""
+    """Generate images for prompts with a registered version, in a separate process."""
     folder = Path(out)
     folder.mkdir(parents=True)
     source = folder / "prompts.txt"
@@ -53,7 +53,7 @@ def draw(version: str, prompts: list[str], out: str) -> None:
 
 @flow(name="sage-evaluate")
 def evaluate_version(judged: Judged = Judged()) -> dict[str, Any]:  # noqa: B008  # frozen
-    """Judge a registered version on the held-out set of this folder's commit, in a work tree of its own."""
+    """Evaluate a registered version on the held-out set of this folder's commit, in a temporary work tree."""
     reach_tracking()
     name = run_tags()["prefect.flow_run"]
     tags = run_tags() | {"sage.judged_version": judged.version}
@@ -108,6 +108,6 @@ def _ask(rows: list[TableRow], promotion: Promotion) -> Approval:
     lines = [f"| {name} | " + " | ".join(row.get(name, "-") for row in rows) + " |" for name in columns]
     table = "\n".join([lines[0], "|---" * (len(rows) + 1) + "|", *lines[1:]])
     asked = f"It passed its gates. Make version {rows[0]['version']} champion?"
-    text = f"{asked}\n\n{table}\n\nPictures, a row for each version:\n\n![pictures]({url})"
+    text = f"{asked}\n\n{table}\n\nImages, a row for each version:\n\n![images]({url})"
     form = Approval.with_initial_data(description=text)
     return pause_flow_run(wait_for_input=form, timeout=round(promotion.wait_hours * 3600), poll_interval=_POLL)

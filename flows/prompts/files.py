@@ -53,7 +53,7 @@ class _Row:
 
 
 def read_prompts(source: str) -> list[Item]:
-    """Return the rows of a file, or of standard input ("-", one prompt a line), as items in order.
+    """Return the rows of a file, or of standard input ("-", one prompt per line), as items in order.
 
     Blank lines and rows are skipped. Raises DataError if the file is missing, its suffix is unknown, its encoding
     contradicts its byte order mark, it looks like UTF-16 without a mark, a table has no column of prompts, or a name
@@ -203,8 +203,8 @@ def _record(header: list[str], column: str, cells: list[str], problem: str | Non
 def _records(lines: list[str], start: int, delimiter: str) -> Iterator[tuple[list[str], str | None]]:
     """Yield cells and None for each record that is not empty, or no cells and the problem of a bad record.
 
-    After a problem, such as a quote that is never closed, reading continues at the line after the one where the bad
-    record began.
+    After a problem, such as a quote that is never closed, reading continues after the first line of the bad
+    record.
     """
     while start < len(lines):
         # By number: to skip the lines before would take longer from fault to fault.

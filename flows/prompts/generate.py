@@ -1,11 +1,11 @@
-"""`sage generate`: pictures for a list of prompts, similar ones sharing their early steps.
+"""`sage generate`: images for a list of prompts; similar prompts share their early steps.
 
-    sage generate prompts.txt --out pictures          one prompt a line; also .jsonl, .csv, .tsv, -
-    sage generate prompts.txt --out pictures --plan   only say what it would cost
+    sage generate prompts.txt --out images          one prompt per line; also .jsonl, .csv, .tsv, -
+    sage generate prompts.txt --out images --plan   only print the cost
 
-Pictures carry their prompt, seed, group and plan; `manifest.jsonl` has a line for every prompt, drawn or refused, and
-`contact.jpg` shows them at a glance. Killed and started again it makes what is missing, to the same bytes: prompts are
-drawn in batches of whole groups that do not depend on what is there already.
+The metadata of each PNG holds prompt, seed, group and plan; `manifest.jsonl` has a line for every prompt, with its
+image or its error, and `contact.jpg` is a sheet of the first images. A killed run continues when it is started again
+and gives the same bytes, because batches of whole groups do not depend on which images exist already.
 """
 
 import json
@@ -34,8 +34,8 @@ from sage.grouping.policy import ENCODER, Policy
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import image_seeds
 
-KEY = "sage"  # of the metadata in a picture
-CONTACT = "contact.jpg"  # no name of a prompt: those end in .png
+KEY = "sage"  # text chunk of a PNG that holds its metadata
+CONTACT = "contact.jpg"  # never the image of a prompt, which ends in .png
 TILE, TILES, COLUMNS = 128, 240, 12
 
 
@@ -52,7 +52,7 @@ class Job:
 
     @property
     def drawn(self) -> list[Item]:
-        """The prompts that can be drawn."""
+        """The prompts without an error, in order."""
         return [item for item in self.items if item.error is None]
 
     @property
@@ -66,9 +66,9 @@ def main(
     prompts: Annotated[
         str, typer.Argument(help="A list of prompts: .txt, .jsonl, .csv, .tsv, or - for standard input.")
     ],
-    out: Annotated[Path, typer.Option(help="The folder for the pictures.")],
+    out: Annotated[Path, typer.Option(help="Folder for the images.")],
     model: Annotated[
-        str, typer.Option(help="A folder or hub name of a pipeline, or a registered one: models:/sage@champion.")
+        str, typer.Option(help="Pipeline folder, hub name or registered model (models:/sage@champion).")
     ] = "models/sage",
     plan: Annotated[bool, typer.Option("--plan", help="Only show groups and cost.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pictures.")] = 0,
@@ -78,11 +78,17 @@ def main(
     branch_noise: Annotated[
         float | None, typer.Option(min=0, max=1, help="How much of its noise each picture draws anew at a branch.")
     ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=0, help="Above 1, every step costs two.")] = None,
-    negative_prompt: Annotated[str, typer.Option(help="What no picture shall show.")] = "",
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Prompts a network call at most.")] = None,
+    share_ratio: Annotated[float | None, typer.Option(help="Fraction of the steps that a group shares.")] = None,
+    branch_noise: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Amount of fresh noise per image at a branch: 0 none, 1 all.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0, help="Above 1, each step needs two network evaluations.")
+    ] = None,
+    negative_prompt: Annotated[str, typer.Option(help="What the images should not show.")] = "",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Maximum prompts per network call.")] = None,
 ) -> None:
-    """Make pictures for a list of prompts, sharing early steps among similar ones; say what it saves first."""
+    """Generate images for a list of prompts, sharing early steps among similar ones; print the cost first."""
     given = {"steps": steps, "share_ratio": share_ratio, "branch_noise": branch_noise, "batch_size": batch_size}
     given["guidance_scale"] = guidance_scale
     job = prepare(prompts, model, given, negative_prompt, seed)
@@ -98,7 +104,7 @@ def main(
         pass
     manifest(out, job.items)
     contact_sheet(out, [item.id for item in job.drawn], job.groups)
-    typer.echo(f"{len(job.drawn)} pictures in {out}" + (f"; {len(refused)} prompts were not drawn" if refused else ""))
+    typer.echo(f"{len(job.drawn)} images in {out}" + (f"; {len(refused)} prompts were not drawn" if refused else ""))
 
 
 def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: str, seed: int) -> Job:
@@ -123,10 +129,10 @@ def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: 
 
 
 def open_model(model: str) -> tuple[Any, str, dict[str, Any], Group]:
-    """Return a pipeline, the hash or name of its weights, how to sample with it, and how to group prompts for it.
+    """Return a pipeline, the hash or name of its weights, its sampling settings and its grouping settings.
 
-    A registered model says the last two itself, and its files are verified before any is read; for another one they are
-    those of params.yaml. Raises RegistryError for a version that is damaged or unknown.
+    A registered model contains both settings, and its files are verified before one is read; for other models the
+    settings come from params.yaml. Raises RegistryError if a version is damaged or unknown.
     """
     if model.startswith("models:/"):
         from flows.tracking import registry
@@ -141,7 +147,7 @@ def open_model(model: str) -> tuple[Any, str, dict[str, Any], Group]:
 
 
 def cost_line(plan: Plan, groups: int, guided: bool) -> str:
-    """Return what a plan costs, in words."""
+    """Return a sentence on the cost of a plan, compared with independent sampling."""
     alone = Plan.independent(plan.prompts, plan.steps).nfe(guided)
     return (
         f"{plan.prompts} prompts in {groups} groups; {plan.nfe(guided)} network evaluations instead of {alone}, "
@@ -150,15 +156,15 @@ def cost_line(plan: Plan, groups: int, guided: bool) -> str:
 
 
 def begin(out: Path, identity: dict[str, Any]) -> None:
-    """Claim a folder for one run, or go on with the same run; raise ConfigurationError for another run's folder."""
+    """Start or continue a run in a folder; raise ConfigurationError if the folder belongs to another run."""
     path = out / "run.json"
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
         if differ := sorted(name for name in identity if found.get(name) != identity[name]):
             was = ", ".join(f"{name} {found.get(name)!r} (now {identity[name]!r})" for name in differ)
-            raise ConfigurationError(f"{out} holds pictures of another run, with {was}; choose another folder")
+            raise ConfigurationError(f"{out} holds images of another run, with {was}; choose another folder")
         return
-    # A kill may have left the unfinished run.json itself.
+    # A killed run may have left a temporary file of run.json.
     if out.exists() and any(not found.name.startswith(".run.json.") for found in out.iterdir()):
         raise ConfigurationError(f"{out} is not empty and holds no run of sage generate; choose another folder")
     write_json(path, identity)
@@ -174,7 +180,17 @@ def drawn(
     out: Path,
     wanted: Collection[int] | None = None,
 ) -> Iterator[Path]:
-    """Make the pictures that are wanted, by default those that are missing; yield the file of each."""
+    """Draw the wanted images; yield the file of each.
+
+    pipe      pipeline for shared sampling
+    items     prompts without errors
+    groups    indices of `items`
+    steps     number of sampler steps, for the metadata
+    settings  sampling settings (`Job.settings`)
+    model     hash or name of the weights, for the metadata
+    out       folder for the images
+    wanted    indices of `items`; default: those that have no file yet
+    """
     seeds = image_seeds(settings["seed"], [item.prompt for item in items])
     number = {member: place for place, group in enumerate(groups) for member in group}
     total = len(items) if wanted is None else len(wanted)
@@ -184,15 +200,15 @@ def drawn(
         advance(total - len(wanted))
         texts = [item.prompt for item in items]
         for member, result, truncated in drawing.draw(pipe, texts, seeds, groups, settings, wanted.__contains__):
-            item, company = items[member], groups[number[member]]
+            item, group_members = items[member], groups[number[member]]
             facts = {
                 "id": item.id,
                 "prompt": item.prompt,
                 "negative_prompt": settings["negative_prompt"],
                 "seed": result.seed,
                 "group": number[member],
-                "shared_with": [items[other].id for other in company if other != member],
-                "plan": {"steps": steps, "share_ratio": settings["share_ratio"] if len(company) > 1 else 0.0},
+                "shared_with": [items[other].id for other in group_members if other != member],
+                "plan": {"steps": steps, "share_ratio": settings["share_ratio"] if len(group_members) > 1 else 0.0},
                 "guidance_scale": settings["guidance_scale"],
                 "model": model,
                 "truncated_tokens": truncated,
@@ -204,7 +220,7 @@ def drawn(
 
 
 def save(picture: Image.Image, facts: dict[str, Any], path: Path) -> None:
-    """Write a PNG with its facts inside, whole or not at all."""
+    """Write a PNG with `facts` as JSON in its metadata, atomically."""
     info = PngInfo()
     info.add_itxt(KEY, json.dumps(facts, ensure_ascii=False))
     with new_file(path) as temporary:
@@ -212,7 +228,7 @@ def save(picture: Image.Image, facts: dict[str, Any], path: Path) -> None:
 
 
 def manifest(out: Path, items: Sequence[Item]) -> None:
-    """Write one line for every prompt: a picture with its facts and hash, or an error."""
+    """Write manifest.jsonl, a line for each prompt: file, hash and metadata of its image, or its error."""
     lines = []
     for item in items:
         if item.error is not None:
@@ -226,7 +242,7 @@ def manifest(out: Path, items: Sequence[Item]) -> None:
 
 
 def contact_sheet(out: Path, ids: Sequence[str], groups: Sequence[Sequence[int]]) -> None:
-    """Write a sheet of the first images with their names, groups together, largest first."""
+    """Write a sheet of at most TILES images with their names, ordered by group, largest group first."""
     order = [ids[member] for group in sorted(groups, key=len, reverse=True) for member in group][:TILES]
     names = in_rows(order, COLUMNS)
     images = [[opened(out / f"{id}.png") for id in row] for row in names]

@@ -1,4 +1,4 @@
-"""`sage group PROMPTS`: a table of what sharing can save on a list of prompts, and a page with their map."""
+"""`sage group PROMPTS`: the groups of a list of prompts, the saving at several share ratios, and a page with a map."""
 
 import unicodedata
 from pathlib import Path
@@ -35,12 +35,12 @@ def main(
     guard: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Prompts that differ in this never share: {', '.join(KINDS)}. May be given several times.",
+            help=f"Never group prompts that differ in this: {', '.join(KINDS)}. Can be repeated.",
             callback=lambda kinds: _known(kinds),
         ),
     ] = None,
 ) -> None:
-    """Say how prompts group, what sharing would save, and which groups are the widest; draw them."""
+    """Group the prompts of a file; print the saving and the least similar groups, and write a page with a map."""
     params = load_params()
     items = read_prompts(prompts)
     for item in items:
@@ -48,7 +48,9 @@ def main(
             typer.echo(f"not grouped: {item.id}: {item.error}", err=True)
     texts = [item.prompt for item in items if item.error is None]
     if not texts:
-        raise DataError(f"{prompts} has no prompt" + (f": {items[0].error}" if items else "; give one a line"))
+        raise DataError(
+            f"{prompts} has no prompt" + (f": {items[0].error}" if items else "; write one prompt per line")
+        )
     with progress(len(texts), "embedding") as advance:
         embeddings = embed(texts, ENCODER, cache=embedding_cache(), progress=advance)
     given = {"max_size": max_size, "guard": guard}
@@ -65,11 +67,11 @@ def main(
     )
     typer.echo(summary)
     if alone := int((~usable(embeddings)).sum()):
-        typer.echo(f"{alone} without a usable embedding: alone")
+        typer.echo(f"{alone} prompts have no usable embedding, so each is a group of its own")
     if strange := sum(map(other_script, texts)):
         typer.echo(
-            f"{strange} in a script other than Latin: {ENCODER} knows English, and takes unrelated prompts there for "
-            "alike (docs/grouping.md); look at the widest groups, or raise the threshold"
+            f"{strange} in a script other than Latin: {ENCODER} was trained on English and rates unrelated prompts in "
+            "other scripts as similar (docs/grouping.md); check the least similar groups, or raise the threshold"
         )
     _tables(texts, groups, worst, values["saving"])
     write_text(page, groups_page("Groups of prompts", summary, texts, embeddings, groups, worst))
@@ -78,12 +80,12 @@ def main(
 
 def _known(kinds: list[str] | None) -> list[str] | None:
     if unknown := sorted(set(kinds or ()) - set(KINDS)):
-        raise typer.BadParameter(f"{', '.join(unknown)}: the kinds are {', '.join(KINDS)}")
+        raise typer.BadParameter(f"unknown kinds: {', '.join(unknown)}; the kinds are {', '.join(KINDS)}")
     return kinds
 
 
 def other_script(text: str) -> bool:
-    """Return whether most letters of a prompt are of another script than Latin."""
+    """Return whether more than half of a prompt's letters are not Latin."""
     letters = [character for character in text[:1000] if character.isalpha()]
     latin = sum(unicodedata.name(letter, "").startswith("LATIN") for letter in letters)
     return 2 * latin < len(letters)
@@ -98,7 +100,7 @@ def _tables(texts: list[str], groups: list[list[int]], worst: list[float], savin
     savings = Table("share ratio", *(f"{ratio:g}" for ratio in _RATIOS), title="network evaluations saved")
     savings.add_row("saving", *(f"{ratio * saving:.1%}" for ratio in _RATIOS))
     console.print(savings)
-    sizes = Table("prompts a group", "groups", title="sizes")
+    sizes = Table("prompts per group", "groups", title="sizes")
     counts: dict[int, int] = {}
     for members in groups:
         counts[len(members)] = counts.get(len(members), 0) + 1
@@ -107,9 +109,9 @@ def _tables(texts: list[str], groups: list[list[int]], worst: list[float], savin
     console.print(sizes)
     shared = sorted((value, members) for value, members in zip(worst, groups, strict=True) if len(members) > 1)
     if shared:
-        widest = Table("worst pair", "prompts", title="the widest groups")
+        widest = Table("worst pair", "prompts", title="the least similar groups")
         for value, members in shared[:_WIDEST]:
-            # Text, not markup: a prompt may hold brackets, and control characters belong to nobody's terminal.
+            # Text, not markup, because prompts may contain brackets; control characters could garble the terminal.
             lines = ("".join(c if c.isprintable() else " " for c in texts[member][:100]) for member in members)
             widest.add_row(f"{value:.3f}", Text("\n".join(lines)))
         console.print(widest)

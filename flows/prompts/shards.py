@@ -1,8 +1,8 @@
-"""Pictures for a large list of prompts on many machines, the same bytes as `sage generate` makes on one.
+"""Images for a large list of prompts on several machines, the same bytes as `sage generate` makes on one.
 
-    python -m flows.prompts.shards plan prompts.txt --out s3://pictures/run     groups and cost, once
-    python -m flows.prompts.shards draw --out s3://pictures/run --shard 3/8     any machine, any order, and again
-    python -m flows.prompts.shards finish --out s3://pictures/run               manifest and contact sheet, once
+    python -m flows.prompts.shards plan prompts.txt --out s3://pictures/run     once: groups and cost
+    python -m flows.prompts.shards draw --out s3://pictures/run --shard 3/8     each shard: any machine, any order
+    python -m flows.prompts.shards finish --out s3://pictures/run               once: manifest and contact sheet
 
 With --judge, `draw` also measures its pictures, and `finish` puts the measures together in evaluation.json.
 A shard holds whole batches of whole groups, so batch composition, and with it rounding, does not depend on the number
@@ -45,9 +45,11 @@ Out = Annotated[str, typer.Option(help="Output address: a folder, s3://..., or a
 
 @app.command()
 def plan(
-    source: Annotated[str, typer.Argument(metavar="PROMPTS", help="A .txt, .jsonl or .csv file, by fsspec address.")],
+    source: Annotated[
+        str, typer.Argument(metavar="PROMPTS", help="File of prompts (.txt, .jsonl, .csv): path or fsspec address.")
+    ],
     out: Out,
-    model: Annotated[str, typer.Option(help="A folder, a hub name, or a version: models:/sage@champion.")],
+    model: Annotated[str, typer.Option(help="Pipeline folder, hub name or registered model (models:/sage@champion).")],
     seed: Annotated[int, typer.Option(min=0)] = 0,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     share_ratio: Annotated[float | None, typer.Option()] = None,
@@ -65,7 +67,7 @@ def plan(
         known = folder / "out"
         known.mkdir()
         for name in _names(out):
-            # What stands there decides whether this is the same run; its contents need not be here.
+            # `begin` reads run.json, and of the other files only whether they exist.
             _get(f"{out}/{name}", known / name) if name == RUN else (known / name).touch()
         prompts.begin(known, job.identity)
         values = {
@@ -84,8 +86,10 @@ def plan(
 @app.command()
 def draw(
     out: Out,
-    shard: Annotated[str, typer.Option(metavar="I/N", help="Which shard, from 1, of how many.")] = "1/1",
-    judge: Annotated[bool, typer.Option("--judge", help="Also measure how they fit their prompts and differ.")] = False,
+    shard: Annotated[str, typer.Option(metavar="I/N", help="Shard I of N, counted from 1.")] = "1/1",
+    judge: Annotated[
+        bool, typer.Option("--judge", help="Also measure alignment, and diversity within groups.")
+    ] = False,
 ) -> None:
     """Generate the missing images of one shard."""
     found = _read_plan(out)
@@ -106,9 +110,11 @@ def _draw(out: str, found: dict[str, Any], wanted: set[int]) -> None:
     items, groups, settings = _drawable(found), found["groups"], found["settings"]
     pipe, name, _, _ = prompts.open_model(found["address"])
     if name != found["model"]:
-        raise DataError(f"{found['address']} is model {name[:12]} now, but the run began with {found['model'][:12]}.")
+        raise DataError(
+            f"{found['address']} is now model {name[:12]}, the run began with {found['model'][:12]}; start a new run."
+        )
     with tempfile.TemporaryDirectory() as temporary:
-        # Each as it is finished, so that a kill costs the batch at hand.
+        # Upload each image when it is finished, so that a killed process loses one batch at most.
         for picture in prompts.drawn(pipe, items, groups, found["steps"], settings, name, Path(temporary), wanted):
             _put(picture, f"{out}/{picture.name}")
             picture.unlink()
@@ -137,7 +143,7 @@ def _judge(out: str, items: Sequence[Item], batches: list[list[tuple[int, list[i
 @app.command()
 def finish(
     out: Out,
-    judged: Annotated[int, typer.Option(min=0, help="How many shards were drawn with --judge; 0: none.")] = 0,
+    judged: Annotated[int, typer.Option(min=0, help="Number of shards drawn with --judge; 0: not judged.")] = 0,
 ) -> None:
     """Write the manifest and the contact sheet; raise DataError if a picture or a measure is missing."""
     found = _read_plan(out)
@@ -160,7 +166,7 @@ def finish(
             write_json(folder / EVALUATION, values)
             _put(folder / EVALUATION, f"{out}/{EVALUATION}")
             typer.echo(", ".join(f"{name} {_written(values[name]['value'])}" for name in MEASURES))
-    typer.echo(f"{len(items)} pictures in {out}")
+    typer.echo(f"{len(items)} images in {out}")
 
 
 def _written(value: float | None) -> str:
@@ -168,11 +174,13 @@ def _written(value: float | None) -> str:
 
 
 def _evaluation(out: str, found: dict[str, Any], shards: int) -> dict[str, Any]:
-    """Return what was measured of all pictures, and what they cost."""
+    """Return the measurements of all images, with intervals, and their cost."""
     names = [_judged(number, shards) for number in range(1, shards + 1)]
     there = set(_names(out))
     if missing := [name for name in names if name not in there]:
-        raise DataError(f"{len(missing)} of {shards} shards are not judged, first {missing[0]}: `draw --judge` them")
+        raise DataError(
+            f"{len(missing)} of {shards} shards are not judged, first {missing[0]}; run `draw --judge` on them"
+        )
     rows = [Sums(**row) for name in names for row in _read(out, name)]
     settings, groups, params = found["settings"], found["groups"], load_params().evaluate
     plan = Plan.shared(groups, found["steps"], settings["share_ratio"])
@@ -187,7 +195,7 @@ def _evaluation(out: str, found: dict[str, Any], shards: int) -> dict[str, Any]:
 
 
 def part(groups: list[list[int]], batch_size: int, number: int, count: int) -> list[list[tuple[int, list[int]]]]:
-    """Return the batches of one shard, from 1, of `count`: every count-th batch of (number, members) of groups."""
+    """Return every count-th batch, starting at batch `number` (from 1): lists of (index of a group, its members)."""
     batches = []
     first = 0
     for batch in drawing.batches(groups, 4 * batch_size):
@@ -238,7 +246,7 @@ def _get(address: str, path: Path) -> None:
 
 
 def _put(path: Path, address: str) -> None:
-    """Copy a file to an address, whole or not at all: a store writes an object at once, a folder needs a rename."""
+    """Copy a file to an address atomically: object stores write atomically, a local folder needs a rename."""
     store, remote = fsspec.core.url_to_fs(address)
     if "file" not in store.protocol:
         store.put_file(str(path), remote)

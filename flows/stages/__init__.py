@@ -1,1 +1,1 @@
-"""One file for each stage of `dvc.yaml`: files in, `sage`, files out."""
+"""One file for each stage of `dvc.yaml`: read files, call `sage`, write files."""

@@ -1,4 +1,4 @@
-"""Stage evaluate: figures with intervals for every arm, verdicts of the gates, and the report page."""
+"""Stage evaluate: metrics with confidence intervals for every arm, gates, and the report page."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def main(
     report: Annotated[Path, typer.Option(help="Folder of the report page.")],
     metrics: Annotated[Path, typer.Option(help="JSON file of figures to write.")],
 ) -> None:
-    """Judge every arm on the same held-out prompts and seeds; write figures, verdicts and the report."""
+    """Evaluate every arm on the same held-out prompts and seeds, check the gates, and write figures and report."""
     params = load_params()
     settings = params.evaluate
     judged = read_judged(data, groups, generated, params.generate.split, params.generate.seeds)
@@ -110,13 +110,21 @@ def judge(
     cost: Mapping[str, float],
     settings: Evaluate,
 ) -> Results:
-    """Return all figures and verdicts."""
+    """Return the figures of all arms and the verdicts of the gates.
+
+    judged    prompts, groups and seeds of the evaluation
+    real      features and alignment of the real images
+    arms      features and alignment of each arm's images
+    others    features of siblings of the real images, for the floor of the distances
+    cost      network evaluations per image of each arm
+    settings  the section evaluate of params.yaml
+    """
     groups, n = judged.groups, len(judged.examples) * len(judged.seeds)
     bootstrap = judging.Bootstrap.over(groups, settings.resamples, settings.confidence, settings.seed)
     measured = {arm: judging.statistics(real, pictures, groups) for arm, pictures in arms.items()}
     figures = {arm: judging.arm_figures(measured[arm], arms[arm], bootstrap) for arm in arms}
     for arm, values in figures.items():
-        # Evaluations are counted, so their interval is a point.
+        # Evaluations are counted, not estimated, so the interval is a point.
         values |= {"nfe_per_image": judging.figure(cost[arm], cost[arm], cost[arm], n)}
     floor = judging.floor(real.features[:, 0], others, groups, bootstrap)
     worse = {}
@@ -154,7 +162,7 @@ def alignment_lost(judged: Judged, arms: Mapping[str, judging.ImageFeatures]) ->
 
 
 def flat(results: Results) -> dict[str, float]:
-    """Return the figures of the arms under dotted names, as a tracker takes them: value, low and high."""
+    """Return the figures as metrics for MLflow: ARM.METRIC, ARM.METRIC.low and ARM.METRIC.high."""
     return {
         f"{arm}.{metric}" + ("" if end == "value" else f".{end}"): number
         for arm, figures in results.arms.items()

@@ -1,6 +1,6 @@
-"""Stage generate: every arm's pictures of the held-out prompts, from the same seeds, with the evaluations counted.
+"""Stage generate: images of the held-out prompts by every arm, from the same seeds, with network evaluations counted.
 
-sage/evaluation/arms.py says what each arm is: its model, its steps and what it shares.
+sage/evaluation/arms.py describes the arms: model, steps and sharing.
 """
 
 import math
@@ -36,7 +36,7 @@ GRID_COLUMNS = 12
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to make the pictures; two arms with equal `made` are the same pictures."""
+    """One way to generate the images; arms with equal `made` give the same images."""
 
     name: str
     model: Path
@@ -46,7 +46,7 @@ class Arm:
 
     @property
     def made(self) -> tuple[str, Plan]:
-        """What decides the pictures."""
+        """Hash of the weights and plan, which together determine the images."""
         return self.model_hash, self.plan
 
 
@@ -58,7 +58,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder to write: ARM/seed-SEED/ID.png and manifest.jsonl.")],
     metrics: Annotated[Path, typer.Option(help="JSON file of figures to write.")],
 ) -> None:
-    """Make every arm's pictures and say what each arm cost."""
+    """Generate the images of every arm; write and print the cost of each arm."""
     settings = load_params().generate
     examples = read_split(data, settings.split)
     members, _ = read_groups(groups / f"{settings.split}.json", examples)
@@ -94,7 +94,7 @@ def main(
                 {f"{arm.name}.{name}": v for name, v in figures[arm.name].items() if isinstance(v, (int, float))}
             )
         record.image(grid(folder, [arm.name for arm in arms], examples, members, settings.seeds[0]), "arms")
-        # How long it took differs from run to run, so it is recorded and shown, and not in the result.
+        # Durations differ from run to run, so they are tracked and printed, but not written to the result file.
         record.metrics({f"{arm}.seconds_per_image": value for arm, value in seconds.items()})
         write_json(metrics, {"arms": figures, "split": settings.split, "seeds": settings.seeds})
         record.result(metrics)
@@ -103,11 +103,11 @@ def main(
 
 
 def plan_arms(base: Path, model: Path, groups: list[list[int]], settings: Generate) -> list[Arm]:
-    """Return the four arms; plans count network evaluations as DDIM does, one a step."""
+    """Return the four arms; plans count one network evaluation per step, as DDIM needs."""
     count = sum(map(len, groups))
     whole = Plan.independent(count, settings.steps)
     shared = Plan.shared(groups, settings.steps, settings.share_ratio)
-    # Rounded up: the baseline never gets less than sharing.
+    # Rounded up, so that the baseline never gets fewer evaluations than sharing.
     fewer = Plan.independent(count, math.ceil(shared.nfe(guidance=False) / count))
     base_hash, model_hash = sha256_tree(base), sha256_tree(model)
     return [
@@ -121,9 +121,9 @@ def plan_arms(base: Path, model: Path, groups: list[list[int]], settings: Genera
 def make(
     arm: Arm, examples: list[Example], settings: Generate, folder: Path, advance: Callable[[int], None]
 ) -> tuple[dict[str, Any], float]:
-    """Write one arm's images; return its cost and the seconds that an image took.
+    """Write one arm's images; return its cost and the seconds per image.
 
-    Raises PlanError if the network evaluated more or fewer rows than planned.
+    Raises PlanError if the number of rows that the network evaluated differs from the plan.
     """
     pipe = open_pipeline(arm.model)
     seconds = 0.0
@@ -136,7 +136,7 @@ def make(
                 num_inference_steps=arm.plan.steps,
                 guidance_scale=settings.guidance_scale,
                 branch_noise=settings.branch_noise,
-                # A function of the run's seed and the prompt's id: the same in every arm, whatever else is made.
+                # Depends only on the run's seed and the prompt's id, so it is the same in every arm.
                 seed=[prompt_seed(seed, example.id) for example in examples],
                 batch_size=settings.batch_size,
             )
@@ -157,7 +157,7 @@ def make(
 
 @contextmanager
 def counted(network: torch.nn.Module) -> Iterator[list[int]]:
-    """Yield a list that grows by the rows of every call of a network."""
+    """Yield a list to which each call of a network appends its number of rows."""
     rows: list[int] = []
     handle = network.register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
     try:
@@ -167,7 +167,7 @@ def counted(network: torch.nn.Module) -> Iterator[list[int]]:
 
 
 def grid(folder: Path, arms: list[str], examples: list[Example], groups: list[list[int]], seed: int) -> Image.Image:
-    """Return one picture: a row an arm, columns the members of the largest groups."""
+    """Return a sheet with one row per arm; the columns are members of the largest groups."""
     chosen = [member for group in sorted(groups, key=len, reverse=True) for member in group][:GRID_COLUMNS]
     return sheet([[opened(image_path(folder, arm, seed, examples[i].id)) for i in chosen] for arm in arms])
 

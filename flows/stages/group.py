@@ -1,4 +1,4 @@
-"""Stage group: the prompts of each split to groups of similar prompts."""
+"""Stage group: form groups of similar prompts in each split."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +23,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder to write: a JSON file of groups for each split.")],
     metrics: Annotated[Path, typer.Option(help="JSON file of figures to write.")],
 ) -> None:
-    """Group the prompts of every split and write groups and figures."""
+    """Group the prompts of every split; write groups and figures."""
     params = load_params()
     settings = params.group
     policy = Policy(**settings.model_dump())

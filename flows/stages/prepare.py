@@ -1,4 +1,4 @@
-"""Stage `prepare`: pictures and captions to a checked, split image folder."""
+"""Stage prepare: turn images and captions into a checked image folder with splits."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +26,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder to write: one image folder a split, and the accounting.")],
     metrics: Annotated[Path, typer.Option(help="File to write: what became of the rows.")],
 ) -> None:
-    """Check every picture and caption, hold some out, and say what became of each row."""
+    """Check every image and caption, assign the splits, and count kept, rejected and duplicate rows."""
     params = load_params().prepare
     rows = twemoji.rows(params.words) if params.source == "twemoji" else read_folder(raw)
     with stage_run("prepare", params.model_dump()) as record:
@@ -50,13 +50,13 @@ def main(
 
 
 def _figures(found: dict[str, Any]) -> dict[str, float]:
-    """Return the counts under names that a tracker takes."""
+    """Return the counts as metrics for MLflow, with dotted names."""
     counts = {key: value for key, value in found.items() if isinstance(value, int)}
     return counts | {f"{key}.{name}": n for key in ("splits", "reasons") for name, n in found[key].items()}
 
 
 def _sheet(out: Path) -> Image.Image:
-    """Return 64 training pictures, evenly spread over the split."""
+    """Return a sheet of up to 64 training images, evenly spread over the split."""
     examples = read_split(out, "train")
     chosen = examples[:: max(1, len(examples) // _SHEET_COLUMNS**2)][: _SHEET_COLUMNS**2]
     return sheet(in_rows([Image.fromarray(pixels) for pixels in load_pixels(chosen)], _SHEET_COLUMNS))

@@ -1,1 +1,1 @@
-"""What DVC and git know: the graph, experiments, integrity of data and models."""
+"""DVC and git: the graph of stages, experiments, integrity of data and models."""

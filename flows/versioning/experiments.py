@@ -1,8 +1,8 @@
-"""Runs with other parameters: a DVC experiment in a work tree of its own, so that the checkout stays as it is.
+"""Runs with other parameters: a DVC experiment in a temporary git work tree, so that the checkout does not change.
 
-The tree is git's, of the checkout's commit; what is not committed is not in it. It shares the checkout's DVC cache, so
-a stage that was ever run with these parameters is restored, not repeated. What is left of it is the experiment:
-`dvc exp show`, `dvc exp apply NAME`.
+The work tree contains the checkout's commit, without uncommitted changes. It shares the checkout's DVC cache, so stages
+that have run with the same parameters are restored, not repeated. At the end the tree is removed; the experiment stays
+(`dvc exp show`, `dvc exp apply NAME`).
 """
 
 import re
@@ -20,8 +20,8 @@ from sage.config import load_params
 from sage.errors import ConfigurationError, SageError
 
 TREES = Path("work/experiments")
-_NEW = 60  # seconds
-# DVC's own reading of `-S`, the part of `dvc exp run` that changes params.yaml, in a process, as all of DVC runs here.
+_NEW = 60  # seconds in which a new tree may not be locked yet
+# The part of `dvc exp run -S` that changes params.yaml. It runs in a separate process, like every use of DVC here.
 _SET = """
 import sys
 from dvc.utils.hydra import apply_overrides
@@ -33,19 +33,19 @@ except Exception as error:
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigurationError for a name that is no name of an experiment and of a folder."""
+    """Raise ConfigurationError if a name cannot be the name of an experiment and of a folder."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}", name):
         raise ConfigurationError(f"experiment {name!r}: use letters, digits, '-' and '_', at most 80")
 
 
 def set_parameters(folder: Path, overrides: Sequence[str]) -> None:
-    """Change a folder's params.yaml as `dvc exp run -S` does; raise ConfigurationError naming what is wrong."""
+    """Change a folder's params.yaml as `dvc exp run -S` does; raise ConfigurationError if an override is invalid."""
     for override in overrides:
         # One at a time, so that the message can name it.
         command = [sys.executable, "-c", _SET, override]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
-            # Of several lines the first says what, and one names the key.
+            # DVC prints several lines: the first says what is wrong, another names the key.
             said = [line for line in done.stderr.splitlines() if line.startswith(("Could not", "Key ", "Error", "no "))]
             reason = " ".join(said or done.stderr.split())
             raise ConfigurationError(f"override {override!r}: {reason}")
@@ -57,7 +57,7 @@ def set_parameters(folder: Path, overrides: Sequence[str]) -> None:
 
 @contextmanager
 def work_tree(name: str) -> Iterator[Path]:
-    """Yield a work tree of this folder's commit, which goes in the end; those that killed runs left go first.
+    """Yield a temporary work tree of this folder's commit; first remove the trees that killed runs left.
 
     Raises SageError if there is no commit yet, or if a tree or an experiment of this name exists.
     """
@@ -77,15 +77,15 @@ def work_tree(name: str) -> Iterator[Path]:
 
 
 def save(tree: Path, name: str) -> None:
-    """Keep the state of a work tree as the DVC experiment of this name, which the checkout sees too."""
+    """Save the state of a work tree as a DVC experiment, which is visible in the checkout too."""
     repository.dvc("exp", "save", "--name", name, folder=tree)
 
 
 def _sweep() -> None:
-    """Remove the trees that nobody works in."""
+    """Remove the trees that no process has locked."""
     for tree in TREES.iterdir() if TREES.is_dir() else ():
         if time.time() - tree.stat().st_mtime < _NEW:
-            continue  # made a moment ago by a run that does not hold it yet
+            continue  # its run may not have locked it yet
         try:
             with repository.only_writer(tree):
                 _remove(tree)

@@ -1,6 +1,6 @@
-"""`sage push`, `sage pull`, `sage verify`: data and models in a DVC remote, and whether every copy is what it says.
+"""`sage push`, `sage pull`, `sage verify`: data and models in a DVC remote, and the integrity of every copy.
 
-Three copies are compared with the hashes of the graph (dvc.lock and .dvc files): the cache, the work tree, the remote.
+Copies in the cache, the work tree and the remote are compared with the hashes in dvc.lock and the .dvc files.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ class Finding:
 
 
 def verify(remote: str | None = None) -> tuple[int, list[Finding]]:
-    """Re-hash cache and work tree, and with `remote` (a name, or "" for the default) that; return count and findings.
+    """Re-hash cache, work tree and, if given, `remote` ("": the default one); return the number checked and findings.
 
-    What is missing from the cache or the work tree can be pulled; what is missing from all can only be made again.
+    What is missing from the cache or the work tree can be pulled; what is missing everywhere must be reproduced.
     """
     kept = repository.objects() if remote is None else repository.objects(remote)
     outs, members = kept["outs"], kept["members"]
@@ -48,7 +48,7 @@ def verify(remote: str | None = None) -> tuple[int, list[Finding]]:
 
 
 def push(remote: str | None = None) -> str:
-    """Upload what the remote lacks, unless the cache is damaged; return what DVC says. No file here changes.
+    """Upload what the remote lacks; return DVC's output. No local file changes.
 
     Raises DataError if the content of an object does not match its name: DVC would upload it under that name.
     """
@@ -56,7 +56,9 @@ def push(remote: str | None = None) -> str:
     states = kept["states"]["cache"]
     bad = [path for path, name in _named(kept["outs"], kept["members"]) if states[name] == "corrupt"]
     if bad:
-        raise DataError(f"the cache is damaged, so nothing was pushed: {', '.join(bad)}. `sage verify` shows all.")
+        raise DataError(
+            f"the cache is damaged, so nothing was pushed: {', '.join(bad)}. `sage verify` lists all damage."
+        )
     return repository.dvc("push", *_to(remote))
 
 
@@ -74,7 +76,7 @@ def _to(remote: str | None) -> list[str]:
 
 
 def _named(outs: Mapping[str, str], members: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return path and object of everything tracked, folders themselves included."""
+    """Return (path, object) of every tracked file and folder."""
     named = []
     for out, name in outs.items():
         named.append((_shown(out), name))
@@ -90,7 +92,7 @@ def _wanted(out: str, name: str, members: Mapping[str, Any]) -> dict[str, str] |
 
 
 def _files(out: Path) -> dict[str, str]:
-    """Return file -> MD5 of what lies in the work tree."""
+    """Return the actual MD5 of each file of an output in the work tree."""
     found = sorted(path for path in out.rglob("*") if path.is_file()) if out.is_dir() else [out] * out.is_file()
     return {str(path): hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() for path in found}
 

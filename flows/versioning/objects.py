@@ -20,7 +20,7 @@ _THREADS = 16  # for a remote, because each small object is a request
 
 
 def main() -> None:
-    """Print what there is of the cache, and of the remote that is named; an empty name is the default remote."""
+    """Print the state of the cache and, if an argument names one, of a remote; an empty name is the default remote."""
     with Repo() as repo:
         stores = {"cache": repo.cache.local}
         if len(sys.argv) > 1:

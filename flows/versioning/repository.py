@@ -24,11 +24,11 @@ from sage.errors import ConfigurationError, SageError
 State = Literal["executed", "restored", "up to date"]
 Write = Callable[[str], None]
 
-# What `dvc repro` prints, once a stage.
+# The line that `dvc repro` prints for each stage.
 _LINE = re.compile(r"(?:Running stage|Stage) '(?P<stage>[^']+)'(?P<what>:| didn't change| is cached)")
 _STATES: dict[str, State] = {":": "executed", " didn't change": "up to date", " is cached": "restored"}
 _FAILED = re.compile(r"failed to reproduce '([^']+)'.*?(?:exited with (-?\d+))?$")
-FINAL = (2, 4)  # how a stage ends that would end so again: a person must mend something, or training diverged
+FINAL = (2, 4)  # exit codes after which a retry is useless: a person must fix something, or training diverged
 _BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock")
 _LONGEST_LINE = 4096
 
@@ -87,7 +87,7 @@ def stages(graph: Path = Path("dvc.yaml")) -> list[str]:
 
 
 def paths(stage: Mapping[str, Any], key: str) -> list[PurePosixPath]:
-    """Return the paths under a key of a stage, each written as text or as a mapping with its options."""
+    """Return the paths under a key of a stage; each is a string, or a mapping from the path to its options."""
     entries = stage.get(key, [])
     return [PurePosixPath(entry if isinstance(entry, str) else next(iter(entry))) for entry in entries]
 
@@ -116,7 +116,7 @@ def reproduce(
     environment: Mapping[str, str] | None = None,
     folder: Path = Path(),
 ) -> dict[str, Outcome]:
-    """Bring all stages of a folder, or one with what it needs, or one `alone`, up to date; return what became of each.
+    """Bring stages up to date with `dvc repro`; return the outcome of each stage.
 
     `write` receives what DVC and the stages print, as it comes; `environment` is added to theirs. Raises BusyError
     where another process has the lock, StageError if a stage fails. Whatever ends this call, or kills its process,
@@ -133,7 +133,7 @@ def reproduce(
 
 
 def dvc(*arguments: str, folder: Path = Path()) -> str:
-    """Run a command of DVC's in a folder and return what it prints; raise SageError with its reason where it fails."""
+    """Run a DVC command in a folder and return its output; raise SageError with DVC's message if it fails."""
     output = Output(lambda text: None)
     code = _run(list(arguments), {}, output, folder)
     if code and any(map(_BUSY.search, output.lines)):
@@ -144,7 +144,7 @@ def dvc(*arguments: str, folder: Path = Path()) -> str:
 
 
 def objects(*remote: str) -> Any:
-    """Return what `flows.versioning.objects` finds in the cache, and in a remote, "" being the default one.
+    """Return the output of `flows.versioning.objects` for the cache and, if given, a remote ("": the default one).
 
     Raises SageError if that cannot be read.
     """
@@ -166,7 +166,7 @@ def stale() -> list[str]:
 
 
 class Output:
-    """What `dvc repro` prints, passed on as it comes and read for what became of each stage."""
+    """Reader of `dvc repro` output: passes it on as it comes and finds the state of each stage."""
 
     def __init__(self, write: Write) -> None:
         """`write` receives every piece of text."""
@@ -177,34 +177,34 @@ class Output:
         self.lines: deque[str] = deque(maxlen=200)  # the last ones, for the reason of a failure
 
     def feed(self, piece: bytes) -> None:
-        """Take the next bytes."""
+        """Add the next bytes of output."""
         text = self._decode(piece)
         self._write(text)
         *whole, rest = (self._line + text).split("\n")
-        self._line = rest[-_LONGEST_LINE:]  # a bar redraws one line for hours
+        self._line = rest[-_LONGEST_LINE:]  # a progress bar redraws one line for hours, so its length must be bounded
         for line in whole:
             self.lines.append(line)
             if match := _LINE.search(line):
-                # A stage starts at its own line and ends at that of the next.
+                # A stage lasts from its line to the line of the next stage.
                 self._seen[match["stage"]] = _STATES[match["what"]], time.monotonic()
 
     def failure(self, code: int) -> str:
-        """Return which stage failed and why, as far as the output tells."""
-        # A stage says "error:", then DVC says "ERROR:"; the first says why.
+        """Return a message that names the stage that failed and the reason, if the output contains them."""
+        # The stage prints "error:" with the reason, then DVC prints "ERROR:" with the name of the stage.
         said = [line for line in self.lines if line.lower().startswith("error: ")] or [
             f"error: dvc ended with code {code}"
         ]
         named = re.search(r"failed to reproduce '([^']+)'", said[-1])
         what = f"stage {named[1]} failed" if named else "the graph could not be run"
-        return f"{what}: {said[0][len('error: ') :]}\nMend the cause and run again; finished stages are not repeated."
+        return f"{what}: {said[0][len('error: ') :]}\nFix the cause and run again; finished stages are not repeated."
 
     def transient(self) -> bool:
-        """Return whether the stage that failed was killed or died of something that it did not foresee."""
+        """Return whether the failed stage was killed or crashed, instead of reporting an error."""
         ended = [match[2] for match in map(_FAILED.search, self.lines) if match and match[2]]
         return bool(ended) and int(ended[-1]) not in FINAL
 
     def outcomes(self) -> dict[str, Outcome]:
-        """Return what became of each stage so far."""
+        """Return the outcome of each stage so far."""
         starts = [start for _, start in self._seen.values()]
         ends = [*starts[1:], time.monotonic()]
         return {
@@ -214,18 +214,18 @@ class Output:
 
 
 def _run(arguments: list[str], environment: Mapping[str, str], output: Output, folder: Path) -> int:
-    """Run dvc with its stages; return its exit code."""
+    """Run a dvc command; return its exit code."""
     command = [sys.executable, "-m", "dvc", *arguments]
     return leash.run(command, output.feed, environment=_environment() | dict(environment), folder=folder)
 
 
 def _environment() -> dict[str, str]:
-    """Return an environment in which `python` in a stage's command is this one, and bars reach the terminal."""
+    """Return an environment in which `python` is this interpreter, and stages draw progress bars on a terminal."""
     environment = dict(os.environ)
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
     environment["DVC_NO_ANALYTICS"] = "true"
     if sys.stderr.isatty():
-        # Stages write into a pipe; rich would take it for no terminal.
+        # Stages write to a pipe, which rich would not recognise as a terminal.
         environment["TTY_COMPATIBLE"] = "1"
         environment["COLUMNS"] = str(os.get_terminal_size(sys.stderr.fileno()).columns)
     return environment
