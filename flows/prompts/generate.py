@@ -74,10 +74,6 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pictures.")] = 0,
     # Without it, and the same for the next four: how a registered model was judged; for another model, params.yaml.
     steps: Annotated[int | None, typer.Option(min=1, help="Inference steps; else the model's, or params.yaml.")] = None,
-    share_ratio: Annotated[float | None, typer.Option(help="Share of the steps that a group takes together.")] = None,
-    branch_noise: Annotated[
-        float | None, typer.Option(min=0, max=1, help="How much of its noise each picture draws anew at a branch.")
-    ] = None,
     share_ratio: Annotated[float | None, typer.Option(help="Fraction of the steps that a group shares.")] = None,
     branch_noise: Annotated[
         float | None, typer.Option(min=0, max=1, help="Amount of fresh noise per image at a branch: 0 none, 1 all.")
