@@ -1,1 +1,1 @@
-"""Metrics with intervals, and the gates that rest on them (stage `evaluate`)."""
+"""Metrics with confidence intervals, and the gates that use them (stage `evaluate`)."""

@@ -1,7 +1,8 @@
-"""How well a picture fits its prompt: a small dual encoder, trained on real pictures only.
+"""Image-text alignment, measured by a small dual encoder that is trained on real images only.
 
-Two linear maps bring image features and sentence embeddings into one space; alignment is the cosine there. They are
-trained to tell each picture's own caption from the others of its batch (contrastive, as CLIP: Radford et al., 2021).
+Two linear maps project image features and sentence embeddings into one space; alignment is the cosine in that space.
+They are trained with a contrastive loss, as in CLIP (Radford et al., 2021): each image must pick its own caption among
+the captions of its batch, and each caption its own image.
 """
 
 import hashlib
@@ -27,10 +28,10 @@ TEXTS = "all-MiniLM-L6-v2"
 
 
 class DualEncoder(nn.Module):
-    """Image features and sentence embeddings to unit vectors of one space."""
+    """Two linear maps that project image features and sentence embeddings to unit vectors of one space."""
 
     def __init__(self, image_width: int, text_width: int, width: int) -> None:
-        """Make untrained linear maps between the given numbers of features."""
+        """Create the maps, untrained; each argument is a number of features, `width` the one of the shared space."""
         super().__init__()
         self.image = nn.Linear(image_width, width)
         self.text = nn.Linear(text_width, width)
@@ -46,8 +47,11 @@ class DualEncoder(nn.Module):
         return F.normalize(self.text(torch.from_numpy(embeddings)), dim=-1).numpy()
 
 
-def text_image_cosines(model: DualEncoder, features: np.ndarray, embeddings: np.ndarray) -> np.ndarray:
-    """Return the alignment of each picture with its prompt: (prompts, seeds) for features (prompts, seeds, width)."""
+def cosines(model: DualEncoder, features: np.ndarray, embeddings: np.ndarray) -> np.ndarray:
+    """Return the alignment of each image with its prompt, of shape (prompts, seeds).
+
+    `features` has shape (prompts, seeds, image width), `embeddings` (prompts, text width).
+    """
     return np.asarray((model.images(features) * model.texts(embeddings)[:, None]).sum(-1))
 
 
@@ -64,16 +68,27 @@ def train(
     dropout: float = 0.2,
     temperature: float = 0.07,
 ) -> DualEncoder:
-    """Return a dual encoder trained on pairs: float32 features (n, image width) and embeddings (n, text width).
+    """Return a dual encoder trained on n pairs of an image and a caption.
 
-    Pairs with the same features or the same embedding are not told apart: both texts are the picture's, or both
-    pictures the text's. All randomness comes from `seed`: the same build and thread count give the same weights.
+    Pairs with equal features or equal embeddings are not used as negatives of each other, because each caption fits
+    both images. With the same PyTorch build and thread count, the same `seed` gives the same weights.
+
+    features       float32 image features, (n, image width)
+    embeddings     float32 sentence embeddings of the captions, unit vectors, (n, text width)
+    seed           of the initial weights, the batches and dropout
+    width          dimensions of the shared space
+    steps          optimizer steps; the learning rate follows a one-cycle schedule over them
+    batch_size     pairs per step
+    learning_rate  highest learning rate of the schedule
+    weight_decay   weight decay of AdamW
+    dropout        probability that an input feature is set to zero
+    temperature    divisor of the cosines in the contrastive loss
     """
     random = torch.Generator().manual_seed(seed)
     raw, e = torch.from_numpy(features), torch.from_numpy(embeddings)
     mean, deviation = raw.mean(0), raw.std(0) + 1e-3
     x = (raw - mean) / deviation
-    e = e * math.sqrt(e.shape[1])  # unit vectors to about unit variance a number
+    e = e * math.sqrt(e.shape[1])  # unit vectors, scaled to about unit variance per dimension
     model = DualEncoder(x.shape[1], e.shape[1], width)
     for parameter in model.parameters():
         bound = 1 / math.sqrt(parameter.shape[-1])
@@ -92,7 +107,7 @@ def train(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-    # Fold the scaling of the inputs into the maps, so that the saved model takes them as they come.
+    # Fold the input scaling into the linear maps, so that the saved model takes unscaled inputs.
     with torch.no_grad():
         model.image.weight /= deviation
         model.image.bias.copy_(model.image.bias - model.image.weight @ mean)
@@ -101,30 +116,36 @@ def train(
 
 
 def _alike(x: Tensor) -> Tensor:
-    """Return which rows of x are the same, of shape (n, n)."""
+    """Return a boolean matrix of shape (n, n): whether rows i and j of x are equal."""
     kind = np.unique(x.numpy(), axis=0, return_inverse=True)[1]
     return torch.from_numpy(kind[:, None] == kind)
 
 
 def _drop(x: Tensor, share: float, random: torch.Generator) -> Tensor:
-    """Return x with a share of its numbers at zero and the others scaled up; torch's own dropout takes no generator."""
+    """Return x after dropout with probability `share`; torch's own dropout takes no random generator."""
     return x * (torch.rand(x.shape, generator=random) >= share) / (1 - share)
 
 
 def train_alignment(
     examples: Sequence[Example], seed: int, on_batch: Callable[[int], None] = lambda n: None
 ) -> DualEncoder:
-    """Return a dual encoder trained on real pictures and all captions; `on_batch(k)` is told of k more pictures."""
+    """Return a dual encoder trained on real images and all their captions.
+
+    `on_batch(k)` is called after each batch of k images whose features were computed.
+    """
     extract = EfficientNetLite0()
     features = extract(read_pictures(example.path for example in examples), on_batch)
     own = np.repeat(np.arange(len(examples)), [len(example.texts) for example in examples])
-    # The same text, the same embedding: computed in another batch, its last digits differ.
+    # Embed each distinct text once: in another batch its last digits would differ, and equal captions must be equal.
     texts, places = np.unique([text for example in examples for text in example.texts], return_inverse=True)
     return train(features[own], embed(texts.tolist())[places], seed)
 
 
 def retrieval(model: DualEncoder, features: np.ndarray, embeddings: np.ndarray, k: int) -> tuple[float, float]:
-    """Return the share of pictures with their own caption among the k nearest, and of captions with their picture."""
+    """Return recall at k in both directions: image to caption, and caption to image.
+
+    `features` has shape (n, image width), `embeddings` (n, text width); row i of both belong together.
+    """
     similarity = model.images(features) @ model.texts(embeddings).T
     own = np.diag(similarity)
     better_captions = (similarity > own[:, None]).sum(1)
@@ -133,12 +154,15 @@ def retrieval(model: DualEncoder, features: np.ndarray, embeddings: np.ndarray, 
 
 
 def save(model: DualEncoder, folder: Path) -> None:
-    """Write weights and what they were made for, whole or not at all; a model card already there stays."""
+    """Write the weights and a config.json with their hash and their feature extractors, atomically.
+
+    A model card (README.md) that is already in the folder is kept.
+    """
     card = folder / "README.md"
     with new_folder(folder) as temporary:
         weights = temporary / "model.safetensors"
         save_file(model.state_dict(), weights)
-        weights.chmod(0o644)  # safetensors writes for the owner alone
+        weights.chmod(0o644)  # safetensors makes files that only their owner can read
         if card.exists():
             shutil.copyfile(card, temporary / card.name)
         config = {
@@ -153,13 +177,16 @@ def save(model: DualEncoder, folder: Path) -> None:
 
 
 def load_alignment(folder: Path) -> DualEncoder:
-    """Return a saved dual encoder; raise CheckpointError if it is missing, damaged, or made for other features."""
+    """Return a saved dual encoder.
+
+    Raises CheckpointError if it is missing, damaged, or was trained on the features of other extractors.
+    """
     weights, config = folder / "model.safetensors", folder / "config.json"
     missing = [path.name for path in (weights, config) if not path.is_file()]
     if missing:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}. Run `sage pretrain alignment` or restore models/.")
     facts = json.loads(config.read_text(encoding="utf-8"))
-    # Hash and parse the same bytes: nothing can change in between.
+    # Hash and parse the same bytes, so that the file cannot change in between.
     content = weights.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != facts["sha256"]:

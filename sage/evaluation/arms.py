@@ -1,7 +1,8 @@
-"""The arms: ways to generate the images of the same prompts and seeds, so that their figures can be compared.
+"""The arms: the sampling methods that are compared on the same prompts and seeds.
 
-Every part that names an arm reads it here: the stage that generates, gates, configuration, report and registry. The
-metrics stand in a file of their own, sage/evaluation/registry.py: a new metric must not generate the images again.
+The names of arms are defined only here; stage `generate`, the gates, the configuration, the report and the model
+registry all use this table. Metrics have their own table in sage/evaluation/registry.py, so that adding a metric does
+not make stage `generate` run again.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ SAGE = "sage"
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm: its name in files, its label for people, and one sentence on model, steps and what is shared."""
+    """One arm: its name in files, its label for display, and one sentence on model, steps and what is shared."""
 
     name: str
     label: str
@@ -35,9 +36,9 @@ ARMS = {
     )
 }
 JUDGED = SAGE  # the arm that must pass the gates
-REFERENCES = tuple(name for name in ARMS if name != JUDGED)  # the arms that a gate may compare it with
+REFERENCES = tuple(name for name in ARMS if name != JUDGED)  # the arms that a gate may compare JUDGED with
 
 
 def label(name: str) -> str:
-    """Return what people read for an arm; a name that an older run recorded and this table lacks is spelled out."""
+    """Return the display label of an arm; for a name that only an older run used, the name in words."""
     return ARMS[name].label if name in ARMS else name.replace("_", " ").capitalize()

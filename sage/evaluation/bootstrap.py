@@ -3,13 +3,13 @@
 | symbol | meaning |
 |---|---|
 | K | groups |
-| counts | (draws, K): how often each group stands in a draw; the data themselves are all ones |
-| Statistic | counts of shape (draws, K) to values of shape (draws,); NaN if a draw leaves nothing to measure |
+| counts | (draws, K): how often each draw contains each group; the original data are a row of ones |
+| Statistic | maps counts (draws, K) to values (draws,); NaN if a draw contains nothing to measure |
 
-Statistics of two arms under the same counts are paired: their difference has the interval of the difference.
+Two arms are compared under the same counts, which makes the bootstrap paired: the difference of their statistics in
+each draw gives the interval of the difference.
 
-Few groups resemble each other by chance, and a single group is drawn again and again, so that the interval would be
-too narrow. Below LEAST_GROUPS there is none.
+With few groups a bootstrap interval is too narrow, so there is none below LEAST_GROUPS groups.
 """
 
 from collections.abc import Callable
@@ -19,42 +19,46 @@ import numpy as np
 from scipy.stats import norm
 
 Array = np.ndarray
-# Chosen by `python -m benchmarks.gates`: a model that is worse by exactly as much as a gate allows passes it in at most
-# 5 of 100 trials (a 95% interval promises 2.5). That holds from 12 groups on; 20 leave room for losses that few groups
-# bear alone: then 5.2 of 100 pass (standard error 0.7), and 3.6 otherwise.
+# Chosen by `python -m benchmarks.gates`: a model that is worse by exactly the limit of a gate should pass it in at most
+# 5 of 100 trials (a 95% interval promises 2.5). That holds from 12 groups on. 20 leave a margin for skewed losses: if
+# only a few groups lose, 5.2 of 100 pass at 20 groups (standard error 0.7); otherwise 3.6.
 LEAST_GROUPS = 20
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """What is measured: `compute` takes counts of shape (draws, K), `measured` (K,) names the groups that count."""
+    """A statistic that can be computed under any resampling of the groups.
+
+    compute: maps counts of shape (draws, K) to values of shape (draws,).
+    measured: boolean of shape (K,), whether a group has anything to measure.
+    """
 
     compute: Callable[[Array], Array]
     measured: Array
 
     def __call__(self, counts: Array) -> Array:
-        """Return the values of draws."""
+        """Return the value of each draw, of shape (draws,)."""
         return self.compute(counts)
 
     def groups(self, part: Array | None = None) -> int:
-        """Return how many groups, or groups of a part, have something to measure."""
+        """Return how many groups have something to measure; `part`, boolean (K,), restricts the count."""
         return int((self.measured if part is None else self.measured & part).sum())
 
 
 def resamples(groups: int, draws: int, seed: int) -> Array:
-    """Return counts of shape (draws, groups): each draw takes as many groups as there are, with replacement."""
+    """Return counts of shape (draws, groups): each draw samples `groups` groups with replacement."""
     chances = np.full(groups, 1 / groups)
     counts: Array = np.random.default_rng(seed).multinomial(groups, chances, size=draws).astype(float)
     return counts
 
 
 def within(counts: Array, part: Array) -> Array:
-    """Return counts with nothing outside a part of the groups; `part` is boolean of shape (groups,)."""
+    """Return the counts, set to 0 for groups outside a part; `part` is boolean of shape (groups,)."""
     return np.asarray(counts * part)
 
 
 def ratio(sums: Array, numbers: Array) -> Statistic:
-    """Return the mean as a statistic: sums of values and their number, each of shape (groups,)."""
+    """Return the mean as a statistic; `sums` of values and `numbers` of values per group have shape (groups,)."""
 
     def statistic(counts: Array) -> Array:
         return _divide(counts @ sums, counts @ numbers)
@@ -63,10 +67,12 @@ def ratio(sums: Array, numbers: Array) -> Statistic:
 
 
 def pair_ratio(sums: Array, numbers: Array) -> Statistic:
-    """Return the mean over pairs as a statistic: sums over the pairs of two groups, and their number, each (K, K).
+    """Return the mean over pairs as a statistic.
 
-    A group drawn twice pairs with other groups twice, but with itself only inside each copy: pairs across the copies
-    would compare prompts with themselves, which no two prompts of the data do, and would bias every draw.
+    `sums` and `numbers` have shape (K, K): entry (a, b) is the sum over the pairs of group a with group b, and their
+    number. A group that is drawn twice forms pairs with other groups twice, but pairs with itself only within each
+    copy. A pair across two copies could compare a prompt with itself, which never happens in the original data, so it
+    would bias every draw.
     """
 
     def total(matrix: Array, counts: Array) -> Array:
@@ -81,12 +87,15 @@ def pair_ratio(sums: Array, numbers: Array) -> Statistic:
 
 
 def value(statistic: Statistic, groups: int) -> float:
-    """Return the statistic of the data themselves."""
+    """Return the statistic of the original data: every one of the `groups` groups counts once."""
     return float(statistic(np.ones((1, groups)))[0])
 
 
 def percentiles(draws: Array, confidence: float, groups: int) -> tuple[float, float]:
-    """Return the ends of the middle share of the draws; NaN if a draw is NaN or the draws are from too few groups."""
+    """Return the percentile interval of the draws, which have shape (draws,).
+
+    Both ends are NaN if a draw is NaN or if `groups` is below LEAST_GROUPS.
+    """
     if groups < LEAST_GROUPS:
         return np.nan, np.nan
     tail = (1 - confidence) / 2
@@ -95,10 +104,10 @@ def percentiles(draws: Array, confidence: float, groups: int) -> tuple[float, fl
 
 
 def jackknife(statistic: Statistic, groups: int, confidence: float, seed: int, blocks: int = 20) -> tuple[float, float]:
-    """Return a normal interval from leaving out one block of groups after another.
+    """Return a normal interval from a jackknife, which leaves out one of `blocks` random blocks of groups at a time.
 
-    For statistics that a repeated picture biases, as it does the Frechet distance, so that all bootstrap draws would
-    lie to one side of the value. NaN if there are too few groups.
+    It serves statistics that duplicates bias, such as the Frechet distance: every bootstrap draw repeats images, so
+    all draws would lie on one side of the value. Both ends are NaN if there are fewer than LEAST_GROUPS groups.
     """
     if statistic.groups() < LEAST_GROUPS:
         return np.nan, np.nan
@@ -112,7 +121,7 @@ def jackknife(statistic: Statistic, groups: int, confidence: float, seed: int, b
 
 
 def _divide(numerator: Array, denominator: Array) -> Array:
-    """Return the quotient, NaN if the denominator is 0."""
+    """Return the element-wise quotient; NaN if a denominator is 0."""
     quotient = np.full(len(numerator), np.nan)
     np.divide(numerator, denominator, out=quotient, where=denominator > 0)
     return quotient

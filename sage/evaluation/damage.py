@@ -1,13 +1,15 @@
-"""What sharing costs, by how alike the prompts of a group are: measured once for a model and kept in its folder.
+"""Damage: how much sharing changes images, by the similarity of a group's prompts.
+
+It is measured once per model and stored in the model's folder.
 
 | symbol | meaning |
 |---|---|
-| x[i, s] | features of the independent picture of prompt i from seed s |
-| y[i, s] | the same, of the picture that took its first steps together with a group |
-| damage | sum of |y[i, s] - x[i, t]| over sum of |x[i, s] - x[i, t]|, less 1, over prompts i and seeds s != t |
+| x[i, s] | features of the image of prompt i and seed s, sampled independently |
+| y[i, s] | the same, if the first steps were shared within the group |
+| damage | sum of |y[i, s] - x[i, t]| / sum of |x[i, s] - x[i, t]| - 1; sums over prompts i and seeds s != t |
 
-Seeds are crossed so that a picture which sharing merely changed, as another seed would, is no damage. 0: shared
-pictures are as near to the prompt's own as these are to each other; 0.1: they lie a tenth further off.
+Images of different seeds are compared, so a change no larger than a change of the seed is no damage. 0: shared images
+are as close to the prompt's independent images as these are to each other; 0.1: the mean distance is 10% larger.
 """
 
 import numpy as np
@@ -18,7 +20,10 @@ from sage.grouping.cost import Point
 
 
 def distances(shared: np.ndarray, independent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each prompt the two sums of a damage, each of shape (n,), from features of shape (n, seeds, width)."""
+    """Return for each prompt the numerator and the denominator of the damage, each of shape (n,).
+
+    `shared` and `independent` are features of shape (n, seeds, width). Raises DataError for a single seed.
+    """
     seeds = independent.shape[1]
     crossed = [(s, t) for s in range(seeds) for t in range(seeds) if s != t]
     if not crossed:
@@ -39,10 +44,18 @@ def by_similarity(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> list[Point]:
-    """Return the damage in parts of about equally many groups, from the least alike on.
+    """Return the damage of each part of the groups, from the least to the most similar prompts.
 
-    All arrays have shape (groups,): the worst pair's similarity, both sums of `distances` and the number of prompts.
-    Intervals are a bootstrap over groups; raises DataError if a part has too few groups for one.
+    Raises DataError if a part has fewer than LEAST_GROUPS groups, too few for an interval.
+
+    similarity  cosine of the least similar pair of prompts in each group, (groups,)
+    above       numerator of the damage from `distances`, summed over each group, (groups,)
+    below       denominator of the damage from `distances`, summed over each group, (groups,)
+    sizes       prompts per group, (groups,)
+    parts       number of parts, each with about the same number of groups
+    draws       bootstrap draws over groups
+    confidence  of the intervals
+    seed        of the bootstrap
     """
     if (least := len(similarity) // parts) < bootstrap.LEAST_GROUPS:
         raise DataError(
