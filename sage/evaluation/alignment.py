@@ -47,7 +47,7 @@ class DualEncoder(nn.Module):
         return F.normalize(self.text(torch.from_numpy(embeddings)), dim=-1).numpy()
 
 
-def cosines(model: DualEncoder, features: np.ndarray, embeddings: np.ndarray) -> np.ndarray:
+def text_image_cosines(model: DualEncoder, features: np.ndarray, embeddings: np.ndarray) -> np.ndarray:
     """Return the alignment of each image with its prompt, of shape (prompts, seeds).
 
     `features` has shape (prompts, seeds, image width), `embeddings` (prompts, text width).
