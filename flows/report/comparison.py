@@ -60,7 +60,7 @@ def differing(first: Mapping[str, str], second: Mapping[str, str]) -> list[tuple
 
 
 def figures(first: _Arms, second: _Arms) -> Iterator[tuple[str, str, Figure, Figure, str]]:
-    """Yield (arm, metric, figure, figure, verdict) for each figure that either run measured; the judged arm comes first."""
+    """Yield (arm, metric, figure, figure, verdict) for each figure that either run measured; the judged arm first."""
     nothing = Figure(value=None, low=None, high=None, n=0)
     for arm in sorted(dict.fromkeys((*first, *second)), key=lambda arm: arm != JUDGED):
         for metric in METRICS:
@@ -81,7 +81,7 @@ def verdict(first: Figure, second: Figure) -> str:
 def pictures(first: Any, second: Any) -> tuple[list[dict[str, Any]], str]:
     """Return a row for each prompt with images in both runs, and "", or no rows and the reason."""
     if first is None or second is None:
-        return [], "At least one run has no stored pictures; runs of older versions store none."
+        return [], "A run keeps no pictures of its prompts; runs of older versions keep none."
     if first["seed"] != second["seed"]:
         return [], f"The pictures kept are of seed {first['seed']} and seed {second['seed']}: they cannot be compared."
     drawn = [_by_prompt(samples) for samples in (first, second)]
