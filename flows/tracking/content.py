@@ -45,7 +45,7 @@ class Version:
 
 
 def describe(params: Params, threshold: float, model_sha256: str) -> dict[str, Any]:
-    """Return the settings stored in a version: those that the evaluated images were generated with.
+    """Return the settings stored in a version: how the evaluated images were generated, and request limits.
 
     `threshold` is the similarity threshold of the evaluated groups, `model_sha256` the hash of the weights.
     """
@@ -138,7 +138,7 @@ def download(tracker: Any, version: Any, folder: Path) -> Version:
 
 
 def check_loaded(folder: Path) -> None:
-    """Raise RegistryError if MLflow is loading a registered version whose hash in the registry differs from the files."""
+    """Raise RegistryError if MLflow loaded these files as a version that has another hash in the registry."""
     from mlflow import MlflowClient
 
     loaded_as = folder / _LOADED_AS

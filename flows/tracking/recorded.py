@@ -15,7 +15,7 @@ from sage.errors import SageError
 from sage.evaluation.results import Results, parse
 
 _TAGS = ("sage.", "prefect.", "mlflow.source.git.commit")
-_ELSEWHERE = ("sage.metric.", "sage.params", "sage.pipeline", "sage.process")  # shown with the results, or not meant for people
+_ELSEWHERE = ("sage.metric.", "sage.params", "sage.pipeline", "sage.process")  # part of the results, or not for display
 
 
 @dataclass(frozen=True)

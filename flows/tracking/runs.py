@@ -30,13 +30,13 @@ _DIGEST_LENGTH = 36  # most characters of a dataset's digest that MLflow stores
 
 
 def address() -> str | None:
-    """Return the tracking URI: SAGE_TRACKING_URI, by default mlflow.db in the working directory; None if it is "off"."""
+    """Return the tracking URI: SAGE_TRACKING_URI, or mlflow.db in the working directory; None if it is "off"."""
     value = os.environ.get("SAGE_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
     return None if value == "off" else value
 
 
 def client(uri: str) -> Any:
-    """Return an MLflow client with few log messages, no telemetry, and at most two retries if a server is down."""
+    """Return an MLflow client with few log messages and, by default, no telemetry and two retries of a request."""
     for name, value in {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -206,7 +206,7 @@ def ending(run: Run, tracker: Any) -> Iterator[None]:
 
 @contextmanager
 def _watched(run: Run, uri: str) -> Iterator[None]:
-    """Record system metrics during the block, unless MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is false or 0."""
+    """Record system metrics every ten seconds, unless MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is false or 0."""
     if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() in ("false", "0"):
         yield
         return
