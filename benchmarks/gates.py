@@ -31,7 +31,7 @@ from sage.config import Evaluate, Gate, load_params
 from sage.evaluation import bootstrap, gates
 from sage.evaluation.arms import INDEPENDENT, JUDGED
 from sage.evaluation.bootstrap import Array
-from sage.evaluation.figures import Bootstrap, Pictures, cost_worse_by, figure, statistics, worse_by
+from sage.evaluation.figures import Bootstrap, ImageFeatures, cost_worse_by, figure, statistics, worse_by
 from sage.evaluation.registry import METRICS
 from sage.evaluation.results import JudgedSet, Part, Results, Verdict
 
@@ -70,7 +70,7 @@ def kernel_distance(shift: float, spread: float = 1.0) -> float:
     return mean(0, 0, 1, 1) + mean(shift, shift, spread, spread) - 2 * mean(0, shift, 1, spread)
 
 
-def draw(groups: int, truth: Truth, random: np.random.Generator) -> Pictures:
+def draw(groups: int, truth: Truth, random: np.random.Generator) -> ImageFeatures:
     """Return an arm's images; half of the variance of alignment is common to a group."""
     n = groups * SIZE
 
@@ -82,7 +82,7 @@ def draw(groups: int, truth: Truth, random: np.random.Generator) -> Pictures:
     spread = 1 - truth.group_diversity
     shift = shift_for(DISTANCE * (1 + truth.kernel_distance), spread)
     features = shift + spread * random.normal(size=(n, SEEDS, WIDTH))
-    return Pictures(features.astype(np.float32), ALIGNMENT * (1 - truth.alignment) + 0.1 * noise())
+    return ImageFeatures(features.astype(np.float32), ALIGNMENT * (1 - truth.alignment) + 0.1 * noise())
 
 
 def judge(groups: int, truth: Truth, seed: int) -> list[Verdict]:
@@ -90,7 +90,7 @@ def judge(groups: int, truth: Truth, seed: int) -> list[Verdict]:
     settings, random = shipped(), np.random.default_rng(seed)
     partition = [list(range(SIZE * k, SIZE * (k + 1))) for k in range(groups)]
     n = groups * SIZE * SEEDS
-    real = Pictures(random.normal(size=(groups * SIZE, 1, WIDTH)).astype(np.float32), np.zeros((groups * SIZE, 1)))
+    real = ImageFeatures(random.normal(size=(groups * SIZE, 1, WIDTH)).astype(np.float32), np.zeros((groups * SIZE, 1)))
     drawn = {INDEPENDENT: draw(groups, Truth(), random), JUDGED: draw(groups, truth, random)}
     intervals = Bootstrap.over(partition, settings.resamples, settings.confidence, settings.seed)
     measured = {name: statistics(real, arm, partition) for name, arm in drawn.items()}

@@ -23,7 +23,7 @@ from sage.data.dataset import Example, load_pixels, read_split
 from sage.evaluation.alignment import load_alignment, text_image_cosines
 from sage.evaluation.bootstrap import value
 from sage.evaluation.distances import frechet_statistic, kernel_statistic
-from sage.evaluation.extractors import EfficientNetLite0, read_pictures
+from sage.evaluation.extractors import EfficientNetLite0, read_images
 from sage.evaluation.registry import METRICS
 from sage.files import new_file
 from sage.grouping.cost import model_digest
@@ -46,7 +46,7 @@ def main(
     """Print kernel distance, Frechet distance and alignment of independent sampling for each number of steps."""
     examples = read_split(data, "validation")
     extract = EfficientNetLite0()
-    real = extract(read_pictures(example.path for example in examples))
+    real = extract(read_images(example.path for example in examples))
     texts = embed([example.text for example in examples])
     encoder = load_alignment(alignment)
     each = [[place] for place in range(len(examples))]

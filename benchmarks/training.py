@@ -73,7 +73,7 @@ class Data:
         """Return everything encoded, once for all arms."""
         if self._encoded is None:
             groups = tuple(map(tuple, group(embed(self.texts), 0.72, 6, 0.999)))
-            latents = denoiser.encode_pictures(self.pictures)
+            latents = denoiser.encode_images(self.pictures)
             captions = torch.arange(len(self.texts))[:, None]
             self._encoded = TrainingSet(latents, denoiser.encode_texts([*self.texts, ""], (64, 64)), captions, groups)
         return self._encoded
@@ -175,7 +175,7 @@ class Ours:
             times.append(time.perf_counter())
             if not self.cached:
                 rows = torch.cat(list(self.batches.rows(step).values()))
-                self.denoiser.encode_pictures(self.data.pictures[rows])
+                self.denoiser.encode_images(self.data.pictures[rows])
                 self.denoiser.encode_texts([self.data.texts[row] for row in rows], (64, 64))
             return self.loss(step)
 

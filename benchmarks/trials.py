@@ -27,8 +27,8 @@ from sage.config import Finetune, Params
 from sage.data.dataset import read_split
 from sage.data.groups import read_groups
 from sage.evaluation.alignment import load_alignment, text_image_cosines
-from sage.evaluation.extractors import EfficientNetLite0, read_pictures
-from sage.evaluation.figures import Pictures
+from sage.evaluation.extractors import EfficientNetLite0, read_images
+from sage.evaluation.figures import ImageFeatures
 from sage.files import digest, new_file, sha256, sha256_tree, write_text
 from sage.grouping.cost import model_digest
 from sage.grouping.embedding import embed
@@ -94,10 +94,10 @@ class Trials:
         return embed(self.texts)
 
     @cached_property
-    def real(self) -> Pictures:
+    def real(self) -> ImageFeatures:
         """The split's own pictures."""
         extract = EfficientNetLite0(device())
-        return self._seen(extract(read_pictures(example.path for example in self.examples))[:, None])
+        return self._seen(extract(read_images(example.path for example in self.examples))[:, None])
 
     def plan(self, point: Point) -> Plan:
         """Return which steps are shared."""
@@ -131,7 +131,7 @@ class Trials:
             self._train(settings, self.work / "training" / name, folder)
         return folder
 
-    def pictures(self, point: Point) -> Pictures:
+    def pictures(self, point: Point) -> ImageFeatures:
         """Return what the extractors see in a point's pictures, after drawing them where they are not kept."""
         return self._seen(np.stack([self._features(point, seed) for seed in self.params.generate.seeds], axis=1))
 
@@ -191,8 +191,8 @@ class Trials:
             [sys.executable, "-m", "flows.stages.finetune", *options], cwd=state, env=environment, check=True
         )
 
-    def _seen(self, features: np.ndarray) -> Pictures:
-        return Pictures(
+    def _seen(self, features: np.ndarray) -> ImageFeatures:
+        return ImageFeatures(
             features, text_image_cosines(load_alignment(Path("models/alignment")), features, self.embeddings)
         )
 

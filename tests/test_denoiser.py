@@ -30,7 +30,7 @@ def pictures(n):
 
 def data_of(denoiser):
     texts = [*tiny.PROMPTS, ""]
-    latents = denoiser.encode_pictures(pictures(len(tiny.PROMPTS)))
+    latents = denoiser.encode_images(pictures(len(tiny.PROMPTS)))
     return TrainingSet(latents, denoiser.encode_texts(texts, SIZE), torch.arange(len(latents))[:, None], GROUPS)
 
 
@@ -93,7 +93,7 @@ def test_a_denoiser_asks_as_the_stock_pipeline_does(pipe, family):
 
 def test_latents_are_what_the_pipeline_decodes(pipe):
     denoiser = Denoiser(pipe)
-    latents = denoiser.encode_pictures(pictures(3), batch_size=2)
+    latents = denoiser.encode_images(pictures(3), batch_size=2)
     x = pictures(3).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         expected = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mode()).sample

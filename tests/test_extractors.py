@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from sage.errors import CheckpointError
-from sage.evaluation.extractors import WIDTH, EfficientNetLite0, read_pictures
+from sage.evaluation.extractors import WIDTH, EfficientNetLite0, read_images
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_weights_that_are_not_the_known_ones_are_refused_before_they_are_read(tm
 
 def test_pictures_are_read_as_rgb_one_by_one(tmp_path):
     Image.new("P", (3, 2)).save(tmp_path / "a.png")
-    reading = read_pictures([tmp_path / "a.png", Path("missing.png")])
+    reading = read_images([tmp_path / "a.png", Path("missing.png")])
     assert next(reading).shape == (2, 3, 3)
     with pytest.raises(FileNotFoundError):
         next(reading)

@@ -174,9 +174,9 @@ def test_seed_diversity_is_the_distance_between_seeds_of_a_prompt_and_nothing_wi
 
 @pytest.fixture
 def arms(random):
-    real = figures.Pictures(features(random, 60, 1), random.uniform(0.7, 0.9, (60, 1)))
-    good = figures.Pictures(features(random, 60, shift=0.2), random.uniform(0.5, 0.7, (60, 2)))
-    bad = figures.Pictures(features(random, 60, shift=1.0), good.alignment - 0.1)
+    real = figures.ImageFeatures(features(random, 60, 1), random.uniform(0.7, 0.9, (60, 1)))
+    good = figures.ImageFeatures(features(random, 60, shift=0.2), random.uniform(0.5, 0.7, (60, 2)))
+    bad = figures.ImageFeatures(features(random, 60, shift=1.0), good.alignment - 0.1)
     return real, good, bad
 
 
@@ -230,8 +230,8 @@ def without_interval(figure):
 def test_too_few_groups_have_a_value_and_no_interval(random, groups):
     partition = [[2 * k, 2 * k + 1] for k in range(groups)]
     n, enough = 2 * groups, groups >= LEAST_GROUPS
-    real = figures.Pictures(features(random, n, 1), random.uniform(0.7, 0.9, (n, 1)))
-    arms = [figures.Pictures(features(random, n), random.uniform(0.5, 0.7, (n, 2))) for _ in range(2)]
+    real = figures.ImageFeatures(features(random, n, 1), random.uniform(0.7, 0.9, (n, 1)))
+    arms = [figures.ImageFeatures(features(random, n), random.uniform(0.5, 0.7, (n, 2))) for _ in range(2)]
     draws = figures.Bootstrap.over(partition, 100, 0.9, 0)
     ours, theirs = (figures.statistics(real, arm, partition) for arm in arms)
     found = [
@@ -252,7 +252,7 @@ def test_a_part_of_too_few_groups_and_groups_with_nothing_to_measure_have_no_int
     assert all(part.groups < LEAST_GROUPS and without_interval(part.arms["sage"]["alignment"]) for part in parts)
     # Of thirty groups one has two prompts: only in that one can images of a group differ.
     partition = [[0, 1], *[[k] for k in range(2, 31)]]
-    one = figures.Pictures(good.features[:31], good.alignment[:31])
-    statistics = figures.statistics(figures.Pictures(real.features[:31], real.alignment[:31]), one, partition)
+    one = figures.ImageFeatures(good.features[:31], good.alignment[:31])
+    statistics = figures.statistics(figures.ImageFeatures(real.features[:31], real.alignment[:31]), one, partition)
     found = figures.arm_figures(statistics, one, figures.Bootstrap.over(partition, 200, 0.9, 0))
     assert without_interval(found["group_diversity"]) and not without_interval(found["alignment"])

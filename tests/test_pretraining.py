@@ -80,10 +80,10 @@ def test_normalised_latents_have_unit_deviation_and_the_same_reconstruction(auto
 
     with torch.no_grad():
         before, deviation = decoded_and_variance()
-        scale = pretraining.encode_pictures(autoencoder, pictures).std(dim=(0, 2, 3))
+        scale = pretraining.encode_images(autoencoder, pictures).std(dim=(0, 2, 3))
         pretraining.normalise_latents(autoencoder, pictures)
         after, normalised = decoded_and_variance()
-    latents = pretraining.encode_pictures(autoencoder, pictures)
+    latents = pretraining.encode_images(autoencoder, pictures)
     torch.testing.assert_close(latents.mean(dim=(0, 2, 3)), torch.zeros(2), atol=1e-5, rtol=0)
     torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(2))
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-4)

@@ -8,7 +8,7 @@ from evaluated import figure, verdict
 from PIL import Image
 
 from flows.report import page as report
-from flows.report.groups_page import groups_picture
+from flows.report.groups_page import groups_image
 from sage.evaluation.results import parse
 
 HOSTILE = [
@@ -90,7 +90,7 @@ def rows(captions):
     row = report.GroupRow(0.85, 0.3, 0.01, columns, prompts)
     sizes = [{"size": 2, "groups": 1, "prompts": 2, "saving": 0.3}]
     embeddings = np.random.default_rng(0).normal(size=(len(captions) + 1, 3))
-    drawn = groups_picture([*captions, "alone"], embeddings, [list(range(len(captions))), [len(captions)]], [0.85, 1.0])
+    drawn = groups_image([*captions, "alone"], embeddings, [list(range(len(captions))), [len(captions)]], [0.85, 1.0])
     return report.GroupRows([row], [row], sizes, 0, 1, drawn)
 
 

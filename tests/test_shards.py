@@ -17,7 +17,7 @@ from flows.prompts import generate, shards
 from sage.errors import ConfigurationError, DataError
 from sage.evaluation.alignment import load_alignment, text_image_cosines
 from sage.evaluation.diversity import group_diversity
-from sage.evaluation.extractors import EfficientNetLite0, read_pictures
+from sage.evaluation.extractors import EfficientNetLite0, read_images
 from sage.files import sha256, sha256_tree
 from sage.grouping.embedding import embed
 
@@ -112,7 +112,7 @@ def test_judged_shards_give_the_figures_of_all_pictures(source, model, tmp_path,
     values = json.loads(found[0])
     # From all pictures at once, as no shard sees them.
     groups = json.loads((tmp_path / "of-3/plan.json").read_text())["groups"]
-    features = EfficientNetLite0()(read_pictures(sorted((tmp_path / "of-3").glob("0*.png"))))
+    features = EfficientNetLite0()(read_images(sorted((tmp_path / "of-3").glob("0*.png"))))
     distances, n = group_diversity(features[:, None], groups)
     assert values["group_diversity"]["value"] == pytest.approx(distances.sum() / n.sum(), rel=1e-4)
     fit = text_image_cosines(load_alignment(shards.ALIGNMENT), features[:, None], embed(TEXTS))

@@ -135,7 +135,7 @@ def test_a_run_that_ends_early_leaves_no_process_and_no_lock(project, number):
     stage = int((project / "pid").read_text())
     run.send_signal(number)
     run.wait(20)
-    wait_for(lambda: not Path(f"/proc/{stage}").exists(), 20, what="the stage outlives the run")
+    wait_for(lambda: not Path(f"/proc/{stage}").exists(), 20)
     assert states() == {"first": "executed", "second": "executed"}
 
 

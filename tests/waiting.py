@@ -2,26 +2,32 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from subprocess import Popen
 from types import SimpleNamespace
 from typing import Any
 
-_EVERY = 0.02  # seconds between looks
-
 
 def wait_for(
-    condition: Callable[[], object], seconds: float, process: "Popen[Any] | None" = None, what: str = ""
+    condition: Callable[[], object],
+    seconds: float,
+    process: "Popen[Any] | None" = None,
+    log: Path | None = None,
+    every: float = 0.1,
 ) -> float:
     """Wait until a condition holds and return how many seconds that took; fail if it takes longer.
 
-    With a process, fail as soon as it has ended without the condition.
+    With a process, fail as soon as it has ended without the condition. `log` is shown then; `every`: between looks.
     """
     start = time.monotonic()
     while not condition():
         # Looked at once more: it may have come true just before the process ended.
-        assert process is None or process.poll() is None or condition(), f"the process ended first: {what}"
-        assert time.monotonic() - start < seconds, f"not within {seconds} s: {what}"
-        time.sleep(_EVERY)
+        ended = process is not None and process.poll() is not None and not condition()
+        late = time.monotonic() - start >= seconds
+        if ended or late:
+            told = log.read_text(errors="replace")[-3000:] if log else ""
+            raise AssertionError(f"{'the process ended first' if ended else f'not within {seconds} s'}\n{told}")
+        time.sleep(every)
     return time.monotonic() - start
 
 

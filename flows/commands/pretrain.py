@@ -16,7 +16,7 @@ from sage import files
 from sage.config import NetworkTraining, load_params
 from sage.data.dataset import captions_of, load_pixels, read_split
 from sage.evaluation import alignment
-from sage.evaluation.extractors import EfficientNetLite0, read_pictures
+from sage.evaluation.extractors import EfficientNetLite0, read_images
 from sage.grouping.embedding import embed
 from sage.sampling import base
 from sage.training import pretraining
@@ -65,7 +65,7 @@ def denoiser(
     settings = load_params().pretrain.denoiser
     autoencoder = AutoencoderKL.from_pretrained(vae).eval().requires_grad_(False)
     examples = read_split(data, "train")
-    latents = pretraining.encode_pictures(autoencoder, _pictures(data, "train")) * autoencoder.config.scaling_factor
+    latents = pretraining.encode_images(autoencoder, _pictures(data, "train")) * autoencoder.config.scaling_factor
     texts, captions = captions_of([example.texts for example in examples])
     states = pretraining.encode_texts([*texts, ""])
     torch.manual_seed(settings.seed)
@@ -96,7 +96,7 @@ def dual_encoder(data: Data = Path("data/prepared"), out: Out = Path("models/ali
     model = alignment.train_alignment(read_split(data, "train"), seed=0)
     alignment.save(model, out)
     unseen = read_split(data, "validation")
-    features = EfficientNetLite0()(read_pictures(example.path for example in unseen))
+    features = EfficientNetLite0()(read_images(example.path for example in unseen))
     embeddings = embed([example.text for example in unseen])
     for k in (1, 5):
         captions, pictures = alignment.retrieval(model, features, embeddings, k)

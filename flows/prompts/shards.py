@@ -31,7 +31,7 @@ from flows.terminal import exit_on_error
 from sage.config import load_params
 from sage.errors import ConfigurationError, DataError
 from sage.evaluation.alignment import load_alignment, text_image_cosines
-from sage.evaluation.extractors import EfficientNetLite0, read_pictures
+from sage.evaluation.extractors import EfficientNetLite0, read_images
 from sage.evaluation.shards import MEASURES, Sums, figures, sums
 from sage.files import new_file, write_json
 from sage.grouping.embedding import embed
@@ -125,7 +125,7 @@ def _judge(out: str, items: Sequence[Item], batches: list[list[tuple[int, list[i
             paths = [Path(temporary) / f"{items[member].id}.png" for member in mine]
             for path in paths:
                 _get(f"{out}/{path.name}", path)
-            features = extract(read_pictures(paths))
+            features = extract(read_images(paths))
         fit = text_image_cosines(encoder, features[:, None], embed([items[member].prompt for member in mine]))[:, 0]
         groups = [[place[member] for member in group] for _, group in batch]
         rows += sums([number for number, _ in batch], groups, features, fit)

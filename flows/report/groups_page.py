@@ -104,7 +104,7 @@ _SVG = Environment(autoescape=True).from_string("""<svg class="map" viewBox="-8 
 {%- endfor %}</svg>""")
 
 
-def groups_picture(
+def groups_image(
     prompts: Sequence[str], embeddings: np.ndarray, groups: Sequence[Sequence[int]], worst: Sequence[float]
 ) -> Markup:
     """Return the same map as SVG for a page without scripts; texts are tooltips of the browser."""

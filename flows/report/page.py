@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from flows.report.groups_page import groups_picture
+from flows.report.groups_page import groups_image
 from flows.report.sheet import sheet
 from sage.evaluation import arms
 from sage.evaluation.arms import ARMS, INDEPENDENT, JUDGED, SAME_NFE
@@ -104,7 +104,7 @@ def group_rows(judged: Judged, saving: float, lost: Sequence[float], texts: np.n
         by_size,
         judged.seeds[0],
         len(several),
-        groups_picture([example.text for example in judged.examples], texts, judged.groups, judged.similarity),
+        groups_image([example.text for example in judged.examples], texts, judged.groups, judged.similarity),
     )
 
 

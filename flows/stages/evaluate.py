@@ -22,7 +22,7 @@ from sage.evaluation import figures as judging
 from sage.evaluation import gates
 from sage.evaluation.alignment import DualEncoder, load_alignment, text_image_cosines
 from sage.evaluation.arms import INDEPENDENT, JUDGED
-from sage.evaluation.extractors import EfficientNetLite0, read_pictures
+from sage.evaluation.extractors import EfficientNetLite0, read_images
 from sage.evaluation.registry import METRICS
 from sage.evaluation.results import Results, write
 from sage.evaluation.samples import Judged, read_judged, siblings
@@ -84,7 +84,7 @@ def read_costs(path: Path, judged: Judged) -> dict[str, float]:
 
 def measure(
     judged: Judged, data: Path, encoder: DualEncoder, texts: np.ndarray
-) -> tuple[judging.Pictures, dict[str, judging.Pictures], np.ndarray]:
+) -> tuple[judging.ImageFeatures, dict[str, judging.ImageFeatures], np.ndarray]:
     """Return what the extractors see: the real pictures, each arm's, and the features of the real ones' siblings."""
     extract = EfficientNetLite0(device())
     others = siblings(judged.examples, read_split(data, "train"))
@@ -92,20 +92,20 @@ def measure(
     total = prompts * (1 + seeds * len(judged.arms)) + len(others)
     with progress(total, "extracting features") as advance:
 
-        def see(paths: Sequence[Sequence[Path]]) -> judging.Pictures:
-            features = extract(read_pictures(path for row in paths for path in row), advance)
+        def see(paths: Sequence[Sequence[Path]]) -> judging.ImageFeatures:
+            features = extract(read_images(path for row in paths for path in row), advance)
             features = features.reshape(prompts, -1, features.shape[-1])
-            return judging.Pictures(features, text_image_cosines(encoder, features, texts))
+            return judging.ImageFeatures(features, text_image_cosines(encoder, features, texts))
 
         real = see([[example.path] for example in judged.examples])
         arms = {arm: see(paths) for arm, paths in judged.arms.items()}
-        return real, arms, extract(read_pictures(example.path for example in others), advance)
+        return real, arms, extract(read_images(example.path for example in others), advance)
 
 
 def judge(
     judged: Judged,
-    real: judging.Pictures,
-    arms: Mapping[str, judging.Pictures],
+    real: judging.ImageFeatures,
+    arms: Mapping[str, judging.ImageFeatures],
     others: np.ndarray,
     cost: Mapping[str, float],
     settings: Evaluate,
@@ -145,7 +145,7 @@ def judge(
     return results.model_copy(update={"gates": verdicts, "passed": gates.passed(verdicts)})
 
 
-def alignment_lost(judged: Judged, arms: Mapping[str, judging.Pictures]) -> list[float]:
+def alignment_lost(judged: Judged, arms: Mapping[str, judging.ImageFeatures]) -> list[float]:
     """Return for each group by how much sharing lowered its alignment; 0 if there is nothing to compare."""
     if not {INDEPENDENT, JUDGED} <= set(arms):
         return [0.0] * len(judged.groups)

@@ -146,7 +146,7 @@ def training_set(denoiser: Denoiser, examples: Sequence[Example], members: tuple
             parts.append(denoiser.encode_texts(some, pictures.shape[1:3]))
             advance(len(some))
     conditions = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return TrainingSet(denoiser.encode_pictures(pictures), conditions, torch.from_numpy(captions), members)
+    return TrainingSet(denoiser.encode_images(pictures), conditions, torch.from_numpy(captions), members)
 
 
 def _shown(total: int, what: str) -> AbstractContextManager[Callable[[int], None]]:

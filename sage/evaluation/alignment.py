@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from sage.data.dataset import Example
 from sage.errors import CheckpointError
-from sage.evaluation.extractors import EfficientNetLite0, read_pictures
+from sage.evaluation.extractors import EfficientNetLite0, read_images
 from sage.files import new_folder, sha256, write_json
 from sage.grouping.embedding import embed
 
@@ -134,7 +134,7 @@ def train_alignment(
     `on_batch(k)` is called after each batch of k images whose features were computed.
     """
     extract = EfficientNetLite0()
-    features = extract(read_pictures(example.path for example in examples), on_batch)
+    features = extract(read_images(example.path for example in examples), on_batch)
     own = np.repeat(np.arange(len(examples)), [len(example.texts) for example in examples])
     # Embed each distinct text once: in another batch its last digits would differ, and equal captions must be equal.
     texts, places = np.unique([text for example in examples for text in example.texts], return_inverse=True)
@@ -149,8 +149,8 @@ def retrieval(model: DualEncoder, features: np.ndarray, embeddings: np.ndarray, 
     similarity = model.images(features) @ model.texts(embeddings).T
     own = np.diag(similarity)
     better_captions = (similarity > own[:, None]).sum(1)
-    better_pictures = (similarity > own[None, :]).sum(0)
-    return float((better_captions < k).mean()), float((better_pictures < k).mean())
+    better_images = (similarity > own[None, :]).sum(0)
+    return float((better_captions < k).mean()), float((better_images < k).mean())
 
 
 def save(model: DualEncoder, folder: Path) -> None:

@@ -73,7 +73,7 @@ def statistics(real: Pictures, arm: Pictures, groups: Groups) -> dict[str, Stati
     } | _means(arm, groups)
 
 
-def _means(pictures: Pictures, groups: Groups) -> dict[str, Statistic]:
+def _means(pictures: ImageFeatures, groups: Groups) -> dict[str, Statistic]:
     cosines = np.array([pictures.alignment[list(group)].sum() for group in groups], float)
     numbers = np.array([pictures.alignment[list(group)].size for group in groups], float)
     return {

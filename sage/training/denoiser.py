@@ -84,7 +84,7 @@ class Denoiser(nn.Module):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     @torch.no_grad()
-    def encode_pictures(self, pictures: Tensor, batch_size: int = 16) -> Tensor:
+    def encode_images(self, pictures: Tensor, batch_size: int = 16) -> Tensor:
         """Return the scaled latents of uint8 images (n, height, width, 3): float32, on the CPU."""
         vae = self._pipe.vae
         parts = []

@@ -58,7 +58,7 @@ def autoencoder_loss(
 
 
 @torch.no_grad()
-def encode_pictures(autoencoder: AutoencoderKL, pictures: Tensor, batch_size: int = 64) -> Tensor:
+def encode_images(autoencoder: AutoencoderKL, pictures: Tensor, batch_size: int = 64) -> Tensor:
     """Return the unscaled latents of uint8 images as float32 of shape (n, channels, height, width)."""
     parts = torch.split(pictures, batch_size)
     return torch.cat([autoencoder.encode(to_pixels(part)).latent_dist.mode() for part in parts])
@@ -71,7 +71,7 @@ def normalise_latents(autoencoder: AutoencoderKL, pictures: Tensor) -> None:
     The shift and scale go into the 1x1 convolutions on either side of the latents, so reconstructions do not change,
     and stock pipelines need only `scaling_factor`, which becomes 1.
     """
-    latents = encode_pictures(autoencoder, pictures)
+    latents = encode_images(autoencoder, pictures)
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     into, out = autoencoder.quant_conv, autoencoder.post_quant_conv
     # quant_conv outputs means, then log variances.
