@@ -69,7 +69,7 @@ class EfficientNetLite0:
         return np.concatenate(parts)
 
 
-def read_pictures(paths: Iterable[Path]) -> Iterator[np.ndarray]:
+def read_images(paths: Iterable[Path]) -> Iterator[np.ndarray]:
     """Yield the image of each file as uint8 RGB of shape (height, width, 3); files are opened one at a time."""
     for path in paths:
         with Image.open(path) as picture:

@@ -19,7 +19,7 @@ _PARTS = ("loosest third", "middle third", "tightest third")
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageFeatures:
     """The images of an arm: features (prompts, seeds, width) and alignment with their prompts (prompts, seeds)."""
 
     features: Array
@@ -65,7 +65,7 @@ def _difference(absolute: Figure, relative: Figure) -> Difference:
     return Difference(value=absolute.value, low=absolute.low, high=absolute.high, n=absolute.n, relative=share)
 
 
-def statistics(real: Pictures, arm: Pictures, groups: Groups) -> dict[str, Statistic]:
+def statistics(real: ImageFeatures, arm: ImageFeatures, groups: Groups) -> dict[str, Statistic]:
     """Return the statistic of each metric for an arm; distances are to the real images of the same prompts."""
     return {
         "kernel_distance": kernel_statistic(real.features[:, 0], arm.features, groups),
@@ -83,7 +83,7 @@ def _means(pictures: ImageFeatures, groups: Groups) -> dict[str, Statistic]:
     }
 
 
-def real_figures(real: Pictures, groups: Groups, bootstrap: Bootstrap) -> dict[str, Figure]:
+def real_figures(real: ImageFeatures, groups: Groups, bootstrap: Bootstrap) -> dict[str, Figure]:
     """Return alignment and diversity within groups of the real images, for comparison with the arms."""
     measured = _means(real, groups)
     return {name: bootstrap.figure(measured[name], real.alignment.size) for name in ("alignment", "group_diversity")}
@@ -106,7 +106,7 @@ def floor(real: Array, siblings: Array, groups: Groups, bootstrap: Bootstrap) ->
     }
 
 
-def arm_figures(measured: Mapping[str, Statistic], pictures: Pictures, bootstrap: Bootstrap) -> dict[str, Figure]:
+def arm_figures(measured: Mapping[str, Statistic], pictures: ImageFeatures, bootstrap: Bootstrap) -> dict[str, Figure]:
     """Return the figures of an arm; n counts all images, except for the Frechet distance: the images of one seed."""
     prompts, n = len(pictures.alignment), pictures.alignment.size
     groups = bootstrap.counts.shape[1]

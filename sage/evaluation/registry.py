@@ -98,7 +98,7 @@ METRICS = {
             "diversity over seeds",
             True,
             "bootstrap",
-            "mean feature distance of an image to the other images of its prompt, from other seeds",
+            "mean feature distance of an image to the images of its prompt from other seeds",
             gateable=True,
         ),
         Metric(
