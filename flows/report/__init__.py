@@ -1,1 +1,1 @@
-"""What people look at: report page, comparison page, map of the groups, tables."""
+"""Output for people: report page, comparison page, map of the groups, tables."""

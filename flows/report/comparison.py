@@ -1,4 +1,4 @@
-"""`sage compare RUN RUN`: one self-contained page with two runs side by side; nothing is loaded from outside."""
+"""The page of `sage compare RUN RUN`: two runs side by side in one self-contained HTML file."""
 
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -15,11 +15,11 @@ from sage.evaluation.registry import METRICS
 from sage.evaluation.results import Figure
 
 _Arms = Mapping[str, Mapping[str, Figure]]
-_COLUMNS = (INDEPENDENT, JUDGED)  # the arms whose pictures are shown, beside the real one
+_COLUMNS = (INDEPENDENT, JUDGED)  # arms whose images are shown next to the real image
 
 
 def build(first: Recorded, second: Recorded) -> str:
-    """Return the page; all text in it is escaped."""
+    """Return the page as HTML; all text in it is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -41,7 +41,7 @@ def build(first: Recorded, second: Recorded) -> str:
 
 
 def facts(run: Recorded) -> dict[str, str]:
-    """Return what a run says of itself, for reading."""
+    """Return id, start, duration and tags of a run, as text by heading."""
     started = datetime.fromtimestamp(run.start, UTC).strftime("%Y-%m-%d %H:%M UTC")
     known = {"Run": run.id, "Started": started}
     if run.seconds is not None:
@@ -50,7 +50,7 @@ def facts(run: Recorded) -> dict[str, str]:
 
 
 def differing(first: Mapping[str, str], second: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    """Return name and both values of every parameter that only one run has or that differs."""
+    """Return name and both values of every parameter that differs, or that only one run has."""
     none = "\N{EN DASH}"
     return [
         (key, first.get(key, none), second.get(key, none))
@@ -60,7 +60,7 @@ def differing(first: Mapping[str, str], second: Mapping[str, str]) -> list[tuple
 
 
 def figures(first: _Arms, second: _Arms) -> Iterator[tuple[str, str, Figure, Figure, str]]:
-    """Yield arm, metric, both figures and how they lie, for all that either run measured; the judged arm first."""
+    """Yield (arm, metric, figure, figure, verdict) for each figure that either run measured; the judged arm first."""
     nothing = Figure(value=None, low=None, high=None, n=0)
     for arm in sorted(dict.fromkeys((*first, *second)), key=lambda arm: arm != JUDGED):
         for metric in METRICS:
@@ -70,7 +70,7 @@ def figures(first: _Arms, second: _Arms) -> Iterator[tuple[str, str, Figure, Fig
 
 
 def verdict(first: Figure, second: Figure) -> str:
-    """Return how two figures lie: "equal", "apart", "overlap", or nothing if one has no interval."""
+    """Compare two figures by their intervals: "equal" values, intervals "apart", or "overlap"; "" without intervals."""
     if first.low is None or first.high is None or second.low is None or second.high is None:
         return ""
     if first.value == second.value:
@@ -79,9 +79,9 @@ def verdict(first: Figure, second: Figure) -> str:
 
 
 def pictures(first: Any, second: Any) -> tuple[list[dict[str, Any]], str]:
-    """Return a row for each prompt that both runs drew from the same seed, or why there is none."""
+    """Return a row for each prompt with images in both runs, and "", or no rows and the reason."""
     if first is None or second is None:
-        return [], "A run keeps no pictures of its prompts; those of an older version do not."
+        return [], "A run keeps no pictures of its prompts; runs of older versions keep none."
     if first["seed"] != second["seed"]:
         return [], f"The pictures kept are of seed {first['seed']} and seed {second['seed']}: they cannot be compared."
     drawn = [_by_prompt(samples) for samples in (first, second)]

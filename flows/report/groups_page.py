@@ -1,4 +1,4 @@
-"""A page with a map of prompts: near means alike, colours are groups, a pointer shows the text. Loads nothing."""
+"""A self-contained page with a 2-D map of prompts: similar prompts are close, and each group has its own colour."""
 
 import json
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
 
-# t-SNE keeps neighbours together but takes a minute for more; beyond, two principal axes.
+# t-SNE shows neighbours best, but takes a minute above this number of prompts; larger sets use two principal axes.
 _NEIGHBOUR_MAP = 3000
 ALONE = "#bbb"
 
@@ -65,7 +65,15 @@ def groups_page(
     groups: Sequence[Sequence[int]],
     worst: Sequence[float],
 ) -> str:
-    """Return the page as HTML."""
+    """Return the page as HTML.
+
+    title       heading of the page
+    summary     paragraph below the heading
+    prompts     texts of the prompts
+    embeddings  their sentence embeddings, (prompts, width)
+    groups      indices of the prompts of each group
+    worst       cosine of the least similar pair of prompts in each group
+    """
     drawn = Markup(groups_map(prompts, embeddings, groups, worst))  # noqa: S704 prompts in it cannot end their element
     return _PAGE.render(title=title, summary=summary, map=drawn)
 
@@ -73,7 +81,7 @@ def groups_page(
 def groups_map(
     prompts: Sequence[str], embeddings: np.ndarray, groups: Sequence[Sequence[int]], worst: Sequence[float]
 ) -> str:
-    """Return the map alone, as a piece of HTML for a page of one's own."""
+    """Return the interactive map alone, as an HTML fragment; arguments as in `groups_page`."""
     number = np.empty(len(prompts), np.int64)
     for g, members in enumerate(groups):
         number[list(members)] = g
@@ -85,7 +93,7 @@ def groups_map(
         "text": [prompt[:300].encode("utf-8", "replace").decode("utf-8") for prompt in prompts],
         "similarity": [round(value, 3) for value in worst],
     }
-    # No "<" may reach the page: a prompt could close the element and open one of its own.
+    # Escape every "<": a prompt could otherwise close the script element and inject HTML.
     return _MAP % json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
 
 
@@ -99,7 +107,7 @@ _SVG = Environment(autoescape=True).from_string("""<svg class="map" viewBox="-8 
 def groups_image(
     prompts: Sequence[str], embeddings: np.ndarray, groups: Sequence[Sequence[int]], worst: Sequence[float]
 ) -> Markup:
-    """Return the same map as SVG for a page without scripts: the browser itself shows the text under the pointer."""
+    """Return the same map as SVG for a page without scripts; texts are tooltips of the browser."""
     places = (positions(embeddings) * (1000, 600)).round(1).tolist()
 
     def told(member: int, g: int) -> str:
@@ -114,12 +122,12 @@ def groups_image(
 
 
 def colour(group: int) -> str:
-    """Return a colour far from those of the groups before: steps of the golden angle, as in the page's script."""
+    """Return a CSS colour for a group; hues advance by the golden angle, as in the page's script."""
     return f"hsl({group * 137.508 % 360:.1f} 65% 45%)"
 
 
 def positions(embeddings: np.ndarray) -> np.ndarray:
-    """Return where each prompt lies on the map, shape (n, 2) in [0, 1]; the same for the same embeddings."""
+    """Return map coordinates in [0, 1] of n prompts, shape (n, 2); deterministic for given embeddings (n, width)."""
     n = len(embeddings)
     centred = np.nan_to_num(embeddings, posinf=0, neginf=0) - np.nan_to_num(embeddings, posinf=0, neginf=0).mean(axis=0)
     if 10 <= n <= _NEIGHBOUR_MAP and np.ptp(centred) > 0:

@@ -1,4 +1,4 @@
-"""report/index.html: one self-contained page to look at, with nothing loaded from outside and no script."""
+"""Builds report/index.html, one self-contained page without scripts and external resources."""
 
 import base64
 import io
@@ -22,20 +22,27 @@ from sage.evaluation.registry import label as metric_label
 from sage.evaluation.results import Figure, Results
 from sage.evaluation.samples import Judged
 
-_ACROSS, _HARDEST = 24, 6  # groups shown
+_ACROSS, _HARDEST = 24, 6  # groups shown: a sample over all similarities, and those that lose most
 _DASH = "\N{EN DASH}"
 _THUMBNAIL = 128  # pixels at most
-# Colours of the plots, replaced by the page's own so that they follow light and dark.
+# Placeholder colours in the plots, replaced by CSS variables so that plots follow the light and the dark theme.
 _INK, _SOFT, _PAPER = "#010203", "#040506", "#070809"
 _ARM_COLOURS = {arm: f"#0a0b{number:02x}" for number, arm in enumerate(ARMS, 1)}
-# The page's own, on light and on dark; an arm beyond them is grey.
+# Colours of the arms in the light and the dark theme; arms without a colour are grey.
 _LIGHT = dict(zip(ARMS, ("#3c6fb4", "#c2741a", "#8a63b8", "#17794a"), strict=False))
 _DARK = dict(zip(ARMS, ("#7fb0f2", "#f0a856", "#c3a1ec", "#5fd39a"), strict=False))
 
 
 @dataclass(frozen=True)
 class GroupRow:
-    """One group as the page shows it: for each prompt its caption and one picture a column, real first."""
+    """One group as shown on the page.
+
+    similarity: cosine of its least similar pair of prompts.
+    saving: fraction of network evaluations saved.
+    lost: loss of alignment compared with independent sampling.
+    columns: headings of the images: "real", then the arms.
+    prompts: for each prompt its text and one image per column.
+    """
 
     similarity: float
     saving: float
@@ -46,7 +53,15 @@ class GroupRow:
 
 @dataclass(frozen=True)
 class GroupRows:
-    """The groups shown: a sample from the loosest to the tightest, those that lose most, and all sizes counted."""
+    """All that the page shows of the groups.
+
+    across: a sample of groups, from the least to the most similar.
+    hardest: the groups that lose most alignment.
+    sizes: for each group size, the numbers of groups and prompts, and the saving.
+    seed: seed of the images.
+    shareable: number of groups of two or more prompts.
+    map: SVG map of all prompts.
+    """
 
     across: list[GroupRow]
     hardest: list[GroupRow]
@@ -57,10 +72,10 @@ class GroupRows:
 
 
 def group_rows(judged: Judged, saving: float, lost: Sequence[float], texts: np.ndarray) -> GroupRows:
-    """Return the groups to show, chosen by rule: every k-th by similarity, and those that lose most alignment.
+    """Return the groups to show: every k-th group by similarity, and the groups that lose most alignment.
 
-    `saving` is the whole set's; `lost` is each group's loss of alignment against independent sampling; `texts` are the
-    embeddings of the prompts.
+    `saving` is the fraction of network evaluations saved on the whole set. `lost` is the loss of alignment of each
+    group compared with independent sampling. `texts` are the embeddings of the prompts, (prompts, width).
     """
     sizes = [len(group) for group in judged.groups]
     shareable = 1 - len(sizes) / sum(sizes)
@@ -94,7 +109,7 @@ def group_rows(judged: Judged, saving: float, lost: Sequence[float], texts: np.n
 
 
 def build(results: Results, rows: GroupRows) -> str:
-    """Return the page of an evaluation; all text in it is escaped."""
+    """Return the report page as HTML; all text in it is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -118,7 +133,7 @@ def build(results: Results, rows: GroupRows) -> str:
 
 
 def samples(rows: Sequence[GroupRow], seed: int) -> dict[str, Any]:
-    """Return the pictures of some groups as data, so that another run's can stand beside them (`sage compare`)."""
+    """Return the images of some groups as JSON values, which `sage compare` reads to show two runs side by side."""
     groups = [
         [{"text": text, "pictures": list(map(data_uri, pictures))} for text, pictures in row.prompts] for row in rows
     ]
@@ -136,7 +151,7 @@ def headline(results: Results) -> str:
 
 
 def comparison(results: Results) -> str | None:
-    """Return what a user would ask next: whether plain sampling at the same cost does as well."""
+    """Return a sentence that compares SAGE with independent sampling at the same cost; None if it was not measured."""
     figure = results.worse_by.get(SAME_NFE, {}).get("kernel_distance")
     if figure is None or figure.low is None or figure.high is None:
         return None
@@ -149,7 +164,7 @@ def comparison(results: Results) -> str | None:
 
 
 def number(value: float | None) -> str:
-    """Return a figure with three digits that count, or a dash."""
+    """Return a number with about three significant digits, or a dash for None."""
     if value is None:
         return _DASH
     size = abs(value)
@@ -158,7 +173,7 @@ def number(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """Return a share as percent, or a dash."""
+    """Return a fraction as a whole percentage, or a dash for None."""
     return _DASH if value is None else _typeset(f"{value:.0%}")
 
 
@@ -167,19 +182,19 @@ def _typeset(text: str) -> str:
 
 
 def arm_name(arm: str) -> str:
-    """Return how an arm is called on the page."""
+    """Return the label of an arm, or of the real images."""
     return "Real" if arm == "real" else arms.label(arm)
 
 
 def data_uri(picture: Image.Image) -> str:
-    """Return a picture, no larger than a thumbnail, as a data URI without loss."""
+    """Return an image as a data URI of lossless WebP."""
     content = io.BytesIO()
     picture.save(content, "WEBP", lossless=True, quality=60, method=4)
     return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
 
 
 def group_sheet(row: GroupRow, scale: int = 2) -> Image.Image:
-    """Return a group as one image: a line for each prompt, a column for the real image and each arm."""
+    """Return a group as one image, with a row per prompt and a column for the real image and each arm."""
     width, height = row.prompts[0][1][0].size
     headings = [arm_name(arm) for arm in row.columns]
     size = width * scale, height * scale
@@ -187,7 +202,7 @@ def group_sheet(row: GroupRow, scale: int = 2) -> Image.Image:
 
 
 def quality_plot(results: Results, metric: str) -> Markup:
-    """Return a metric against cost as SVG: a point with its interval for each arm, a band for the real pictures."""
+    """Return an SVG plot of a metric against cost: each arm is a point with its interval, real images are a band."""
     import matplotlib as mpl
     from matplotlib.figure import Figure as Canvas
 
@@ -205,7 +220,7 @@ def quality_plot(results: Results, metric: str) -> Markup:
     colours |= {colour: f"var(--{arm})" for arm, colour in _ARM_COLOURS.items()}
     for placeholder, colour in colours.items():
         svg = svg.replace(placeholder, colour)
-    return Markup(svg)  # noqa: S704 - drawn here from numbers and the labels of METRICS; no caption is in it
+    return Markup(svg)  # noqa: S704 - contains only numbers and the labels of METRICS, no captions
 
 
 def _draw(axes: Any, metric: str, measured: Mapping[str, Mapping[str, Figure]], mark: Figure | None) -> None:

@@ -1,4 +1,4 @@
-"""Images in rows on one sheet: the only place that pastes images into a grid."""
+"""Contact sheets: the only code that pastes images into a grid."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +18,10 @@ def sheet(
     headings: Sequence[str] = (),
     names: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
-    """Return images in rows on white.
+    """Return one image that shows a grid of images on white.
 
     rows      images, row by row; rows may differ in length
-    size      width and height of every cell in pixels; by default the first image's
+    size      width and height of every cell in pixels; by default the size of the first image
     gap       pixels between cells
     headings  a text above each column
     names     a text below each image, in the shape of `rows`
@@ -36,7 +36,7 @@ def sheet(
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
             place = gap + x * step[0], head + gap + y * step[1]
-            # Pixels stay pixels when a small image grows.
+            # Enlarge small images without smoothing, so that their pixels stay visible.
             way = Image.Resampling.NEAREST if image.width < width else Image.Resampling.BICUBIC
             canvas.paste(image.convert("RGB").resize((width, height), way), place)
             if names:
@@ -45,11 +45,11 @@ def sheet(
 
 
 def in_rows(items: Sequence[T], columns: int) -> list[Sequence[T]]:
-    """Return items in rows of so many columns; the last row may be shorter."""
+    """Split items into rows of `columns` items; the last row may be shorter."""
     return [items[start : start + columns] for start in range(0, len(items), columns)]
 
 
 def opened(path: Path) -> Image.Image:
-    """Return the image of a file, read whole, so that the file is closed."""
+    """Return the RGB image of a file, completely read, so that the file is closed."""
     with Image.open(path) as image:
         return image.convert("RGB")

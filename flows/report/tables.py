@@ -1,4 +1,4 @@
-"""The results as rows of text, for every place that shows them: terminal, Prefect, MLflow."""
+"""The results as tables of text, for the terminal, Prefect and MLflow."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ TableRow = dict[str, str]
 
 
 def arms(results: Results) -> list[TableRow]:
-    """Return a row for each metric, with a column for each arm: the value with its interval."""
+    """Return a row for each metric, with value and interval of each arm in its own column."""
     metrics = dict.fromkeys(metric for figures in results.arms.values() for metric in figures)
     return [
         {"metric": registry.label(metric)}
@@ -20,7 +20,7 @@ def arms(results: Results) -> list[TableRow]:
 
 
 def gates(results: Results) -> list[TableRow]:
-    """Return a row for each gate: what was compared, the verdict, and why."""
+    """Return a row for each gate: metric, reference arm, verdict and reason."""
     return [
         {
             "gate": registry.label(gate.metric),

@@ -1,4 +1,4 @@
-"""What MLflow keeps: runs with parameters, metrics and images, and the registry of models.
+"""MLflow tracking: runs with parameters, metrics and images, and the model registry.
 
-The only package that imports mlflow, and it does so late: with tracking off nothing of it is loaded.
+Only this package imports mlflow, and only inside functions, so mlflow is not loaded if tracking is off.
 """

@@ -1,7 +1,7 @@
-"""What a registered version holds: weights, how to sample and group with them, code, and a hash over all of it.
+"""Files of a registered model version: weights, settings for sampling and grouping, and code; and their hash.
 
-No pickle is in it. The hash of its files stands in the registry, not beside them: who can overwrite the files cannot
-make them fit. It is compared before anything of them is parsed.
+A version contains no pickle. The hash of its files is a tag in the registry, so a person who can overwrite only the
+files cannot make them match. The hash is compared before any file is parsed.
 """
 
 import logging
@@ -19,9 +19,9 @@ from sage.config import Group, Params
 from sage.errors import RegistryError
 from sage.files import digest, sha256
 
-FILES_HASH = "sage.files_sha256"  # the tag of a version
-# Loading a version writes these beside its files, even into the store itself if that is local: MLflow what was
-# loaded, Python the bytecode of served.py.
+FILES_HASH = "sage.files_sha256"  # name of the tag of a version
+# Loading a version adds these to its files, even in the artifact store itself if the store is local: MLflow writes the
+# name of the loaded version, Python the bytecode of served.py.
 _LOADED_AS, _BYTECODE = "registered_model_meta", "__pycache__"
 _WEIGHTS = "artifacts/model"
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -29,37 +29,40 @@ ADAPTER = "pytorch_lora_weights.safetensors"
 
 @dataclass(frozen=True)
 class Version:
-    """The verified files of a version, and what it says of itself."""
+    """The verified files of a version, and its settings, as returned by `describe`."""
 
     folder: Path
     config: Mapping[str, Any]
 
     @property
     def weights(self) -> Path:
-        """The folder of the pipeline."""
+        """The folder of the diffusers pipeline."""
         return self.folder / _WEIGHTS
 
     def settings(self) -> tuple[str, dict[str, Any], Group]:
-        """Return the hash of the weights, how to sample with them, and how to group prompts for them."""
+        """Return the hash of the weights, the sampling settings and the grouping settings."""
         return self.config["model_sha256"], dict(self.config["sampling"]), Group(**self.config["group"])
 
 
 def describe(params: Params, threshold: float, model_sha256: str) -> dict[str, Any]:
-    """Return what a version says of itself: the judged pictures were made so, and its own shall be."""
+    """Return the settings stored in a version: how the evaluated images were generated, and request limits.
+
+    `threshold` is the similarity threshold of the evaluated groups, `model_sha256` the hash of the weights.
+    """
     sampling = params.generate.sampling()
-    # The threshold that was used, also if the parameters ask for a budget.
+    # Store the threshold that was used, even if the parameters give a budget instead of a threshold.
     grouping = {"threshold": threshold, **params.group.model_dump(include={"max_size", "near_duplicate", "guard"})}
     return {
         "model_sha256": model_sha256,
         "sampling": sampling,
         "group": grouping,
-        # What one request may ask of a server; steps count once for each prompt.
+        # Limits of one request to a server; `steps` limits prompts x steps.
         "limits": {"prompts": 64, "characters": 2000, "steps": 64 * max(50, params.generate.steps)},
     }
 
 
 def save(folder: Path, model: Path, config: Mapping[str, Any]) -> None:
-    """Write the content of a version, with the parameters that a request may give and their defaults."""
+    """Write the files of a version; its signature has the parameters of a request and their defaults."""
     from mlflow.models import Model
     from mlflow.types import DataType, ParamSchema, ParamSpec
 
@@ -70,7 +73,7 @@ def save(folder: Path, model: Path, config: Mapping[str, Any]) -> None:
         model_config=dict(config),
         pip_requirements=[line for line in requires("sage-diffusion") or [] if "extra ==" not in line],
     )
-    # MLflow infers the list of prompts from the code, but parameters only by running it.
+    # MLflow infers the input type from the code, but could infer parameters only by running it.
     saved, sampling = Model.load(str(folder)), config["sampling"]
     saved.signature.params = ParamSchema(
         [
@@ -86,47 +89,48 @@ def save(folder: Path, model: Path, config: Mapping[str, Any]) -> None:
 
 
 def save_adapter(folder: Path, adapter: Path, model_sha256: str) -> None:
-    """Write a LoRA in MLflow's own form for diffusers, which holds the adapter and the name of its base model.
+    """Write a LoRA adapter in MLflow's diffusers flavor, which stores the adapter and the name of its base model.
 
-    The version has it merged into its weights; this is for whoever wants it apart. MLflow can put it on a base that is
-    a whole diffusers pipeline, by `load_pipeline(base_model=...)`; the embedded base, which has no text encoder in its
-    folder, loads by `sage.sampling.base.load` and then takes it by `load_lora_weights`.
+    The registered version has the adapter merged into its weights; this is a separate copy of the adapter. If the base
+    model is a complete diffusers pipeline, MLflow loads both with `load_pipeline(base_model=...)`. The base model of
+    this project has no text encoder in its folder: load it with `sage.sampling.base.load`, then call
+    `load_lora_weights`.
     """
     import sage.torchvision_ops  # noqa: F401
 
     import mlflow.diffusers
 
-    # "./": a name without it would be looked up on a hub.
+    # Without "./" the name would be looked up on a model hub.
     mlflow.diffusers.save_model(
         str(adapter), str(folder), base_model="./models/base", metadata={"model_sha256": model_sha256}
     )
 
 
 def pyfunc() -> Any:
-    """Return MLflow's module of generic models, without what it says of its own type hints while it is imported."""
+    """Return the module mlflow.pyfunc, with its warnings about type hints turned off."""
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         import mlflow.pyfunc
-    # It warns that values of several kinds, as an answer has, are not checked.
+    # It warns that union types, which the answers have, are not validated.
     logging.getLogger("mlflow.types.type_hints").setLevel(logging.ERROR)
     return mlflow.pyfunc
 
 
 def files_hash(folder: Path) -> str:
-    """Return one SHA-256 for all files of a version, whether or not MLflow has loaded it from there."""
+    """Return one SHA-256 over all files of a version; files that loading adds do not change it."""
     written = {folder / _LOADED_AS, folder / _BYTECODE}
     found = (path for path in folder.rglob("*") if path.is_file() and not written & {path, path.parent})
     return digest({path.relative_to(folder).as_posix(): sha256(path) for path in found})
 
 
 def download(tracker: Any, version: Any, folder: Path) -> Version:
-    """Download a version's files and return them, if their hash is the one that the registry keeps."""
+    """Download the files of a version; raise RegistryError if their hash differs from the one in the registry."""
     from mlflow.artifacts import download_artifacts
 
-    # What was copied from another registered model names that one; the registry knows where the files are.
+    # The source of a version copied from another model is a models:/ URI; ask the registry for the real location.
     source = tracker.get_model_version_download_uri(version.name, version.version)
     uri = tracker.tracking_uri
     files = Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=uri, registry_uri=uri))
-    # Python would run it in the place of served.py, whose hash is compared.
+    # Python would run this bytecode instead of served.py, and the hash does not cover it.
     shutil.rmtree(files / _BYTECODE, ignore_errors=True)
     _compare(files, version)
     model = yaml.safe_load((files / "MLmodel").read_text(encoding="utf-8"))
@@ -134,18 +138,18 @@ def download(tracker: Any, version: Any, folder: Path) -> Version:
 
 
 def check_loaded(folder: Path) -> None:
-    """Refuse files that MLflow loads as a version whose hash, in the registry, is another."""
+    """Raise RegistryError if MLflow loaded these files as a version that has another hash in the registry."""
     from mlflow import MlflowClient
 
     loaded_as = folder / _LOADED_AS
     if not loaded_as.exists():
-        return  # from a folder, verified by whoever put it there
+        return  # loaded from a plain folder, which `download` or its owner has verified
     named = yaml.safe_load(loaded_as.read_text(encoding="utf-8"))
     _compare(folder, MlflowClient().get_model_version(named["model_name"], named["model_version"]))
 
 
 def draws(version: Version) -> bool:
-    """Return whether a version answers a prompt with a picture."""
+    """Return whether a version generates an image for a test prompt."""
     (answer,) = pyfunc().load_model(str(version.folder)).predict(["red heart"])
     return "png" in answer
 

@@ -1,4 +1,4 @@
-"""Who is champion: a challenger that is whole, passed its gates and is no worse takes its place; and the way back."""
+"""Promotion of a version to champion, and rollback to the champion before it."""
 
 import json
 import tempfile
@@ -11,15 +11,16 @@ from sage.errors import RegistryError
 from sage.evaluation.registry import METRICS, label
 from sage.evaluation.results import parse_figure
 
-_REPLACED = "sage.replaced"  # a tag of a version: the champion before it
+_REPLACED = "sage.replaced"  # tag of a version: the number of the champion that it replaced
 
 
 def promote(version: str | None = None, to: str = MODEL) -> str:
-    """Make a version, by default the challenger, the champion; return it.
+    """Make a version the champion and return its number; by default, promote the challenger.
 
-    `to` another registered model the champion, or the version, is copied first, once. Raises RegistryError if it is
-    damaged, failed a gate, was judged on another held-out set than the champion, or is worse than the champion beyond
-    both intervals in anything that a gate rests on.
+    If `to` is another registered model, `version` (by default the champion) is first copied there, unless `to` already
+    has a copy. Raises RegistryError if the version is damaged, failed a gate, generates no image, was evaluated on
+    another held-out set than the current champion, or is worse than it in a metric of a gate: their intervals do not
+    overlap.
     """
     tracker, _ = connect()
     if to != MODEL:
@@ -31,7 +32,7 @@ def promote(version: str | None = None, to: str = MODEL) -> str:
         _check(tracker, candidate)
         if champion is not None:
             _check_against(candidate, find(tracker, champion, to))
-            # Remembered before the alias moves, so that a way back exists at every instant.
+            # Set this tag before the alias moves, so that a rollback is possible at any time.
             tracker.set_model_version_tag(to, number, _REPLACED, champion)
         tracker.set_registered_model_alias(to, CHAMPION, number)
     if named.get(CHALLENGER) == number:
@@ -40,33 +41,37 @@ def promote(version: str | None = None, to: str = MODEL) -> str:
 
 
 def rollback(of: str = MODEL) -> str:
-    """Make the version that the champion replaced the champion again; return it."""
+    """Make the previous champion the champion again, and return its number.
+
+    Raises RegistryError if the champion replaced none, or if the previous one is damaged, failed a gate or generates no
+    image.
+    """
     tracker, _ = connect()
     champion = find(tracker, aliases(tracker, of).get(CHAMPION), of, CHAMPION)
     before = champion.tags.get(_REPLACED)
     if not before:
-        raise RegistryError(f"version {champion.version} replaced no champion, so there is none to go back to.")
+        raise RegistryError(f"version {champion.version} replaced no champion, so there is no version to go back to.")
     _check(tracker, find(tracker, before, of))
     tracker.set_registered_model_alias(of, CHAMPION, before)
     return str(before)
 
 
 def _copy(tracker: Any, version: str | None, to: str) -> str:
-    """Copy a version with its tags to another registered model, unless it is there; return its number there."""
+    """Copy a version with its tags to another registered model, unless it has a copy; return the copy's number."""
     found = find(tracker, version, MODEL, CHAMPION)
     same = f"name = '{to}' and tags.`{content.FILES_HASH}` = '{found.tags.get(content.FILES_HASH)}'"
     if copies := tracker.search_model_versions(same):
         return str(min(int(copy.version) for copy in copies))
     _check(tracker, found)
     copy = tracker.copy_model_version(f"models:/{MODEL}/{found.version}", to)
-    # Which champion it replaced is a matter of the registry that it was in.
+    # This tag refers to a version of the original model, so the copy must not have it.
     if _REPLACED in copy.tags:
         tracker.delete_model_version_tag(to, copy.version, _REPLACED)
     return str(copy.version)
 
 
 def _check(tracker: Any, version: Any) -> None:
-    """Refuse a version that failed a gate, is damaged, or cannot draw a picture."""
+    """Raise RegistryError if a version failed a gate, is damaged, or generates no image."""
     gates = json.loads(version.tags.get(GATES, "[]"))
     if not gates or not all(gate["passed"] is True for gate in gates):
         raise RegistryError(f"version {version.version} has not passed its gates.")

@@ -1,4 +1,4 @@
-"""What a run left to read: results, parameters of the stages that made them, and the pictures that were judged."""
+"""Reads recorded runs from MLflow: results, parameters of the stages, and sample images."""
 
 import json
 import tempfile
@@ -15,12 +15,20 @@ from sage.errors import SageError
 from sage.evaluation.results import Results, parse
 
 _TAGS = ("sage.", "prefect.", "mlflow.source.git.commit")
-_ELSEWHERE = ("sage.metric.", "sage.params", "sage.pipeline", "sage.process")  # said by the results, or to machines
+_ELSEWHERE = ("sage.metric.", "sage.params", "sage.pipeline", "sage.process")  # part of the results, or not for display
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A run with results: its tags, the evaluation, the stages' parameters as "stage.name", and the samples, if any."""
+    """A run that has results.
+
+    id, name: of the MLflow run.
+    start, seconds: start as a Unix time, and duration; None if the run has not ended.
+    tags: the tags to show.
+    params: parameters of all stages under dotted names.
+    evaluate: the results of the evaluation.
+    samples: content of report/samples.json, or None.
+    """
 
     id: str
     name: str
@@ -33,10 +41,11 @@ class Recorded:
 
 
 def recorded(name: str) -> Recorded:
-    """Return what a run recorded; `name` is its id, that of a pipeline or of a registration, or models:/NAME@ALIAS.
+    """Return a recorded run of a pipeline or of a registration.
 
-    Parameters are those that the pipeline's stages ran with, whether they were executed or up to date.
-    Raises SageError if there is no such run or it has no results.
+    `name` is the run's id, or models:/NAME@ALIAS or models:/NAME/VERSION for the run that registered a version. The
+    parameters include stages that were up to date and did not execute. Raises SageError if there is no such run or it
+    has no results.
     """
     from mlflow.exceptions import MlflowException
 
@@ -70,7 +79,7 @@ def recorded(name: str) -> Recorded:
 
 
 def _params(tracker: Any, run: Any, folder: str) -> dict[str, str]:
-    """Return the parameters of a registration, or of the pipeline whose dvc.lock was recorded, under dotted names."""
+    """Return parameters under dotted names, from the tag of a registration or the recorded dvc.lock of a pipeline."""
     if kept := run.data.tags.get("sage.params"):
         return dict(flattened(json.loads(kept)))
     if not any(file.path == "dvc.lock" for file in tracker.list_artifacts(run.info.run_id)):
@@ -81,7 +90,7 @@ def _params(tracker: Any, run: Any, folder: str) -> dict[str, str]:
 
 
 def _samples(tracker: Any, run: str | None, folder: str) -> Any:
-    """Return report/samples.json of the run that judged; None for one that was not recorded or keeps none."""
+    """Return report/samples.json of the evaluation's run; None if `run` is None or has no such file."""
     if run is None or not any(file.path == "report/samples.json" for file in tracker.list_artifacts(run, "report")):
         return None
     return json.loads(Path(tracker.download_artifacts(run, "report/samples.json", folder)).read_text(encoding="utf-8"))

@@ -1,7 +1,8 @@
-"""The registry: which models passed the gates, which one is champion, and that neither is ever half there.
+"""The model registry: registration of models that passed their gates, and lookup of versions and aliases.
 
-A version is complete before it is visible: its files are uploaded first, then one call makes it with all its tags, then
-the alias moves. A process killed between leaves files that nothing points to, or a version that the next call finds.
+A version is complete before it is visible. Its files are uploaded first, then one call creates the version with all its
+tags, then the alias moves. If the process is killed in between, it leaves files without a version, or a version without
+an alias, which the next call finds.
 """
 
 import json
@@ -27,7 +28,7 @@ MODEL = "sage"
 CHALLENGER = "challenger"
 CHAMPION = "champion"
 
-# Tags of a version. Values are text of at most 5,000 characters, names start with "sage.".
+# Names of the tags of a version. Values are text of at most 5,000 characters.
 _MODEL_HASH = "sage.model_sha256"
 _METRICS_HASH = "sage.metrics_sha256"
 SET = "sage.heldout_set"
@@ -37,7 +38,12 @@ METRIC = "sage.metric."
 
 @dataclass(frozen=True)
 class Registration:
-    """What `register` did: the version, or None with the reasons why there is none."""
+    """The outcome of `register`.
+
+    version: its number, or None if the model failed a gate.
+    new: whether this call recorded something: a new version, or the reasons of a new failure.
+    reasons: why there is no version; empty if there is one.
+    """
 
     version: str | None
     new: bool
@@ -45,11 +51,11 @@ class Registration:
 
 
 def register(model: Path, metrics: Path, groups: Path, params: Params) -> Registration:
-    """Make a version of a model that passed its gates; of one that failed keep the reasons, and no version.
+    """Register a model that passed its gates as a new version; if it failed one, record only the reasons, in a run.
 
-    `metrics` and `groups` are the folders with the stages' results and with the groups that were judged. The same
-    model with the same results is registered once. Raises RegistryError if the results are not those of this model
-    or tracking is off.
+    `metrics` is the folder of the stages' results, `groups` the folder of the evaluated groups. The same model with the
+    same results is registered only once. Raises RegistryError if a result is missing, the results belong to another
+    model, or tracking is off.
     """
     tracker, home = connect()
     results = {path.stem: _read(path) for path in sorted(metrics.glob("*.json"))}
@@ -71,10 +77,11 @@ def register(model: Path, metrics: Path, groups: Path, params: Params) -> Regist
 
 
 def fetch(name: str, folder: Path) -> content.Version:
-    """Download a version into a folder, verify its hash, and return what it holds.
+    """Download a version into a folder, verify its hash, and return it.
 
-    `name` is a version or an alias of this project's model, or any model's as models:/NAME@ALIAS or
-    models:/NAME/VERSION. Nothing of it is parsed or run before the hash is seen to fit.
+    `name` is a version number or an alias of this project's model, or models:/NAME@ALIAS or models:/NAME/VERSION for
+    any model. No file is parsed or run before the hash is verified. Raises RegistryError if there is no such version or
+    the hash differs.
     """
     tracker, _ = connect()
     model, version = split(name) if name.startswith("models:/") else (MODEL, name)
@@ -82,7 +89,7 @@ def fetch(name: str, folder: Path) -> content.Version:
 
 
 def split(address: str) -> tuple[str, str]:
-    """Return model and version or alias of an address; raise RegistryError for one that names none."""
+    """Split a models:/ URI into model name and version or alias; raise RegistryError if it has another form."""
     match = re.fullmatch(r"models:/([^/@]+)[/@]([^/@]+)", address)
     if match is None:
         raise RegistryError(f"{address} names no version; write models:/{MODEL}@{CHAMPION} or models:/{MODEL}/1.")
@@ -90,7 +97,7 @@ def split(address: str) -> tuple[str, str]:
 
 
 def versions(model: str = MODEL) -> list[dict[str, str]]:
-    """Return all versions, newest first: version, aliases, revision, and each metric as text."""
+    """Return a row for each version, newest first, with version, aliases, metrics and revision as text."""
     tracker, _ = connect()
     names: dict[str, list[str]] = {}
     for alias, version in aliases(tracker, model).items():
@@ -108,7 +115,7 @@ def versions(model: str = MODEL) -> list[dict[str, str]]:
 
 
 def connect() -> tuple[Any, str]:
-    """Return a client and the id of the experiment; raise RegistryError if tracking is off."""
+    """Return an MLflow client and the id of the experiment; raise RegistryError if tracking is off."""
     uri = address()
     if uri is None:
         raise RegistryError("tracking is off (SAGE_TRACKING_URI=off), and with it the registry.")
@@ -128,7 +135,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _evaluation(values: Any, path: Path) -> Results:
-    """Return the evaluation as gates read it; raise RegistryError if it is damaged, so that nothing is registered."""
+    """Return the parsed results of the evaluation; raise RegistryError if they are damaged."""
     try:
         return parse(values, str(path))
     except MetricError as error:
@@ -136,7 +143,7 @@ def _evaluation(values: Any, path: Path) -> Results:
 
 
 def _check(model: Path, results: Mapping[str, dict[str, Any]]) -> None:
-    """Raise RegistryError if a result is missing or the results are of another model."""
+    """Raise RegistryError if a result is missing or the results belong to another model."""
     missing = [name for name in ("prepare", "finetune", "generate", "evaluate") if name not in results]
     if missing or not model.is_dir():
         raise RegistryError(f"no results of {', '.join(missing) or 'a model'} here. Run `sage run` first.")
@@ -148,12 +155,11 @@ def _check(model: Path, results: Mapping[str, dict[str, Any]]) -> None:
 
 
 def _tags(results: Mapping[str, dict[str, Any]], evaluate: Results, params: Params) -> dict[str, str]:
-    """Return what a version says of itself, all as text."""
+    """Return the tags of a version: hashes, gates, parameters and figures, all as text."""
     raw = results["evaluate"]
     gates = [gate.model_dump(include={"metric", "reference", "passed"}) for gate in evaluate.gates]
     tags = {
         _MODEL_HASH: results["finetune"]["model_sha256"],
-        # The run that recorded the figures is no part of them.
         _METRICS_HASH: digest(raw),
         SET: evaluate.set.digest,
         GATES: json.dumps(gates),
@@ -166,7 +172,7 @@ def _tags(results: Mapping[str, dict[str, Any]], evaluate: Results, params: Para
 
 
 def _failures(evaluate: Results, params: Params) -> list[str]:
-    """Return why a model must not be registered; nothing that is missing counts as passed."""
+    """Return the reasons against registration, none if every gate passed; a gate without a verdict is a failure."""
     judged = {(gate.metric, gate.reference): gate for gate in evaluate.gates}
     reasons = []
     for wanted in params.evaluate.gates:
@@ -181,14 +187,18 @@ def _failures(evaluate: Results, params: Params) -> list[str]:
 
 
 def _find(tracker: Any, tags: Mapping[str, str]) -> str | None:
-    """Return the version of this model with these results, or None."""
+    """Return the version with the same model and the same results, or None."""
     same = " and ".join(f"tags.`{key}` = '{tags[key]}'" for key in (_MODEL_HASH, _METRICS_HASH))
     found = tracker.search_model_versions(f"name = '{MODEL}' and {same}")
     return str(min(int(version.version) for version in found)) if found else None
 
 
 def _record_failure(tracker: Any, home: str, tags: Mapping[str, str], reasons: list[str], metrics: Path) -> bool:
-    """Keep the reasons in a run, once; return whether this was the first time."""
+    """Record the reasons of a failure in a run, unless there is one for this model and these results.
+
+    Returns whether a run was created. `tags` are the tags that a version would have, `home` is the id of the
+    experiment, `metrics` the folder of results.
+    """
     same = " and ".join(f"tags.`{key}` = '{tags[key]}'" for key in (_MODEL_HASH, _METRICS_HASH))
     if tracker.search_runs([home], filter_string=f"{same} and tags.`sage.verdict` = 'failed'", max_results=1):
         return False
@@ -200,10 +210,18 @@ def _record_failure(tracker: Any, home: str, tags: Mapping[str, str], reasons: l
 
 
 def _create(tracker: Any, home: str, model: Path, metrics: Path, says: Mapping[str, Any], tags: dict[str, str]) -> str:
-    """Upload the files, then make the version with all its tags in one call."""
+    """Upload the files, then create the version with all its tags in one call; return its number.
+
+    tracker  MLflow client
+    home     id of the experiment
+    model    folder of the weights
+    metrics  folder of the results
+    says     settings of the version, from `describe`
+    tags     tags of the version
+    """
     run = new_run(tracker, home, "register", {"sage.stage": "register", "sage.verdict": "passed", **tags})
     with ending(run, tracker), tempfile.TemporaryDirectory() as temporary:
-        # A copy, so that what was hashed is what is uploaded.
+        # Hash and upload the same copy, because the original could change in between.
         weights, files = Path(temporary) / "model", Path(temporary) / "version"
         shutil.copytree(model, weights)
         if sha256_tree(weights) != tags[_MODEL_HASH]:
@@ -232,13 +250,13 @@ def _ensure_model(tracker: Any) -> None:
 
 
 def aliases(tracker: Any, model: str = MODEL) -> dict[str, str]:
-    """Return alias -> version; none if nothing was ever registered."""
+    """Return a mapping from alias to version number; empty if no version has an alias or nothing is registered."""
     found = tracker.search_registered_models(f"name = '{model}'")
     return {alias: str(version) for alias, version in found[0].aliases.items()} if found else {}
 
 
 def find(tracker: Any, version: str | None, model: str = MODEL, what: str = CHALLENGER) -> Any:
-    """Return a version as the registry has it; raise RegistryError if there is none."""
+    """Return a version from the registry; raise RegistryError if it does not exist. `what` names a missing alias."""
     from mlflow.exceptions import MlflowException
 
     if version is None:

@@ -1,4 +1,4 @@
-"""Runs: one for each execution of a stage, holding the same JSON that the stage writes; nothing is computed here."""
+"""MLflow runs: one for each execution of a stage and one for each pipeline, with the results that the stages write."""
 
 import json
 import logging
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 EXPERIMENT = "sage"
-# Under a name of our own: an exported MLFLOW_RUN_ID would make every stage write into its parent.
+# A variable of our own, because MLFLOW_RUN_ID would make every stage write into the pipeline's run.
 PIPELINE = "SAGE_PIPELINE"
 _PIPELINE_TAGS = "SAGE_PIPELINE_TAGS"
-_PROCESS = "sage.process"  # a tag of a run
-_RESULT = "sage.result_sha256"  # of the file in metrics/ that a stage wrote
-_DIGEST_LENGTH = 36  # of a dataset, in MLflow's tables
+_PROCESS = "sage.process"  # tag of a run: the process that records it
+_RESULT = "sage.result_sha256"  # tag of a run: hash of the file in metrics/ that the stage wrote
+_DIGEST_LENGTH = 36  # most characters of a dataset's digest that MLflow stores
 
 
 def address() -> str | None:
-    """Return where runs are recorded: SAGE_TRACKING_URI, by default a database in this folder; None for "off"."""
+    """Return the tracking URI: SAGE_TRACKING_URI, or mlflow.db in the working directory; None if it is "off"."""
     value = os.environ.get("SAGE_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
     return None if value == "off" else value
 
 
 def client(uri: str) -> Any:
-    """Return an MLflow client that is quiet, reports nothing home, and does not wait minutes for a dead server."""
+    """Return an MLflow client with few log messages and, by default, no telemetry and two retries of a request."""
     for name, value in {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -52,7 +52,7 @@ def client(uri: str) -> Any:
 
 
 def experiment(tracker: Any, uri: str) -> str:
-    """Return the id of the one experiment; create it if it is missing.
+    """Return the id of the experiment; create it if it is missing.
 
     Raises SageError if the address does not answer.
     """
@@ -61,7 +61,7 @@ def experiment(tracker: Any, uri: str) -> str:
     try:
         found = tracker.get_experiment_by_name(EXPERIMENT)
         if found is None:
-            # A server decides itself where artifacts go; a bare database would put them into ./mlruns.
+            # A server chooses its own artifact location; for a plain database MLflow would use ./mlruns.
             place = (Path.cwd() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
             return str(tracker.create_experiment(EXPERIMENT, artifact_location=place))
         return str(found.experiment_id)
@@ -78,7 +78,7 @@ def check(uri: str) -> None:
 
 
 def link(result: Path) -> str | None:
-    """Return where a browser finds the run that wrote a result file; None if no server shows it."""
+    """Return the web address of the run that wrote a result file; None if no server is used or no run is recorded."""
     uri = address()
     if uri is None or not uri.startswith("http"):
         return None
@@ -89,10 +89,10 @@ def link(result: Path) -> str | None:
 
 
 def run_of(tracker: Any, home: str, result: Path) -> str | None:
-    """Return the latest run that wrote a result file with these bytes; None if none is recorded.
+    """Return the id of the latest run that wrote a result file with the same content, or None.
 
-    So a stage that is up to date, or restored from the cache, points to the run that made its result, and the result
-    itself holds nothing that differs from run to run.
+    Runs are found by the hash of the file. So the result of a stage that is up to date, or was restored from the cache,
+    leads to the run that produced it, and the file itself needs no run id.
     """
     same = f"tags.`{_RESULT}` = '{sha256(result)}'"
     found = tracker.search_runs([home], filter_string=same, order_by=["attributes.start_time DESC"], max_results=1)
@@ -100,22 +100,22 @@ def run_of(tracker: Any, home: str, result: Path) -> str | None:
 
 
 class Run:
-    """The record of one execution; if tracking is off, `id` is None and nothing is recorded."""
+    """Writer of one MLflow run; if tracking is off, `id` is None and nothing is recorded."""
 
     def __init__(self, tracker: Any = None, run_id: str | None = None) -> None:
-        """`tracker`: an MLflow client, or None for a run that records nothing."""
+        """Record with an MLflow client; if `tracker` is None, nothing is recorded."""
         self._tracker = tracker
         self.id = run_id
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Record parameters; nested ones under dotted names, lists as JSON."""
+        """Record parameters; nested mappings get dotted names, lists are written as JSON."""
         if self._tracker is not None:
             from mlflow.entities import Param
 
             self._tracker.log_batch(self.id, params=[Param(key, text) for key, text in flattened(values)])
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """Record figures, with `step` as points of curves."""
+        """Record metrics; with `step` they are points of curves."""
         if self._tracker is not None:
             from mlflow.entities import Metric
 
@@ -124,18 +124,18 @@ class Run:
             self._tracker.log_batch(self.id, metrics=points)
 
     def image(self, picture: "Image", key: str, step: int = 0) -> None:
-        """Record a picture under a key; the same key at several steps gets a slider."""
+        """Record an image under a key; if a key has several steps, MLflow shows a slider."""
         if self._tracker is not None:
             self._tracker.log_image(self.id, picture, key=key, step=step, synchronous=True)
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Record a file, or all files below a folder."""
+        """Record a file, or all files below a directory, in the artifact folder `folder`."""
         if self._tracker is not None:
             log = self._tracker.log_artifacts if path.is_dir() else self._tracker.log_artifact
             log(self.id, str(path), folder or None)
 
     def dataset(self, name: str, digest: str, context: str) -> None:
-        """Record which data was used, by digest, and for what ("training", "evaluation")."""
+        """Record a dataset by name and digest; `context` is "training" or "evaluation"."""
         if self._tracker is not None:
             from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -143,11 +143,11 @@ class Run:
             self._tracker.log_inputs(self.id, [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
 
     def result(self, path: Path) -> None:
-        """Record that this run wrote a result file, so that `run_of` finds it by the file."""
+        """Record the hash of a result file, so that `run_of` finds this run."""
         self.tags({_RESULT: sha256(path)})
 
     def tags(self, values: Mapping[str, Any]) -> None:
-        """Record tags, as text."""
+        """Record tags; values are converted to text."""
         if self._tracker is not None:
             from mlflow.entities import RunTag
 
@@ -156,7 +156,7 @@ class Run:
 
 @contextmanager
 def stage_run(stage: str, params: Mapping[str, Any]) -> Iterator[Run]:
-    """Yield the run that records this execution of a stage; it ends as finished, failed or killed.
+    """Yield the run that records this execution of a stage; on exit it is marked as finished, failed or killed.
 
     Inside a pipeline run it is a child of the pipeline's run. Raises SageError if the address does not answer.
     """
@@ -206,7 +206,7 @@ def ending(run: Run, tracker: Any) -> Iterator[None]:
 
 @contextmanager
 def _watched(run: Run, uri: str) -> Iterator[None]:
-    """Record system metrics every ten seconds meanwhile, unless MLflow's environment variable turns them off."""
+    """Record system metrics every ten seconds, unless MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is false or 0."""
     if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() in ("false", "0"):
         yield
         return
@@ -221,20 +221,20 @@ def _watched(run: Run, uri: str) -> Iterator[None]:
 
 
 class Pipeline:
-    """One run of the whole graph; the runs of its stages are children of its own run.
+    """One execution of the whole pipeline; the runs of its stages are children of the pipeline's run.
 
-    The first stage that executes makes that run, so a pipeline with nothing to do leaves none.
+    The first stage that executes creates the pipeline's run, so a pipeline that is up to date has no run.
     """
 
     def __init__(self, tags: Mapping[str, str] | None = None) -> None:
         """Choose an id; nothing is recorded yet. `tags` are set on its run."""
         self._id = uuid4().hex
-        # The stage that makes the run ends before it does.
+        # Tag the run with this process, because the stage that creates the run ends before the run does.
         self._tags = {_PROCESS: _process(), **(tags or {})}
 
     @property
     def environment(self) -> dict[str, str]:
-        """Return the environment in which the stages' processes find their parent run."""
+        """Environment variables by which the processes of the stages find their parent run."""
         return {PIPELINE: self._id, _PIPELINE_TAGS: json.dumps(self._tags)}
 
     def finish(self, status: str, metrics: Path | None = None) -> None:
@@ -274,7 +274,7 @@ def pipeline_run(tags: Mapping[str, str] | None = None) -> Iterator[Pipeline]:
 
 
 def headline(evaluate: Results) -> dict[str, float]:
-    """Return each arm's figures by "arm/metric", those that were measured."""
+    """Return all measured figures under names of the form "arm/metric"."""
     return {
         f"{arm}/{metric}": figure.value
         for arm, figures in evaluate.arms.items()
@@ -294,19 +294,19 @@ def _new_parent(tracker: Any, home: str, pipeline: str) -> str:
 
 
 def _profile() -> str:
-    """Return the machine that timings were taken on, in words."""
+    """Return a description of the hardware, which run times depend on."""
     return f"{platform.machine()}, {os.cpu_count()} cores, device {os.environ.get('SAGE_DEVICE', 'chosen')}"
 
 
 def _process() -> str:
-    """Return a name for this process that none after it has: machine, number, second of its start."""
+    """Return a unique name of this process: host name, process id and start time in seconds."""
     import psutil
 
     return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.0f}"
 
 
 def _alive(process: str) -> bool:
-    """Return whether a process of this machine still runs; its start may have moved with the clock by a second."""
+    """Return whether a process of this machine is running; start times may differ by a second after clock changes."""
     import psutil
 
     _, number, start = process.rsplit(":", 2)
@@ -318,7 +318,7 @@ def _alive(process: str) -> bool:
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield nested values under dotted names, as text; lists as JSON."""
+    """Yield nested values as (dotted name, text); values other than text are written as JSON."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from flattened(value, f"{prefix}{key}.")

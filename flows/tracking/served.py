@@ -1,8 +1,8 @@
-"""What a registered version runs: a list of prompts in, pictures out. MLflow keeps this file as code, so no pickle.
+"""The MLflow model of a registered version: it takes a list of prompts and returns images.
 
-One request's prompts share steps with each other, never with another request's. The answer has an item for each prompt,
-in their order: its picture, or why there is none. A prompt that cannot be drawn costs its own item; a whole request is
-refused, with status 400, if it exceeds the limits or its parameters are out of range.
+MLflow stores this file as code, so no pickle is needed. Prompts share steps only within one request. The answer has an
+item for each prompt, in the order of the prompts: an image or an error. An invalid prompt gets an error and does not
+affect the others. The whole request is refused with status 400 if it exceeds the limits or a parameter is out of range.
 """
 
 import base64
@@ -34,25 +34,33 @@ Answer = dict[str, str | int | float | list[int]]
 
 
 class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow mlflow
-    """Groups the prompts, samples each group's early steps once, and answers in the order of the prompts."""
+    """MLflow model that groups the prompts of a request and computes the first steps once for each group."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the weights that the version carries; raise RegistryError if a hash does not fit."""
+        """Load the weights of the version; raise RegistryError if a hash differs."""
         folder = Path(context.artifacts["model"])
         check_loaded(folder.parents[1])
         found, wanted = sha256_tree(folder), context.model_config["model_sha256"]
         if found != wanted:
             raise RegistryError(f"the weights are damaged: SHA-256 {found[:12]}, not {wanted[:12]}.")
         self._pipeline = open_pipeline(folder)
-        # A server calls from several threads, and a pipeline has one scheduler.
+        # A server calls from several threads, but the pipeline has only one scheduler, which holds state.
         self._alone = threading.Lock()
 
     def predict(
         self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
     ) -> list[Answer]:
-        """Return for each prompt `prompt` as drawn, `png` in base64, `seed`, `group` and what it cost, or `error`.
+        """Return an item for each prompt; an invalid prompt has only the key `error`, the others have these:
 
-        `network_evaluations` is the prompt's share of what its group cost, `independent` what it would have cost alone.
+        prompt               the cleaned prompt
+        png                  the image in base64
+        seed                 its seed
+        group, shared_with   number of its group, and positions of the other prompts in it
+        truncated_tokens     tokens cut off at the text encoder's limit
+        network_evaluations  evaluations of its group divided by the size of the group
+        independent          evaluations that the prompt would need alone
+
+        Raises MlflowException if the request exceeds the limits or a parameter is out of range.
         """
         config = context.model_config
         settings = config["sampling"] | {"seed": 0, "seeds": [], "negative_prompt": ""}
@@ -82,7 +90,7 @@ class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow
 
 
 def _check(settings: dict[str, Any], prompts: int, limits: dict[str, int]) -> None:
-    """Refuse what would cost too much or cannot be meant, before anything is computed."""
+    """Raise MlflowException if a request exceeds the limits or a parameter is out of range."""
     steps, seeds = settings["steps"], settings["seeds"]
     problems = {
         f"{prompts} prompts were given; give 1 to {limits['prompts']}": not 1 <= prompts <= limits["prompts"],
@@ -103,7 +111,7 @@ def _check(settings: dict[str, Any], prompts: int, limits: dict[str, int]) -> No
 
 
 def _item(prompt: str, characters: int) -> Answer:
-    """Return the prompt as it is drawn, or why it is not."""
+    """Return an item with the cleaned prompt, or with an error if the prompt is invalid."""
     try:
         if len(prompt) > characters:
             raise Rejected("too_long", f"the prompt has {len(prompt)} characters; at most {characters} are drawn")
@@ -113,7 +121,7 @@ def _item(prompt: str, characters: int) -> Answer:
 
 
 def _cost(steps: int, size: int, settings: dict[str, Any]) -> dict[str, float]:
-    """Return a prompt's share of the network evaluations, and those of drawing it alone."""
+    """Return network evaluations per prompt of a group of `size` prompts, and of sampling a prompt alone."""
     guided = settings["guidance_scale"] > 1
     plan = Plan.shared([list(range(size))], steps, settings["share_ratio"])
     return {"network_evaluations": plan.nfe(guided) / size, "independent": steps * (2 if guided else 1)}

@@ -1,10 +1,10 @@
-"""How far generated pictures lie from real ones: the Frechet and the kernel distance between their features.
+"""Frechet distance and kernel distance (KID) between the features of generated and real images.
 
-clean-fid's `frechet_distance` and `kernel_distance` define what is computed here, as the tests prove. They are not
-called, for two reasons. Its kernel distance draws random subsets, unseeded; here stands the whole unbiased sum, which
-has no draw and can be reweighted, so a thousand bootstrap draws take a second. Its Frechet distance takes the root of
-a covariance product, which is singular at fewer pictures than features and takes seconds each time; here the same
-trace comes from singular values of the features themselves.
+Both follow the definitions of clean-fid's `frechet_distance` and `kernel_distance`, and tests compare the results.
+clean-fid is not called, for two reasons. Its kernel distance averages over random, unseeded subsets; the full unbiased
+sum used here has no randomness and can be reweighted, so a thousand bootstrap draws take a second. Its Frechet distance
+needs the square root of a product of covariances, which is singular if there are fewer images than features and takes
+seconds each time; here the same trace is computed from singular values of the features.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ import numpy as np
 from sage.evaluation.bootstrap import Array, Statistic, pair_ratio
 
 Groups = Sequence[Sequence[int]]
-_ROWS = 1024  # rows of the kernel matrix at a time, so that memory does not grow with the square of the prompts
+_ROWS = 1024  # rows of the kernel matrix computed at a time, so memory does not grow with the square of the prompts
 
 
 def frechet_distance(x: Array, y: Array, repeats: Array | None = None) -> float:
-    """Return the Frechet distance of two feature sets, each (n, width), as of Gaussians (Heusel et al., 2017).
+    """Return the Frechet distance of Gaussians fitted to two feature sets of shape (n, width) (Heusel et al., 2017).
 
-    |mean_x - mean_y|^2 + Tr(C_x + C_y - 2 (C_x C_y)^(1/2)), where the last trace is the sum of the singular values of
-    A B^T for centred features A and B with C = A^T A. Biased upward at small n: compare at equal n only. `repeats`,
-    of shape (n,), counts each row of both sets so many times.
+    |mean_x - mean_y|^2 + Tr(C_x + C_y - 2 (C_x C_y)^(1/2)). Tr((C_x C_y)^(1/2)) is the sum of the singular values of
+    A B^T, for scaled, centred features A and B with C_x = A^T A and C_y = B^T B. The distance is biased upward at small
+    n, so compare it at equal n only. `repeats`, of shape (n,), is how often each row of both sets counts; by default 1.
     """
     (mean_x, a), (mean_y, b) = (_centred(features, repeats) for features in (x, y))
     shared = np.linalg.svd(_short(a) @ _short(b).T, compute_uv=False).sum()
@@ -30,7 +30,10 @@ def frechet_distance(x: Array, y: Array, repeats: Array | None = None) -> float:
 
 
 def frechet_statistic(real: Array, generated: Array, groups: Groups) -> Statistic:
-    """Return the mean over seeds of the Frechet distance: real (prompts, width), generated (prompts, seeds, width)."""
+    """Return the mean over seeds of the Frechet distance as a statistic.
+
+    Features: `real` has shape (prompts, width), `generated` (prompts, seeds, width).
+    """
     group_of = _group_of(groups)
 
     def statistic(counts: Array) -> Array:
@@ -48,16 +51,17 @@ def frechet_statistic(real: Array, generated: Array, groups: Groups) -> Statisti
 
 
 def kernel(x: Array, y: Array) -> Array:
-    """Return the polynomial kernel (x . y / width + 1)^3 of rows (Binkowski et al., 2018)."""
+    """Return the polynomial kernel (x . y / width + 1)^3 of each row of x with each of y (Binkowski et al., 2018)."""
     return np.asarray((x @ y.T / x.shape[1] + 1) ** 3)
 
 
 def kernel_statistic(real: Array, generated: Array, groups: Groups) -> Statistic:
-    """Return the kernel distance (KID) of real (prompts, width) and generated (prompts, seeds, width) features.
+    """Return the kernel distance (KID) as a statistic.
 
-    The mean over pairs of different prompts i, j of k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(y_i, x_j), which is the
-    unbiased estimate of Gretton et al. (2012, lemma 6) for paired samples; k(y, .) is the mean over the seeds. It can
-    be negative. clean-fid also counts k(x_i, y_i); here x_i and y_i share a prompt, so that would flatter.
+    Features: `real` x has shape (prompts, width), `generated` y (prompts, seeds, width). The distance is the mean over
+    pairs of different prompts i, j of k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(y_i, x_j), the unbiased estimate of
+    Gretton et al. (2012, lemma 6) for paired samples; k(y, .) is the mean over seeds. It can be negative. clean-fid
+    also counts k(x_i, y_i); here x_i and y_i belong to the same prompt, so counting it would lower the distance.
     """
     x, y = real.astype(float), generated.astype(float)
     prompts, seeds, _ = y.shape
@@ -86,7 +90,7 @@ def _group_of(groups: Groups) -> Array:
 
 
 def _centred(features: Array, repeats: Array | None) -> tuple[Array, Array]:
-    """Return the mean, and rows A with A^T A the covariance."""
+    """Return the weighted mean and the centred, scaled rows A, so that A^T A is the covariance."""
     x = features.astype(float)
     repeats = np.ones(len(x)) if repeats is None else repeats
     mean = repeats @ x / repeats.sum()
@@ -94,5 +98,5 @@ def _centred(features: Array, repeats: Array | None) -> tuple[Array, Array]:
 
 
 def _short(a: Array) -> Array:
-    """Return rows with the same A^T A, no more of them than columns: a large set costs no more than its width."""
+    """Return at most `width` rows with the same A^T A, so that the cost of the SVD does not grow with the set."""
     return a if len(a) <= a.shape[1] else np.asarray(np.linalg.qr(a, mode="r"))

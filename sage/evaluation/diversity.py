@@ -1,7 +1,7 @@
-"""Diversity: how much the images of a group differ from each other, and the images of a prompt from seed to seed.
+"""Diversity: distances between the images of one group, and between the images of one prompt from different seeds.
 
-A sampler can keep its quality while every group collapses to one picture; no distance to real pictures shows that.
-Both return, for each group, the sum over its pictures and their number, as `bootstrap.ratio` takes them.
+A sampler may produce good images although every group collapses to one image; distances to real images do not show
+that. Both functions return sums and numbers of images per group, the arguments of `bootstrap.ratio`.
 """
 
 import numpy as np
@@ -11,9 +11,10 @@ from sage.evaluation.distances import Groups
 
 
 def group_diversity(features: Array, groups: Groups) -> tuple[Array, Array]:
-    """Return sums and numbers, each (groups,), of every picture's mean distance to the others of its group and seed.
+    """Return, per group, the sum over images of the mean distance to the group's other images of the same seed.
 
-    `features` have the shape (prompts, seeds, width); a group of one has nothing to differ from and counts 0 pictures.
+    Returns also the number of these images, 0 for a group of one prompt; both have shape (groups,). `features` has
+    shape (prompts, seeds, width).
     """
     seeds = features.shape[1]
     sums = [sum(_mean_distances(features[list(group), s]) for s in range(seeds)) for group in groups]
@@ -22,7 +23,11 @@ def group_diversity(features: Array, groups: Groups) -> tuple[Array, Array]:
 
 
 def seed_diversity(features: Array, groups: Groups) -> tuple[Array, Array]:
-    """Return sums and numbers, each (groups,), of every picture's mean distance to its prompt's other seeds."""
+    """Return, per group, the sum over images of the mean distance to the images of the same prompt from other seeds.
+
+    Returns also the number of these images, 0 for a single seed; both have shape (groups,). `features` has shape
+    (prompts, seeds, width).
+    """
     seeds = features.shape[1]
     sums = [sum(_mean_distances(features[prompt]) for prompt in group) for group in groups]
     numbers = [len(group) * seeds if seeds > 1 else 0 for group in groups]

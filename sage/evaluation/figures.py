@@ -1,7 +1,6 @@
-"""Every figure of every arm, each with its interval and its n, from features alone.
+"""The figures (value, interval and n) of every arm, computed from features.
 
-All arms are judged on the same prompts and seeds and under the same bootstrap draws over groups, so what is said of the
-difference of two arms is paired.
+All arms use the same prompts, seeds and bootstrap draws over groups, so comparisons of two arms are paired.
 """
 
 import math
@@ -21,7 +20,7 @@ _PARTS = ("loosest third", "middle third", "tightest third")
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """An arm's pictures: features (prompts, seeds, width), and cosines to their prompts (prompts, seeds)."""
+    """The images of an arm: features (prompts, seeds, width) and alignment with their prompts (prompts, seeds)."""
 
     features: Array
     alignment: Array
@@ -29,7 +28,12 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals are made: draws over groups of shape (draws, groups), their middle share, and the seed."""
+    """The settings of all intervals.
+
+    counts: bootstrap draws over groups, (draws, groups).
+    confidence: of the intervals, such as 0.95.
+    seed: of the draws, and of the blocks of the jackknife.
+    """
 
     counts: Array
     confidence: float
@@ -37,18 +41,18 @@ class Bootstrap:
 
     @classmethod
     def over(cls, groups: Groups, draws: int, confidence: float, seed: int) -> "Bootstrap":
-        """Return the draws for a partition."""
+        """Return `draws` bootstrap draws over groups."""
         return cls(resamples(len(groups), draws, seed), confidence, seed)
 
     def figure(self, statistic: Statistic, n: int, part: Array | None = None) -> Figure:
-        """Return value, interval and n; `part`, boolean (groups,), selects some of the groups."""
+        """Return the figure of a statistic of n images; `part`, boolean (groups,), restricts it to some groups."""
         part = np.ones(self.counts.shape[1], bool) if part is None else part
         ends = percentiles(statistic(within(self.counts, part)), self.confidence, statistic.groups(part))
         return figure(float(statistic(part[None].astype(float))[0]), *ends, n)
 
 
 def figure(value: float, low: float | None, high: float | None, n: int) -> Figure:
-    """Return a figure; what is not finite becomes None, which no gate passes."""
+    """Return a figure; numbers that are not finite become None, and no gate passes on None."""
     return Figure(value=_finite(value), low=_finite(low), high=_finite(high), n=n)
 
 
@@ -62,7 +66,7 @@ def _difference(absolute: Figure, relative: Figure) -> Difference:
 
 
 def statistics(real: ImageFeatures, arm: ImageFeatures, groups: Groups) -> dict[str, Statistic]:
-    """Return what is measured of an arm against the real pictures of the same prompts, by name."""
+    """Return the statistic of each metric for an arm; distances are to the real images of the same prompts."""
     return {
         "kernel_distance": kernel_statistic(real.features[:, 0], arm.features, groups),
         "frechet_distance": frechet_statistic(real.features[:, 0], arm.features, groups),
@@ -80,15 +84,16 @@ def _means(pictures: ImageFeatures, groups: Groups) -> dict[str, Statistic]:
 
 
 def real_figures(real: ImageFeatures, groups: Groups, bootstrap: Bootstrap) -> dict[str, Figure]:
-    """Return what the real pictures themselves reach in alignment and diversity: a mark to read the arms' against."""
+    """Return alignment and diversity within groups of the real images, for comparison with the arms."""
     measured = _means(real, groups)
     return {name: bootstrap.figure(measured[name], real.alignment.size) for name in ("alignment", "group_diversity")}
 
 
 def floor(real: Array, siblings: Array, groups: Groups, bootstrap: Bootstrap) -> dict[str, Figure]:
-    """Return both distances between real pictures and as many other real ones, row by row of the same kind.
+    """Return the kernel and the Frechet distance between real images and other real images: a floor for the arms.
 
-    `siblings` of shape (n, width) may be fewer than the real pictures: then the first n are compared, and n says so.
+    `real` has shape (prompts, width). `siblings` has shape (n, width); row i is of the family of real image i, if one
+    was left. If n is below the number of real images, only the first n are compared, and the figures have that n.
     """
     n = len(siblings)
     kept = [kept for group in groups if (kept := [prompt for prompt in group if prompt < n])]
@@ -102,7 +107,7 @@ def floor(real: Array, siblings: Array, groups: Groups, bootstrap: Bootstrap) ->
 
 
 def arm_figures(measured: Mapping[str, Statistic], pictures: ImageFeatures, bootstrap: Bootstrap) -> dict[str, Figure]:
-    """Return the figures of an arm; the Frechet distance is a mean over seeds, so its n is that of one seed."""
+    """Return the figures of an arm; n counts all images, except for the Frechet distance: the images of one seed."""
     prompts, n = len(pictures.alignment), pictures.alignment.size
     groups = bootstrap.counts.shape[1]
     frechet = measured["frechet_distance"]
@@ -118,10 +123,11 @@ def worse_by(
     n: int,
     kernel_floor: float,
 ) -> dict[str, Difference]:
-    """Return by how much an arm is worse than a reference (negative: better), with the interval of the difference.
+    """Return by how much an arm is worse than a reference (negative: better), by metric, with paired intervals.
 
-    `relative` is a share of the reference's value. A kernel distance near 0 has no meaningful share, so there the share
-    is of `kernel_floor` if that is larger: what real pictures may score against real ones.
+    `relative` is the difference divided by the reference's value. The kernel distance may be near 0, so it is divided
+    by `kernel_floor` if that is larger: the upper end of the interval of real images against other real images. `n` is
+    the number of images.
     """
     groups = bootstrap.counts.shape[1]
     counts = np.vstack([np.ones((1, groups)), bootstrap.counts])
@@ -141,7 +147,7 @@ def worse_by(
 
 
 def cost_worse_by(ours: float, theirs: float, n: int) -> Difference:
-    """Return by how much a counted cost is higher; it is counted, not sampled, so its interval is a point."""
+    """Return by how much a cost is higher than the reference's; costs are exact, so the interval is a point."""
     worse = ours - theirs
     share = worse / theirs if theirs > 0 else math.nan
     return _difference(figure(worse, worse, worse, n), figure(share, share, share, n))
@@ -155,10 +161,15 @@ def by_similarity(
     seeds: int,
     saving: float,
 ) -> list[Part]:
-    """Return the figures of each part of the groups: single prompts, then thirds from the loosest to the tightest.
+    """Return the figures of each part of the groups: single prompts, then thirds from the least to the most similar.
 
-    `saving` is the whole set's, counted; a part's follows from it, as under one share ratio a saving is proportional to
-    1 - groups / prompts.
+    measured    statistic by arm and metric
+    groups      row numbers of the prompts of each group
+    similarity  cosine of the least similar pair of prompts in each group
+    bootstrap   draws over the groups
+    seeds       images per prompt
+    saving      fraction of network evaluations saved on the whole set; at one share ratio the saving of a part is
+                proportional to 1 - groups / prompts, so it is computed from this
     """
     sizes = np.array([len(group) for group in groups])
     shareable = 1 - len(groups) / sizes.sum()

@@ -1,7 +1,7 @@
-"""How many network evaluations a quality costs: what sharing reaches, read on the frontier of independent sampling.
+"""Iso-quality saving: the evaluations that independent sampling needs for the distance that sharing reaches.
 
-A frontier is a set of points (evaluations per image, distance). What it costs to reach a distance is read from its
-lower envelope: the best that so many evaluations or fewer buy, between points linear in the logarithm of evaluations.
+A frontier is a set of points (network evaluations per image, distance). Its lower envelope is the best distance at a
+given number of evaluations or fewer. Between points it is interpolated linearly in the logarithm of evaluations.
 """
 
 import numpy as np
@@ -11,18 +11,19 @@ from sage.evaluation.bootstrap import Array
 
 
 def evaluations_for(distance: Array, nfe: Array, frontier: Array) -> Array:
-    """Return the evaluations per image at which a frontier reaches a distance, for each draw, of shape (draws,).
+    """Return, for each draw, the evaluations per image at which a frontier reaches a distance; shape (draws,).
 
-    `distance` (draws,), lower is better; `nfe` (points,); `frontier` (draws, points), the distances there. NaN if
-    even the cheapest point is better; the evaluations of the most expensive point if no point is as good, so that the
-    result is then a lower bound. Raises MetricError for evaluations that are not positive or a frontier of one point.
+    `distance` has shape (draws,), lower is better; `nfe` (points,); `frontier` (draws, points), the distance at each
+    point. The result is NaN if the cheapest point is already better. If no point is as good, it is the evaluations of
+    the most expensive point, a lower bound. Raises MetricError if evaluations are not positive or there are fewer than
+    two points.
     """
     if len(nfe) < 2 or (nfe <= 0).any():
         raise MetricError(f"a frontier needs two points of more than 0 evaluations each, found {nfe.tolist()}")
     order = np.argsort(nfe, kind="stable")
     dear = np.log(nfe[order])
     envelope = np.minimum.accumulate(frontier[:, order], axis=1)
-    # The first point at which the envelope is as good; the number of points if none is.
+    # Index of the first point at which the envelope is as good, or the number of points if there is none.
     after = (envelope > distance[:, None]).sum(1)
     right = after.clip(1, len(nfe) - 1)
     rows = np.arange(len(distance))
@@ -36,5 +37,9 @@ def evaluations_for(distance: Array, nfe: Array, frontier: Array) -> Array:
 
 
 def saving(shared_nfe: float, distance: Array, nfe: Array, frontier: Array) -> Array:
-    """Return the iso-quality saving for each draw: 1 - sharing's cost / independent sampling's at equal distance."""
+    """Return the iso-quality saving of each draw, of shape (draws,).
+
+    It is 1 - `shared_nfe` / evaluations of independent sampling at equal distance; other arguments as in
+    `evaluations_for`.
+    """
     return np.asarray(1 - shared_nfe / evaluations_for(distance, nfe, frontier))

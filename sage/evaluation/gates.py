@@ -1,8 +1,9 @@
 """Gates: conditions that a model must meet, decided by a pure function that fails closed.
 
-A gate says "no worse than the reference arm by more than this". It passes if the worst case of the interval of the
-difference does, so too few images fail a gate and never pass it. Whatever is missing, not a finite number, measured
-on another set or on too few groups, or at odds with the arms' own figures fails, with its reason.
+A gate limits how much worse than a reference arm the model may be. It passes if the worst case of the interval of the
+difference is within the limit, so a small sample can fail a gate but not pass it by chance. A figure fails, with the
+reason, if it is missing, not finite, measured on another set or on too few groups, or if the difference does not agree
+with the figures of the two arms.
 """
 
 import math
@@ -18,26 +19,35 @@ _F = TypeVar("_F", bound=Figure)
 
 
 class _Unfit(Exception):
-    """A figure that no gate may pass on; the message says why."""
+    """Raised for a figure that a gate cannot be decided on; the message is the reason."""
 
 
 def judge(results: Results, expected: JudgedSet, gates: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-    """Return a verdict for each gate; `passed` needs every one, and at least one.
+    """Return a verdict for each gate.
 
-    `expected` is the set that must have been judged. Each gate has metric, reference, worse_by_at_most and relative.
+    `expected` is the set on which the results must have been measured. Each gate is a mapping with the keys metric,
+    reference, worse_by_at_most and relative.
     """
     return [verdict(results, expected, **gate) for gate in gates]
 
 
 def passed(verdicts: Sequence[Verdict]) -> bool:
-    """Return whether there are verdicts and all are favourable."""
+    """Return whether every gate passed; False if there are no gates."""
     return bool(verdicts) and all(verdict.passed for verdict in verdicts)
 
 
 def verdict(
     results: Results, expected: JudgedSet, *, metric: str, reference: str, worse_by_at_most: float, relative: bool
 ) -> Verdict:
-    """Return the decision of one gate."""
+    """Return the verdict of one gate.
+
+    results           the evaluation
+    expected          the set on which the results must have been measured
+    metric            name of the metric
+    reference         arm that the model is compared with
+    worse_by_at_most  limit of the difference; negative if the model must be better
+    relative          whether the limit is a fraction of the reference's value
+    """
     value = low = high = None
     try:
         _check_set(results.set, expected)
@@ -69,7 +79,7 @@ def _check_set(found: JudgedSet, expected: JudgedSet) -> None:
 
 
 def _difference(results: Results, metric: str, reference: str, relative: bool, n: int) -> tuple[float, float, float]:
-    """Return by how much the model is worse, after checking that the figures are whole and agree with each other."""
+    """Return value, low and high of the difference; raise _Unfit if figures are missing, not finite, or disagree."""
     ours, theirs = (_figure(results.arms.get(arm, {}), metric, f"arms.{arm}") for arm in (JUDGED, reference))
     difference = _figure(results.worse_by.get(reference, {}), metric, f"worse_by.{reference}")
     for figure in (ours, theirs, difference):
@@ -90,7 +100,7 @@ def _difference(results: Results, metric: str, reference: str, relative: bool, n
 
 
 def _check_groups(results: Results, within: bool) -> None:
-    """Refuse an interval from too few groups, whatever its ends are."""
+    """Raise _Unfit if an interval comes from too few groups."""
     groups = results.groups(within)
     if groups < bootstrap.LEAST_GROUPS:
         kind = ("group" if groups == 1 else "groups") + (" of two or more prompts" if within else "")
@@ -106,7 +116,7 @@ def _figure(figures: Mapping[str, _F], metric: str, where: str) -> _F:
 def _number(number: float | None, what: str) -> float:
     if number is None:
         raise _Unfit(f"{what} is missing.")
-    # The reader lets nothing else in; a gate does not rely on it.
+    # The reader of results refuses such numbers too; a gate does not rely on that.
     if not math.isfinite(number):
         raise _Unfit(f"{what} is {number}, which is not finite.")
     return number
@@ -115,13 +125,23 @@ def _number(number: float | None, what: str) -> float:
 def _sentence(
     metric: str, reference: str, relative: bool, limit: float, confidence: float, value: float, high: float, kept: bool
 ) -> str:
-    """Return the verdict for people: the difference, the limit, the worst case of the interval, passed or failed."""
+    """Return the verdict as one sentence: difference, limit, worst case of the interval, and passed or failed.
+
+    metric      name of the metric
+    reference   arm that the model was compared with
+    relative    whether the numbers are fractions of the reference's value
+    limit       largest allowed difference
+    confidence  of the interval
+    value       difference, positive if the model is worse
+    high        upper end of the interval of the difference
+    kept        whether the gate passed
+    """
     worse, better = ("more", "fewer") if METRICS[metric].interval == "exact" else ("worse", "better")
 
     def written(number: float, digits: int) -> str:
         return f"{abs(number):.{digits}%}" if relative else f"{abs(number):.{digits + 3}g}"
 
-    # As many digits as tell the worst case from the limit.
+    # Use enough digits that the worst case and the limit are written differently.
     digits = next((d for d in range(1, 13) if written(high, d) != written(limit, d)), 1)
 
     def side(number: float) -> str:

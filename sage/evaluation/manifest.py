@@ -1,9 +1,9 @@
-"""manifest.jsonl of stage generate: one line for every generated image, written with the images and read to judge them.
+"""Reader and writer of manifest.jsonl of stage `generate`, which has one line for every generated image.
 
     {"arm": "sage", "seed": 0, "id": "p3", "group": 7, "sha256": "..."}
 
-`id` is the prompt's, `group` the number of its group among those that the images were generated with, or null if
-nothing was shared. The image itself lies beside the manifest, at `image_path`.
+`id` is the id of the prompt. `group` is the number of its group in the grouping that the images were generated with, or
+null if nothing was shared. `image_path` gives the path of the image, in the folder of the manifest.
 """
 
 import json
@@ -19,7 +19,7 @@ MANIFEST = "manifest.jsonl"
 
 @dataclass(frozen=True)
 class Line:
-    """One image: its arm, seed and prompt, the number of its group, and the hash of its file."""
+    """One generated image: its arm, seed and prompt id, the number of its group, and the SHA-256 of its file."""
 
     arm: str
     seed: int
@@ -29,14 +29,14 @@ class Line:
 
 
 def image_path(folder: Path, arm: str, seed: int, id: str) -> Path:
-    """Return where an image lies in the folder of the manifest."""
+    """Return the path of an image; `folder` is the folder of the manifest, `id` the id of the prompt."""
     return folder / arm / f"seed-{seed}" / f"{id}.png"
 
 
 def write_manifest(
     folder: Path, arms: Iterable[str], ids: Sequence[str], groups: Sequence[Sequence[int]], seeds: Sequence[int]
 ) -> None:
-    """Write the manifest of a folder whose images all lie there; `groups` are places in `ids`."""
+    """Write the manifest of a folder that already holds all images; `groups` are lists of indices into `ids`."""
     group_of = {member: number for number, group in enumerate(groups) for member in group}
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
         for arm in arms:

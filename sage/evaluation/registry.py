@@ -1,7 +1,7 @@
 """The metrics: one table, read by the evaluation, the gates, the configuration, the report and the model registry.
 
-To add a metric, add a row to METRICS and compute it: a quality in sage/evaluation/figures.py (`statistics`), a cost in
-the stage that generates (metrics/generate.json). Tables, plots and gates then show it without another change.
+To add a metric, add a row to METRICS and compute it: a quality metric in sage/evaluation/figures.py (`statistics`), a
+cost in stage `generate` (metrics/generate.json). Tables, plots and gates then use it without another change.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ Interval = Literal["bootstrap", "jackknife", "exact"]
 class Metric:
     """One metric.
 
-    name: in params.yaml and metrics/evaluate.json.
-    label: what people read, as it stands inside a sentence.
-    higher_is_better: the direction.
-    interval: how its interval is found. "bootstrap": draws over groups; "jackknife": leaving out blocks of groups;
-        "exact": counted, a cost, so the interval is a point.
-    description: one line on what is measured.
-    gateable: whether a gate may rest on it.
+    name: its name in params.yaml and metrics/evaluate.json.
+    label: its label for display, in the form used inside a sentence.
+    higher_is_better: whether larger values are better.
+    interval: how its interval is computed. "bootstrap": resampling of groups; "jackknife": leaving out blocks of
+        groups; "exact": the metric is a cost that is counted, so the interval is a point.
+    description: one line on what it measures.
+    gateable: whether a gate may use it.
     by_similarity: whether the report also splits it by the similarity of the groups.
     within_groups: whether it compares images of one group, so that groups of one prompt do not count.
     """
@@ -36,21 +36,21 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """The label with a capital, for headings and the start of a sentence."""
+        """The label with a capital first letter, for headings and the start of a sentence."""
         return self.label[0].upper() + self.label[1:]
 
     @property
     def cost(self) -> bool:
-        """Whether it is a cost, not a quality."""
+        """Whether the metric measures cost, not quality."""
         return self.interval == "exact"
 
     @property
     def direction(self) -> str:
-        """Which way is better, in words."""
+        """The direction in words, such as "lower is better"."""
         return "lower is cheaper" if self.cost else "higher is better" if self.higher_is_better else "lower is better"
 
     def worse(self, ours: Any, theirs: Any) -> Any:
-        """Return by how much our figure is worse than theirs (negative: better); numbers or arrays."""
+        """Return by how much the value `ours` is worse than `theirs` (negative: better); numbers or arrays."""
         return theirs - ours if self.higher_is_better else ours - theirs
 
 
@@ -98,7 +98,7 @@ METRICS = {
             "diversity over seeds",
             True,
             "bootstrap",
-            "mean feature distance of an image to those of its prompt from other seeds",
+            "mean feature distance of an image to the images of its prompt from other seeds",
             gateable=True,
         ),
         Metric(
@@ -116,5 +116,5 @@ BY_SIMILARITY = tuple(name for name, metric in METRICS.items() if metric.by_simi
 
 
 def label(name: str) -> str:
-    """Return what people read for a metric; a name that an older run recorded and this table lacks is spelled out."""
+    """Return the display label of a metric; for a name that only an older run used, the name in words."""
     return METRICS[name].label if name in METRICS else name.replace("_", " ")

@@ -1,8 +1,8 @@
-"""metrics/evaluate.json: its schema, its writer and its reader. Whoever judges or shows results reads them here.
+"""Schema, writer and reader of metrics/evaluate.json; gates, report and model registry all read results with it.
 
-The reader is strict: a file that lacks a figure, or holds a text or a NaN in the place of a number, is refused as a
-whole, with one line for every problem. A figure that could not be measured is null. Unknown keys are ignored, so that
-the results of an older or a newer version can still be compared.
+The reader is strict: it refuses a file that lacks a figure or has text or NaN instead of a number, and lists the
+problems. A figure that could not be measured is null. Unknown keys are ignored, so that results of an older or a newer
+version can still be compared.
 """
 
 import json
@@ -15,18 +15,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sage.errors import MetricError
 from sage.files import write_json
 
-SINGLE_PROMPTS = "single prompts"  # the part of the groups of one prompt
-_SHOWN = 8  # problems of a file that are listed
+SINGLE_PROMPTS = "single prompts"  # name of the part that holds all groups of one prompt
+_SHOWN = 8  # at most so many problems of a file are listed
 
 
 class _Strict(BaseModel):
-    """What every part shares: no silent conversions, nothing that is not finite, no changes afterwards."""
+    """Base of all models here: no type conversions, finite numbers only, immutable, unknown keys ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
 
 
 class Interval(_Strict):
-    """A value with the ends of its interval; null if it cannot be measured, or has no interval."""
+    """A value and its interval; `value` is None if it cannot be measured, `low` and `high` if there is no interval."""
 
     value: float | None
     low: float | None
@@ -34,19 +34,25 @@ class Interval(_Strict):
 
 
 class Figure(Interval):
-    """A measured value with its interval and the number of images that it rests on."""
+    """A measured value with its interval and n, the number of images."""
 
     n: Annotated[int, Field(ge=0)]
 
 
 class Difference(Figure):
-    """By how much the judged arm is worse than a reference (negative: better), also as a share of its value."""
+    """How much worse the judged arm is than a reference (negative: better), absolute and relative to its value."""
 
     relative: Interval
 
 
 class JudgedSet(_Strict):
-    """What was judged: digest of prompts, real images, groups and seeds; hash of the manifest of generated images."""
+    """Identity of the evaluated set.
+
+    digest: hash of prompts, real images, groups and seeds.
+    generated: SHA-256 of the manifest of the generated images.
+    n_real, n_prompts: numbers of real images and of prompts.
+    seeds: the seeds of each prompt.
+    """
 
     digest: str
     generated: str
@@ -56,7 +62,14 @@ class JudgedSet(_Strict):
 
 
 class Part(_Strict):
-    """Some of the groups, by the similarity of their worst pair, from the least to the most."""
+    """Figures of a part of the groups, chosen by the cosine of each group's least similar pair of prompts.
+
+    part: its name.
+    similarity: the least and the greatest such cosine in the part.
+    groups, prompts: how many it has.
+    saving: fraction of network evaluations saved.
+    arms: figures by arm and metric.
+    """
 
     part: str
     similarity: Annotated[list[float], Field(min_length=2, max_length=2)]
@@ -67,7 +80,7 @@ class Part(_Strict):
 
 
 class Verdict(_Strict):
-    """What a gate decided: by how much the model is worse (negative: better), the limit, and why."""
+    """The decision of a gate: how much worse the model is (negative: better), the interval, the limit, the reason."""
 
     metric: str
     reference: str
@@ -83,15 +96,16 @@ class Verdict(_Strict):
 class Results(_Strict):
     """The evaluation of a model.
 
-    features: name of the network whose features distances and diversities are measured on.
-    confidence, resamples: of the bootstrap intervals.
-    set: what was judged.
-    saving: share of the network evaluations that the judged arm saves against independent sampling.
+    features: name of the network that computes the features for distances and diversities.
+    confidence, resamples: confidence and number of draws of the bootstrap intervals.
+    set: identity of the evaluated set.
+    saving: fraction of the network evaluations that the judged arm saves compared with independent sampling.
     arms: figures by arm and metric.
-    real, floor: what real images reach, on their own and against other real images, by metric.
+    real: alignment and diversity of the real images, by metric.
+    floor: distances between real images and other real images, by metric.
     worse_by: how much worse the judged arm is, by reference and metric.
-    by_similarity: the same figures for parts of the groups.
-    gates, passed: the verdicts, and whether all of them are favourable.
+    by_similarity: figures of parts of the groups.
+    gates, passed: the verdicts, and whether every gate passed.
     """
 
     features: str
@@ -108,17 +122,17 @@ class Results(_Strict):
     passed: bool
 
     def groups(self, within: bool) -> int:
-        """Return how many groups were judged; `within`: only those of two or more prompts."""
+        """Return how many groups were evaluated; `within`: count only groups of two or more prompts."""
         return sum(part.groups for part in self.by_similarity if not (within and part.part == SINGLE_PROMPTS))
 
 
 def write(path: Path, results: Results) -> None:
-    """Write results, whole or not at all."""
+    """Write results atomically."""
     write_json(path, results.model_dump(exclude_unset=True))
 
 
 def read(path: Path) -> Results:
-    """Return the results of a file; raise MetricError if it is missing, damaged or of another form."""
+    """Return the results of a file; raise MetricError if it is missing, damaged or does not fit the schema."""
     if not path.is_file():
         raise MetricError(f"{path} does not exist. Run `sage run` first.")
 
@@ -133,7 +147,10 @@ def read(path: Path) -> Results:
 
 
 def parse(values: Any, where: str) -> Results:
-    """Return the results of parsed JSON; raise MetricError with one line for each problem. `where` names the source."""
+    """Return the results of parsed JSON; `where` names the source in messages.
+
+    Raises MetricError if the values do not fit the schema, with one line for each problem.
+    """
     try:
         return Results.model_validate(values)
     except ValidationError as error:
@@ -145,7 +162,7 @@ def parse(values: Any, where: str) -> Results:
 
 
 def parse_figure(text: str) -> Figure | None:
-    """Return a single figure from JSON, as a registered version keeps it; None if it is damaged."""
+    """Return a figure from JSON text, the form in tags of registered versions; None if it is damaged."""
     try:
         return Figure.model_validate_json(text)
     except ValidationError:

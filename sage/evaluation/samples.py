@@ -1,4 +1,4 @@
-"""Which pictures are judged: read from disk and checked, so that no figure rests on a wrong or a missing one."""
+"""Reads the images to evaluate, and checks that none is missing, altered or generated with other groups."""
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
@@ -15,7 +15,15 @@ from sage.files import digest, sha256
 
 @dataclass(frozen=True)
 class Judged:
-    """Held-out pictures, the groups of their prompts as row numbers, and each arm's files by [prompt][seed]."""
+    """The images to evaluate.
+
+    examples: held-out real images with their prompts.
+    groups: row numbers in `examples` of each group.
+    similarity: cosine of the least similar pair of prompts in each group.
+    seeds: the seeds of each prompt.
+    arms: paths of the generated images by arm, as [prompt][seed].
+    set: identity of the set, as recorded in the results.
+    """
 
     examples: list[Example]
     groups: list[list[int]]
@@ -26,14 +34,15 @@ class Judged:
 
 
 def read_judged(data: Path, groups: Path, generated: Path, split: str, seeds: Sequence[int]) -> Judged:
-    """Return what is to be judged, after reading every generated picture and comparing its hash with the manifest.
+    """Return the images to evaluate, after comparing the SHA-256 of every generated image with the manifest.
 
-    `set` names it: a digest of prompts, real pictures, groups and seeds, and the hash of the manifest. Raises
-    MetricError if groups are no partition of the split, or pictures are missing, double, foreign or altered.
+    Raises MetricError if the split is empty, or if images are missing, duplicated, unexpected, altered, or were
+    generated with other groups; raises DataError if the groups are not a partition of the split. `data`, `groups` and
+    `generated` are the output folders of the stages.
     """
     examples = read_split(data, split)
     if not examples:
-        raise MetricError(f"split {split} of {data} is empty, so there is nothing to judge; hold some pictures out.")
+        raise MetricError(f"split {split} of {data} is empty, so there is nothing to evaluate; hold some images out.")
     partition, similarity = read_groups(groups / f"{split}.json", examples)
     arms = _read_arms(generated, [example.id for example in examples], partition, seeds)
     prompts = [[example.id, example.text, sha256(example.path)] for example in examples]
@@ -49,9 +58,9 @@ def read_judged(data: Path, groups: Path, generated: Path, split: str, seeds: Se
 
 
 def siblings(held_out: Sequence[Example], training: Sequence[Example]) -> list[Example]:
-    """Return another real picture for each held-out one: from training, of its family while there are some, each once.
+    """Return a different training image for each held-out image, of the same family as long as there are any.
 
-    If training has fewer images than are held out, only the first held-out images get one.
+    If there are fewer training images than held-out images, only the first held-out images get one.
     """
     families: dict[str, deque[Example]] = defaultdict(deque)
     for example in training:
@@ -88,14 +97,14 @@ def _read_arms(
     )
     if extra or altered:
         raise MetricError(
-            f"{folder} is not what its manifest says: {_some('missing or altered', altered)}, "
+            f"{folder} does not agree with its manifest: {_some('missing or altered', altered)}, "
             f"{_some('not listed', extra)}. Run `dvc repro --force generate`."
         )
     return paths
 
 
 def _check_groups(lines: Sequence[Line], groups: Sequence[Sequence[str]], manifest: Path) -> None:
-    """Raise MetricError if pictures were made with other groups; an arm that shares nothing may name none."""
+    """Raise MetricError if images were generated with other groups; arms without sharing have no groups to check."""
     labelled: dict[tuple[str, int], dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for line in lines:
         if line.group is not None:

@@ -1,7 +1,7 @@
-"""Figures of pictures that no one machine sees together: each part gives sums over its groups, and sums give figures.
+"""Figures of an image set that is spread over several machines: each shard yields sums per group, which are combined.
 
-Of what needs no real pictures: how well they fit their prompts, and how much they differ within groups. One picture a
-prompt. The figures do not depend on how the groups were parted.
+Only metrics that need no real images are supported: alignment, and diversity within groups. Each prompt has one image.
+The figures do not depend on how the groups were divided into shards.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,14 @@ MEASURES = ("alignment", "group_diversity")
 
 @dataclass(frozen=True)
 class Sums:
-    """What a group adds: its number, its prompts, sums of alignment and of distances, and pictures that have others."""
+    """The sums of one group.
+
+    group: its number.
+    prompts: how many it has.
+    alignment: sum of alignment over its images.
+    distances: sum over its images of the mean distance to the others.
+    differing: number of images that have others in the group; 0 for a group of one.
+    """
 
     group: int
     prompts: int
@@ -31,7 +38,13 @@ class Sums:
 
 
 def sums(numbers: Sequence[int], groups: Groups, features: Array, alignment: Array) -> list[Sums]:
-    """Return the sums of some groups: `features` (prompts, width) and `alignment` (prompts,) are of their pictures."""
+    """Return the sums of some groups.
+
+    numbers    number of each group in the whole set
+    groups     row numbers in `features` of each group
+    features   image features, (prompts, width)
+    alignment  alignment of each image with its prompt, (prompts,)
+    """
     distances, differing = group_diversity(features[:, None], groups)
     return [
         Sums(number, len(group), float(alignment[list(group)].sum()), float(distance), int(count))
@@ -40,9 +53,15 @@ def sums(numbers: Sequence[int], groups: Groups, features: Array, alignment: Arr
 
 
 def figures(parts: Sequence[Sums], groups: int, *, draws: int, confidence: float, seed: int) -> dict[str, Figure]:
-    """Return alignment and diversity within groups, with intervals from `draws` over groups.
+    """Return alignment and diversity within groups, with intervals from a bootstrap over groups.
 
-    Raises DataError if the parts are not each of the groups once.
+    Raises DataError if `parts` do not hold each of the `groups` groups exactly once.
+
+    parts       sums of all groups, in any order
+    groups      number of groups
+    draws       bootstrap draws
+    confidence  of the intervals
+    seed        of the bootstrap
     """
     rows = sorted(parts, key=lambda part: part.group)
     if [row.group for row in rows] != list(range(groups)):
@@ -59,6 +78,6 @@ def figures(parts: Sequence[Sums], groups: int, *, draws: int, confidence: float
 
 
 def _interval(statistic: Statistic, groups: int, draws: int, confidence: float, seed: int) -> tuple[float, float]:
-    # A draw at a time: all draws over a million groups would not fit in memory.
+    # Compute one draw at a time: all draws over a million groups would not fit in memory.
     values = np.concatenate([statistic(resamples(groups, 1, seed + draw)) for draw in range(draws)])
     return percentiles(values, confidence, statistic.groups())
