@@ -149,7 +149,7 @@ def test_overrides_are_an_experiment_that_leaves_the_checkout_alone(worker, addr
         ({"from_stage": "group", "until": "prepare"}, "from_stage group comes after until prepare"),
         ({"until": "group", "overrides": ["group.max_sise=3"]}, "override 'group.max_sise=3'"),
         ({"until": "group", "overrides": ["group.max_size=0"]}, "group.max_size"),
-        ({"until": "prepare", "overrides": ["group.max_size=3"]}, "the whole graph, but the range ends at prepare"),
+        ({"until": "prepare", "overrides": ["group.max_size=3"]}, "needs all stages, but `until` is prepare"),
     ],
 )
 def test_a_bad_input_fails_the_run_with_its_name(worker, address, run, said):
