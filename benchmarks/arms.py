@@ -111,14 +111,14 @@ class Judge:
         trials = self.trials
         for point in points:
             if point not in self._statistics:
-                self._statistics[point] = judging.statistics(trials.real, trials.pictures(point), trials.groups)
+                self._statistics[point] = judging.statistics(trials.real, trials.images(point), trials.groups)
         return {name: _mean([self._statistics[point][name] for point in points]) for name in METRICS}
 
     def figures(self, points: Sequence[Point]) -> dict[str, Figure]:
         """Return value and interval of everything measured."""
         if (key := tuple(points)) not in self._figures:
-            pictures = self.trials.pictures(points[0])
-            self._figures[key] = judging.arm_figures(self.measured(points), pictures, self.bootstrap)
+            images = self.trials.images(points[0])
+            self._figures[key] = judging.arm_figures(self.measured(points), images, self.bootstrap)
         return self._figures[key]
 
     def draws(self, points: Sequence[Point], metric: str = "kernel_distance") -> Array:
@@ -390,7 +390,7 @@ def similarity_table(judge: Judge, arms: Arms) -> str:
     return "Kernel distance by the similarity of the group:\n\n" + _table(["groups (prompts)", *chosen], rows)
 
 
-def frontiers(judge: Judge, arms: Arms, form: Form, picture: Path) -> str:
+def frontiers(judge: Judge, arms: Arms, form: Form, image: Path) -> str:
     """Return the iso-quality saving at every shared point, and draw quality against cost with both frontiers."""
     alone = {
         f"independent, {model}, {solver}": [arms.at(model, steps, 0.0, solver)[:seeds] for steps in counts]
@@ -413,14 +413,14 @@ def frontiers(judge: Judge, arms: Arms, form: Form, picture: Path) -> str:
             cells = [_percent(found[0], *pair) for found, pair in zip(savings, ends, strict=True)]
             at_knee = "yes" if distance[0] <= knee else "no"
             rows.append([name, str(len(arm)), str(arm[0].steps), f"{cost:.1f}", f"{distance[0]:.4f}", *cells, at_knee])
-    _draw(judge, alone | shared, arms.ratio, picture)
+    _draw(judge, alone | shared, arms.ratio, image)
     against = ["saving against base and standard", "saving against SAGE's own model, too"]
     head = ["series", "training seeds", "steps", "NFE per image", "kernel distance", *against, "within 5% of the best"]
     return (
         "Iso-quality saving: 1 - the evaluations of the shared point / those that independent sampling needs for the "
         f"same kernel distance (the best model and solver, {len(goal)} points without SAGE's own model and "
         f"{len(every)} with it). Where independent sampling never gets there, its dearest point counts.\n\n"
-        f"{_table(head, rows)}\n\n![Kernel distance against network evaluations per image]({picture.name})"
+        f"{_table(head, rows)}\n\n![Kernel distance against network evaluations per image]({image.name})"
     )
 
 
@@ -429,7 +429,7 @@ def _frontier(judge: Judge, arms: Sequence[Sequence[Point]]) -> tuple[Array, Arr
     return np.array([judge.trials.nfe(arm[0]) for arm in arms]), np.column_stack([judge.draws(arm) for arm in arms])
 
 
-def _draw(judge: Judge, series: Mapping[str, Sequence[Sequence[Point]]], ratio: float, picture: Path) -> None:
+def _draw(judge: Judge, series: Mapping[str, Sequence[Sequence[Point]]], ratio: float, image: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 6), constrained_layout=True)
     for name, points in series.items():
         nfe = [judge.trials.nfe(arm[0]) for arm in points]
@@ -446,12 +446,12 @@ def _draw(judge: Judge, series: Mapping[str, Sequence[Sequence[Point]]], ratio: 
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    with new_file(picture) as temporary:
+    with new_file(image) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
 
 
-def sheet(trials: Trials, arms: Arms, picture: Path, groups: int = 4, members: int = 4) -> None:
+def sheet(trials: Trials, arms: Arms, image: Path, groups: int = 4, members: int = 4) -> None:
     """Draw a few groups: columns are prompts, rows are real, independent, same cost, shared base, standard, SAGE."""
     largest = sorted(trials.groups, key=len, reverse=True)
     wanted = [place for group in largest[:: max(1, len(largest) // (3 * groups))][:groups] for place in group[:members]]
@@ -461,7 +461,7 @@ def sheet(trials: Trials, arms: Arms, picture: Path, groups: int = 4, members: i
         drawn = trials.draw(points[0], trials.params.generate.seeds[0])
         rows.append([drawn[place] for place in wanted])
     grid = Image.fromarray(np.vstack([np.hstack(row) for row in rows]))
-    with new_file(picture) as temporary:
+    with new_file(image) as temporary:
         grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.NEAREST).save(temporary, format="png")
 
 

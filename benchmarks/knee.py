@@ -85,7 +85,7 @@ def through_autoencoder(model: Path, examples: list[Example]) -> list[np.ndarray
 def sample(model: Path, examples: list[Example], steps: int, guidance_scale: float) -> list[np.ndarray]:
     """Return pictures of shape (height, width, 3), prompt by prompt, every prompt's seeds together."""
     pipe = open_pipeline(model)
-    pictures: dict[tuple[int, int], np.ndarray] = {}
+    images: dict[tuple[int, int], np.ndarray] = {}
     with progress(len(examples) * len(SEEDS), f"{steps} steps") as advance:
         for seed in SEEDS:
             stream = pipe.stream(
@@ -97,9 +97,9 @@ def sample(model: Path, examples: list[Example], steps: int, guidance_scale: flo
                 batch_size=64,
             )
             for result in stream:
-                pictures[result.index, seed] = np.asarray(result.image)
+                images[result.index, seed] = np.asarray(result.image)
                 advance(1)
-    return [pictures[place, seed] for place in range(len(examples)) for seed in SEEDS]
+    return [images[place, seed] for place in range(len(examples)) for seed in SEEDS]
 
 
 if __name__ == "__main__":

@@ -112,8 +112,8 @@ def shoot(browser: str, address: str, path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if done.returncode or not taken.exists():
             sys.exit(f"error: {browser} took no picture of {address}:\n{done.stderr[-2000:]}")
-        with Image.open(taken) as picture, new_file(path) as file:
-            picture.convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+        with Image.open(taken) as image, new_file(path) as file:
+            image.convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
 
 
 if __name__ == "__main__":

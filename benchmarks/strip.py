@@ -83,8 +83,8 @@ def draw(groups: Sequence[Sequence[Member]], generated: Path, settings: Generate
     width = MEMBERS * TILE + (MEMBERS - 1) * GAP
     left = [MARGIN + LABELS + place * (width + GUTTER) for place in range(len(groups))]
     bottom = MARGIN + len(arms) * (TILE + GAP)
-    picture = Image.new("RGB", (left[-1] + width + MARGIN, bottom + 5 * LINE + MARGIN + 6), "white")
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (left[-1] + width + MARGIN, bottom + 5 * LINE + MARGIN + 6), "white")
+    canvas = ImageDraw.Draw(image)
     words, bold = ImageFont.load_default(20), ImageFont.load_default(22)
 
     for row, (label, arm) in enumerate(arms):
@@ -98,7 +98,7 @@ def draw(groups: Sequence[Sequence[Member]], generated: Path, settings: Generate
                 path = member.real if arm is None else generated / arm / seed / f"{member.id}.png"
                 with Image.open(path) as found:
                     tile = found.convert("RGB").resize((TILE, TILE), Image.Resampling.BICUBIC)
-                picture.paste(tile, (start + place * (TILE + GAP), top))
+                image.paste(tile, (start + place * (TILE + GAP), top))
 
     canvas.text((MARGIN, bottom + LINE), "prompt", GREY, words, anchor="lm")
     canvas.text((MARGIN, bottom + 5 * LINE), "network evaluations", GREY, words, anchor="lm")
@@ -112,7 +112,7 @@ def draw(groups: Sequence[Sequence[Member]], generated: Path, settings: Generate
         alone = MEMBERS * steps
         said = f"{alone} independent, {cost} shared ({1 - cost / alone:.0%} fewer)"
         canvas.text((start + width // 2, bottom + 5 * LINE), said, INK, words, anchor="mm")
-    return picture
+    return image
 
 
 if __name__ == "__main__":

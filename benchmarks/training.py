@@ -65,7 +65,7 @@ class Data:
     def __init__(self, folder: Path) -> None:
         """Read pictures and captions."""
         examples = read_split(folder, "train")[:PICTURES]
-        self.pictures = torch.from_numpy(load_pixels(examples))
+        self.images = torch.from_numpy(load_pixels(examples))
         self.texts = [example.text for example in examples]
         self._encoded: TrainingSet | None = None
 
@@ -73,7 +73,7 @@ class Data:
         """Return everything encoded, once for all arms."""
         if self._encoded is None:
             groups = tuple(map(tuple, group(embed(self.texts), 0.72, 6, 0.999)))
-            latents = denoiser.encode_images(self.pictures)
+            latents = denoiser.encode_images(self.images)
             captions = torch.arange(len(self.texts))[:, None]
             self._encoded = TrainingSet(latents, denoiser.encode_texts([*self.texts, ""], (64, 64)), captions, groups)
         return self._encoded
@@ -103,9 +103,9 @@ class Stock:
                 self.states = torch.cat([self._states(part) for part in torch.arange(len(data.texts)).split(BATCH)])
 
     def _latents(self, rows: torch.Tensor) -> torch.Tensor:
-        pictures = self.data.pictures[rows].permute(0, 3, 1, 2).float() / 127.5 - 1
-        pictures = pictures.to(self.accelerator.device, self.dtype)
-        return self.pipe.vae.encode(pictures).latent_dist.sample() * self.pipe.vae.config.scaling_factor
+        images = self.data.images[rows].permute(0, 3, 1, 2).float() / 127.5 - 1
+        images = images.to(self.accelerator.device, self.dtype)
+        return self.pipe.vae.encode(images).latent_dist.sample() * self.pipe.vae.config.scaling_factor
 
     def _states(self, rows: torch.Tensor) -> torch.Tensor:
         return self.pipe.text_encoder(self.tokens[rows].to(self.accelerator.device), return_dict=False)[0]
@@ -175,7 +175,7 @@ class Ours:
             times.append(time.perf_counter())
             if not self.cached:
                 rows = torch.cat(list(self.batches.rows(step).values()))
-                self.denoiser.encode_images(self.data.pictures[rows])
+                self.denoiser.encode_images(self.data.images[rows])
                 self.denoiser.encode_texts([self.data.texts[row] for row in rows], (64, 64))
             return self.loss(step)
 

@@ -131,7 +131,7 @@ class Trials:
             self._train(settings, self.work / "training" / name, folder)
         return folder
 
-    def pictures(self, point: Point) -> ImageFeatures:
+    def images(self, point: Point) -> ImageFeatures:
         """Return what the extractors see in a point's pictures, after drawing them where they are not kept."""
         return self._seen(np.stack([self._features(point, seed) for seed in self.params.generate.seeds], axis=1))
 

@@ -26,7 +26,7 @@ def project(folder: Path) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     for name in ("dvc.yaml", "prefect.yaml", ".gitignore", ".dvcignore"):
         shutil.copy(ROOT / name, folder)
-    pictures(folder / "data/raw")
+    images(folder / "data/raw")
     set_params(
         folder,
         prepare__source="folder",
@@ -58,16 +58,16 @@ def commit_all(folder: Path) -> None:
         subprocess.run(command, check=True, cwd=folder)
 
 
-def pictures(folder: Path) -> None:
+def images(folder: Path) -> None:
     """Write 48 pictures with captions: every colour of every shape."""
     folder.mkdir(parents=True)
     lines = []
     for colour in _COLOURS:
         for shape in _SHAPES:
-            picture = Image.new("RGB", (64, 64), "white")
-            _draw(ImageDraw.Draw(picture), shape, colour)
+            image = Image.new("RGB", (64, 64), "white")
+            _draw(ImageDraw.Draw(image), shape, colour)
             name = f"{colour}-{shape}.png"
-            picture.save(folder / name)
+            image.save(folder / name)
             lines.append(json.dumps({"file_name": name, "text": f"{colour} {shape}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 

@@ -106,7 +106,7 @@ def draw(model: Path, examples: Sequence[Example], groups: Groups, settings: Any
             if not path.exists():
                 pipe = pipe or open_pipeline(model)
                 extract = extract or EfficientNetLite0(device())
-                features = extract(_pictures(pipe, examples, piece, settings))
+                features = extract(_images(pipe, examples, piece, settings))
                 with new_file(path) as temporary, temporary.open("wb") as file:
                     np.save(file, features)
             sizes = [len(members) for members in piece]
@@ -116,12 +116,12 @@ def draw(model: Path, examples: Sequence[Example], groups: Groups, settings: Any
     return found
 
 
-def _pictures(pipe: Any, examples: Sequence[Example], groups: Groups, settings: Any) -> list[np.ndarray]:
+def _images(pipe: Any, examples: Sequence[Example], groups: Groups, settings: Any) -> list[np.ndarray]:
     """Return images ordered by group, then member, then seed."""
     members = [examples[member] for group in groups for member in group]
     ends = np.cumsum([len(group) for group in groups]).tolist()
     blocks = [list(range(end - len(group), end)) for group, end in zip(groups, ends, strict=True)]
-    pictures: dict[tuple[int, int], np.ndarray] = {}
+    images: dict[tuple[int, int], np.ndarray] = {}
     for seed in SEEDS:
         stream = pipe.stream(
             [example.text for example in members],
@@ -133,8 +133,8 @@ def _pictures(pipe: Any, examples: Sequence[Example], groups: Groups, settings: 
             batch_size=settings.batch_size,
         )
         for result in stream:
-            pictures[result.index, seed] = np.asarray(result.image)
-    return [pictures[place, seed] for place in range(len(members)) for seed in SEEDS]
+            images[result.index, seed] = np.asarray(result.image)
+    return [images[place, seed] for place in range(len(members)) for seed in SEEDS]
 
 
 def _show(damage: Damage) -> None:

@@ -35,17 +35,17 @@ def autoencoder(
 ) -> None:
     """Train the autoencoder on the training images and print its reconstruction quality on unseen images."""
     settings = load_params().pretrain.autoencoder
-    pictures = _pictures(data, "train")
+    images = _images(data, "train")
     torch.manual_seed(settings.seed)
     network = base.new_autoencoder()
     loss = pretraining.autoencoder_loss(
-        network, pictures, batch_size=settings.batch_size, kl_weight=settings.kl_weight, seed=settings.seed
+        network, images, batch_size=settings.batch_size, kl_weight=settings.kl_weight, seed=settings.seed
     )
     _fit(network, loss, settings, work / "autoencoder", data)
-    pretraining.normalise_latents(network, pictures)
+    pretraining.normalise_latents(network, images)
     with files.new_folder(out) as temporary:
         network.save_pretrained(temporary)
-    unseen = _pictures(data, "validation")
+    unseen = _images(data, "validation")
     typer.echo(f"reconstruction of {len(unseen)} unseen pictures: {pretraining.reconstruction(network, unseen):.2f} dB")
 
 
@@ -65,7 +65,7 @@ def denoiser(
     settings = load_params().pretrain.denoiser
     autoencoder = AutoencoderKL.from_pretrained(vae).eval().requires_grad_(False)
     examples = read_split(data, "train")
-    latents = pretraining.encode_images(autoencoder, _pictures(data, "train")) * autoencoder.config.scaling_factor
+    latents = pretraining.encode_images(autoencoder, _images(data, "train")) * autoencoder.config.scaling_factor
     texts, captions = captions_of([example.texts for example in examples])
     states = pretraining.encode_texts([*texts, ""])
     torch.manual_seed(settings.seed)
@@ -99,13 +99,13 @@ def dual_encoder(data: Data = Path("data/prepared"), out: Out = Path("models/ali
     features = EfficientNetLite0()(read_images(example.path for example in unseen))
     embeddings = embed([example.text for example in unseen])
     for k in (1, 5):
-        captions, pictures = alignment.retrieval(model, features, embeddings, k)
-        typer.echo(f"among the {k} nearest: own caption {captions:.1%}, own picture {pictures:.1%}")
+        captions, images = alignment.retrieval(model, features, embeddings, k)
+        typer.echo(f"among the {k} nearest: own caption {captions:.1%}, own picture {images:.1%}")
     own = alignment.text_image_cosines(model, features[:, None], embeddings)
     typer.echo(f"mean cosine of {len(unseen)} unseen pictures and their captions: {own.mean():.3f}. Wrote {out}.")
 
 
-def _pictures(data: Path, split: str) -> Tensor:
+def _images(data: Path, split: str) -> Tensor:
     return torch.from_numpy(load_pixels(read_split(data, split)))
 
 

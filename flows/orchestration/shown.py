@@ -50,9 +50,9 @@ def results(folder: Path) -> bool:
     evaluate = read(folder / "metrics/evaluate.json")
     create_table_artifact(tables.arms(evaluate), key="arms", description="Held-out prompts, value [interval]")
     create_table_artifact(tables.gates(evaluate), key="gates", description="Verdicts")
-    picture = grid(folder / "data/generated")
+    image = grid(folder / "data/generated")
     create_image_artifact(
-        as_url(picture), key="pictures", description="A row for each arm: " + ", ".join(map(arms.label, evaluate.arms))
+        as_url(image), key="pictures", description="A row for each arm: " + ", ".join(map(arms.label, evaluate.arms))
     )
     if folder == Path():  # a temporary work tree is removed with its report, which remains in MLflow
         report = (folder / "report/index.html").resolve().as_uri()
@@ -75,10 +75,10 @@ def grid(generated: Path) -> Image.Image:
     return sheet([[opened(path) for path in row] for row in rows], size=(_SIDE, _SIDE))
 
 
-def as_url(picture: Image.Image) -> str:
+def as_url(image: Image.Image) -> str:
     """Return an image as a data URL, so that no server must store it."""
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
+    image.save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

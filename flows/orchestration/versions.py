@@ -47,8 +47,8 @@ def draw(version: str, prompts: list[str], out: str) -> None:
     folder.mkdir(parents=True)
     source = folder / "prompts.txt"
     source.write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    pictures, model = str(folder / "pictures"), f"models:/sage/{version}"
-    shown.run(f"version-{version}", "flows.prompts.generate", str(source), "--out", pictures, "--model", model)
+    images, model = str(folder / "pictures"), f"models:/sage/{version}"
+    shown.run(f"version-{version}", "flows.prompts.generate", str(source), "--out", images, "--model", model)
 
 
 @flow(name="sage-evaluate")
@@ -99,8 +99,8 @@ def _ask(rows: list[TableRow], promotion: Promotion) -> Approval:
         for row, place in zip(rows, places, strict=True):
             draw(row["version"], promotion.prompts, str(place))
         names = [f"{number:06d}.png" for number in range(1, len(promotion.prompts) + 1)]
-        picture = sheet([[opened(place / "pictures" / name) for name in names] for place in places], size=(64, 64))
-    url = shown.as_url(picture)
+        image = sheet([[opened(place / "pictures" / name) for name in names] for place in places], size=(64, 64))
+    url = shown.as_url(image)
     create_image_artifact(
         url, key="candidates", description="A row for each version: " + ", ".join(r["version"] for r in rows)
     )

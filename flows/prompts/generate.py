@@ -215,12 +215,12 @@ def drawn(
             yield path
 
 
-def save(picture: Image.Image, facts: dict[str, Any], path: Path) -> None:
+def save(image: Image.Image, facts: dict[str, Any], path: Path) -> None:
     """Write a PNG with `facts` as JSON in its metadata, atomically."""
     info = PngInfo()
     info.add_itxt(KEY, json.dumps(facts, ensure_ascii=False))
     with new_file(path) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=info)
+        image.save(temporary, format="PNG", pnginfo=info)
 
 
 def manifest(out: Path, items: Sequence[Item]) -> None:
@@ -231,8 +231,8 @@ def manifest(out: Path, items: Sequence[Item]) -> None:
             lines.append({"id": item.id, "error": item.error})
             continue
         path = out / f"{item.id}.png"
-        with Image.open(path) as picture:
-            facts = json.loads(picture.text[KEY])  # type: ignore[attr-defined]
+        with Image.open(path) as image:
+            facts = json.loads(image.text[KEY])  # type: ignore[attr-defined]
         lines.append({"file": path.name, "sha256": sha256(path), **facts})
     write_text(out / "manifest.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 

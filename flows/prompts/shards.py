@@ -115,9 +115,9 @@ def _draw(out: str, found: dict[str, Any], wanted: set[int]) -> None:
         )
     with tempfile.TemporaryDirectory() as temporary:
         # Upload each image when it is finished, so that a killed process loses one batch at most.
-        for picture in prompts.drawn(pipe, items, groups, found["steps"], settings, name, Path(temporary), wanted):
-            _put(picture, f"{out}/{picture.name}")
-            picture.unlink()
+        for image in prompts.drawn(pipe, items, groups, found["steps"], settings, name, Path(temporary), wanted):
+            _put(image, f"{out}/{image.name}")
+            image.unlink()
 
 
 def _judge(out: str, items: Sequence[Item], batches: list[list[tuple[int, list[int]]]], name: str) -> None:

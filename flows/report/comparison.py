@@ -25,7 +25,7 @@ def build(first: Recorded, second: Recorded) -> str:
     )
     environment.filters |= {"number": number, "percent": percent, "arm": arms.label}
     left, right = first.evaluate, second.evaluate
-    rows, why_not = pictures(first.samples, second.samples)
+    rows, why_not = images(first.samples, second.samples)
     return environment.get_template("comparison.html.j2").render(
         runs=[facts(first), facts(second)],
         same_set=left.set.digest == right.set.digest,
@@ -78,7 +78,7 @@ def verdict(first: Figure, second: Figure) -> str:
     return "apart" if first.high < second.low or second.high < first.low else "overlap"
 
 
-def pictures(first: Any, second: Any) -> tuple[list[dict[str, Any]], str]:
+def images(first: Any, second: Any) -> tuple[list[dict[str, Any]], str]:
     """Return a row for each prompt with images in both runs, and "", or no rows and the reason."""
     if first is None or second is None:
         return [], "A run keeps no pictures of its prompts; runs of older versions keep none."
@@ -89,7 +89,7 @@ def pictures(first: Any, second: Any) -> tuple[list[dict[str, Any]], str]:
         {
             "text": text,
             "real": kept.get("real"),
-            "pictures": [[side[text].get(arm) for arm in _COLUMNS] for side in drawn],
+            "images": [[side[text].get(arm) for arm in _COLUMNS] for side in drawn],
         }
         for text, kept in drawn[0].items()
         if text in drawn[1]
@@ -99,7 +99,7 @@ def pictures(first: Any, second: Any) -> tuple[list[dict[str, Any]], str]:
 
 def _by_prompt(samples: Any) -> dict[str, dict[str, str]]:
     return {
-        prompt["text"]: dict(zip(samples["columns"], prompt["pictures"], strict=True))
+        prompt["text"]: dict(zip(samples["columns"], prompt["images"], strict=True))
         for group in samples["groups"]
         for prompt in group
     }

@@ -88,11 +88,11 @@ def group_rows(judged: Judged, saving: float, lost: Sequence[float], texts: np.n
 
     def row(k: int) -> GroupRow:
         members = judged.groups[k]
-        pictures = [
+        images = [
             (judged.examples[m].text, [_open(judged.examples[m].path), *(_open(p[m][0]) for p in judged.arms.values())])
             for m in members
         ]
-        return GroupRow(judged.similarity[k], ratio * (1 - 1 / len(members)), lost[k], columns, pictures)
+        return GroupRow(judged.similarity[k], ratio * (1 - 1 / len(members)), lost[k], columns, images)
 
     by_size = [
         {"size": size, "groups": groups, "prompts": size * groups, "saving": ratio * (1 - 1 / size)}
@@ -113,7 +113,7 @@ def build(results: Results, rows: GroupRows) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"number": number, "percent": percent, "picture": data_uri, "arm": arm_name}
+    environment.filters |= {"number": number, "percent": percent, "image": data_uri, "arm": arm_name}
     return environment.get_template("report.html.j2").render(
         r=results,
         rows=rows,
@@ -134,9 +134,7 @@ def build(results: Results, rows: GroupRows) -> str:
 
 def samples(rows: Sequence[GroupRow], seed: int) -> dict[str, Any]:
     """Return the images of some groups as JSON values, which `sage compare` reads to show two runs side by side."""
-    groups = [
-        [{"text": text, "pictures": list(map(data_uri, pictures))} for text, pictures in row.prompts] for row in rows
-    ]
+    groups = [[{"text": text, "images": list(map(data_uri, images))} for text, images in row.prompts] for row in rows]
     return {"seed": seed, "columns": rows[0].columns if rows else [], "groups": groups}
 
 
@@ -186,10 +184,10 @@ def arm_name(arm: str) -> str:
     return "Real" if arm == "real" else arms.label(arm)
 
 
-def data_uri(picture: Image.Image) -> str:
+def data_uri(image: Image.Image) -> str:
     """Return an image as a data URI of lossless WebP."""
     content = io.BytesIO()
-    picture.save(content, "WEBP", lossless=True, quality=60, method=4)
+    image.save(content, "WEBP", lossless=True, quality=60, method=4)
     return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
 
 
@@ -245,7 +243,7 @@ def _draw(axes: Any, metric: str, measured: Mapping[str, Mapping[str, Figure]], 
 
 
 def _open(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        small = picture.convert("RGB")
+    with Image.open(path) as image:
+        small = image.convert("RGB")
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     return small

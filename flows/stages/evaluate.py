@@ -121,7 +121,7 @@ def judge(
     """
     groups, n = judged.groups, len(judged.examples) * len(judged.seeds)
     bootstrap = judging.Bootstrap.over(groups, settings.resamples, settings.confidence, settings.seed)
-    measured = {arm: judging.statistics(real, pictures, groups) for arm, pictures in arms.items()}
+    measured = {arm: judging.statistics(real, images, groups) for arm, images in arms.items()}
     figures = {arm: judging.arm_figures(measured[arm], arms[arm], bootstrap) for arm in arms}
     for arm, values in figures.items():
         # Evaluations are counted, not estimated, so the interval is a point.

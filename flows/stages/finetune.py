@@ -97,7 +97,7 @@ def main(
             "evaluations": sum(trained for trained, _ in costs),
             "base_evaluations": sum(frozen for _, frozen in costs),
             "sampling_evaluations": sampling,
-            "pictures": len(examples),
+            "images": len(examples),
             "groups": len(members),
             "losses": {name: round(value, 6) for name, value in trained.losses.items()},
             "model_sha256": sha256_tree(out),
@@ -136,17 +136,17 @@ def _main_run(accelerator: Accelerator, settings: Finetune) -> Iterator[Run]:
 
 def training_set(denoiser: Denoiser, examples: Sequence[Example], members: tuple[tuple[int, ...], ...]) -> TrainingSet:
     """Return the latents of all images and the conditions of all captions, computed once."""
-    pictures = torch.from_numpy(load_pixels(examples))
+    images = torch.from_numpy(load_pixels(examples))
     texts, captions = captions_of([example.texts for example in examples])
     texts.append("")
     parts = []
     with _shown(len(texts), "encoding captions") as advance:
         for start in range(0, len(texts), ENCODED_TOGETHER):
             some = texts[start : start + ENCODED_TOGETHER]
-            parts.append(denoiser.encode_texts(some, pictures.shape[1:3]))
+            parts.append(denoiser.encode_texts(some, images.shape[1:3]))
             advance(len(some))
     conditions = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return TrainingSet(denoiser.encode_images(pictures), conditions, torch.from_numpy(captions), members)
+    return TrainingSet(denoiser.encode_images(images), conditions, torch.from_numpy(captions), members)
 
 
 def _shown(total: int, what: str) -> AbstractContextManager[Callable[[int], None]]:

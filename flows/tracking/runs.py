@@ -123,10 +123,10 @@ class Run:
             points = [Metric(key, float(value), now, step or 0) for key, value in values.items()]
             self._tracker.log_batch(self.id, metrics=points)
 
-    def image(self, picture: "Image", key: str, step: int = 0) -> None:
+    def image(self, image: "Image", key: str, step: int = 0) -> None:
         """Record an image under a key; if a key has several steps, MLflow shows a slider."""
         if self._tracker is not None:
-            self._tracker.log_image(self.id, picture, key=key, step=step, synchronous=True)
+            self._tracker.log_image(self.id, image, key=key, step=step, synchronous=True)
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Record a file, or all files below a directory, in the artifact folder `folder`."""

@@ -127,9 +127,9 @@ def _cost(steps: int, size: int, settings: dict[str, Any]) -> dict[str, float]:
     return {"network_evaluations": plan.nfe(guided) / size, "independent": steps * (2 if guided else 1)}
 
 
-def _png(picture: Any) -> str:
+def _png(image: Any) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
 
 

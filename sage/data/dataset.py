@@ -41,12 +41,12 @@ class Example:
 
 
 def assign_splits(
-    families: Sequence[str | None], pictures: Sequence[str], validation: float, test: float, seed: int
+    families: Sequence[str | None], images: Sequence[str], validation: float, test: float, seed: int
 ) -> list[str]:
     """Return the split of each row; some images of each family are held out, never all of them.
 
     families    family of each row (variants of one subject), or None; rows without a family count as one family
-    pictures    pixel hash of each row; equal hashes get the same split, so that no held-out image is trained on
+    images    pixel hash of each row; equal hashes get the same split, so that no held-out image is trained on
     validation  fraction of each family held out for validation
     test        fraction of each family held out for test
     seed        seed of the hash that decides which images are held out
@@ -54,23 +54,23 @@ def assign_splits(
     Families of fewer than SMALL_FAMILY images, and images that belong to several families, are not held out.
     """
     families_of: dict[str, set[str]] = defaultdict(set)
-    for family, picture in zip(families, pictures, strict=True):
-        families_of[picture].add(family or "")
+    for family, image in zip(families, images, strict=True):
+        families_of[image].add(family or "")
     members: dict[str, list[str]] = defaultdict(list)
-    for picture, names in families_of.items():
+    for image, names in families_of.items():
         # An image of several families stays in training: held out for one, it could be the last image of another.
         if len(names) == 1:
-            members[min(names)].append(picture)
+            members[min(names)].append(image)
     split_of = dict.fromkeys(families_of, "train")
     for group in members.values():
         if len(group) < SMALL_FAMILY:
             continue
-        order = sorted(group, key=lambda picture: hashlib.sha256(f"{seed}:{picture}".encode()).digest())
+        order = sorted(group, key=lambda image: hashlib.sha256(f"{seed}:{image}".encode()).digest())
         n_test, n_validation = (math.floor(share * len(order) + 0.5) for share in (test, validation))
         # Rounding both up must not hold out the last image of a family.
         held_out = ["test"] * n_test + ["validation"] * n_validation
         split_of |= dict(zip(order[:-1], held_out, strict=False))
-    return [split_of[picture] for picture in pictures]
+    return [split_of[image] for image in images]
 
 
 def write_sums(folder: Path) -> None:

@@ -56,7 +56,7 @@ _DIRECT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX",
 class Decoded:
     """A decoded image, upright, the Pillow mode of its file, and whether it is the first frame of an animation."""
 
-    picture: Image.Image
+    image: Image.Image
     mode: str
     animated: bool
 
@@ -113,13 +113,13 @@ def _check_size(width: int, height: int) -> None:
         raise Rejected("too_small", f"{width}x{height} has a side below {MIN_SIDE} pixels")
 
 
-def compose(picture: Image.Image, size: int) -> Image.Image:
+def compose(image: Image.Image, size: int) -> Image.Image:
     """Return the image as RGB, its larger side scaled to `size` (Lanczos), centred on a white square of that size.
 
     Transparency is composited over white. 16-bit grey is scaled by 1 / 257, not clipped; Pillow reads 16-bit colour as
     its upper byte.
     """
-    rgba = _eight_bit(picture).convert("RGBA")
+    rgba = _eight_bit(image).convert("RGBA")
     scale = size / max(rgba.size)
     sides = (max(1, round(rgba.width * scale)), max(1, round(rgba.height * scale)))
     rgba = rgba.resize(sides, Image.Resampling.LANCZOS, reducing_gap=2.0)
@@ -128,13 +128,13 @@ def compose(picture: Image.Image, size: int) -> Image.Image:
     return square.convert("RGB")
 
 
-def _eight_bit(picture: Image.Image) -> Image.Image:
-    if not picture.mode.startswith("I;16"):
-        return picture
-    samples = np.asarray(picture).astype(np.uint32)
+def _eight_bit(image: Image.Image) -> Image.Image:
+    if not image.mode.startswith("I;16"):
+        return image
+    samples = np.asarray(image).astype(np.uint32)
     return Image.fromarray(((samples + 128) // 257).astype(np.uint8))
 
 
-def pixel_hash(picture: Image.Image) -> str:
+def pixel_hash(image: Image.Image) -> str:
     """Return the SHA-256 of the RGB pixels, which does not depend on the file format."""
-    return hashlib.sha256(np.asarray(picture.convert("RGB")).tobytes()).hexdigest()
+    return hashlib.sha256(np.asarray(image.convert("RGB")).tobytes()).hexdigest()

@@ -94,7 +94,7 @@ def _check(row: Row, size: int) -> tuple[Image.Image, dict[str, Any]]:
     if row.sha256 is not None and row.sha256 != (digest := hashlib.sha256(data).hexdigest()):
         raise Rejected("hash_mismatch", f"SHA-256 {digest}, expected {row.sha256!r}")
     decoded = decode(data)
-    square = compose(decoded.picture, size)
+    square = compose(decoded.image, size)
     found: dict[str, Any] = {"text": text, "family": row.family, "pixels": pixel_hash(square), "mode": decoded.mode}
     if decoded.animated:
         found["animated"] = True
@@ -137,7 +137,7 @@ def _summary(entries: Sequence[dict[str, Any]], splits: dict[str, int]) -> dict[
         "animated": sum("animated" in entry for entry in kept),
         "cleaned_captions": sum("original_text" in entry for entry in kept),
         # An image with several captions, and a caption of several images: both are kept.
-        "repeated_pictures": len(kept) - len({entry["pixels"] for entry in kept}),
+        "repeated_images": len(kept) - len({entry["pixels"] for entry in kept}),
         "repeated_captions": len(kept) - len({entry["text"] for entry in kept}),
     }
 

@@ -31,7 +31,7 @@ def family(caption: str) -> str:
     return " ".join(_VARIANTS.sub(" ", caption.lower().replace(".", "")).split()) or "person"
 
 
-def pictures() -> Iterator[tuple[Path, str]]:
+def images() -> Iterator[tuple[Path, str]]:
     """Yield (PNG path, English name) of every Twemoji image that has a name, ordered by file name."""
     from emoji import EMOJI_DATA
 
@@ -56,7 +56,7 @@ def captions(name: str, id: str, words: float) -> tuple[str, ...]:
 def rows(words: float = 1.0) -> list[Row]:
     """Return every named Twemoji image as an input row; its id is the emoji's code points, `words` as in `captions`."""
     found = []
-    for path, name in pictures():
+    for path, name in images():
         first, *others = captions(name, path.stem, words)
         found.append(Row(path.stem, path, first, family(name), file=path.name, other_texts=tuple(others)))
     return found

@@ -54,15 +54,15 @@ class EfficientNetLite0:
         self._resize = make_resizer("PIL", False, "bicubic", (_PIXELS, _PIXELS))
 
     @torch.no_grad()
-    def __call__(self, pictures: Iterable[np.ndarray], on_batch: Callable[[int], None] = lambda n: None) -> np.ndarray:
+    def __call__(self, images: Iterable[np.ndarray], on_batch: Callable[[int], None] = lambda n: None) -> np.ndarray:
         """Return float32 features of shape (n, 1280) for n uint8 images of shape (height, width, 3).
 
         Images are read in batches, so an iterator needs little memory. `on_batch(k)` is called after each batch of k.
         """
         parts = [np.zeros((0, WIDTH), np.float32)]
-        remaining = iter(pictures)
+        remaining = iter(images)
         while batch := list(islice(remaining, _BATCH)):
-            resized = torch.from_numpy(np.stack([self._resize(picture) for picture in batch]))
+            resized = torch.from_numpy(np.stack([self._resize(image) for image in batch]))
             x = (resized.to(self._device).permute(0, 3, 1, 2) - 127) / 128
             parts.append(self._network.extract_features(x).mean(dim=(2, 3)).cpu().numpy())
             on_batch(len(batch))
@@ -72,5 +72,5 @@ class EfficientNetLite0:
 def read_images(paths: Iterable[Path]) -> Iterator[np.ndarray]:
     """Yield the image of each file as uint8 RGB of shape (height, width, 3); files are opened one at a time."""
     for path in paths:
-        with Image.open(path) as picture:
-            yield np.asarray(picture.convert("RGB"))
+        with Image.open(path) as image:
+            yield np.asarray(image.convert("RGB"))

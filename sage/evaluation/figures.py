@@ -73,13 +73,13 @@ def statistics(real: ImageFeatures, arm: ImageFeatures, groups: Groups) -> dict[
     } | _means(arm, groups)
 
 
-def _means(pictures: ImageFeatures, groups: Groups) -> dict[str, Statistic]:
-    cosines = np.array([pictures.alignment[list(group)].sum() for group in groups], float)
-    numbers = np.array([pictures.alignment[list(group)].size for group in groups], float)
+def _means(images: ImageFeatures, groups: Groups) -> dict[str, Statistic]:
+    cosines = np.array([images.alignment[list(group)].sum() for group in groups], float)
+    numbers = np.array([images.alignment[list(group)].size for group in groups], float)
     return {
         "alignment": ratio(cosines, numbers),
-        "group_diversity": ratio(*group_diversity(pictures.features, groups)),
-        "seed_diversity": ratio(*seed_diversity(pictures.features, groups)),
+        "group_diversity": ratio(*group_diversity(images.features, groups)),
+        "seed_diversity": ratio(*seed_diversity(images.features, groups)),
     }
 
 
@@ -106,9 +106,9 @@ def floor(real: Array, siblings: Array, groups: Groups, bootstrap: Bootstrap) ->
     }
 
 
-def arm_figures(measured: Mapping[str, Statistic], pictures: ImageFeatures, bootstrap: Bootstrap) -> dict[str, Figure]:
+def arm_figures(measured: Mapping[str, Statistic], images: ImageFeatures, bootstrap: Bootstrap) -> dict[str, Figure]:
     """Return the figures of an arm; n counts all images, except for the Frechet distance: the images of one seed."""
-    prompts, n = len(pictures.alignment), pictures.alignment.size
+    prompts, n = len(images.alignment), images.alignment.size
     groups = bootstrap.counts.shape[1]
     frechet = measured["frechet_distance"]
     ends = jackknife(frechet, groups, bootstrap.confidence, bootstrap.seed)

@@ -84,11 +84,11 @@ class Denoiser(nn.Module):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     @torch.no_grad()
-    def encode_images(self, pictures: Tensor, batch_size: int = 16) -> Tensor:
+    def encode_images(self, images: Tensor, batch_size: int = 16) -> Tensor:
         """Return the scaled latents of uint8 images (n, height, width, 3): float32, on the CPU."""
         vae = self._pipe.vae
         parts = []
-        for part in torch.split(pictures, batch_size):
+        for part in torch.split(images, batch_size):
             x = part.to(vae.device).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
             parts.append(vae.encode(x).latent_dist.mode().float().cpu())
         return _scaled(torch.cat(parts), vae.config)

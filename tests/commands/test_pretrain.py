@@ -1,0 +1,72 @@
+"""`sage pretrain` on a handful of pictures: the autoencoder, then the denoiser, into a folder that loads."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from flows.commands import pretrain
+from sage.evaluation import alignment
+from sage.files import sha256_tree
+from sage.sampling import base
+
+SHIPPED = Path(__file__).parents[2] / "params.yaml"
+NAMES = ["red cat", "red dog", "blue cat", "tall tree"]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with prepared pictures and the shipped parameters, but for two steps of each training."""
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    for split in ("train", "validation"):
+        folder = tmp_path / "data/prepared" / split
+        folder.mkdir(parents=True)
+        lines = []
+        for i, name in enumerate(NAMES):
+            image = random.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(image).save(folder / f"{i}.png")
+            lines.append(json.dumps({"file_name": f"{i}.png", "text": name, "id": f"{i}", "family": "f"}) + "\n")
+        (folder / "metadata.jsonl").write_text("".join(lines))
+    values = yaml.safe_load(SHIPPED.read_text())
+    for part in values["pretrain"].values():
+        part |= {"steps": 2, "warmup": 1, "decay": 1, "batch_size": 2}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_judge_of_text_and_picture_says_how_it_does_on_unseen_pictures(project, capsys):
+    pretrain.dual_encoder()
+    said = capsys.readouterr().out
+    assert "among the 5 nearest: own caption 100.0%, own picture 100.0%" in said
+    assert "mean cosine of 4 unseen pictures" in said
+    assert alignment.load_alignment(project / "models/alignment").text.in_features == 384
+
+
+@pytest.mark.slow
+def test_it_leaves_a_base_that_loads_and_keeps_the_card(project, capsys):
+    pretrain.autoencoder()
+    assert "reconstruction of 4 unseen pictures" in capsys.readouterr().out
+    card = project / "models/base/README.md"
+    card.parent.mkdir(parents=True)
+    card.write_text("what was measured")
+    (card.parent / "damage.json").write_text("{}")
+    pretrain.denoiser()
+    assert base.load(card.parent).unet.config.in_channels == 16
+    assert card.read_text() == "what was measured"
+    # Measured on other weights.
+    assert not (card.parent / "damage.json").exists()
+    # Another one goes on from it: not from nothing, and not from its state.
+    further = project / "further"
+    pretrain.denoiser(start=card.parent, work=project / "work/further", out=further)
+    before, after = (base.load(folder).unet.state_dict() for folder in (card.parent, further))
+    distance = sum(float((after[name] - before[name]).square().sum()) for name in before) ** 0.5
+    assert 0 < distance < 0.1 * sum(float(value.square().sum()) for value in before.values()) ** 0.5
+    # Again from the state that is kept: the same weights.
+    whole = sha256_tree(card.parent)
+    pretrain.denoiser()
+    assert sha256_tree(card.parent) == whole

@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from flows.orchestration.forms import STAGES, Judged, Promotion, Range
+from flows.versioning import repository
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_form_knows_the_stages_of_the_graph():
+    assert list(STAGES) == repository.stages(ROOT / "dvc.yaml")
+
+
+@pytest.mark.parametrize("form", [Range, Judged, Promotion])
+def test_every_field_has_a_title_and_help(form):
+    fields = form.model_json_schema()["properties"]
+    assert all(field["title"] != name and field["description"] for name, field in fields.items())
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"from_stage": "evaluate", "until": "prepare"}, "from_stage evaluate comes after until prepare"),
+        ({"until": "training"}, "until"),
+        ({"from": "group"}, "from"),
+        ({"overrides": ["finetune.steps"]}, "overrides.0"),
+        ({"overrides": ["finetune.steps=1; rm -rf x", "--force=1"]}, "overrides.1"),
+        ({"overrides": ["a.b=1"] * 51}, "overrides"),
+    ],
+)
+def test_a_bad_range_names_what_is_wrong(values, said):
+    with pytest.raises(ValidationError) as caught:
+        Range(**values)
+    problems = [".".join(map(str, problem["loc"])) + " " + problem["msg"] for problem in caught.value.errors()]
+    assert any(said in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"version": "models:/other/1"}, {"version": "../1"}, {"wait_hours": 0}, {"prompts": []}, {"prompts": [""]}],
+)
+def test_a_bad_promotion_is_refused(values):
+    with pytest.raises(ValidationError):
+        Promotion(**values)

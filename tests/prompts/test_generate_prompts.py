@@ -1,0 +1,189 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from waiting import wait_for
+
+from flows.prompts import generate as prompts
+from sage.errors import ConfigurationError, DataError
+from sage.files import sha256, sha256_tree
+from sage.sampling.pipeline import SharedSamplingPipeline
+from sage.sampling.seeds import image_seeds
+
+TEXTS = ["red cat", "tall tree", "red dog", "tall trees", "red cat", "blue house", "a big red cat"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny.pipeline("stable_diffusion", folder).save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+def write(folder, lines=TEXTS, name="prompts.txt"):
+    path = folder / name
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def generate(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SAGE_DEVICE", "cpu")
+
+    def call(source, out=tmp_path / "out", **more):
+        options = {"steps": 4, "share_ratio": 0.5, "guidance_scale": 3.0, "batch_size": 1, "seed": 0, "plan": False}
+        prompts.main(source, out, **{"model": model, "negative_prompt": "", **options, **more})
+        return out
+
+    return call
+
+
+def lines_of(out):
+    return [json.loads(line) for line in (out / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_each_prompt_becomes_one_picture_that_says_how_it_was_made(generate, tmp_path, model):
+    lines = lines_of(generate(write(tmp_path)))
+    assert [line["prompt"] for line in lines] == TEXTS
+    assert [line["file"] for line in lines] == [f"{i:06d}.png" for i in range(1, 8)]
+    assert [line["seed"] for line in lines] == image_seeds(0, TEXTS)
+    out = tmp_path / "out"
+    for line in lines:
+        assert sha256(out / line["file"]) == line["sha256"]
+        with Image.open(out / line["file"]) as image:
+            inside = json.loads(image.text["sage"])
+        assert inside == {name: value for name, value in line.items() if name not in ("file", "sha256")}
+        assert inside["plan"] == {"steps": 4, "share_ratio": 0.5 if inside["shared_with"] else 0.0}
+        assert inside["model"] == sha256_tree(Path(model))
+    by_id = {line["id"]: line for line in lines}
+    assert by_id["000002"]["shared_with"] == ["000004"]
+    assert all(by_id[other]["group"] == line["group"] for line in lines for other in line["shared_with"])
+    with Image.open(out / "contact.jpg") as sheet:
+        assert sheet.width == 7 * prompts.TILE
+
+
+def test_the_pictures_are_the_pipelines(generate, tmp_path, model):
+    out = generate(write(tmp_path))
+    pipe = SharedSamplingPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    alone = pipe("blue house", seed=[image_seeds(0, ["blue house"])[0]], num_inference_steps=4, guidance_scale=3.0)
+    assert np.abs(np.asarray(alone.images[0], int) - np.asarray(Image.open(out / "000006.png"), int)).max() <= 1
+
+
+def test_the_cost_is_shown_first_and_with_plan_nothing_else_happens(generate, tmp_path, capsys):
+    out = generate(write(tmp_path), plan=True)
+    shown = capsys.readouterr().out
+    assert "7 prompts in" in shown
+    assert "network evaluations instead of 56" in shown
+    assert not out.exists()
+
+
+def test_what_is_missing_is_made_again_to_the_same_bytes(generate, tmp_path):
+    source = write(tmp_path)
+    out = generate(source)
+    whole = sha256_tree(out)
+    # One picture of a group, and one alone.
+    for name in ("000004.png", "000006.png", "manifest.jsonl", "contact.jpg"):
+        (out / name).unlink()
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("0*.png")}
+    generate(source)
+    assert sha256_tree(out) == whole
+    assert all((out / name).stat().st_mtime_ns == when for name, when in kept.items())
+
+
+@pytest.mark.slow
+def test_killed_at_random_and_started_again_it_ends_as_if_never_killed(generate, tmp_path, model):
+    source = write(tmp_path, [f"{a} {b}" for a in ("red", "blue", "big") for b in ("cat", "dog", "tree", "house")])
+    whole = sha256_tree(generate(source, tmp_path / "whole"))
+    command = [
+        sys.executable,
+        "-m",
+        "flows.prompts.generate",
+        source,
+        "--out",
+        str(tmp_path / "killed"),
+        "--model",
+        model,
+    ]
+    command += ["--steps", "4", "--share-ratio", "0.5", "--guidance-scale", "3", "--batch-size", "1"]
+    kills = 0
+    for wanted in (1, 7, 11):
+        process = subprocess.Popen(command, env=os.environ | {"SAGE_DEVICE": "cpu"}, start_new_session=True)
+
+        def enough(process=process, wanted=wanted):
+            return process.poll() is not None or len(list((tmp_path / "killed").glob("0*.png"))) >= wanted
+
+        wait_for(enough, 300, every=0.005)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 2
+    subprocess.run(command, env=os.environ | {"SAGE_DEVICE": "cpu"}, check=True)
+    assert sha256_tree(tmp_path / "killed") == whole
+
+
+def test_a_bad_prompt_costs_no_other_prompt(generate, tmp_path, capsys):
+    rows = [{"prompt": text} for text in TEXTS] + [{"prompt": "\ud800"}, {"prompt": "  "}, {"prompt": None}, {}]
+    source = write(tmp_path, [*map(json.dumps, rows), "{broken", '"a cat"'], "prompts.jsonl")
+    lines = lines_of(generate(source))
+    assert [line.get("error", "").split(":")[0] for line in lines] == [
+        *[""] * 7,
+        "bad_text",
+        "no_caption",
+        "no_caption",
+        "no_caption",
+        "bad_row",
+        "",
+    ]
+    assert lines[-1]["prompt"] == "a cat"
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 8
+    assert "not drawn: 000008: bad_text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "says"),
+    [
+        ("p.txt", [""], "has no prompt that can be drawn"),
+        ("p.jsonl", ['{"prompt": ""}'], "has no prompt that can be drawn: no_caption"),
+    ],
+)
+def test_a_list_that_cannot_be_read_says_why(generate, tmp_path, name, lines, says):
+    with pytest.raises(DataError, match=says):
+        generate(write(tmp_path, lines, name))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_file_says_so(generate, tmp_path):
+    with pytest.raises(DataError, match=r"is no file; give a file of prompts"):
+        generate(str(tmp_path / "none.txt"))
+
+
+def test_another_runs_folder_is_not_mixed_with_this_one(generate, tmp_path):
+    source = write(tmp_path)
+    generate(source)
+    with pytest.raises(ConfigurationError, match=r"another run, with seed 0 \(now 1\); choose another folder"):
+        generate(source, seed=1)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine").write_text("x")
+    with pytest.raises(ConfigurationError, match="is not empty and holds no run"):
+        generate(source, full)
+    assert (full / "mine").read_text() == "x"
+
+
+def test_no_name_of_a_prompt_meets_a_name_of_ours(generate, tmp_path):
+    rows = [{"id": name, "prompt": "red cat"} for name in ("contact", "contact.jpg", "run.json", "manifest.jsonl")]
+    source = write(tmp_path, map(json.dumps, rows), "prompts.jsonl")
+    whole = sha256_tree(generate(source))
+    for line in lines_of(tmp_path / "out"):
+        assert sha256(tmp_path / "out" / line["file"]) == line["sha256"]
+    assert sha256_tree(generate(source)) == whole

@@ -1,0 +1,223 @@
+"""The stage on a small real set: real pictures, the real extractor, arms made by blurring."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image, ImageFilter
+
+from flows.stages import evaluate
+from sage.data.dataset import Example
+from sage.data.twemoji import images
+from sage.errors import DataError, MetricError
+from sage.evaluation import gates
+from sage.evaluation.alignment import DualEncoder, save
+from sage.evaluation.bootstrap import LEAST_GROUPS
+from sage.evaluation.results import read
+from sage.evaluation.samples import read_judged, siblings
+
+SEEDS = [0, 1]
+GROUPS = [["p0", "p1", "p2"], ["p3", "p4"], ["p5", "p6"], ["p7"]]
+ARMS = {"independent": 0.3, "independent_same_nfe": 2.5, "shared": 1.0, "sage": 0.5}
+NFE = {"independent": 16.0, "independent_same_nfe": 12.0, "shared": 12.0, "sage": 12.0}
+
+
+def build(folder):
+    """A project folder with everything that the stage reads."""
+    found = list(images())[:20]
+    for split, names, rows in (("test", "p", found[:8]), ("train", "t", found[8:])):
+        (folder / "prepared" / split).mkdir(parents=True)
+        lines = []
+        for number, (path, text) in enumerate(rows):
+            name = f"{names}{number}"
+            Image.open(path).convert("RGBA").convert("RGB").resize((24, 24)).save(
+                folder / "prepared" / split / f"{name}.png"
+            )
+            lines.append({"file_name": f"{name}.png", "text": text, "id": name, "family": f"family {number % 4}"})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "prepared" / split / "metadata.jsonl").write_text(text)
+    (folder / "groups").mkdir()
+    groups = [{"ids": ids, "similarity": 0.75 + 0.05 * k} for k, ids in enumerate(GROUPS)]
+    (folder / "groups" / "test.json").write_text(json.dumps({"groups": groups}))
+    manifest = []
+    for arm, blur in ARMS.items():
+        for seed in SEEDS:
+            (folder / "generated" / arm / f"seed-{seed}").mkdir(parents=True)
+            for group, ids in enumerate(GROUPS):
+                for name in ids:
+                    real = Image.open(folder / "prepared" / "test" / f"{name}.png")
+                    path = folder / "generated" / arm / f"seed-{seed}" / f"{name}.png"
+                    real.filter(ImageFilter.GaussianBlur(blur * (1 + seed / 2))).save(path)
+                    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+                    line = {"arm": arm, "seed": seed, "id": name, "group": group, "sha256": sha256}
+                    manifest.append(line)
+    write_manifest(folder, manifest)
+    costs = {arm: {"images": 16, "nfe_per_image": nfe} for arm, nfe in NFE.items()}
+    (folder / "generate.json").write_text(json.dumps({"arms": costs}))
+    save(DualEncoder(1280, 384, 8), folder / "alignment")
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["generate"] |= {"split": "test", "seeds": SEEDS}
+    params["evaluate"] |= {"resamples": 200}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    return folder
+
+
+def write_manifest(folder, lines):
+    (folder / "generated" / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_manifest(folder):
+    return [json.loads(line) for line in (folder / "generated" / "manifest.jsonl").read_text().splitlines()]
+
+
+def run(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("SAGE_TRACKING_URI", "off")
+    evaluate.main(
+        data=Path("prepared"),
+        groups=Path("groups"),
+        generated=Path("generated"),
+        costs=Path("generate.json"),
+        alignment=Path("alignment"),
+        report=Path("report"),
+        metrics=Path("metrics/evaluate.json"),
+    )
+
+
+@pytest.fixture
+def project(tmp_path):
+    return build(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_stage_writes_figures_verdicts_and_the_page(project, monkeypatch):
+    run(project, monkeypatch)
+    found = json.loads((project / "metrics" / "evaluate.json").read_text())
+    assert list(found["arms"]) == list(ARMS)
+    for figures in found["arms"].values():
+        assert all(np.isfinite(figure["value"]) for figure in figures.values())
+        assert figures["kernel_distance"]["n"] == 16
+        assert figures["kernel_distance"]["low"] is None  # four groups are too few for an interval
+    order = sorted(ARMS, key=lambda arm: found["arms"][arm]["kernel_distance"]["value"])
+    assert order == sorted(ARMS, key=ARMS.get)
+    assert found["features"] == "efficientnet_lite0"
+    assert found["saving"] == 0.25
+    assert {"n_real", "n_prompts", "seeds", "digest", "generated"} == set(found["set"])
+    assert len(found["gates"]) == 4 and found["passed"] == all(gate["passed"] for gate in found["gates"])
+    assert found["gates"][3]["passed"] and found["gates"][3]["value"] == -0.25
+    assert f"only 4 groups; an interval needs at least {LEAST_GROUPS}." in found["gates"][0]["reason"]
+    assert "only 3 groups of two or more prompts; an interval" in found["gates"][2]["reason"]
+    page = (project / "report" / "index.html").read_text()
+    assert all(gate["reason"] in page for gate in found["gates"])
+    # What was written can be judged again, by whoever registers the model, and only against the set it belongs to.
+    expected = read_judged(Path("prepared"), Path("groups"), Path("generated"), "test", SEEDS).set
+    settings = [gate.model_dump() for gate in evaluate.load_params().evaluate.gates]
+    written = read(project / "metrics" / "evaluate.json")
+    again = gates.judge(written, expected, settings)
+    assert again == written.gates
+    assert not gates.passed(gates.judge(written, expected.model_copy(update={"generated": "other"}), settings))
+    # The same input gives the same bytes.
+    before = (project / "metrics" / "evaluate.json").read_bytes(), page
+    run(project, monkeypatch)
+    assert before == ((project / "metrics" / "evaluate.json").read_bytes(), (project / "report/index.html").read_text())
+
+
+def missing(folder):
+    write_manifest(folder, read_manifest(folder)[:-1])
+
+
+def double(folder):
+    lines = read_manifest(folder)
+    write_manifest(folder, [*lines, lines[0]])
+
+
+def foreign(folder):
+    lines = read_manifest(folder)
+    lines[0]["id"] = "p99"
+    write_manifest(folder, lines)
+
+
+def altered(folder):
+    Image.new("RGB", (24, 24)).save(folder / "generated" / "sage" / "seed-1" / "p3.png")
+
+
+def removed(folder):
+    (folder / "generated" / "sage" / "seed-1" / "p3.png").unlink()
+
+
+def unlisted(folder):
+    Image.new("RGB", (24, 24)).save(folder / "generated" / "sage" / "seed-1" / "p9.png")
+
+
+def regrouped(folder):
+    groups = [{"ids": ids, "similarity": 1.0} for ids in [["p0", "p1"], ["p2", "p3", "p4"], *GROUPS[2:]]]
+    (folder / "groups" / "test.json").write_text(json.dumps({"groups": groups}))
+
+
+def partial(folder):
+    groups = [{"ids": ids, "similarity": 1.0} for ids in [["p0", "p1"], *GROUPS[1:]]]
+    (folder / "groups" / "test.json").write_text(json.dumps({"groups": groups}))
+
+
+def miscounted(folder):
+    costs = json.loads((folder / "generate.json").read_text())
+    costs["arms"]["sage"]["images"] = 8
+    (folder / "generate.json").write_text(json.dumps(costs))
+
+
+def uncounted(folder):
+    costs = json.loads((folder / "generate.json").read_text())
+    del costs["arms"]["shared"]
+    (folder / "generate.json").write_text(json.dumps(costs))
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (missing, r"names 63 pictures, expected 8 prompts x 2 seeds .* 1 missing \(\('sage', 1, 'p7'\)\)"),
+        (double, r"1 foreign or double \(\('independent', 0, 'p0'\)\)"),
+        (foreign, r"1 foreign or double \(\('independent', 0, 'p99'\)\)"),
+        (altered, r"1 missing or altered \(sage/seed-1/p3\)"),
+        (removed, r"1 missing or altered \(sage/seed-1/p3\)"),
+        (unlisted, r"1 not listed \(sage/seed-1/p9.png\)"),
+        (regrouped, "other groups than the ones at hand"),
+        (partial, r"no partition of the split's 8 prompts: 1 missing \(p2\)"),
+        (miscounted, "arm sage counts 8 images .* expected 16"),
+        (uncounted, "counts arms independent, independent_same_nfe, sage, but there are pictures of"),
+    ],
+)
+def test_wrong_pictures_stop_the_stage_with_no_report_and_no_figures(project, monkeypatch, fault, words):
+    fault(project)
+    with pytest.raises((MetricError, DataError), match=words):
+        run(project, monkeypatch)
+    assert not (project / "report").exists()
+    assert not (project / "metrics").exists()
+
+
+def test_a_fault_is_one_message_and_exit_code_2(project, monkeypatch, capsys):
+    missing(project)
+    monkeypatch.chdir(project)
+    options = ["--data", "prepared", "--groups", "groups", "--generated", "generated", "--costs", "generate.json"]
+    options += ["--alignment", "alignment", "--report", "report", "--metrics", "metrics/evaluate.json"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *options])
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.run(evaluate.main)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "Traceback" not in error
+
+
+def example(name, family):
+    return Example(name, Path(name), name, family)
+
+
+def test_siblings_are_of_the_same_family_while_there_are_some_and_each_is_taken_once():
+    held_out = [example("a", "x"), example("b", "x"), example("c", "y")]
+    training = [example("1", "y"), example("2", "z"), example("3", "x")]
+    assert [found.id for found in siblings(held_out, training)] == ["3", "2", "1"]
+    assert [found.id for found in siblings(held_out, training[:1])] == ["1"]
+    assert siblings(held_out, []) == []

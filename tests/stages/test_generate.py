@@ -1,0 +1,162 @@
+import json
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import yaml
+from PIL import Image
+
+from flows.stages import generate
+from sage.errors import DataError
+from sage.files import sha256, sha256_tree
+
+TEXTS = ["red cat", "red dog", "blue cat", "tall tree", "big tree"]
+GROUPS = [["p0", "p1", "p2"], ["p3", "p4"]]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A folder with prepared data, groups, two tiny models and params.yaml."""
+    folder = tmp_path_factory.mktemp("project")
+    split = folder / "data/prepared/test"
+    split.mkdir(parents=True)
+    rows = [{"file_name": f"p{i}.png", "text": text, "id": f"p{i}", "family": "f"} for i, text in enumerate(TEXTS)]
+    (split / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row in rows:
+        Image.new("RGB", (16, 16)).save(split / row["file_name"])
+    (folder / "data/groups").mkdir()
+    groups = {"groups": [{"ids": ids, "similarity": 0.8} for ids in GROUPS]}
+    (folder / "data/groups/test.json").write_text(json.dumps(groups))
+    pipe = tiny.stable_diffusion(folder)
+    pipe.save_pretrained(folder / "base")
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.mul_(1.5)
+    pipe.save_pretrained(folder / "tuned")
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["generate"] |= {"steps": 6, "share_ratio": 0.5, "seeds": [0, 3], "batch_size": 4, "guidance_scale": 3.0}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    return folder
+
+
+def run(project, monkeypatch, out, model="tuned"):
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("SAGE_DEVICE", "cpu")
+    paths = {"base": "base", "model": model, "data": "data/prepared", "groups": "data/groups"}
+    generate.main(
+        **{k: project / v for k, v in paths.items()},
+        out=project / out / "images",
+        metrics=project / out / "generate.json",
+    )
+    lines = (project / out / "images/manifest.jsonl").read_text().splitlines()
+    return json.loads((project / out / "generate.json").read_text()), [json.loads(line) for line in lines]
+
+
+def drawn_image(project, out, arm, seed, id):
+    with Image.open(project / out / f"images/{arm}/seed-{seed}/{id}.png") as image:
+        return np.asarray(image).astype(int)
+
+
+@pytest.fixture(scope="module")
+def made(project):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # dvc.yaml does not name it: an import of it would fail here.
+        monkeypatch.setitem(sys.modules, "sage.grouping.auto", None)
+        return run(project, monkeypatch, "first")
+
+
+def test_branch_noise_moves_shared_pictures_and_no_others(project, made, monkeypatch):
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    assert params["generate"]["branch_noise"] == 1
+    changed = params | {"generate": params["generate"] | {"branch_noise": 0.0}}
+    try:
+        (project / "params.yaml").write_text(yaml.safe_dump(changed))
+        run(project, monkeypatch, "quiet")
+    finally:
+        (project / "params.yaml").write_text(yaml.safe_dump(params))
+    ids = [id for group in GROUPS for id in group]
+    for arm, moves in (("independent", False), ("shared", True), ("sage", True)):
+        same = [
+            np.array_equal(drawn_image(project, "first", arm, 0, id), drawn_image(project, "quiet", arm, 0, id))
+            for id in ids
+        ]
+        assert not any(same) if moves else all(same)
+
+
+def test_costs_follow_from_the_plans(made):
+    arms = made[0]["arms"]
+    # 5 prompts, 2 seeds, guidance 2: 3 steps of 2 groups, then 3 steps of 5 prompts.
+    assert arms["shared"]["nfe"] == arms["sage"]["nfe"] == 2 * 2 * (3 * 2 + 3 * 5)
+    assert arms["independent"]["nfe"] == 2 * 2 * 6 * 5
+    assert arms["shared"]["nfe_per_image"] == pytest.approx(2 * 4.2)
+    # 4.2 steps are rounded up: the cheap baseline gets no less than sharing.
+    assert arms["independent_same_nfe"]["steps"] == 5
+    assert all(
+        figures["images"] == 10 and not {"seconds", "seconds_per_image"} & figures.keys() for figures in arms.values()
+    )
+
+
+def test_every_prompt_has_one_picture_an_arm_and_seed(project, made):
+    lines = made[1]
+    assert Counter((line["arm"], line["seed"]) for line in lines) == {
+        (arm, seed): 5 for arm in ("independent", "independent_same_nfe", "shared", "sage") for seed in (0, 3)
+    }
+    for line in lines:
+        path = project / "first/images" / line["arm"] / f"seed-{line['seed']}" / f"{line['id']}.png"
+        assert sha256(path) == line["sha256"]
+        assert line["id"] in GROUPS[line["group"]]
+
+
+def test_arms_and_seeds_differ_as_they_should(project, made):
+    first = drawn_image(project, "first", "independent", 0, "p0")
+    for arm, seed in (("independent", 3), ("independent_same_nfe", 0), ("shared", 0), ("sage", 0)):
+        assert np.abs(drawn_image(project, "first", arm, seed, "p0") - first).max() > 1
+    assert (
+        np.abs(drawn_image(project, "first", "sage", 0, "p0") - drawn_image(project, "first", "shared", 0, "p0")).max()
+        > 5
+    )
+
+
+def test_an_independent_picture_is_the_stock_pipelines(project, made):
+    from diffusers import StableDiffusionPipeline
+
+    from sage.sampling.seeds import prompt_seed
+
+    stock = StableDiffusionPipeline.from_pretrained(project / "base")
+    stock.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(prompt_seed(3, "p2"))
+    image = stock("blue cat", num_inference_steps=6, guidance_scale=3.0, generator=generator).images[0]
+    assert np.abs(np.asarray(image) - drawn_image(project, "first", "independent", 3, "p2")).max() <= 1
+
+
+@pytest.mark.slow
+def test_again_is_the_same_bytes(project, made, monkeypatch):
+    run(project, monkeypatch, "second")
+    assert sha256_tree(project / "second/images") == sha256_tree(project / "first/images")
+
+
+@pytest.mark.slow
+def test_an_arm_with_the_same_model_and_plan_is_not_made_twice(project, made, monkeypatch):
+    count = []
+    make = generate.make
+    monkeypatch.setattr(generate, "make", lambda arm, *rest: count.append(arm.name) or make(arm, *rest))
+    figures, lines = run(project, monkeypatch, "untuned", model="base")
+    assert count == ["independent", "independent_same_nfe", "shared"]
+    assert figures["arms"]["sage"]["nfe"] == figures["arms"]["shared"]["nfe"]
+    hashes = {(line["arm"], line["seed"], line["id"]): line["sha256"] for line in lines}
+    assert all(hashes["sage", seed, f"p{i}"] == hashes["shared", seed, f"p{i}"] for seed in (0, 3) for i in range(5))
+
+
+def test_groups_of_other_prompts_are_refused_and_leave_nothing(project, monkeypatch, tmp_path):
+    groups = tmp_path / "groups"
+    shutil.copytree(project / "data/groups", groups)
+    (groups / "test.json").write_text(json.dumps({"groups": [{"ids": ["p0", "p1"]}, {"ids": ["x9"]}]}))
+    monkeypatch.chdir(project)
+    arguments = {"base": project / "base", "model": project / "tuned", "data": project / "data/prepared"}
+    with pytest.raises(DataError, match="no partition of the split's 5 prompts: 3 missing"):
+        generate.main(**arguments, groups=groups, out=tmp_path / "out", metrics=tmp_path / "m.json")
+    assert not (tmp_path / "out").exists()

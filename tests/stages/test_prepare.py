@@ -1,0 +1,383 @@
+"""Stage prepare on real folders: every bad file of the table, the whole accounting, and what a user sees."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from contextlib import closing
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from image_files import REJECTED, drawing, encoded, rejected_file
+from PIL import Image
+
+from flows.stages.prepare import main
+from flows.terminal import run
+from sage.data import twemoji
+from sage.data.dataset import SPLITS, SUMS, load_pixels, read_split
+from sage.data.imagefolder import read_folder
+from sage.data.preparation import ACCOUNTING, prepare
+from sage.data.rows import Row
+from sage.errors import DataError
+from sage.files import sha256_tree
+
+SETTINGS: dict[str, Any] = {"size": 16, "validation": 0.1, "test": 0.2, "seed": 0}
+
+
+def noise(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+
+
+def put(folder: Path, name: str, data: bytes, caption: str | bytes | None) -> None:
+    (folder / name).write_bytes(data)
+    if caption is not None:
+        text = caption.encode() if isinstance(caption, str) else caption
+        (folder / name).with_suffix(".txt").write_bytes(text)
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    """Twenty good pictures."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for place in range(20):
+        put(folder, f"good-{place:02}.png", encoded(noise(place), "PNG"), f"noise number {place}")
+    return folder
+
+
+@pytest.fixture
+def bad(good: Path) -> tuple[Path, dict[str, str]]:
+    """The same with every bad file there is, and the reason that each must get."""
+    secret = good.parent / "secret.png"
+    secret.write_bytes(encoded(noise(99), "PNG"))
+    expected = {}
+    for place, (name, (_, reason)) in enumerate(REJECTED.items()):
+        file = f"bad-{place:02}.png"
+        put(good, file, rejected_file(name), "a bad picture")
+        expected[file] = reason
+    for place, (caption, reason) in enumerate(
+        [(None, "no_caption"), ("", "no_caption"), (" \n", "no_caption"), ("a\0b", "bad_text"), (b"\xff", "bad_text")]
+    ):
+        name = f"caption-{place}.png"
+        put(good, name, encoded(noise(50 + place), "PNG"), caption)
+        expected[name] = reason
+    (good / "link.png").symlink_to(secret)
+    os.mkfifo(good / "pipe.png")
+    put(good, "Case.png", encoded(noise(60), "PNG"), "one of two")
+    put(good, "case.png", encoded(noise(61), "PNG"), "one of two")
+    expected |= dict.fromkeys(["link.png", "pipe.png", "Case.png", "case.png"], "unsafe_path")
+    lines: list[tuple[dict[str, Any], str]] = [
+        ({"file_name": "../secret.png", "text": "out"}, "unsafe_path"),
+        ({"file_name": str(secret), "text": "out"}, "unsafe_path"),
+        ({"file_name": f"file://{secret}", "text": "out"}, "unsafe_path"),
+        ({"file_name": "gone.png", "text": "gone"}, "missing_file"),
+        ({"file_name": "wrong.jpg", "text": "not what was meant", "sha256": "0" * 64}, "hash_mismatch"),
+        ({"file_name": "list.png", "text": ["a", "list"]}, "no_caption"),
+        ({"file_name": "nan.png", "text": float("nan")}, "no_caption"),
+        ({"file_name": "half.png", "text": "half \ud83d"}, "bad_text"),
+    ]
+    put(good, "wrong.jpg", encoded(noise(70), "JPEG"), None)
+    for place, name in enumerate(["list.png", "nan.png", "half.png"]):
+        put(good, name, encoded(noise(71 + place), "PNG"), None)
+    (good / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line, _ in lines) + "{broken\n")
+    expected |= {line["file_name"]: reason for line, reason in lines} | {"metadata.jsonl:9": "bad_row"}
+    return good, expected
+
+
+def accounting(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / ACCOUNTING).read_text().splitlines()]
+
+
+def test_every_bad_file_gets_its_reason_and_the_good_ones_are_kept(
+    bad: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    folder, expected = bad
+    rows = read_folder(folder)
+    out = tmp_path / "out"
+    found = prepare(rows, out, **SETTINGS)
+    entries = accounting(out)
+    assert {entry["file"]: entry["reason"] for entry in entries if entry["status"] == "rejected"} == expected
+    assert sorted(entry["file"] for entry in entries if entry["status"] == "kept") == [
+        f"good-{place:02}.png" for place in range(20)
+    ]
+    assert len(expected) >= 50
+    assert (found["rows"], found["kept"], found["rejected"], found["duplicates"]) == (len(rows), 20, len(expected), 0)
+    assert len(entries) == found["rows"] == found["kept"] + found["rejected"] + found["duplicates"]
+    assert found["reasons"] == dict(sorted(Counter(expected.values()).items()))
+    assert found["splits"] == {"train": 14, "validation": 2, "test": 4}
+    # The same input gives the same bytes, wherever they are written.
+    again = prepare(read_folder(folder), tmp_path / "again", **SETTINGS)
+    assert again == found
+    assert sha256_tree(out) == sha256_tree(tmp_path / "again") == found["digest"]
+
+
+def test_nothing_outside_the_folder_and_no_link_or_pipe_is_opened(
+    bad: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    folder, _ = bad
+    opened: list[str] = []
+    watching = True
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
+            opened.append(os.fsdecode(arguments[0]))
+
+    sys.addaudithook(watch)  # there is no way to take it off again, so it is told to look away
+    try:
+        prepare(read_folder(folder), tmp_path / "out", **SETTINGS)
+    finally:
+        watching = False
+    below = [path for path in opened if path.startswith(f"{folder}/")]
+    assert f"{folder}/good-00.png" in below
+    assert not [path for path in opened if "secret" in path or path.startswith("/etc")]
+    assert not {f"{folder}/link.png", f"{folder}/pipe.png", f"{folder}/Case.png"} & set(below)
+
+
+def test_what_is_kept_is_written_as_an_image_folder_a_split(good: Path, tmp_path: Path) -> None:
+    prepare(read_folder(good), tmp_path / "out", **SETTINGS)
+    ids = []
+    for split in SPLITS:
+        examples = read_split(tmp_path / "out", split)
+        files = {path.name for path in (tmp_path / "out" / split).iterdir()}
+        assert files == {example.path.name for example in examples} | {"metadata.jsonl"}
+        for example, pixels in zip(examples, load_pixels(examples), strict=True):
+            assert np.array_equal(pixels, np.asarray(noise(int(example.text.split()[-1]))))
+        ids += [example.id for example in examples]
+    assert len(ids) == len(set(ids)) == 20
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*SPLITS, ACCOUNTING, SUMS}
+    assert len((tmp_path / "out" / SUMS).read_text().splitlines()) == len(ids) + len(SPLITS) + 1
+    subprocess.run(["sha256sum", "--check", "--quiet", "--strict", SUMS], cwd=tmp_path / "out", check=True)
+
+
+def test_a_duplicate_is_dropped_and_a_repeated_picture_stays_in_one_split(tmp_path: Path) -> None:
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for place in range(40):
+        pixels = noise(place % 20)
+        put(folder, f"{place:02}.png", encoded(pixels, "PNG" if place < 20 else "BMP"), f"caption {place}")
+    put(folder, "copy.png", encoded(noise(3), "TIFF"), "  caption\t3 ")  # other bytes, other spaces, the same example
+    put(folder, "same-caption.png", encoded(noise(33), "PNG"), "caption 3")
+    found = prepare(read_folder(folder), tmp_path / "out", **SETTINGS)
+    assert (found["kept"], found["duplicates"], found["rejected"]) == (41, 1, 0)
+    assert (found["repeated_images"], found["repeated_captions"], found["cleaned_captions"]) == (20, 1, 0)
+    entries = {entry["file"]: entry for entry in accounting(tmp_path / "out")}
+    assert entries["copy.png"] == {
+        "id": entries["copy.png"]["id"],
+        "file": "copy.png",
+        "status": "duplicate",
+        "of": entries["03.png"]["id"],
+    }
+    for place in range(20):
+        assert entries[f"{place:02}.png"]["split"] == entries[f"{place + 20}.png"]["split"]
+
+
+def test_what_was_changed_is_counted_and_its_original_kept(good: Path, tmp_path: Path) -> None:
+    put(good, "bidi.png", encoded(Image.new("CMYK", (16, 16)), "TIFF"), "\ufeffcafe\u0301 \u202ereversed\u202c")
+    frames = [Image.new("L", (16, 16), 200), Image.new("L", (16, 16))]
+    put(good, "moving.png", encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), "moving")
+    found = prepare(read_folder(good), tmp_path / "out", **SETTINGS)
+    assert (found["cleaned_captions"], found["animated"]) == (1, 1)
+    assert found["modes"] == {"CMYK": 1, "P": 1, "RGB": 20}
+    entries = {entry["file"]: entry for entry in accounting(tmp_path / "out")}
+    assert entries["bidi.png"]["text"] == "caf\u00e9 reversed"
+    assert entries["bidi.png"]["original_text"] == "cafe\u0301 \u202ereversed\u202c"
+    assert "original_text" not in entries["moving.png"]
+
+
+def test_a_right_hash_is_kept_and_garbage_inside_a_picture_is_seen_by_it(good: Path, tmp_path: Path) -> None:
+    whole = encoded(noise(1), "JPEG")
+    # Inside the pixels: Pillow decodes it to something else without a word.
+    spoilt = whole[:-40] + bytes(byte ^ 1 for byte in whole[-40:-38]) + whole[-38:]
+    put(good, "right.jpg", whole, None)
+    put(good, "spoilt.jpg", spoilt, None)
+    put(good, "unknown.jpg", spoilt, "nobody can know")
+    lines = [
+        {"file_name": name, "text": name, "sha256": sha256(whole).hexdigest()} for name in ("right.jpg", "spoilt.jpg")
+    ]
+    (good / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    prepare(read_folder(good), tmp_path / "out", **SETTINGS)
+    entries = {entry["file"]: entry for entry in accounting(tmp_path / "out")}
+    assert entries["right.jpg"]["status"] == entries["unknown.jpg"]["status"] == "kept"
+    assert entries["spoilt.jpg"]["reason"] == "hash_mismatch"
+
+
+def test_families_of_a_user_hold_out_some_and_never_all(tmp_path: Path) -> None:
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    lines = []
+    for place in range(20):
+        put(folder, f"{place}.png", encoded(noise(place), "PNG"), None)
+        lines.append({"file_name": f"{place}.png", "text": f"t {place}", "family": "large" if place < 17 else "small"})
+    (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    prepare(read_folder(folder), tmp_path / "out", **SETTINGS)
+    splits = {split: Counter(example.family for example in read_split(tmp_path / "out", split)) for split in SPLITS}
+    assert splits == {"train": {"large": 12, "small": 3}, "validation": {"large": 2}, "test": {"large": 3}}
+
+
+def test_without_one_usable_row_the_reasons_are_named_and_nothing_is_written(tmp_path: Path) -> None:
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    put(folder, "a.png", b"", "a caption")
+    put(folder, "b.png", encoded(drawing(), "PNG"), None)
+    put(folder, "c.png", encoded(drawing(), "PNG"), None)
+    with pytest.raises(DataError) as error:
+        prepare(read_folder(folder), tmp_path / "out", **SETTINGS)
+    message = str(error.value)
+    assert "none of the 3 rows" in message
+    assert "decode_error: 1" in message
+    assert "no_caption: 2, for example" in message
+    assert str(folder / "b.png") in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw"]
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_a_set_too_small_to_split_says_how_small(tmp_path: Path, n: int) -> None:
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for place in range(n):
+        put(folder, f"{place}.png", encoded(noise(place), "PNG"), "noise")
+    with pytest.raises(DataError, match=rf"{n} kept rows split into {n - (n > 3)} train, 0 validation"):
+        prepare(read_folder(folder), tmp_path / "out", **SETTINGS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw"]
+
+
+def test_what_was_there_stays_until_the_new_folder_is_whole(good: Path, tmp_path: Path) -> None:
+    before = prepare(read_folder(good), tmp_path / "out", **SETTINGS)
+
+    def interrupt(n: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(read_folder(good), tmp_path / "out", **SETTINGS | {"seed": 1}, advance=interrupt)
+    assert sha256_tree(tmp_path / "out") == before["digest"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
+
+
+def test_a_trusted_file_may_be_a_link(tmp_path: Path) -> None:
+    # A row of a trusted file, as of an installed package, may be a link: package managers make them.
+    (tmp_path / "real.png").write_bytes(encoded(drawing(), "PNG"))
+    (tmp_path / "link.png").symlink_to("real.png")
+    assert Row("a", tmp_path / "link.png", "t").read(10_000) == (tmp_path / "real.png").read_bytes()
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An own folder with this project's configuration, told to read a user's pictures."""
+    params = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
+    params["prepare"] |= {"source": "folder", "image_size": 16}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAGE_TRACKING_URI", "off")
+    return tmp_path
+
+
+def stage() -> None:
+    main(raw=Path("raw"), out=Path("out"), metrics=Path("metrics/prepare.json"))
+
+
+def test_the_stage_writes_data_and_figures_and_prints_the_accounting(
+    project: Path, bad: tuple[Path, dict[str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage()
+    found = json.loads((project / "metrics" / "prepare.json").read_text())
+    assert (found["source"], found["kept"]) == ("folder", 20)
+    assert found["digest"] == sha256_tree(project / "out")
+    printed = capsys.readouterr()
+    table = {
+        cells[0].strip(): cells[1].strip()
+        for line in printed.out.splitlines()
+        if len(cells := line.strip("│┃").split("│")) == 2
+    }
+    assert table["rejected: decode_error"] == str(found["reasons"]["decode_error"])
+    assert sum(int(count) for name, count in table.items() if name != "input rows") == int(table["input rows"])
+    assert int(table["input rows"]) == found["rows"]
+    assert f"prepare: {found['rows']}/{found['rows']}" in printed.err
+
+
+@pytest.mark.slow
+def test_the_stage_records_what_it_did(project: Path, good: Path) -> None:
+    # A process of its own: MLflow's imports warn, and here a warning is an error.
+    command = [
+        sys.executable,
+        "-m",
+        "flows.stages.prepare",
+        "--raw",
+        "raw",
+        "--out",
+        "out",
+        "--metrics",
+        "prepare.json",
+    ]
+    environment = os.environ | {"SAGE_TRACKING_URI": f"sqlite:///{project / 'runs.db'}"}
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    found = json.loads((project / "prepare.json").read_text())
+    with closing(sqlite3.connect(project / "runs.db")) as runs:
+        ((run, result),) = runs.execute("SELECT run_uuid, value FROM tags WHERE key = 'sage.result_sha256'")
+        assert result == sha256((project / "prepare.json").read_bytes()).hexdigest()
+
+        def recorded(table: str) -> dict[str, Any]:
+            return dict(runs.execute(f"SELECT key, value FROM {table} WHERE run_uuid = ?", [run]))
+
+        assert recorded("params")["image_size"] == "16"
+        assert (recorded("metrics")["kept"], recorded("metrics")["splits.test"]) == (20, 4)
+        ((digest,),) = runs.execute("SELECT digest FROM datasets")
+    assert found["digest"].startswith(digest)
+    (sheet,) = (path for path in project.glob(f"mlartifacts/**/{run}/**/training_samples*.png"))
+    with Image.open(sheet) as image:
+        assert image.size == (8 * 16, 2 * 16)  # 14 training pictures in rows of 8
+
+
+@pytest.mark.parametrize(
+    ("prepare_folder", "message"),
+    [
+        (lambda folder: folder.rmdir(), "raw is no folder"),
+        (lambda folder: None, "raw holds no images"),
+        (lambda folder: put(folder, "a.png", b"", "a"), "none of the 1 rows can be used"),
+        (lambda folder: put(folder, "a.png", encoded(drawing(), "PNG"), "a"), "1 kept rows split into 1 train"),
+    ],
+)
+def test_a_set_that_cannot_be_used_ends_the_stage_with_one_message(
+    project: Path,
+    prepare_folder: Any,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (project / "raw").mkdir()
+    prepare_folder(project / "raw")
+    monkeypatch.setattr(sys, "argv", ["prepare", "--raw", "raw", "--out", "out", "--metrics", "metrics/prepare.json"])
+    with pytest.raises(SystemExit) as stopped:
+        run(main)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert f"error: {message}" in error
+    assert "Traceback" not in error
+    assert not (project / "out").exists()
+    assert not (project / "metrics").exists()
+
+
+def test_further_captions_go_along_and_a_set_without_has_no_column(tmp_path: Path) -> None:
+    rows = [row for row in twemoji.rows(0.5) if row.family == "detective"]
+    prepare(rows, tmp_path / "out", **SETTINGS | {"size": 64})
+    texts = {row.id: (row.text, *row.other_texts) for row in rows}
+    assert any(row.other_texts for row in rows)
+    for split in SPLITS:
+        assert all(example.texts == texts[example.id] for example in read_split(tmp_path / "out", split))
+    prepare([replace(row, other_texts=()) for row in rows], tmp_path / "plain", **SETTINGS | {"size": 64})
+    assert "other_texts" not in (tmp_path / "plain/train/metadata.jsonl").read_text()
+
+
+def test_twemoji_goes_the_same_way(tmp_path: Path) -> None:
+    rows = [row for row in twemoji.rows() if row.family == "detective"]
+    found = prepare(rows, tmp_path / "out", **SETTINGS | {"size": 64})
+    assert (found["rows"], found["kept"]) == (18, 18)
+    for example in read_split(tmp_path / "out", "test"):
+        assert "detective" in example.text
+        assert example.family == "detective"
