@@ -103,9 +103,19 @@ def test_an_impossible_plan_says_why(make, says):
         make()
 
 
+class Index(int):
+    """A number that is seen when something looks for it, also by a search that C does, as `in` of a list is."""
+
+    def __eq__(self, other):
+        return int.__eq__(self, other)
+
+    def __hash__(self):
+        return int.__hash__(self)
+
+
 def calls_of_planning(prompts, steps):
     """Return how many calls a plan of groups of four and its cost take."""
-    groups = [list(range(i, i + 4)) for i in range(0, prompts, 4)]
+    groups = [[Index(i + k) for k in range(4)] for i in range(0, prompts, 4)]
     calls = 0
 
     def count(frame, event, argument):
