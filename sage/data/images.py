@@ -49,12 +49,13 @@ _FOREIGN = (
     (0, b"MM\0+"),
     (4, b"ftyp"),
 )
+_BITS, _PHOTOMETRIC = 258, 262  # tags of a TIFF
 _DIRECT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A decoded image, upright, the Pillow mode of its file, and whether it is the first frame of an animation."""
+    """A decoded image, upright, of 8-bit samples; the mode of its file; whether it is the first frame of several."""
 
     image: Image.Image
     mode: str
@@ -78,7 +79,8 @@ def decode(data: bytes) -> Decoded:
                 raise Rejected("format_not_allowed", f"pixels of mode {mode} have no defined white level")
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            return Decoded(image, mode, animated)
+            depth = data[24] if kind == "PNG" else 8
+            return Decoded(_eight_bit(image, depth), mode, animated)
         except Rejected:
             raise
         except Image.DecompressionBombError as error:
@@ -116,10 +118,9 @@ def _check_size(width: int, height: int) -> None:
 def compose(image: Image.Image, size: int) -> Image.Image:
     """Return the image as RGB, its larger side scaled to `size` (Lanczos), centred on a white square of that size.
 
-    Transparency is composited over white. 16-bit grey is scaled by 1 / 257, not clipped; Pillow reads 16-bit colour as
-    its upper byte.
+    Transparency is composited over white.
     """
-    rgba = _eight_bit(image).convert("RGBA")
+    rgba = image.convert("RGBA")
     scale = size / max(rgba.size)
     sides = (max(1, round(rgba.width * scale)), max(1, round(rgba.height * scale)))
     rgba = rgba.resize(sides, Image.Resampling.LANCZOS, reducing_gap=2.0)
@@ -128,11 +129,32 @@ def compose(image: Image.Image, size: int) -> Image.Image:
     return square.convert("RGB")
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    if not image.mode.startswith("I;16"):
-        return image
-    samples = np.asarray(image).astype(np.uint32)
-    return Image.fromarray(((samples + 128) // 257).astype(np.uint8))
+def _eight_bit(image: Image.Image, depth: int) -> Image.Image:
+    """Return a loaded image with 8-bit samples, in which white is the largest; `depth` is a PNG's bits per sample.
+
+    16-bit grey is scaled by 1 / 257, not clipped; Pillow reads 16-bit colour as its upper byte.
+    """
+    clear = image.info.get("transparency")
+    if image.mode.startswith("I;16"):
+        return _grey_of_16_bits(image, clear)
+    # The file names its transparent colour in samples of its own depth, and Pillow leaves it so.
+    if depth == 16 and isinstance(clear, tuple):
+        image.info["transparency"] = tuple(sample >> 8 for sample in clear)
+    elif depth in (2, 4) and isinstance(clear, int) and image.mode == "L":
+        image.info["transparency"] = clear * 255 // (2**depth - 1)
+    return image
+
+
+def _grey_of_16_bits(image: Image.Image, clear: object) -> Image.Image:
+    samples, tags = np.asarray(image).astype(np.uint32), getattr(image, "tag_v2", {})
+    if tags.get(_BITS) == (12,):
+        samples = (samples * 65535 + 2047) // 4095
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero; Pillow inverts the samples of up to 8 bits only
+        samples = 65535 - samples
+    grey = Image.fromarray(((samples + 128) // 257).astype(np.uint8))
+    if clear is not None:
+        grey.putalpha(Image.fromarray(np.where(samples == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def pixel_hash(image: Image.Image) -> str:

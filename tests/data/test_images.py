@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from image_files import GREEN, RED, REJECTED, drawing, encoded, noise, png, rejected_file
+from image_files import GREEN, RED, REJECTED, drawing, encoded, grey_tiff, noise, png, rejected_file
 from PIL import Image
 
 from sage.data.images import compose, decode, pixel_hash
@@ -82,6 +82,34 @@ def test_16_bit_colour_keeps_its_upper_byte() -> None:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     square = np.asarray(compose(decode(png(16, 16, 16, 2, rows)).image, 16)).astype(int)
     assert np.abs(square - values / 257).max() <= 1
+
+
+@pytest.mark.parametrize("white_is_zero", [False, True])
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_a_grey_tiff_is_the_same_in_every_depth_and_polarity(bits: int, white_is_zero: bool) -> None:
+    ramp, top = np.tile(np.arange(0, 256, 4), (64, 1)), 2**bits - 1
+    samples = ramp * top // 255
+    data = grey_tiff(top - samples if white_is_zero else samples, bits, white_is_zero)
+    if bits == 12 and white_is_zero:
+        with pytest.raises(Rejected, match="decode_error"):  # Pillow does not read it
+            decode(data)
+        return
+    square = np.asarray(compose(decode(data).image, 64))[..., 0].astype(int)
+    assert np.abs(square - ramp).max() <= 1
+
+
+@pytest.mark.parametrize("level", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("depth", "colour"), [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2)])
+def test_the_clear_colour_of_a_png_is_white_in_every_depth(depth: int, colour: int, level: float) -> None:
+    top = 2**depth - 1
+    clear, other = round(level * top), round((1 - level) * top) if depth > 1 else 1 - round(level)
+    samples = np.repeat(np.where(np.arange(16) < 8, clear, other), 3 if colour else 1)
+    bits = "".join(f"{sample:0{depth}b}" for sample in samples)
+    row = b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
+    data = png(16, 16, depth, colour, row * 16, clear.to_bytes(2, "big") * (3 if colour else 1))
+    square = np.asarray(compose(decode(data).image, 16)).astype(int)
+    assert (square[8, 2] == 255).all()
+    assert np.abs(square[8, 13] - other / top * 255).max() <= 1
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
