@@ -44,11 +44,14 @@ _FOREIGN = (
             b"PK\3\4",
         )
     ),
-    *((0, b"P%d%s" % (kind, space)) for kind in range(1, 8) for space in (b"\n", b" ")),
+    *((0, b"P%d%s" % (kind, space)) for kind in range(1, 8) for space in (b"\n", b" ", b"\r", b"\t", b"#")),
+    *((0, b"P%s\n" % kind) for kind in (b"F", b"f")),
+    *((0, magic) for magic in (b"\0\0\0\x0cJXL ", b"\xff\x0a", b"#?RADIANCE", b"v/1\1", b"gimp xcf", b"AT&TFORM")),
     (0, b"II+\0"),
     (0, b"MM\0+"),
     (4, b"ftyp"),
 )
+_TGA = b"TRUEVISION-XFILE.\0"  # at the end of a Targa image, whose beginning has no mark
 _BITS, _PHOTOMETRIC = 258, 262  # tags of a TIFF
 _DIRECT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
 
@@ -93,11 +96,26 @@ def decode(data: bytes) -> Decoded:
             raise Rejected("decode_error", f"{type(error).__name__}: {error}") from error
 
 
-def _format(data: bytes) -> str:
+def is_image(first: bytes) -> bool:
+    """Return whether the first bytes of a file, 12 or more, are those of a known format, also of one not allowed."""
+    return _accepted(first) is not None or _is_foreign(first)
+
+
+def _accepted(data: bytes) -> str | None:
     for magic, kind in _ACCEPTED.items():
         if data.startswith(magic) and (kind != "WEBP" or data[8:12] == b"WEBP"):
             return kind
-    if any(data.startswith(magic, offset) for offset, magic in _FOREIGN):
+    return None
+
+
+def _is_foreign(data: bytes) -> bool:
+    return any(data.startswith(magic, offset) for offset, magic in _FOREIGN) or data.endswith(_TGA)
+
+
+def _format(data: bytes) -> str:
+    if kind := _accepted(data):
+        return kind
+    if _is_foreign(data):
         raise Rejected(
             "format_not_allowed",
             f"it begins with {data[:12]!r}; allowed are {', '.join(sorted({*_ACCEPTED.values()}))}",

@@ -89,6 +89,8 @@ def _check(row: Row, size: int) -> tuple[Image.Image, dict[str, Any]]:
     if row.rejected is not None:
         raise row.rejected
     data = row.read(MAX_BYTES)
+    if row.text is None:
+        raise Rejected("no_caption", "there is no .txt or .caption beside it, and no metadata file names it")
     text = clean_caption(row.text)
     # Hash the bytes that are decoded: the file could change between two reads.
     if row.sha256 is not None and row.sha256 != (digest := hashlib.sha256(data).hexdigest()):
@@ -98,8 +100,8 @@ def _check(row: Row, size: int) -> tuple[Image.Image, dict[str, Any]]:
     found: dict[str, Any] = {"text": text, "family": row.family, "pixels": pixel_hash(square), "mode": decoded.mode}
     if decoded.animated:
         found["animated"] = True
-    if row.other_texts:
-        found["other_texts"] = [clean_caption(other) for other in row.other_texts]
+    if others := [other for other in dict.fromkeys(map(clean_caption, row.other_texts)) if other != text]:
+        found["other_texts"] = others
     if text != row.text:
         found["original_text"] = row.text
     return square, found

@@ -79,7 +79,7 @@ def bad(good: Path) -> tuple[Path, dict[str, str]]:
         ({"file_name": f"file://{secret}", "text": "out"}, "unsafe_path"),
         ({"file_name": "gone.png", "text": "gone"}, "missing_file"),
         ({"file_name": "wrong.jpg", "text": "not what was meant", "sha256": "0" * 64}, "hash_mismatch"),
-        ({"file_name": "list.png", "text": ["a", "list"]}, "no_caption"),
+        ({"file_name": "list.png", "text": ["a", 3]}, "no_caption"),
         ({"file_name": "nan.png", "text": float("nan")}, "no_caption"),
         ({"file_name": "half.png", "text": "half \ud83d"}, "bad_text"),
     ]
