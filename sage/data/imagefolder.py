@@ -2,7 +2,7 @@
 
 Two layouts, which may be mixed and nested: `metadata.jsonl`, `.csv` or `.parquet` beside or above the images that it
 names (Hugging Face's ImageFolder), and `name.png` beside `name.txt` or `name.caption`, one caption a line. Hidden files
-and folders are ignored.
+and folders are ignored. Folders `train` and `test` or `validation` at the top are the user's own split.
 """
 
 import json
@@ -28,6 +28,7 @@ from sage.errors import DataError
 _CAPTIONS = (".caption", ".txt")
 # Suffixes of images that Pillow does not know. Content decides what is accepted, but a damaged image has only a suffix.
 _FOREIGN = {".svg", ".heic", ".heif", ".jxl"}
+_SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 _MAX_METADATA = 1_000_000_000  # bytes
 _MAX_CAPTION = 100_000  # bytes
 _MAX_CAPTIONS = 100  # of an image
@@ -41,7 +42,7 @@ def read_folder(root: Path) -> list[Row]:
 
     Each part is in the order of the file names. A file is an image if its suffix or its first bytes are those of one,
     or if a caption lies beside it. A row that cannot be used carries its reason in `rejected`. Raises DataError if the
-    folder does not exist or has no row.
+    folder does not exist, has no row, or is split into train and test only in part.
     """
     if not root.is_dir():
         raise DataError(
@@ -76,7 +77,7 @@ def read_folder(root: Path) -> list[Row]:
             f"{root} holds no images. Put some there, with a metadata.jsonl (file_name, text) or a .txt beside each, "
             "or set prepare.source to twemoji in params.yaml."
         )
-    return _with_distinct_ids(_without_collisions(rows))
+    return _with_splits(root, _with_distinct_ids(_without_collisions(rows)))
 
 
 def _is_metadata(name: PurePosixPath) -> bool:
@@ -207,3 +208,24 @@ def _with_distinct_ids(rows: list[Row]) -> list[Row]:
         seen[row.id] += 1
         distinct.append(row if seen[row.id] == 1 else replace(row, id=f"{row.id}-{seen[row.id]}"))
     return distinct
+
+
+def _with_splits(root: Path, rows: list[Row]) -> list[Row]:
+    """Return the rows with the user's own split; without a folder for held-out images, there is none.
+
+    `train` alone, or among others, is a folder like any other.
+    """
+    tops = {row.id: PurePosixPath(row.file).parts[0] for row in rows if row.rejected is None}
+    found = {top: _SPLITS[top.lower()] for top in sorted({*tops.values()}) if top.lower() in _SPLITS}
+    if not {"validation", "test"} & {*found.values()}:
+        return rows
+    outside = [row.file for row in rows if row.id in tops and tops[row.id] not in found]
+    if outside or "train" not in found.values():
+        lies = f"{len(outside)} images lie outside of them, first {outside[0]!a}" if outside else "there is no train"
+        raise DataError(
+            f"{root} holds {', '.join(found)}, but {lies}. To keep your split, put every image into train, validation "
+            "or test; for a split by chance, give these folders other names."
+        )
+    rows = [replace(row, split=found[tops[row.id]]) if row.id in tops else row for row in rows]
+    # Held-out images first: of duplicates the first is kept.
+    return sorted(rows, key=lambda row: ("test", "validation", "train", None).index(row.split))

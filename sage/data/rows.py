@@ -28,6 +28,7 @@ class Row:
     sha256       expected hash of the image file; None: not checked
     rejected     reason for rejection, if the row is already known to be unusable
     other_texts  further captions, as found
+    split        split that the user chose; None: any
     """
 
     id: str
@@ -39,6 +40,7 @@ class Row:
     sha256: object = None
     rejected: Rejected | None = None
     other_texts: tuple[object, ...] = ()
+    split: str | None = None
 
     def read(self, limit: int) -> bytes:
         """Return the bytes of the image file; below a `root`, raise Rejected as `read_below` does."""
