@@ -175,6 +175,12 @@ def _grey_of_16_bits(image: Image.Image, clear: object) -> Image.Image:
     return grey
 
 
+def is_blank(image: Image.Image) -> bool:
+    """Return whether all pixels are equal, as in images of an overflow and those that a safety checker removed."""
+    pixels = np.asarray(image.convert("RGB"))
+    return bool((pixels == pixels[0, 0]).all())
+
+
 def pixel_hash(image: Image.Image) -> str:
     """Return the SHA-256 of the RGB pixels, which does not depend on the file format."""
     return hashlib.sha256(np.asarray(image.convert("RGB")).tobytes()).hexdigest()

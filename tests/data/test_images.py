@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from image_files import GREEN, RED, REJECTED, drawing, encoded, grey_tiff, noise, png, rejected_file
 from PIL import Image
 
-from sage.data.images import compose, decode, pixel_hash
+from sage.data.images import compose, decode, is_blank, pixel_hash
 from sage.data.rows import Rejected
 
 
@@ -160,6 +160,14 @@ def test_compose_fills_the_square_and_centres(size: tuple[int, int], inner: tupl
     (top, left), (bottom, right) = dark.min(0), dark.max(0)
     assert (right - left + 1, bottom - top + 1) == inner
     assert (left, top) == ((32 - inner[0]) // 2, (32 - inner[1]) // 2)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "1"])
+def test_an_image_of_one_colour_is_blank_and_one_other_pixel_is_enough(mode: str) -> None:
+    image = Image.new(mode, (16, 16), 0)
+    assert is_blank(image)
+    image.putpixel((15, 15), (0, 0, 1, 0) if mode == "RGBA" else (0, 0, 1) if mode == "RGB" else 255)
+    assert not is_blank(image)
 
 
 def test_pixel_hash_sees_pixels_only() -> None:
