@@ -10,7 +10,7 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -52,26 +52,16 @@ def read_folder(root: Path) -> list[Row]:
     rows = [row for name in names if _is_metadata(name) for row in _listed(root, name)]
     listed = {row.file for row in rows}
     captions: dict[str, list[PurePosixPath]] = defaultdict(list)
-    for name in names:
-        if name.suffix.lower() in _CAPTIONS:
-            captions[_stem(str(name))].append(name)
-    suffixes = {*Image.registered_extensions(), *_FOREIGN}
-    images = [
-        name
-        for name in names
-        if name.suffix.lower() not in _CAPTIONS
-        and not _is_metadata(name)
-        and (name.suffix.lower() in suffixes or not captions.keys().isdisjoint(_bases(name)) or _looks(root, name))
-    ]
-    rows += [
-        _beside(root, name, [file for base in _bases(name) for file in captions.get(base, [])])
-        for name in images
-        if str(name) not in listed
-    ]
+    for name in filter(_is_caption, names):
+        captions[_stem(str(name))].append(name)
+    images = list(_images(root, names, captions.keys()))
+    for name in images:
+        if str(name) not in listed:
+            rows.append(_beside(root, name, [file for base in _bases(name) for file in captions.get(base, [])]))
     with_image = {base for name in [*images, *map(PurePosixPath, listed)] for base in _bases(name)}
     lone = Rejected("missing_file", "a caption without an image")
-    lonely = (name for base, files in captions.items() if base not in with_image for name in files)
-    rows += [_row(root, str(name), [None], rejected=lone) for name in lonely]
+    for base in sorted(captions.keys() - with_image):
+        rows += [_row(root, str(name), [None], rejected=lone) for name in captions[base]]
     if not rows:
         raise DataError(
             f"{root} holds no images. Put some there, with a metadata.jsonl (file_name, text) or a .txt beside each, "
@@ -84,9 +74,13 @@ def _is_metadata(name: PurePosixPath) -> bool:
     return name.name.lower() in metadata.NAMES
 
 
-def _bases(image: PurePosixPath) -> tuple[str, str]:
+def _is_caption(name: PurePosixPath) -> bool:
+    return name.suffix.lower() in _CAPTIONS
+
+
+def _bases(image: PurePosixPath) -> tuple[str, ...]:
     """Return what an image's caption is named before its suffix: `a.jpg` is described by `a.txt` or `a.jpg.txt`."""
-    return _stem(str(image)), str(image)
+    return tuple(dict.fromkeys((_stem(str(image)), str(image))))
 
 
 def _stem(file: str) -> str:
@@ -104,8 +98,18 @@ def _walk(root: Path) -> Iterator[PurePosixPath]:
                 yield PurePosixPath((here / name).relative_to(root))
 
 
-def _looks(root: Path, name: PurePosixPath) -> bool:
-    """Return whether a file begins as an image; links do, whatever their name, so that their rejection is reported."""
+def _images(root: Path, names: Sequence[PurePosixPath], captions: Collection[str]) -> Iterator[PurePosixPath]:
+    """Yield the files with the suffix of an image, with a caption beside them, or that begin as an image."""
+    suffixes = {*Image.registered_extensions(), *_FOREIGN}
+    for name in names:
+        if _is_caption(name) or _is_metadata(name):
+            continue
+        if name.suffix.lower() in suffixes or any(base in captions for base in _bases(name)) or _begins(root, name):
+            yield name
+
+
+def _begins(root: Path, name: PurePosixPath) -> bool:
+    """Return whether a file begins as an image; for a link True, so that its rejection is reported."""
     if (root / name).is_symlink():
         return True
     try:

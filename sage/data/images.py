@@ -90,7 +90,7 @@ def decode(data: bytes) -> Decoded:
             raise Rejected("too_large", str(error)) from error
         except UnidentifiedImageError as error:
             # Pillow's message holds a memory address, which differs from run to run.
-            raise Rejected("decode_error", f"the {kind} header cannot be read") from error
+            raise Rejected("decode_error", f"the {kind} header is damaged, or of a kind that is not read") from error
         except Exception as error:
             # On damaged bytes Pillow's decoders raise many types, from struct.error to SyntaxError.
             raise Rejected("decode_error", f"{type(error).__name__}: {error}") from error
