@@ -91,7 +91,7 @@ def _parquet(data: bytes) -> Iterator[tuple[int, object]]:
         names = file.schema_arrow.names
         # Without the others: a table often holds the images, too.
         rows = [row for batch in file.iter_batches(columns=[*set(names) & set(_KEYS)]) for row in batch.to_pylist()]
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise Rejected("bad_row", f"it cannot be read as Parquet: {error}") from error
     if "file_name" not in names:
         raise Rejected("bad_row", f"it has no column `file_name`; the columns are {ascii(names)[:200]}")

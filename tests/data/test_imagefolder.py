@@ -2,14 +2,18 @@
 
 import json
 import os
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from PIL import Image
 
+from sage.data import metadata
 from sage.data.imagefolder import read_folder
 from sage.data.images import decode
 from sage.data.rows import Rejected, Row
@@ -155,6 +159,15 @@ def test_a_line_of_metadata(tmp_path: Path, line: bytes, expected: str | None) -
     assert reason(read_folder(tmp_path)[0]) == expected
 
 
+def parquet(text: bytes) -> bytes:
+    file = BytesIO()
+    pyarrow.parquet.write_table(
+        pyarrow.table({"file_name": ["a.png"] * 3, "text": ["a cat"] * 3}), file, compression="none"
+    )
+    return file.getvalue().replace(b"a cat", text)
+
+
+PARQUET = parquet(b"a cat")
 TEXTS = [("a.png", "A, with a comma"), ("deep/b.png", "B\u2028"), ("gone.png", "C")]
 
 
@@ -193,6 +206,7 @@ def test_every_kind_of_metadata_gives_the_same_rows(tmp_path: Path, kind: str, t
         ("metadata.csv", b"file_name,text,text\na.png,a,b\n", ["bad_row"]),
         ("metadata.csv", b"name,text\na.png,a\n", ["bad_row"]),
         ("metadata.parquet", b"PAR1 damaged PAR1", ["bad_row"]),
+        ("metadata.parquet", parquet(b"a \xe9at"), ["bad_row"]),
     ],
 )
 def test_a_bad_table_of_metadata_is_a_row_with_its_reason(
@@ -201,6 +215,22 @@ def test_a_bad_table_of_metadata_is_a_row_with_its_reason(
     put_image(tmp_path / "a.png")
     (tmp_path / name).write_bytes(content)
     assert [reason(row) for row in read_folder(tmp_path) if row.text is not None or row.rejected] == expected
+
+
+@given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=4), st.integers(0, 10_000))
+@example([], 10_000)
+def test_a_damaged_parquet_file_is_rejected_or_read_but_never_an_error(
+    flips: list[tuple[int, int]], length: int
+) -> None:
+    data = bytearray(PARQUET)
+    for place, value in flips:
+        data[place % len(data)] = value
+    try:
+        found = list(metadata.records("metadata.parquet", bytes(data[:length])))
+    except Rejected as rejected:
+        assert rejected.reason in {"bad_row", "bad_text"}
+    else:
+        assert flips or len(found) == 3
 
 
 def test_a_line_without_a_caption_names_its_keys(tmp_path: Path) -> None:
