@@ -28,6 +28,7 @@ class _Group(Generic[Id]):
     """A group that may still grow, at the latest until time `due`."""
 
     number: int
+    share_key: Hashable
     members: list[_Member[Id]] = field(default_factory=list)
     due: float = math.inf
 
@@ -112,9 +113,10 @@ class StreamingGrouper(Generic[Id]):
         with self._lock:
             return 1 - self.groups / self.prompts if self.prompts else 0.0
 
-    def add(self, id: Id, embedding: np.ndarray, now: float) -> int:
+    def add(self, id: Id, embedding: np.ndarray, now: float, *, share_key: Hashable = None) -> int:
         """Assign a prompt to a group and return the group's number.
 
+        Prompts with different share keys never share (`sage.grouping.share_key` says what belongs into a key).
         `embedding` has shape (d,); if it is zero or not finite, the prompt forms a group of its own. Groups that are
         due by `now` take no more members. Raises DataError if a prompt of this id has not been handed out yet, or if
         the embedding has another shape or width than those before; ConfigurationError if `now` is no number. A prompt
@@ -135,9 +137,9 @@ class StreamingGrouper(Generic[Id]):
                     "use one encoder for all prompts"
                 )
             self._width = len(row)
-            chosen = self._most_similar(row / norm) if usable else None
+            chosen = self._most_similar(row / norm, share_key) if usable else None
             if chosen is None:
-                chosen = self._open[self._numbers] = _Group(self._numbers)
+                chosen = self._open[self._numbers] = _Group(self._numbers, share_key)
                 self._numbers += 1
                 self.groups += 1
             chosen.members.append(_Member(id, row / norm if usable else row, now + self.wait))
@@ -181,8 +183,8 @@ class StreamingGrouper(Generic[Id]):
                 self._release(waiting)
             return self._hand_out()
 
-    def _most_similar(self, row: np.ndarray) -> _Group[Id] | None:
-        groups = list(self._open.values())
+    def _most_similar(self, row: np.ndarray, share_key: Hashable) -> _Group[Id] | None:
+        groups = [group for group in self._open.values() if group.share_key == share_key]
         if not groups:
             return None
         cosine = np.array([member.row for group in groups for member in group.members]) @ row

@@ -12,7 +12,7 @@ loads as the stock class.
 import importlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -29,6 +29,7 @@ from torch import Generator, Tensor
 from sage.errors import ConfigurationError, DataError, PlanError, UnsupportedError
 from sage.sampling import loop
 from sage.sampling.conditions import Condition
+from sage.sampling.partition import check_keys, share_keys
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import prompt_seed as prompt_seed
 from sage.sampling.stream import Cost, Stream
@@ -145,6 +146,7 @@ class SharedSamplingPipeline:
         prompt: str | Sequence[str] | None = None,
         *,
         groups: Sequence[Sequence[int]] | None = None,
+        share_key: Sequence[Hashable] | None = None,
         plan: Plan | None = None,
         share_ratio: float | Sequence[float] = SHARE_RATIO,
         num_inference_steps: int = 50,
@@ -169,6 +171,8 @@ class SharedSamplingPipeline:
         prompt                 one prompt or several
         groups                 partition of the prompt numbers; None: groups of MiniLM embeddings (English), with cosine
                                0.5 or more between all pairs and at most 6 prompts (`sage.grouping.auto`)
+        share_key              one key for each prompt, such as the tenant of a server: prompts whose keys differ never
+                               share; nor do prompts whose negative prompts differ, in groups that are formed here
         plan                   a plan to use instead of `groups` and `share_ratio`
         share_ratio            fraction of the steps that a group shares, in [0, 1), or one for each group
         num_inference_steps    sampler steps
@@ -220,10 +224,12 @@ class SharedSamplingPipeline:
         self._set_timesteps(num_inference_steps, height, width)
 
         count = len(prompts) if prompts is not None else len(given["prompt_embeds"])
+        negatives = _negatives(negative_prompt, count)
         steps = len(self.scheduler.timesteps)
         if plan is None:
             if groups is None:
-                groups = [[i] for i in range(count)] if share_ratio == 0 or count == 1 else _group(prompts)
+                keys = share_keys(share_key, negatives if scale > 1 else None, given, count)
+                groups = [[i] for i in range(count)] if share_ratio == 0 or count == 1 else _group(prompts, keys)
             plan = Plan.shared(groups, steps, share_ratio)
         if plan.prompts != count:
             raise PlanError(f"the plan is for {plan.prompts} prompts, but {count} were given; build a plan for these")
@@ -232,12 +238,14 @@ class SharedSamplingPipeline:
                 f"the plan has {plan.steps} steps, but {type(self.scheduler).__name__} evaluates the network {steps} "
                 f"times at num_inference_steps={num_inference_steps}; build the plan for {steps} steps"
             )
+        if share_key is not None:
+            check_keys(plan, share_key)
         return Stream(
             self,
             plan.repeat(num_images_per_prompt),
             prompts=prompts,
             given=given,
-            negatives=_negatives(negative_prompt, count),
+            negatives=negatives,
             images=num_images_per_prompt,
             guidance_scale=scale,
             seed=seed,
@@ -332,11 +340,11 @@ class SharedSamplingPipeline:
         return prompts
 
 
-def _group(prompts: list[str] | None) -> Sequence[Sequence[int]]:
+def _group(prompts: list[str] | None, keys: Sequence[Hashable]) -> Sequence[Sequence[int]]:
     # Imported late: the encoder takes seconds to load, and most callers give groups.
     from sage.grouping.auto import group_prompts
 
-    return group_prompts(prompts)
+    return group_prompts(prompts, keys)
 
 
 def _family(pipeline: Any) -> Any:

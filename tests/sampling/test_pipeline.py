@@ -93,6 +93,26 @@ def test_a_repeated_prompt_is_grouped_with_others_and_not_with_itself(pipe):
     assert len({image.tobytes() for image in sixtyfour.images}) == 64
 
 
+def test_only_prompts_with_the_same_negative_and_key_share(pipe):
+    prompts = ["tall tree", "tall trees", "a tall tree", "the tall tree"]
+
+    def parts(**more):
+        return pipe(prompts, share_ratio=0.5, seed=1, **more, **CALL).plan.partition(0)
+
+    assert parts() == [[0, 1, 2, 3]] == parts(negative_prompt="dog") == parts(share_key=["a"] * 4)
+    assert parts(negative_prompt=["dog", "cat", "dog", "cat"]) == [[0, 2], [1, 3]]
+    assert parts(share_key=["a", "a", ("b", 1), ("b", 1)]) == [[0, 1], [2, 3]]
+    assert parts(share_key=["a", "a", "b", "b"], negative_prompt=["dog", "cat", "dog", "dog"]) == [[0], [1], [2, 3]]
+    # Given groups are taken as they are, unless they contradict a given key.
+    assert parts(groups=[[0, 1], [2, 3]], negative_prompt=["dog", "cat", "dog", "cat"]) == [[0, 1], [2, 3]]
+    with pytest.raises(PlanError, match="prompts 0 and 1 share steps, but their share keys are 'a' and 'b'"):
+        parts(groups=[[0, 1], [2, 3]], share_key=["a", "b", "b", "b"])
+    with pytest.raises(PlanError, match="prompts 1 and 2 share"):
+        parts(plan=Plan(4, (Block(1, (0, Block(2, (1, 2)), 3)),)), share_key=[1, 1, 2, 2])
+    with pytest.raises(ConfigurationError, match="3 share keys were given for 4 prompts"):
+        parts(share_key=["a", "b", "c"])
+
+
 def test_the_order_of_equal_seeds_is_that_of_their_prompts(pipe):
     first = pipe(["red cat", "red dog"], groups=[[0, 1]], share_ratio=0.5, seed=[1, 1], **CALL).images
     second = pipe(["red dog", "red cat"], groups=[[0, 1]], share_ratio=0.5, seed=[1, 1], **CALL).images
