@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+from sage.errors import ConfigurationError
+
 Kind = Literal["negation", "number", "colour", "name", "order"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -81,8 +83,11 @@ def differences(first: str, second: str) -> set[Kind]:
 def guard(prompts: Sequence[str], groups: Sequence[Sequence[int]], kinds: Sequence[Kind] = KINDS) -> list[list[int]]:
     """Return the groups, split so that no two prompts of a group differ in any of `kinds`; still a partition.
 
-    Splitting is greedy: each prompt joins the first part of its group from whose members it does not differ.
+    Splitting is greedy: each prompt joins the first part of its group from whose members it does not differ. Raises
+    ConfigurationError if a kind is unknown.
     """
+    if unknown := sorted(set(kinds) - set(KINDS)):
+        raise ConfigurationError(f"the guard knows no kind {unknown[0]!r}; the kinds are {', '.join(KINDS)}")
     result = []
     for members in groups:
         parts: list[list[int]] = []
