@@ -96,12 +96,13 @@ _FUNCTION_WORDS = _ARTICLES | _AUXILIARIES | _PREPOSITIONS | _JOINS
 _SEPARATORS = frozenset(_words(", ; . |"))
 
 _TOKEN = re.compile(r"\d+(?=[^\W\d_])|[^\W_]+(?:'[^\W_]+)*|[,;.|]")
-_LORA = re.compile(r"<(?:lora|lyco|hypernet):([^:>]*)[^>]*>", re.IGNORECASE)
+_LORA = re.compile(r"<(?:lora|lyco|hypernet):([^<:>]*+)[^<>]*+>", re.IGNORECASE)
+_OUTSIDE = _AUXILIARIES | _STYLES  # no part of the scene
 _OIL = re.compile(r"\boil[- ]painting\b", re.IGNORECASE)
 # Numbers that count nothing: weights, aspect ratios, decimals, apertures, sizes, versions.
 _TECHNICAL = re.compile(
-    r"""(?<=[^\W_]):\s*-?\d*\.?\d+(?=\s*[)\]]) | \b\d+:\d+\b | \bf/?\d+(?:\.\d+)? | \b\d+\.\d+\b | \b[23]d\b
-    | \b\d+\s*(?:k|mm|cm|p|px|fps|dpi|bit|mp|megapixels?)\b
+    r"""(?<=[^\W_]):\s*+-?(?:\d++(?:\.\d++)?|\.\d++)(?=\s*[)\]]) | \b\d+:\d+\b | \bf/?\d+(?:\.\d+)? | \b\d+\.\d+\b
+    | \b[23]d\b | \b\d+\s*(?:k|mm|cm|p|px|fps|dpi|bit|mp|megapixels?)\b
     | (?:(?<=\biso)|(?<=\bengine)|(?<=\bversion)|(?<=\bv))\s*\d+""",
     re.IGNORECASE | re.VERBOSE,
 )
@@ -268,7 +269,7 @@ def _phrases(tokens: Sequence[str]) -> list[_Phrase]:
         elif word in _JOINS:
             end()
             join = True
-        elif word not in _AUXILIARIES | _STYLES:  # a style is no part of the scene
+        elif word not in _OUTSIDE:
             words.append(_NUMBERS.get(word, word))
     end()
     return [(led, tuple(sorted(joined))) for led, joined in phrases]

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,16 @@ def test_every_kind_is_found_where_it_is_meant():
 def test_differences_are_mutual_and_no_text_differs_from_itself(text, other):
     assert differences(text, text) == set()
     assert differences(text, other) == differences(other, text)
+
+
+@pytest.mark.parametrize(
+    "piece", ["<lora:", "a:1", "1", "(", "a:", "1 ", "f/", "<lora:a", "and ", "two by ", ", ", "v 1"]
+)
+def test_a_long_prompt_is_read_in_little_time(piece):
+    start = time.process_time()
+    for text in (piece * (20_000 // len(piece)), piece + piece[-1] * 20_000):
+        differences(text, text + "x")
+    assert time.process_time() - start < 2
 
 
 def test_an_unknown_kind_is_refused():
