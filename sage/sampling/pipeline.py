@@ -205,7 +205,8 @@ class SharedSamplingPipeline:
         if unknown := sorted(set(options) - set(self._options)):
             allowed = ", ".join(sorted((*self._options, *self._embeddings)))
             raise ConfigurationError(
-                f"{type(self).__name__} takes no {', '.join(unknown)}; further options are {allowed}"
+                f"{type(self).__name__} takes no {', '.join(unknown)}; further options are {allowed}, and "
+                "groups=sage.Grouping(...) for how groups are formed"
             )
         scale = self._default_guidance if guidance_scale is None else guidance_scale
         if not math.isfinite(scale):
