@@ -29,6 +29,8 @@ from flows.terminal import progress, run
 from sage.config import Group, load_params
 from sage.errors import ConfigurationError, DataError
 from sage.files import digest, new_file, sha256, sha256_tree, write_json, write_text
+from sage.grouping.boilerplate import distinct
+from sage.grouping.doubts import doubts
 from sage.grouping.embedding import embed
 from sage.grouping.policy import ENCODER, Policy
 from sage.sampling.plan import Plan
@@ -116,9 +118,12 @@ def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: 
     settings |= {key: value for key, value in given.items() if value is not None}
     settings |= {"negative_prompt": negative_prompt, "seed": seed, "group": grouping.model_dump()}
     with progress(len(texts), "embedding") as advance:
-        embeddings = embed(texts, ENCODER, cache=embedding_cache(), progress=advance)
+        embeddings = embed(distinct(texts), ENCODER, cache=embedding_cache(), progress=advance)
     policy = Policy(**grouping.model_dump())
-    groups = policy.form(texts, embeddings, policy.choose_threshold(embeddings, settings["share_ratio"], Path(model)))
+    threshold = policy.choose_threshold(embeddings, settings["share_ratio"], Path(model))
+    for doubt in doubts(texts, embeddings, threshold):
+        typer.echo(doubt, err=True)
+    groups = policy.form(texts, embeddings, threshold)
     pipe.scheduler.set_timesteps(settings["steps"])
     whole = Plan.shared(groups, len(pipe.scheduler.timesteps), settings["share_ratio"])
     return Job(items, groups, whole, settings, name, pipe)

@@ -1,6 +1,5 @@
 """`sage group PROMPTS`: the groups of a list of prompts, the saving at several share ratios, and a page with a map."""
 
-import unicodedata
 from pathlib import Path
 from typing import Annotated
 
@@ -13,8 +12,10 @@ from flows.terminal import progress, run
 from sage.config import load_params
 from sage.errors import DataError
 from sage.files import write_text
+from sage.grouping.boilerplate import distinct
+from sage.grouping.doubts import doubts
 from sage.grouping.embedding import embed
-from sage.grouping.groups import usable, worst_similarity
+from sage.grouping.groups import worst_similarity
 from sage.grouping.guard import KINDS
 from sage.grouping.policy import ENCODER, Policy, figures
 
@@ -52,7 +53,7 @@ def main(
             f"{prompts} has no prompt" + (f": {items[0].error}" if items else "; write one prompt per line")
         )
     with progress(len(texts), "embedding") as advance:
-        embeddings = embed(texts, ENCODER, cache=embedding_cache(), progress=advance)
+        embeddings = embed(distinct(texts), ENCODER, cache=embedding_cache(), progress=advance)
     given = {"max_size": max_size, "guard": guard}
     settings = params.group.model_copy(update={name: value for name, value in given.items() if value is not None})
     policy = Policy(**settings.model_dump())
@@ -66,13 +67,8 @@ def main(
         f"(mean size {values['mean_size']:.2f}, worst pair {values['worst_similarity']:.3f})"
     )
     typer.echo(summary)
-    if alone := int((~usable(embeddings)).sum()):
-        typer.echo(f"{alone} prompts have no usable embedding, so each is a group of its own")
-    if strange := sum(map(other_script, texts)):
-        typer.echo(
-            f"{strange} in a script other than Latin: {ENCODER} was trained on English and rates unrelated prompts in "
-            "other scripts as similar (docs/grouping.md); check the least similar groups, or raise the threshold"
-        )
+    for doubt in doubts(texts, embeddings, threshold):
+        typer.echo(doubt)
     _tables(texts, groups, worst, values["saving"])
     write_text(page, groups_page("Groups of prompts", summary, texts, embeddings, groups, worst))
     typer.echo(f"wrote {page}")
@@ -82,13 +78,6 @@ def _known(kinds: list[str] | None) -> list[str] | None:
     if unknown := sorted(set(kinds or ()) - set(KINDS)):
         raise typer.BadParameter(f"unknown kinds: {', '.join(unknown)}; the kinds are {', '.join(KINDS)}")
     return kinds
-
-
-def other_script(text: str) -> bool:
-    """Return whether more than half of a prompt's letters are not Latin."""
-    letters = [character for character in text[:1000] if character.isalpha()]
-    latin = sum(unicodedata.name(letter, "").startswith("LATIN") for letter in letters)
-    return 2 * latin < len(letters)
 
 
 def _tables(texts: list[str], groups: list[list[int]], worst: list[float], saving: float) -> None:

@@ -12,6 +12,8 @@ from sage.config import load_params
 from sage.data.dataset import SPLITS, read_split
 from sage.data.groups import write_groups
 from sage.files import new_folder, sha256_tree, write_json
+from sage.grouping.boilerplate import distinct
+from sage.grouping.doubts import doubts
 from sage.grouping.embedding import embed
 from sage.grouping.groups import usable, worst_similarity
 from sage.grouping.policy import ENCODER, Policy, figures
@@ -34,8 +36,10 @@ def main(
             examples = read_split(data, split)
             texts = [example.text for example in examples]
             with progress(len(examples), f"embedding {split}") as advance:
-                embeddings = embed(texts, ENCODER, cache=embedding_cache(), progress=advance)
+                embeddings = embed(distinct(texts), ENCODER, cache=embedding_cache(), progress=advance)
             threshold = policy.choose_threshold(embeddings, params.generate.share_ratio, base)
+            for doubt in doubts(texts, embeddings, threshold):
+                typer.echo(f"{split}: {doubt}")
             groups = policy.form(texts, embeddings, threshold)
             worst = worst_similarity(embeddings, groups)
             path, size = folder / f"{split}.json", settings.max_size

@@ -57,7 +57,7 @@ def test_prompts_of_another_script_are_counted_and_latin_ones_are_not(prompts, t
         "\u72d7\u5728\u8dd1\n\u0643\u0644\u0628\nein Hund l\u00e4uft\n\u72d7 dog dog\n123\n", encoding="utf-8"
     )
     main(str(prompts), page=tmp_path / "page.html")
-    assert "2 in a script other than Latin" in capsys.readouterr().out
+    assert "2 prompts are in a script other than Latin" in capsys.readouterr().out
     prompts.write_text("un chien\nein Hund\n", encoding="utf-8")
     main(str(prompts), page=tmp_path / "page.html")
     assert "other than Latin" not in capsys.readouterr().out
