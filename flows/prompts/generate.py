@@ -33,7 +33,7 @@ from sage.grouping.boilerplate import distinct
 from sage.grouping.doubts import doubts
 from sage.grouping.embedding import embed
 from sage.grouping.policy import ENCODER, Policy
-from sage.sampling.plan import Plan
+from sage.sampling.plan import Plan, shared_steps
 from sage.sampling.seeds import image_seeds
 
 KEY = "sage"  # text chunk of a PNG that holds its metadata
@@ -120,12 +120,14 @@ def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: 
     with progress(len(texts), "embedding") as advance:
         embeddings = embed(distinct(texts), ENCODER, cache=embedding_cache(), progress=advance)
     policy = Policy(**grouping.model_dump())
-    threshold = policy.choose_threshold(embeddings, settings["share_ratio"], Path(model))
+    pipe.scheduler.set_timesteps(settings["steps"])
+    steps = len(pipe.scheduler.timesteps)
+    ratio = shared_steps(settings["share_ratio"], steps) / steps
+    threshold = policy.choose_threshold(embeddings, ratio, Path(model), texts)
     for doubt in doubts(texts, embeddings, threshold):
         typer.echo(doubt, err=True)
     groups = policy.form(texts, embeddings, threshold)
-    pipe.scheduler.set_timesteps(settings["steps"])
-    whole = Plan.shared(groups, len(pipe.scheduler.timesteps), settings["share_ratio"])
+    whole = Plan.shared(groups, steps, settings["share_ratio"])
     return Job(items, groups, whole, settings, name, pipe)
 
 

@@ -18,6 +18,7 @@ from sage.grouping.embedding import embed
 from sage.grouping.groups import worst_similarity
 from sage.grouping.guard import KINDS
 from sage.grouping.policy import ENCODER, Policy, figures
+from sage.sampling.plan import shared_steps
 
 _RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6)
 _WIDEST = 5
@@ -57,8 +58,10 @@ def main(
     given = {"max_size": max_size, "guard": guard}
     settings = params.group.model_copy(update={name: value for name, value in given.items() if value is not None})
     policy = Policy(**settings.model_dump())
+    steps = params.generate.steps
     if threshold is None:
-        threshold = policy.choose_threshold(embeddings, params.generate.share_ratio, model)
+        ratio = shared_steps(params.generate.share_ratio, steps) / steps
+        threshold = policy.choose_threshold(embeddings, ratio, model, texts)
     groups = policy.form(texts, embeddings, threshold)
     worst = worst_similarity(embeddings, groups)
     values = figures(groups, worst)
@@ -69,7 +72,7 @@ def main(
     typer.echo(summary)
     for doubt in doubts(texts, embeddings, threshold):
         typer.echo(doubt)
-    _tables(texts, groups, worst, values["saving"])
+    _tables(texts, groups, worst, values["saving"], sorted({*_RATIOS, params.generate.share_ratio}), steps)
     write_text(page, groups_page("Groups of prompts", summary, texts, embeddings, groups, worst))
     typer.echo(f"wrote {page}")
 
@@ -80,14 +83,19 @@ def _known(kinds: list[str] | None) -> list[str] | None:
     return kinds
 
 
-def _tables(texts: list[str], groups: list[list[int]], worst: list[float], saving: float) -> None:
+def _tables(
+    texts: list[str], groups: list[list[int]], worst: list[float], saving: float, ratios: list[float], steps: int
+) -> None:
+    """Print what the groups save at several share ratios, in whole steps, their sizes, and the least similar ones."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
-    savings = Table("share ratio", *(f"{ratio:g}" for ratio in _RATIOS), title="network evaluations saved")
-    savings.add_row("saving", *(f"{ratio * saving:.1%}" for ratio in _RATIOS))
+    shared = {ratio: shared_steps(ratio, steps) for ratio in ratios}
+    savings = Table("share ratio", *(f"{ratio:g}" for ratio in ratios), title="network evaluations saved")
+    savings.add_row(f"steps of {steps}", *(str(count) for count in shared.values()))
+    savings.add_row("saving", *(f"{count / steps * saving:.1%}" for count in shared.values()))
     console.print(savings)
     sizes = Table("prompts per group", "groups", title="sizes")
     counts: dict[int, int] = {}
@@ -96,10 +104,10 @@ def _tables(texts: list[str], groups: list[list[int]], worst: list[float], savin
     for size in sorted(counts):
         sizes.add_row(str(size), str(counts[size]))
     console.print(sizes)
-    shared = sorted((value, members) for value, members in zip(worst, groups, strict=True) if len(members) > 1)
-    if shared:
+    loose = sorted((value, members) for value, members in zip(worst, groups, strict=True) if len(members) > 1)
+    if loose:
         widest = Table("worst pair", "prompts", title="the least similar groups")
-        for value, members in shared[:_WIDEST]:
+        for value, members in loose[:_WIDEST]:
             # Text, not markup, because prompts may contain brackets; control characters could garble the terminal.
             lines = ("".join(c if c.isprintable() else " " for c in texts[member][:100]) for member in members)
             widest.add_row(f"{value:.3f}", Text("\n".join(lines)))

@@ -9,6 +9,8 @@ from sage.grouping.boilerplate import boilerplate, mean_cosine
 from sage.grouping.groups import usable
 
 _SHOWN = 8
+# Mean cosine from which a set is suspicious: 0.2 for unrelated prompts, 0.3 for the captions of Twemoji.
+_ALIKE = 0.4
 
 
 def doubts(prompts: Sequence[str], embeddings: np.ndarray, threshold: float) -> list[str]:
@@ -20,7 +22,7 @@ def doubts(prompts: Sequence[str], embeddings: np.ndarray, threshold: float) -> 
     if alone := int((~usable(embeddings)).sum()):
         found.append(f"{alone} prompts have no usable embedding, so each is a group of its own")
     # Two prompts may well be alike; of three or more that are so on average, what they share may be boilerplate.
-    if len(prompts) > 2 and (mean := mean_cosine(embeddings)) >= threshold:
+    if len(prompts) > 2 and (mean := mean_cosine(embeddings)) >= max(threshold, _ALIKE):
         found.append(
             f"these prompts are all alike to the encoder: their mean cosine is {mean:.2f}, of unrelated prompts about "
             "0.1 to 0.2; if what they have in common is not their subject, raise the threshold or share nothing"

@@ -39,7 +39,7 @@ def test_the_command_prints_savings_sizes_and_the_widest_groups(prompts, tmp_pat
     main(str(prompts), page=page, threshold=0.7)
     said = capsys.readouterr().out
     assert "4 prompts in 3 groups at cosine 0.7" in said
-    assert "10.0%" in said  # share ratio 0.4: 0.4 * (1 - 3 / 4)
+    assert "8.3%" in said  # share ratio 0.4, two of six steps: 2 / 6 * (1 - 3 / 4)
     assert "a red fox" in said and "the fox is red" in said and "stock" not in said
     assert "a red fox" in page.read_text(encoding="utf-8")
 
