@@ -185,7 +185,7 @@ def index(size: int = 20000, threshold: Threshold = 0.8, prompts: Prompts = None
 
 
 @app.command()
-def ambiguous(threshold: Threshold = 0.72) -> None:
+def ambiguous(threshold: Threshold = 0.5) -> None:
     """Say how often the encoder takes different prompts for alike, and what the guard catches and costs."""
     kinds = {**CONFUSED, "the same, reworded": SAME, "the same, clauses moved": MOVED}
     texts = sorted({text for pairs in kinds.values() for pair in pairs for text in pair})
@@ -210,7 +210,7 @@ def guarded(data: Annotated[Path, typer.Option(help="Prepared data.")], threshol
 
 
 @app.command()
-def languages(threshold: Threshold = 0.72) -> None:
+def languages(threshold: Threshold = 0.5) -> None:
     """Say what the encoder knows of other languages: own sentences, translated, reworded, and unrelated ones."""
     texts = sorted({text for said in SAID.values() for pair in said for text in pair})
     row = dict(zip(texts, embed(texts, cache=WORK / "cache.sqlite"), strict=True))

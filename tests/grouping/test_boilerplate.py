@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from benchmarks.boilerplate import FOXES, SETS, SUBJECTS
+from benchmarks.languages import SAID
 from sage.data.twemoji import rows
 from sage.grouping.boilerplate import LEAST, boilerplate, distinct, mean_cosine
 from sage.grouping.doubts import doubts, other_script
@@ -66,3 +67,11 @@ def test_a_set_that_is_all_alike_is_told():
 
 def test_letters_decide_the_script():
     assert other_script("\u72d7\u5728\u8dd1, 8k") and not other_script("\u72d7 a dog") and not other_script("123")
+
+
+def test_prompts_that_the_encoder_does_not_read_are_told():
+    russian = [pair[0] for pair in SAID["Russian"]]
+    found = doubts(russian, embed(russian), 0.5)
+    assert any("10 prompts are in a script other than Latin" in doubt for doubt in found)
+    turkish = [pair[0] for pair in SAID["Turkish"]]
+    assert not any("script" in doubt for doubt in doubts(turkish, embed(turkish), 0.5))
