@@ -63,6 +63,45 @@ def speed(sizes: Sizes = "10000", threshold: Threshold = 0.8, prompts: Prompts =
 
 
 @app.command()
+def dense(sizes: Sizes = "10000,50000", threshold: Threshold = 0.8) -> None:
+    """CPU seconds and saving where rows have many more neighbours than are kept: one clump, and clusters of all sizes.
+
+    Then a shop's template, 70 near-duplicates of each of 130 products, just below and above the size up to which all
+    pairs are compared.
+    """
+    for name, make in {"one clump": _clump, "heavy-tailed clusters": _heavy_tailed}.items():
+        for size in _sizes(sizes):
+            x = make(size)
+            start = time.process_time()
+            groups = group(x, threshold, MAX_SIZE, 0.999)
+            seconds = time.process_time() - start
+            _row({"rows": name, "prompts": size, "CPU seconds": seconds, "saving": _saving(groups, size)})
+    random = np.random.default_rng(0)
+    kinds = random.normal(size=(130, WIDTH)) + 1.5 * random.normal(size=WIDTH)
+    x = random.permutation((kinds[:, None] + 0.1 * random.normal(size=(130, 70, WIDTH))).reshape(-1, WIDTH))
+    for size in (neighbours.ALL_PAIRS, neighbours.ALL_PAIRS + 1, len(x)):
+        groups = group(x[:size], 0.5, MAX_SIZE, 0.95)
+        _row({"rows": "near-duplicates", "prompts": size, "saving": _saving(groups, size)})
+
+
+def _clump(size: int) -> np.ndarray:
+    random = np.random.default_rng(1)
+    middle = random.standard_normal(WIDTH)
+    noise = random.standard_normal((size, WIDTH), np.float32)
+    return np.asarray(middle / np.linalg.norm(middle) + 0.005 * noise, np.float32)
+
+
+def _heavy_tailed(size: int) -> np.ndarray:
+    """Return rows around a tenth as many middles, the k-th of which 1 / k as many rows have as the first."""
+    random = np.random.default_rng(1)
+    weight = 1 / np.arange(1, size // 10 + 1)
+    middles = random.standard_normal((len(weight), WIDTH), np.float32)
+    middles /= np.linalg.norm(middles, axis=1, keepdims=True)
+    noise = random.standard_normal((size, WIDTH), np.float32)
+    return np.asarray(middles[random.choice(len(weight), size, p=weight / weight.sum())] + 0.012 * noise, np.float32)
+
+
+@app.command()
 def rivals(sizes: Sizes = "10000", threshold: Threshold = 0.8, prompts: Prompts = None) -> None:
     """Compare time and saving with sentence-transformers' community detection and scikit-learn's agglomeration.
 
@@ -147,7 +186,7 @@ def index(size: int = 20000, threshold: Threshold = 0.8, prompts: Prompts = None
 
 
 @app.command()
-def ambiguous(threshold: Threshold = 0.72) -> None:
+def ambiguous(threshold: Threshold = 0.5) -> None:
     """Say how often the encoder takes different prompts for alike, and what the guard catches and costs."""
     kinds = {**CONFUSED, "the same, reworded": SAME, "the same, clauses moved": MOVED}
     texts = sorted({text for pairs in kinds.values() for pair in pairs for text in pair})
@@ -183,7 +222,7 @@ def judged(pairs: Path = Path("tests/grouping/guard_pairs.tsv")) -> None:
 
 
 @app.command()
-def languages(threshold: Threshold = 0.72) -> None:
+def languages(threshold: Threshold = 0.5) -> None:
     """Say what the encoder knows of other languages: own sentences, translated, reworded, and unrelated ones."""
     texts = sorted({text for said in SAID.values() for pair in said for text in pair})
     row = dict(zip(texts, embed(texts, cache=WORK / "cache.sqlite"), strict=True))
@@ -250,8 +289,8 @@ def _codes(a: np.ndarray, b: np.ndarray, size: int) -> np.ndarray:
 def _files(probes: int) -> Find:
     def find(x: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
         neighbours.PROBES = probes
-        (found,) = neighbours.ivf_pairs(x, threshold)
-        return found
+        a, b, _ = neighbours.ivf_pairs(x, threshold)
+        return a, b
 
     return find
 

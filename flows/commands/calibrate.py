@@ -24,6 +24,7 @@ from sage.evaluation import bootstrap
 from sage.evaluation.damage import by_similarity, distances
 from sage.evaluation.extractors import EfficientNetLite0
 from sage.files import digest, new_file, sha256_tree, write_json
+from sage.grouping.boilerplate import distinct
 from sage.grouping.cost import FILE, Damage, kept_form, model_digest
 from sage.grouping.embedding import embed
 from sage.grouping.groups import Groups, group, worst_similarity
@@ -48,7 +49,7 @@ def main(
     params = load_params()
     settings, grouping = params.generate, params.group
     examples = read_split(data, SPLIT)
-    embeddings = embed([example.text for example in examples], ENCODER, cache=embedding_cache())
+    embeddings = embed(distinct([example.text for example in examples]), ENCODER, cache=embedding_cache())
     groups = groups_at(THRESHOLDS, embeddings, grouping.max_size, grouping.near_duplicate)
     # Before anything is drawn: each part gets an interval.
     parts = min(_PARTS, len(groups) // bootstrap.LEAST_GROUPS)

@@ -31,9 +31,11 @@ from sage.config import Group, load_params
 from sage.data.images import is_blank
 from sage.errors import ConfigurationError, DataError
 from sage.files import digest, new_file, sha256, sha256_tree, write_json, write_text
+from sage.grouping.boilerplate import distinct
+from sage.grouping.doubts import doubts
 from sage.grouping.embedding import embed
 from sage.grouping.policy import ENCODER, Policy
-from sage.sampling.plan import Plan
+from sage.sampling.plan import Plan, shared_steps
 from sage.sampling.seeds import image_seeds
 
 KEY = "sage"  # text chunk of a PNG that holds its metadata
@@ -119,12 +121,16 @@ def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: 
     settings |= {key: value for key, value in given.items() if value is not None}
     settings |= {"negative_prompt": negative_prompt, "seed": seed, "group": grouping.model_dump()}
     with progress(len(texts), "embedding") as advance:
-        embeddings = embed(texts, ENCODER, cache=embedding_cache(), progress=advance)
+        embeddings = embed(distinct(texts), ENCODER, cache=embedding_cache(), progress=advance)
     policy = Policy(**grouping.model_dump())
-    threshold = policy.choose_threshold(embeddings, settings["share_ratio"], Path(model), keys)
-    groups = policy.form(texts, embeddings, threshold, keys)
     pipe.scheduler.set_timesteps(settings["steps"])
-    whole = Plan.shared(groups, len(pipe.scheduler.timesteps), settings["share_ratio"])
+    steps = len(pipe.scheduler.timesteps)
+    ratio = shared_steps(settings["share_ratio"], steps) / steps
+    threshold = policy.choose_threshold(embeddings, ratio, Path(model), texts, keys)
+    for doubt in doubts(texts, embeddings, threshold):
+        typer.echo(doubt, err=True)
+    groups = policy.form(texts, embeddings, threshold, keys)
+    whole = Plan.shared(groups, steps, settings["share_ratio"])
     return Job(items, groups, whole, settings, name, pipe)
 
 

@@ -1,6 +1,5 @@
 """`sage group PROMPTS`: the groups of a list of prompts, the saving at several share ratios, and a page with a map."""
 
-import unicodedata
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +12,13 @@ from flows.terminal import progress, run
 from sage.config import load_params
 from sage.errors import DataError
 from sage.files import write_text
+from sage.grouping.boilerplate import distinct
+from sage.grouping.doubts import doubts
 from sage.grouping.embedding import embed
-from sage.grouping.groups import usable, worst_similarity
+from sage.grouping.groups import worst_similarity
 from sage.grouping.guard import KINDS
 from sage.grouping.policy import ENCODER, Policy, figures
+from sage.sampling.plan import shared_steps
 
 _RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6)
 _WIDEST = 5
@@ -53,12 +55,14 @@ def main(
             f"{prompts} has no prompt" + (f": {items[0].error}" if items else "; write one prompt per line")
         )
     with progress(len(texts), "embedding") as advance:
-        embeddings = embed(texts, ENCODER, cache=embedding_cache(), progress=advance)
+        embeddings = embed(distinct(texts), ENCODER, cache=embedding_cache(), progress=advance)
     given = {"max_size": max_size, "guard": guard}
     settings = params.group.model_copy(update={name: value for name, value in given.items() if value is not None})
     policy = Policy(**settings.model_dump())
+    steps = params.generate.steps
     if threshold is None:
-        threshold = policy.choose_threshold(embeddings, params.generate.share_ratio, model, keys)
+        ratio = shared_steps(params.generate.share_ratio, steps) / steps
+        threshold = policy.choose_threshold(embeddings, ratio, model, texts, keys)
     groups = policy.form(texts, embeddings, threshold, keys)
     worst = worst_similarity(embeddings, groups)
     values = figures(groups, worst)
@@ -67,14 +71,9 @@ def main(
         f"(mean size {values['mean_size']:.2f}, worst pair {values['worst_similarity']:.3f})"
     )
     typer.echo(summary)
-    if alone := int((~usable(embeddings)).sum()):
-        typer.echo(f"{alone} prompts have no usable embedding, so each is a group of its own")
-    if strange := sum(map(other_script, texts)):
-        typer.echo(
-            f"{strange} in a script other than Latin: {ENCODER} was trained on English and rates unrelated prompts in "
-            "other scripts as similar (docs/grouping.md); check the least similar groups, or raise the threshold"
-        )
-    _tables(texts, groups, worst, values["saving"])
+    for doubt in doubts(texts, embeddings, threshold):
+        typer.echo(doubt)
+    _tables(texts, groups, worst, values["saving"], sorted({*_RATIOS, params.generate.share_ratio}), steps)
     write_text(page, groups_page("Groups of prompts", summary, texts, embeddings, groups, worst))
     typer.echo(f"wrote {page}")
 
@@ -85,21 +84,19 @@ def _known(kinds: list[str] | None) -> list[str] | None:
     return kinds
 
 
-def other_script(text: str) -> bool:
-    """Return whether more than half of a prompt's letters are not Latin."""
-    letters = [character for character in text[:1000] if character.isalpha()]
-    latin = sum(unicodedata.name(letter, "").startswith("LATIN") for letter in letters)
-    return 2 * latin < len(letters)
-
-
-def _tables(texts: list[str], groups: list[list[int]], worst: list[float], saving: float) -> None:
+def _tables(
+    texts: list[str], groups: list[list[int]], worst: list[float], saving: float, ratios: list[float], steps: int
+) -> None:
+    """Print what the groups save at several share ratios, in whole steps, their sizes, and the least similar ones."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
-    savings = Table("share ratio", *(f"{ratio:g}" for ratio in _RATIOS), title="network evaluations saved")
-    savings.add_row("saving", *(f"{ratio * saving:.1%}" for ratio in _RATIOS))
+    shared = {ratio: shared_steps(ratio, steps) for ratio in ratios}
+    savings = Table("share ratio", *(f"{ratio:g}" for ratio in ratios), title="network evaluations saved")
+    savings.add_row(f"steps of {steps}", *(str(count) for count in shared.values()))
+    savings.add_row("saving", *(f"{count / steps * saving:.1%}" for count in shared.values()))
     console.print(savings)
     sizes = Table("prompts per group", "groups", title="sizes")
     counts: dict[int, int] = {}
@@ -108,10 +105,10 @@ def _tables(texts: list[str], groups: list[list[int]], worst: list[float], savin
     for size in sorted(counts):
         sizes.add_row(str(size), str(counts[size]))
     console.print(sizes)
-    shared = sorted((value, members) for value, members in zip(worst, groups, strict=True) if len(members) > 1)
-    if shared:
+    loose = sorted((value, members) for value, members in zip(worst, groups, strict=True) if len(members) > 1)
+    if loose:
         widest = Table("worst pair", "prompts", title="the least similar groups")
-        for value, members in shared[:_WIDEST]:
+        for value, members in loose[:_WIDEST]:
             # Text, not markup, because prompts may contain brackets; control characters could garble the terminal.
             lines = ("".join(c if c.isprintable() else " " for c in texts[member][:100]) for member in members)
             widest.add_row(f"{value:.3f}", Text("\n".join(lines)))

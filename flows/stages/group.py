@@ -4,17 +4,22 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from flows.machine import embedding_cache
 from flows.terminal import progress, run
 from flows.tracking.runs import stage_run
-from sage.config import load_params
+from sage.config import Gate, load_params
 from sage.data.dataset import SPLITS, read_split
 from sage.data.groups import write_groups
 from sage.files import new_folder, sha256_tree, write_json
+from sage.grouping.boilerplate import distinct
+from sage.grouping.doubts import doubts
 from sage.grouping.embedding import embed
 from sage.grouping.groups import usable, worst_similarity
 from sage.grouping.policy import ENCODER, Policy, figures
+from sage.sampling.plan import shared_steps
 
 
 def main(
@@ -27,6 +32,8 @@ def main(
     params = load_params()
     settings = params.group
     policy = Policy(**settings.model_dump())
+    steps = params.generate.steps
+    shared = shared_steps(params.generate.share_ratio, steps)
     results = {}
     with stage_run("group", settings.model_dump(exclude_none=True)) as record, new_folder(out) as folder:
         record.dataset("prepared", sha256_tree(data), "grouping")
@@ -34,8 +41,10 @@ def main(
             examples = read_split(data, split)
             texts = [example.text for example in examples]
             with progress(len(examples), f"embedding {split}") as advance:
-                embeddings = embed(texts, ENCODER, cache=embedding_cache(), progress=advance)
-            threshold = policy.choose_threshold(embeddings, params.generate.share_ratio, base)
+                embeddings = embed(distinct(texts), ENCODER, cache=embedding_cache(), progress=advance)
+            threshold = policy.choose_threshold(embeddings, shared / steps, base, texts)
+            for doubt in doubts(texts, embeddings, threshold):
+                typer.echo(f"{split}: {doubt}")
             groups = policy.form(texts, embeddings, threshold)
             worst = worst_similarity(embeddings, groups)
             path, size = folder / f"{split}.json", settings.max_size
@@ -44,7 +53,30 @@ def main(
         flat = {f"{split}.{name}": value for split, values in results.items() for name, value in values.items()}
         record.metrics(flat)
         write_json(metrics, results)
+        _table(results, shared, steps)
+        judged = params.generate.split
+        saving = results[judged]["saving"] * shared / steps
+        for limit in (gate.worse_by_at_most for gate in params.evaluate.gates if _asks_saving(gate)):
+            if saving < -limit:
+                typer.echo(
+                    f"warning: the {judged} prompts save {saving:.1%}, but a gate asks for {-limit:.1%}, so no "
+                    "model can pass it; lower group.threshold, raise generate.share_ratio, or change the gate",
+                    err=True,
+                )
         record.result(metrics)
+
+
+def _asks_saving(gate: Gate) -> bool:
+    return gate.metric == "nfe_per_image" and gate.reference == "independent" and gate.relative
+
+
+def _table(results: dict[str, dict[str, float]], shared: int, steps: int) -> None:
+    """Print the figures of each split, and the saving of a model that shares `shared` of its `steps`."""
+    names = {"prompts": "prompts", "groups": "groups", "mean_size": "mean size", "worst_similarity": "worst pair"}
+    table = Table("split", *names.values(), "saving", title=f"groups, and what sharing {shared} of {steps} steps saves")
+    for split, found in results.items():
+        table.add_row(split, *(f"{found[name]:g}" for name in names), f"{found['saving'] * shared / steps:.1%}")
+    Console().print(table)
 
 
 if __name__ == "__main__":

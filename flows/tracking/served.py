@@ -24,6 +24,7 @@ from sage.data.images import is_blank
 from sage.data.rows import Rejected
 from sage.errors import RegistryError
 from sage.files import sha256_tree
+from sage.grouping.boilerplate import distinct
 from sage.grouping.embedding import embed
 from sage.grouping.policy import Policy
 from sage.sampling.plan import Plan
@@ -76,7 +77,7 @@ class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow
         if settings["seeds"]:
             seeds = [settings["seeds"][number] for number in drawn]
         with self._alone:
-            groups = Policy(**config["group"]).form(texts, embed(texts), config["group"]["threshold"])
+            groups = Policy(**config["group"]).form(texts, embed(distinct(texts)), config["group"]["threshold"])
             of = {member: place for place, members in enumerate(groups) for member in members}
             for member, result, truncated in draw(self._pipeline, texts, seeds, groups, settings):
                 if is_blank(result.image):

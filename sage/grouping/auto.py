@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sage.errors import ConfigurationError, DataError
+from sage.grouping.boilerplate import distinct
 from sage.grouping.embedding import embed
 from sage.grouping.groups import Groups
 from sage.grouping.policy import ENCODER, Policy
@@ -60,7 +61,7 @@ class Grouping(Policy):
             )
         if self.embeddings is None:
             assert prompts is not None
-            rows = embed(prompts, self.encoder)
+            rows = embed(distinct(prompts), self.encoder)
         else:
             tensor: Any = self.embeddings
             rows = tensor.detach().float().cpu().numpy() if hasattr(tensor, "detach") else np.asarray(tensor)
@@ -69,5 +70,5 @@ class Grouping(Policy):
                     f"the embeddings have shape {rows.shape}, but there are {len(keys)} prompts; give one row for each"
                 )
         model = None if self.model is None else Path(self.model)
-        threshold = self.choose_threshold(rows, share_ratio, model, keys)
+        threshold = self.choose_threshold(rows, share_ratio, model, prompts, keys)
         return self.form(prompts or [""] * len(keys), rows, threshold, keys)

@@ -70,7 +70,7 @@ def read_damage(model: Path, share_ratio: float, max_size: int) -> Damage:
     if share_ratio > damage.share_ratio or max_size > damage.max_size:
         raise ConfigurationError(
             f"{path} was measured at share ratio {damage.share_ratio} in groups of at most {damage.max_size}, "
-            f"less than the {share_ratio} and {max_size} asked for. {remedy}"
+            f"less than the {share_ratio:.4g} and {max_size} asked for. {remedy}"
         )
     return damage
 

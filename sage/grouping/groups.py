@@ -21,7 +21,8 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from sage.errors import ConfigurationError, DataError
-from sage.grouping.linkage import Link, agglomerate, pack, scramble
+from sage.grouping.linkage import Link, agglomerate, pack
+from sage.grouping.neighbours import scramble
 
 Groups = list[list[int]]
 _PART = 16384  # rows processed at a time

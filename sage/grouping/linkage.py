@@ -11,7 +11,7 @@ import itertools
 
 import numpy as np
 
-from sage.grouping.neighbours import ALL_PAIRS, Pairs, cosines, similar_pairs
+from sage.grouping.neighbours import ALL_PAIRS, Pairs, cosines, scramble, similar_pairs
 
 Link = tuple[int, int, float]
 
@@ -220,12 +220,3 @@ def _members(cluster: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the rows sorted by cluster, and the size and first position of each cluster in that order."""
     counts = np.bincount(cluster, minlength=len(cluster))
     return np.argsort(cluster, kind="stable"), counts, np.cumsum(counts) - counts
-
-
-def scramble(x: np.ndarray) -> np.ndarray:
-    """Return a 64-bit hash of each element of x (splitmix64)."""
-    x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x

@@ -8,7 +8,7 @@ import numpy as np
 
 from sage.errors import ConfigurationError
 from sage.grouping.cost import read_damage
-from sage.grouping.groups import Groups, group, tree
+from sage.grouping.groups import Groups, Tree, group, tree
 from sage.grouping.guard import Kind, guard
 from sage.grouping.share_key import Keys, group_apart, tree_apart
 from sage.grouping.thresholds import threshold_for_saving
@@ -38,17 +38,27 @@ class Policy:
     guard: Sequence[Kind] | None = None
 
     def choose_threshold(
-        self, embeddings: np.ndarray, share_ratio: float, model: Path | None = None, keys: Keys | None = None
+        self,
+        embeddings: np.ndarray,
+        share_ratio: float,
+        model: Path | None = None,
+        texts: Sequence[str] | None = None,
+        keys: Keys | None = None,
     ) -> float:
         """Return the cosine threshold for prompts with these embeddings, shape (n, d).
 
-        `saving` and `max_damage` refer to sampling at `share_ratio`; `max_damage` also needs `model`, the folder with
-        its measured damage; `keys` are as for `form`. Raises ConfigurationError if the prompts do not allow the
-        saving, if the model has no valid measurement or exceeds the damage everywhere, or if the policy is empty.
+        `saving` and `max_damage` refer to sampling that shares the fraction `share_ratio` of its steps, counted in
+        whole steps: `shared_steps(ratio, steps) / steps`. `max_damage` also needs `model`, the folder with its measured
+        damage; `saving` with a guard needs `texts`, as the guard splits groups; `keys` are as for `form`. Raises
+        ConfigurationError if the prompts do not allow the saving, if the model has no valid measurement or exceeds the
+        damage everywhere, or if the policy is empty.
         """
         if self.saving is not None:
-            whole = tree_apart(embeddings, keys, lambda rows: tree(rows, FLOOR, self.max_size, self.near_duplicate))
-            return threshold_for_saving(whole, self.saving, share_ratio)
+            nested = tree_apart(embeddings, keys, lambda rows: tree(rows, FLOOR, self.max_size, self.near_duplicate))
+            threshold = threshold_for_saving(nested, self.saving, share_ratio)
+            if not self.guard:
+                return threshold
+            return self._after_guard(embeddings, texts, keys, nested, threshold, share_ratio)
         if self.max_damage is not None:
             if model is None or not model.is_dir():
                 raise ConfigurationError(
@@ -59,6 +69,45 @@ class Policy:
         if self.threshold is None:
             raise ConfigurationError("the grouping policy is empty; give one of threshold, saving and max_damage")
         return self.threshold
+
+    def _after_guard(
+        self,
+        embeddings: np.ndarray,
+        texts: Sequence[str] | None,
+        keys: Keys | None,
+        nested: Tree,
+        highest: float,
+        share_ratio: float,
+    ) -> float:
+        """Return the threshold, `highest` or lower, at which the groups that the guard leaves save `saving`.
+
+        embeddings, texts    of the prompts
+        keys                 their share keys, or None
+        nested               their tree, whose similarities are the candidates
+        highest              the threshold that meets the budget without the guard
+        share_ratio          fraction of the steps that is shared
+        """
+        if texts is None or self.saving is None:
+            raise ConfigurationError("a budget with a guard depends on the prompts' words; give texts")
+
+        def saving(threshold: float) -> float:
+            return share_ratio * (1 - len(self.form(texts, embeddings, threshold, keys)) / len(texts))
+
+        candidates = sorted({similarity for _, _, similarity in nested.merges if similarity < highest}, reverse=True)
+        candidates.insert(0, highest)
+        wanted = self.saving * (1 - 1e-9)
+        # Bisect: a lower threshold saves more, but for a few groups that the guard splits otherwise.
+        low, high = 0, len(candidates) - 1
+        if saving(candidates[high]) < wanted:
+            raise ConfigurationError(
+                f"a saving of {self.saving} was asked for, but these prompts allow {saving(candidates[high]):.4f} at "
+                f"share ratio {share_ratio:.4g} after the guard {list(self.guard or ())}; ask for less, guard less, or "
+                "raise the share ratio or the maximum group size"
+            )
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if saving(candidates[middle]) >= wanted else (middle + 1, high)
+        return candidates[high]
 
     def form(self, texts: Sequence[str], embeddings: np.ndarray, threshold: float, keys: Keys | None = None) -> Groups:
         """Return the groups of prompts at a threshold, with this policy's max_size, near_duplicate and guard.

@@ -31,7 +31,8 @@ def threshold_for_saving(tree: Tree, saving: float, share_ratio: float) -> float
     # Tolerate rounding: a saving computed as share_ratio * k / M must not need k + 1 merges.
     if most * (1 + 1e-9) < saving:
         raise ConfigurationError(
-            f"a saving of {saving} was asked for, but these prompts allow {most:.4f} at share ratio {share_ratio}; "
+            f"a saving of {saving} was asked for, but these prompts allow {most:.4f} at share ratio {share_ratio:.4g}, "
+            "counted in whole steps; "
             "ask for less, or raise the share ratio or the maximum group size"
         )
     needed = math.ceil(saving / share_ratio * tree.size * (1 - 1e-9))

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sage.errors import PlanError
-from sage.sampling.plan import Block, Node, Plan, shared_steps
+from sage.sampling.plan import Block, Nested, Node, Plan, shared_steps
 
 
-@dataclass(frozen=True)
-class Cluster:
+@dataclass(frozen=True, eq=False, repr=False)
+class Cluster(Nested):
     """A cluster of prompts and smaller clusters, with the lowest cosine similarity of any two prompts in it."""
 
     similarity: float
@@ -33,21 +33,25 @@ def nested_plan(clusters: Sequence["Cluster | int"], steps: int, share: Callable
 
     A cluster that would not share more steps than the cluster around it dissolves into that cluster.
     """
-
-    def nodes(inside: "Sequence[Cluster | int]", start: int) -> list[Node]:
-        found: list[Node] = []
-        for cluster in inside:
-            if isinstance(cluster, int):
-                found.append(cluster)
-                continue
+    roots: list[Node] = []
+    # Without recursion, as merges may be nested thousands deep: (what is left, first step, nodes found, where to).
+    waiting: list[tuple[list[Cluster | int], int, list[Node], list[Node] | None]]
+    waiting = [(list(reversed(clusters)), 0, roots, None)]
+    while waiting:
+        left, start, found, into = waiting[-1]
+        if not left:
+            waiting.pop()
+            if into is not None:
+                into.append(Block(start, tuple(found)))
+        elif isinstance(cluster := left.pop(), Cluster):
             until = shared_steps(share(cluster.similarity), steps)
             if until > start:
-                found.append(Block(until, tuple(nodes(cluster.children, until))))
+                waiting.append((list(reversed(cluster.children)), until, [], found))
             else:
-                found.extend(nodes(cluster.children, start))
-        return found
-
-    return Plan(steps, tuple(nodes(clusters, 0)))
+                left.extend(reversed(cluster.children))
+        else:
+            found.append(cluster)
+    return Plan(steps, tuple(roots))
 
 
 @dataclass(frozen=True)
@@ -105,11 +109,12 @@ def plan_for_budget(
 
 def _merges(nested: Sequence[Cluster | int]) -> Iterator[tuple[float, int]]:
     """Yield the similarity and the number of prompts of every cluster."""
-
-    def prompts(node: Cluster | int) -> int:
-        return 1 if isinstance(node, int) else sum(prompts(child) for child in node.children)
-
-    for node in nested:
-        if isinstance(node, Cluster):
-            yield node.similarity, prompts(node)
-            yield from _merges(node.children)
+    for root in nested:
+        prompts: list[int] = []
+        for item in root.flat() if isinstance(root, Cluster) else ():
+            if isinstance(item, tuple):
+                similarity, count = item
+                prompts[-count:] = [sum(prompts[-count:])]
+                yield similarity, prompts[-1]
+            else:
+                prompts.append(1)

@@ -12,17 +12,75 @@ A plan's steps are the scheduler's timesteps, one network evaluation each: at 30
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Union
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Union
 
 from sage.errors import PlanError
 
 Node = Union["Block", int]
 
 
-@dataclass(frozen=True)
-class Block:
+class Nested:
+    """Base of trees that may be thousands deep: comparison, hash, repr and pickle without recursion.
+
+    A subclass is a dataclass with two fields, a number and `children`: a tuple of its own kind and of prompts.
+    """
+
+    children: tuple[Any, ...]
+
+    def flat(self) -> tuple[Any, ...]:
+        """Return the tree in postfix order: prompts as they are, a node as (number, how many children)."""
+        found: list[Any] = []
+        waiting: list[Any] = [self]
+        while waiting:
+            node = waiting.pop()
+            if isinstance(node, Nested):
+                found.append((getattr(node, fields(node)[0].name), len(node.children)))  # type: ignore[arg-type]
+                waiting.extend(node.children)
+            else:
+                found.append(node)
+        return tuple(reversed(found))
+
+    def __eq__(self, other: object) -> bool:
+        """Compare type, numbers and prompts."""
+        return self.flat() == other.flat() if type(other) is type(self) else NotImplemented
+
+    def __hash__(self) -> int:
+        """Hash as equal trees do."""
+        return hash(self.flat())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy as a flat list."""
+        return rebuilt, (type(self), self.flat())
+
+    def __repr__(self) -> str:
+        """Write the code that makes the tree."""
+        number, children = (field.name for field in fields(self))  # type: ignore[arg-type]
+
+        def written(value: float, inside: tuple[str, ...]) -> str:
+            listed = ", ".join(inside) + "," * (len(inside) == 1)
+            return f"{type(self).__name__}({number}={value!r}, {children}=({listed}))"
+
+        return str(rebuilt(written, [item if isinstance(item, tuple) else repr(item) for item in self.flat()]))
+
+
+def rebuilt(make: Callable[[Any, tuple[Any, ...]], Any], flat: Iterable[Any]) -> Any:
+    """Return the tree that `Nested.flat` wrote, each node of it made by `make(number, children)`."""
+    done: list[Any] = []
+    for item in flat:
+        if isinstance(item, tuple):
+            number, count = item
+            first = len(done) - count
+            done[first:] = [make(number, tuple(done[first:]))]
+        else:
+            done.append(item)
+    (tree,) = done
+    return tree
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Block(Nested):
     """Prompts and smaller blocks that are sampled as one until step `until`."""
 
     until: int
@@ -115,9 +173,9 @@ class Plan:
         """
 
         def moved(node: Node, r: int) -> Node:
-            if isinstance(node, int):
-                return node * times + r
-            return Block(node.until, tuple(moved(child, r) for child in node.children))
+            flat = node.flat() if isinstance(node, Block) else (node,)
+            tree: Node = rebuilt(Block, (item if isinstance(item, tuple) else item * times + r for item in flat))
+            return tree
 
         return self if times == 1 else Plan(self.steps, tuple(moved(n, r) for n in self.roots for r in range(times)))
 

@@ -222,6 +222,48 @@ def test_a_limited_graph_costs_no_correctness_and_little_saving(monkeypatch):
     assert len(limited) <= 1.05 * len(exact)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_near_duplicates_do_not_crowd_out_the_neighbours_that_a_group_could_take(monkeypatch, exact):
+    # 12 kinds with a common part, 60 near-duplicates of each: a group can take one of each kind.
+    random = np.random.default_rng(0)
+    kinds = random.normal(size=(12, 64)) + 3 * random.normal(size=64)
+    x = (kinds[:, None] + 0.02 * random.normal(size=(12, 60, 64))).reshape(-1, 64).astype(np.float32)
+    all_pairs = len(group(x, 0.5, 6, 0.99))
+    monkeypatch.setattr(neighbours, "ALL_PAIRS", 0)
+    monkeypatch.setattr(sage_linkage, "ALL_PAIRS", 0)
+    if not exact:
+        monkeypatch.setattr(neighbours, "EXACT", 0)
+    assert all_pairs == len(x) / 6
+    assert len(group(x, 0.5, 6, 0.99)) <= 1.05 * all_pairs
+
+
+def test_what_many_rows_keep_grows_with_the_rows_however_dense_they_are(monkeypatch):
+    x = random_rows(3000, d=16, spread=0.02, centres=1)
+    compared = []
+    compare = neighbours._Nearest.compare
+
+    def counted(self, queries, members):
+        compared.append(len(queries) * len(members))
+        compare(self, queries, members)
+
+    monkeypatch.setattr(neighbours._Nearest, "compare", counted)
+    a, _, _ = neighbours.ivf_pairs(x, 0.5)
+    assert np.bincount(a).max() <= neighbours.NEAREST + 1
+    assert sum(compared) <= 0.6 * len(x) ** 2
+
+
+def test_the_same_neighbours_are_nearest_whatever_the_last_bits_are(monkeypatch):
+    # Every cosine is a multiple of 1/8 up to rounding, in two bases that round differently.
+    random = np.random.default_rng(0)
+    x = np.zeros((1500, 64), np.float32)
+    for row in x:
+        row[random.choice(24, 8, replace=False)] = 8**-0.5
+    turned = x @ np.linalg.qr(random.normal(size=(64, 64)))[0].astype(np.float32)
+    pairs = [set(zip(*(side.tolist() for side in neighbours.exact_pairs(rows, 0.5)[:2]), strict=True))
+             for rows in (x, turned)]  # fmt: skip
+    assert pairs[0] == pairs[1]
+
+
 @pytest.mark.slow
 def test_memory_grows_with_the_prompts_where_all_are_alike():
     x = random_rows(neighbours.ALL_PAIRS + 2000, d=8, spread=0.01, centres=1)

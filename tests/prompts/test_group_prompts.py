@@ -40,7 +40,7 @@ def test_the_command_prints_savings_sizes_and_the_widest_groups(prompts, tmp_pat
     main(str(prompts), page=page, threshold=0.7)
     said = capsys.readouterr().out
     assert "4 prompts in 3 groups at cosine 0.7" in said
-    assert "10.0%" in said  # share ratio 0.4: 0.4 * (1 - 3 / 4)
+    assert "8.3%" in said  # share ratio 0.4, two of six steps: 2 / 6 * (1 - 3 / 4)
     assert "a red fox" in said and "the fox is red" in said and "stock" not in said
     assert "a red fox" in page.read_text(encoding="utf-8")
 
@@ -77,7 +77,7 @@ def test_prompts_of_another_script_are_counted_and_latin_ones_are_not(prompts, t
         "\u72d7\u5728\u8dd1\n\u0643\u0644\u0628\nein Hund l\u00e4uft\n\u72d7 dog dog\n123\n", encoding="utf-8"
     )
     main(str(prompts), page=tmp_path / "page.html")
-    assert "2 in a script other than Latin" in capsys.readouterr().out
+    assert "2 prompts are in a script other than Latin" in capsys.readouterr().out
     prompts.write_text("un chien\nein Hund\n", encoding="utf-8")
     main(str(prompts), page=tmp_path / "page.html")
     assert "other than Latin" not in capsys.readouterr().out

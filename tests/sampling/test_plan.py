@@ -1,5 +1,7 @@
+import copy
 import itertools
 import math
+import pickle
 import sys
 
 import numpy as np
@@ -180,3 +182,28 @@ def test_clusters_that_would_cost_quality_are_refused_and_their_members_share_ti
 def test_a_budget_out_of_reach_says_what_is_in_reach():
     with pytest.raises(PlanError, match=r"save at most 22.5% .* less than the 40.0% asked"):
         plan_for_budget([Cluster(0.9, (0, 1)), 2, 3], 100, 0.4)
+
+
+def test_trees_may_be_thousands_deep():
+    depth = 5000
+    merges = [(0, 1, 0.9), *((k + 1, depth + k, 0.9 - 1e-5 * k) for k in range(1, depth))]
+    nested = clusters(depth + 1, merges)
+    plan = nested_plan(nested, 10 * depth, lambda similarity: similarity)
+    assert plan.partition(0) == [list(range(depth + 1))] and plan.repeat(2).prompts == 2 * (depth + 1)
+    assert plan_for_budget(nested, 10 * depth, 0.3).merges[0][2] == depth + 1
+    (root,), (cluster,) = plan.roots, nested
+    for tree in (plan, root, cluster):
+        again = pickle.loads(pickle.dumps(tree))
+        assert again == tree and hash(again) == hash(tree) and repr(again) == repr(tree)
+        assert copy.deepcopy(tree) == tree
+    assert plan != nested_plan(nested, 10 * depth, lambda similarity: similarity - 0.01)
+    # Chains of clusters that share no more than those around them dissolve.
+    (block,) = nested_plan(nested, 10, lambda similarity: 0.5).roots
+    assert block.until == 5 and sorted(block.children) == list(range(depth + 1))
+
+
+@given(plans())
+@settings(deadline=None)
+def test_a_plan_is_written_as_the_code_that_makes_it(plan):
+    assert eval(repr(plan), {"Plan": Plan, "Block": Block}) == plan
+    assert pickle.loads(pickle.dumps(plan)) == plan

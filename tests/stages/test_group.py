@@ -40,7 +40,8 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-RATIO = 0.4
+RATIO, STEPS = 0.4, 6
+SHARED = 2
 
 
 def configure(folder, **group):
@@ -85,7 +86,18 @@ def test_the_same_input_gives_the_same_bytes(project):
 def test_a_budget_is_met(project):
     configure(project, saving=0.1)
     _, metrics = stage(project)
-    assert all(RATIO * metrics[split]["saving"] >= 0.1 for split in SPLITS)
+    assert all(SHARED / STEPS * metrics[split]["saving"] >= 0.1 for split in SPLITS)
+
+
+def test_the_stage_prints_the_saving_and_says_at_once_that_a_gate_on_it_cannot_pass(project, capsys):
+    configure(project, threshold=0.6)
+    _, metrics = stage(project)
+    said = capsys.readouterr()
+    assert f"{SHARED / STEPS * metrics['train']['saving']:.1%}" in said.out and "2 of 6 steps" in said.out
+    assert metrics["test"]["saving"] / 3 < 0.15 and "the test prompts save 8.3%, but a gate asks for 15.0%" in said.err
+    configure(project, threshold=0.0)
+    stage(project)
+    assert "a gate asks" not in capsys.readouterr().err
 
 
 def measured_model(folder, share_ratio=RATIO):
@@ -118,7 +130,7 @@ def test_a_bound_needs_a_measurement_of_this_model_and_of_as_much_sharing(projec
     with pytest.raises(ConfigurationError, match="does not exist, so the damage of sharing is unknown"):
         stage(project)
     measured_model(project, share_ratio=0.2)
-    with pytest.raises(ConfigurationError, match=r"share ratio 0\.2 .* less than the 0\.4"):
+    with pytest.raises(ConfigurationError, match=r"share ratio 0\.2 .* less than the 0\.3333"):
         stage(project)
     measured_model(project)
     configure(project, max_damage=0.05)
