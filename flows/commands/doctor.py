@@ -165,11 +165,11 @@ def _memory() -> Iterator[Finding]:
 def _device() -> Iterator[Finding]:
     import torch
 
-    wanted = device()
     try:
-        torch.ones(1, device=wanted).sum().item()
-    except (RuntimeError, AssertionError) as error:
-        yield Finding(f"device {wanted}: {str(error).splitlines()[0]}", "set SAGE_DEVICE=cpu or repair the driver")
+        found = device()
+    except SageError as error:
+        problem, _, remedy = str(error).partition("; ")
+        yield Finding(f"device: {problem}", remedy)
     else:
-        name = torch.cuda.get_device_name(wanted) if wanted.startswith("cuda") else f"{os.cpu_count()} cores"
-        yield Finding(f"device: {wanted}, {name}, torch {torch.__version__}")
+        name = torch.cuda.get_device_name(found) if found.startswith("cuda") else f"{os.cpu_count()} cores"
+        yield Finding(f"device: {found}, {name}, torch {torch.__version__}")
