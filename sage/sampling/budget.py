@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sage.errors import PlanError
+from sage.numbers import real, whole
 from sage.sampling.plan import Block, Node, Plan, shared_steps
 
 
@@ -37,7 +38,7 @@ def nested_plan(clusters: Sequence["Cluster | int"], steps: int, share: Callable
     def nodes(inside: "Sequence[Cluster | int]", start: int) -> list[Node]:
         found: list[Node] = []
         for cluster in inside:
-            if isinstance(cluster, int):
+            if not isinstance(cluster, Cluster):
                 found.append(cluster)
                 continue
             until = shared_steps(share(cluster.similarity), steps)
@@ -79,6 +80,8 @@ def plan_for_budget(
     To bound the loss of quality, give the similarity measured for that bound as `at_least` and the share ratio of the
     measurement as `most` (`sage.grouping.cost`). Raises PlanError if `saving` is outside [0, 1) or out of reach.
     """
+    steps, saving = whole("steps", steps), real("saving", saving)
+    most, at_least = real("most", most), real("at_least", at_least)
     if not 0 <= saving < 1:
         raise PlanError(f"saving {saving} is outside [0, 1); 0.4 saves 40% of the network evaluations")
 
@@ -107,7 +110,7 @@ def _merges(nested: Sequence[Cluster | int]) -> Iterator[tuple[float, int]]:
     """Yield the similarity and the number of prompts of every cluster."""
 
     def prompts(node: Cluster | int) -> int:
-        return 1 if isinstance(node, int) else sum(prompts(child) for child in node.children)
+        return sum(map(prompts, node.children)) if isinstance(node, Cluster) else 1
 
     for node in nested:
         if isinstance(node, Cluster):

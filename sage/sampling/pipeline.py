@@ -27,6 +27,7 @@ from diffusers.utils import BaseOutput
 from torch import Generator, Tensor
 
 from sage.errors import ConfigurationError, DataError, PlanError, UnsupportedError
+from sage.numbers import real, single, whole
 from sage.sampling import loop
 from sage.sampling.conditions import Condition
 from sage.sampling.plan import Plan
@@ -199,7 +200,13 @@ class SharedSamplingPipeline:
             raise ConfigurationError(
                 f"{type(self).__name__} takes no {', '.join(unknown)}; further options are {allowed}"
             )
-        scale = self._default_guidance if guidance_scale is None else guidance_scale
+        scale = real("guidance_scale", self._default_guidance if guidance_scale is None else guidance_scale)
+        batch_size, num_inference_steps = (
+            whole("batch_size", batch_size),
+            whole("num_inference_steps", num_inference_steps),
+        )
+        num_images_per_prompt = whole("num_images_per_prompt", num_images_per_prompt)
+        branch_noise = real("branch_noise", branch_noise)
         if not math.isfinite(scale):
             raise ConfigurationError(f"guidance_scale is {scale}; give a finite number, 1 or less for no guidance")
         if batch_size < 1 or num_images_per_prompt < 1 or num_inference_steps < 1:
@@ -223,7 +230,11 @@ class SharedSamplingPipeline:
         steps = len(self.scheduler.timesteps)
         if plan is None:
             if groups is None:
-                groups = [[i] for i in range(count)] if share_ratio == 0 or count == 1 else _group(prompts)
+                groups = (
+                    [[i] for i in range(count)]
+                    if count == 1 or (single(share_ratio) and share_ratio == 0)
+                    else _group(prompts)
+                )
             plan = Plan.shared(groups, steps, share_ratio)
         if plan.prompts != count:
             raise PlanError(f"the plan is for {plan.prompts} prompts, but {count} were given; build a plan for these")
@@ -304,7 +315,10 @@ class SharedSamplingPipeline:
     def _size(self, height: int | None, width: int | None, options: dict[str, Any]) -> tuple[int, int]:
         default = self._network.config.sample_size
         default = (default, default) if isinstance(default, int) else default
-        size = (height or default[0] * self.vae_scale_factor, width or default[1] * self.vae_scale_factor)
+        size = (
+            whole("height", height) if height else default[0] * self.vae_scale_factor,
+            whole("width", width) if width else default[1] * self.vae_scale_factor,
+        )
         multiple = self.vae_scale_factor * self._network.config.get("patch_size", 1)
         if size[0] % multiple or size[1] % multiple:
             raise ConfigurationError(f"height {size[0]} and width {size[1]} must be multiples of {multiple}")

@@ -14,9 +14,10 @@ A plan's steps are the scheduler's timesteps, one network evaluation each: at 30
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Union
+from typing import Any, Union
 
 from sage.errors import PlanError
+from sage.numbers import real, single, whole
 
 Node = Union["Block", int]
 
@@ -42,6 +43,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Check that the blocks nest and that every prompt appears once."""
+        object.__setattr__(self, "steps", whole("steps", self.steps))
         if self.steps < 1:
             raise PlanError(f"a plan needs at least 1 step, not {self.steps}")
         for node, start in self._walk():
@@ -72,14 +74,17 @@ class Plan:
         `groups` partition the prompts 0 to M - 1; `share_ratio` in [0, 1) is one number or one for each group.
         Raises PlanError otherwise.
         """
-        ratios = [share_ratio] * len(groups) if isinstance(share_ratio, (int, float)) else list(share_ratio)
+        steps = whole("steps", steps)
+        given: Any = share_ratio
+        ratios = [given] * len(groups) if single(given) else list(given)
         if len(ratios) != len(groups):
             raise PlanError(f"{len(ratios)} share ratios were given for {len(groups)} groups; give one for each")
         roots: list[Node] = []
-        for members, ratio in zip(groups, ratios, strict=True):
+        for group, ratio in zip(groups, ratios, strict=True):
             until = shared_steps(ratio, steps)
+            members = tuple(whole("the number of a prompt", member) for member in group)
             if until and len(members) > 1:
-                roots.append(Block(until, tuple(members)))
+                roots.append(Block(until, members))
             else:
                 roots.extend(members)
         return cls(steps, tuple(sorted(roots, key=lambda node: min(leaves_of((node,))))))
@@ -115,10 +120,11 @@ class Plan:
         """
 
         def moved(node: Node, r: int) -> Node:
-            if isinstance(node, int):
-                return node * times + r
-            return Block(node.until, tuple(moved(child, r) for child in node.children))
+            if isinstance(node, Block):
+                return Block(node.until, tuple(moved(child, r) for child in node.children))
+            return node * times + r
 
+        times = whole("times", times)
         return self if times == 1 else Plan(self.steps, tuple(moved(n, r) for n in self.roots for r in range(times)))
 
     def _walk(self) -> Iterator[tuple[Node, int]]:
@@ -136,10 +142,10 @@ def leaves_of(nodes: Sequence[Node]) -> Iterator[int]:
     open_nodes = list(reversed(nodes))
     while open_nodes:
         node = open_nodes.pop()
-        if isinstance(node, int):
-            yield node
-        else:
+        if isinstance(node, Block):
             open_nodes.extend(reversed(node.children))
+        else:
+            yield whole("the number of a prompt", node)
 
 
 def shared_steps(share_ratio: float, steps: int) -> int:
@@ -147,6 +153,7 @@ def shared_steps(share_ratio: float, steps: int) -> int:
 
     Raises PlanError for a share ratio outside [0, 1).
     """
+    share_ratio = real("share_ratio", share_ratio)
     if not 0 <= share_ratio < 1:
         raise PlanError(
             f"share ratio {share_ratio} is outside [0, 1); 0 shares nothing, 0.4 the first 40% of the steps"

@@ -73,6 +73,31 @@ def test_a_seed_gives_every_image_noise_of_its_own_whatever_the_order(pipe, stoc
     assert pipe(prompts, share_ratio=0, **CALL).seeds == first != pipe(prompts, share_ratio=0, **CALL).seeds
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": np.int64(3)},
+        {"seed": torch.tensor(3), "batch_size": np.int64(8), "num_images_per_prompt": np.int64(1)},
+        {"groups": [np.flatnonzero(np.array([0, 0, 1]) == k) for k in range(2)], "guidance_scale": np.float32(4)},
+        {"share_ratio": np.float32(0.5), "num_inference_steps": np.int64(4), "height": np.int64(16)},
+        {"share_ratio": np.array([0.5, 0.5]), "branch_noise": np.float32(0)},
+        {"seed": np.array([prompt_seed(3, f"0:{prompt}") for prompt in tiny.PROMPTS[:3]])},
+    ],
+    ids=lambda change: "+".join(change),
+)
+def test_numbers_of_numpy_and_torch_draw_what_plain_numbers_draw(pipe, change):
+    plain = {"groups": [[0, 1], [2]], "share_ratio": 0.5, "seed": 3, **CALL, "output_type": "latent"}
+    wanted, found = pipe(tiny.PROMPTS[:3], **plain), pipe(tiny.PROMPTS[:3], **plain | change)
+    assert torch.equal(found.images, wanted.images)
+    assert found.seeds == wanted.seeds and {type(seed) for seed in found.seeds} == {int}
+
+
+@pytest.mark.parametrize("name", ["seed", "share_ratio", "num_inference_steps", "guidance_scale", "batch_size"])
+def test_a_truth_value_is_no_number(pipe, name):
+    with pytest.raises(ConfigurationError, match=f"^{name} is True"):
+        pipe(tiny.PROMPTS[:3], **{"groups": [[0, 1], [2]], **CALL, name: True})
+
+
 def test_one_generator_draws_all_noise_at_once_as_in_diffusers(pipe, stock):
     expected = stock(tiny.PROMPTS, generator=torch.Generator().manual_seed(2), **CALL).images
     found = pipe(tiny.PROMPTS, generator=torch.Generator().manual_seed(2), share_ratio=0, **CALL).images
