@@ -15,13 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import sage.torchvision_ops  # noqa: F401
-
 import typer
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from flows import drawing
 from flows.machine import embedding_cache
 from flows.prompts.files import Item, read_prompts
 from flows.report.sheet import in_rows, opened, sheet
@@ -130,6 +127,8 @@ def open_model(model: str) -> tuple[Any, str, dict[str, Any], Group]:
     A registered model contains both settings, and its files are verified before one is read; for other models the
     settings come from params.yaml. Raises RegistryError if a version is damaged or unknown.
     """
+    from flows import drawing
+
     if model.startswith("models:/"):
         from flows.tracking import registry
 
@@ -187,6 +186,8 @@ def drawn(
     out       folder for the images
     wanted    indices of `items`; default: those that have no file yet
     """
+    from flows import drawing
+
     seeds = image_seeds(settings["seed"], [item.prompt for item in items])
     number = {member: place for place, group in enumerate(groups) for member in group}
     total = len(items) if wanted is None else len(wanted)

@@ -1,5 +1,8 @@
+import json
+import os
 import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +65,38 @@ def test_every_command_explains_itself(sage, command):
     done = sage(command, "--help")
     assert done.code == 0, done.err
     assert f"Usage: sage {command}" in done.out
+
+
+QUICK = [
+    *([command, "--help"] for command in COMMANDS),
+    ["pretrain", "denoiser", "--help"],
+    ["generate", "missing.txt", "--out", "x"],
+    ["generate", "prompts.txt", "--out", "x", "--steps", "0"],
+    ["group", "missing.txt"],
+    ["calibrate", "--data", "missing"],
+    ["pretrain", "autoencoder", "--data", "missing"],
+    ["pretrain", "denoiser", "--data", "missing"],
+    ["pretrain", "alignment", "--data", "missing"],
+]
+
+
+def test_help_a_missing_file_and_a_wrong_argument_wait_for_no_heavy_import(tmp_path):
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    script = """
+import json, os, sys
+from flows.cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["sage", *arguments]
+    try:
+        main()
+    except SystemExit as ended:
+        assert ended.code == (0 if "--help" in arguments else 2), (arguments, ended.code)
+    heavy = {"torch", "diffusers", "transformers", "mlflow", "prefect", "dvc"} & set(sys.modules)
+    assert not heavy, (arguments, heavy)
+"""
+    command = [sys.executable, "-c", script, json.dumps(QUICK)]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-1000:]
 
 
 def test_a_wrong_configuration_stops_before_any_work(sage, project):
