@@ -58,12 +58,17 @@ def _stop(message: object, code: int) -> None:
 
 def quiet() -> None:
     """Log warnings only, and turn off the progress bars of libraries, whether imported already or later."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        os.environ.setdefault(name, "1")
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for name in ("transformers", "diffusers"):
         if module := sys.modules.get(name):
             module.utils.logging.set_verbosity_error()
             module.utils.logging.disable_progress_bar()
+    if module := sys.modules.get("huggingface_hub"):
+        module.utils.disable_progress_bars()
 
 
 @contextmanager
