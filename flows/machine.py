@@ -30,6 +30,13 @@ def device() -> str:
     return wanted
 
 
+def check_cpu(command: str) -> None:
+    """Raise ConfigurationError if SAGE_DEVICE names a device other than the CPU, the only one that a command uses."""
+    named = os.environ.get("SAGE_DEVICE", "cpu")
+    if named.partition(":")[0] not in ("", "cpu"):
+        raise ConfigurationError(f"{command} runs on the CPU only, not on {named}; set SAGE_DEVICE=cpu")
+
+
 def accelerator() -> "Accelerator":
     """Return accelerate's view of this process, on `device()`; of several processes each takes a card of its own.
 

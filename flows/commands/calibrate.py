@@ -45,6 +45,8 @@ def main(
     params = load_params()
     settings, grouping = params.generate, params.group
     examples = read_split(data, SPLIT)
+    device()  # a missing device fails here, not after the embedding
+
     from sage.evaluation.extractors import EfficientNetLite0
 
     embeddings = embed([example.text for example in examples], ENCODER, cache=embedding_cache())

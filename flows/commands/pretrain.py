@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows.machine import check_cpu
 from flows.terminal import exit_on_error, progress
 from sage import files
 from sage.config import NetworkTraining, load_params
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
     from sage.data.dataset import Example
     from sage.training.loop import Losses
 
-app = typer.Typer(no_args_is_help=True, help="Train the models in models/; a killed command resumes when called again.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Train the models in models/, on the CPU; a killed command resumes when called again.",
+    callback=lambda: check_cpu("sage pretrain"),
+)
 
 Data = Annotated[Path, typer.Option(help="Prepared data: `dvc repro prepare` makes it.")]
 Work = Annotated[Path, typer.Option(help="Folder for resumable state.")]

@@ -99,6 +99,12 @@ for arguments in json.loads(sys.argv[1]):
     assert done.returncode == 0, done.stderr.decode()[-1000:]
 
 
+def test_what_trains_on_the_cpu_only_refuses_another_device(sage, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAGE_DEVICE", "cuda")
+    done = sage("pretrain", "alignment", cwd=tmp_path)
+    assert (done.code, done.err) == (2, "error: sage pretrain runs on the CPU only, not on cuda; set SAGE_DEVICE=cpu\n")
+
+
 def test_a_wrong_configuration_stops_before_any_work(sage, project):
     text = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(text.replace("threshold:", "treshold:").replace("split: test", "split: train"))
