@@ -1,6 +1,7 @@
 """Terminal output of commands: errors as one message, progress with rate and time left."""
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -54,6 +55,13 @@ def exit_on_error(app: Callable[..., Any]) -> None:
 def _stop(message: object, code: int) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
+
+
+def finite(value: float | None) -> float | None:
+    """Return the value of an option; raise typer.BadParameter for infinity and NaN, which pass typer's limits."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not finite; give a finite number")
+    return value
 
 
 def quiet() -> None:

@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from flows.machine import embedding_cache
 from flows.prompts.files import Item, read_prompts
 from flows.report.sheet import in_rows, opened, sheet
-from flows.terminal import progress, run
+from flows.terminal import finite, progress, run
 from sage.config import Group, load_params
 from sage.errors import ConfigurationError, DataError
 from sage.files import digest, new_file, sha256, sha256_tree, write_json, write_text
@@ -71,12 +71,16 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pictures.")] = 0,
     # Without it, and the same for the next four: how a registered model was judged; for another model, params.yaml.
     steps: Annotated[int | None, typer.Option(min=1, help="Inference steps; else the model's, or params.yaml.")] = None,
-    share_ratio: Annotated[float | None, typer.Option(help="Fraction of the steps that a group shares.")] = None,
+    share_ratio: Annotated[
+        float | None, typer.Option(min=0, max=1, callback=finite, help="Fraction of the steps that a group shares.")
+    ] = None,
     branch_noise: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Amount of fresh noise per image at a branch: 0 none, 1 all.")
+        float | None,
+        typer.Option(min=0, max=1, callback=finite, help="Amount of fresh noise per image at a branch: 0 none, 1 all."),
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(min=0, help="Above 1, each step needs two network evaluations.")
+        float | None,
+        typer.Option(min=0, callback=finite, help="Above 1, each step needs two network evaluations."),
     ] = None,
     negative_prompt: Annotated[str, typer.Option(help="What the images should not show.")] = "",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Maximum prompts per network call.")] = None,

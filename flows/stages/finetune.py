@@ -120,7 +120,7 @@ def load(base: Path) -> Any:
     """
     try:
         if (base / "text_encoder").exists():
-            return SharedSamplingPipeline.from_pretrained(base, use_safetensors=True)
+            return SharedSamplingPipeline.from_pretrained(base)
         return SharedSamplingPipeline.from_pipe(base_model.load(base))
     except (OSError, ValueError) as error:
         raise DataError(f"{base} cannot be loaded: {error}") from error

@@ -12,7 +12,8 @@ loads as the stock class.
 import importlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -24,6 +25,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.utils import BaseOutput
+from safetensors import SafetensorError
 from torch import Generator, Tensor
 
 from sage.errors import ConfigurationError, DataError, PlanError, UnsupportedError
@@ -101,7 +103,10 @@ class SharedSamplingPipeline:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> "SharedSamplingPipeline":
-        """Load a saved pipeline: a folder or hub name as in diffusers, or a folder of this project's base model."""
+        """Load a saved pipeline: a folder or hub name as in diffusers, or a folder of this project's base model.
+
+        Raises DataError if it cannot be loaded, or if its weights are pickled: only safetensors are read.
+        """
         folder = Path(path)
         index = folder / "model_index.json"
         if (
@@ -111,8 +116,19 @@ class SharedSamplingPipeline:
         ):
             from sage.sampling import base
 
-            return SharedSamplingPipeline.from_pipe(base.load(folder))
-        return SharedSamplingPipeline.from_pipe(DiffusionPipeline.from_pretrained(path, **kwargs))
+            with _loading(path):
+                return SharedSamplingPipeline.from_pipe(base.load(folder))
+        with _loading(path):
+            stock = DiffusionPipeline.from_pretrained(path, **kwargs | {"use_safetensors": True})
+        return SharedSamplingPipeline.from_pipe(stock)
+
+    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Load an adapter as the stock class does; raise DataError if it is missing or not saved as safetensors."""
+        named = kwargs.get("weight_name")
+        if named is not None and not str(named).endswith(".safetensors"):
+            raise DataError(f"{named} is no safetensors file; save the adapter again, with safe_serialization=True")
+        with _loading(args[0] if args and not isinstance(args[0], dict) else "the adapter"):
+            super().load_lora_weights(*args, **kwargs | {"use_safetensors": True})  # type: ignore[misc]
 
     def to_json_string(self) -> str:
         """Return the configuration to save; it names the stock class, so that diffusers alone can load it."""
@@ -344,6 +360,20 @@ class SharedSamplingPipeline:
             except UnicodeEncodeError as error:
                 raise DataError(f"prompt {number} is no valid Unicode at character {error.start}: {text!r}") from error
         return prompts
+
+
+@contextmanager
+def _loading(path: str | Path) -> Iterator[None]:
+    """Turn what the libraries raise for a pipeline that cannot be loaded into a DataError of one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        where = "" if Path(path).exists() else "there is no such folder; as a name on the hub: "
+        raise DataError(
+            f"{path} cannot be loaded ({where}{reason}); give a folder or hub name of diffusers' form, with weights as "
+            "safetensors"
+        ) from error
 
 
 def _group(prompts: list[str] | None) -> Sequence[Sequence[int]]:

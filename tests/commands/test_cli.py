@@ -72,6 +72,17 @@ QUICK = [
     ["pretrain", "denoiser", "--help"],
     ["generate", "missing.txt", "--out", "x"],
     ["generate", "prompts.txt", "--out", "x", "--steps", "0"],
+    *(
+        [*command, f"--{option}={value}"]
+        for command, option, values in (
+            (["generate", "missing.txt", "--out", "x"], "share-ratio", ("nan", "inf", "-0.1", "1.5", "half")),
+            (["generate", "missing.txt", "--out", "x"], "branch-noise", ("nan", "-inf", "2")),
+            (["generate", "missing.txt", "--out", "x"], "guidance-scale", ("inf", "nan", "-1", "1e400")),
+            (["group", "missing.txt"], "threshold", ("nan", "inf", "1.1")),
+            (["group", "missing.txt"], "max-size", ("0", "2.5")),
+        )
+        for value in values
+    ),
     ["group", "missing.txt"],
     ["calibrate", "--data", "missing"],
     ["pretrain", "autoencoder", "--data", "missing"],
@@ -83,14 +94,17 @@ QUICK = [
 def test_help_a_missing_file_and_a_wrong_argument_wait_for_no_heavy_import(tmp_path):
     shutil.copy(ROOT / "params.yaml", tmp_path)
     script = """
-import json, os, sys
+import io, json, os, sys
 from flows.cli import main
 for arguments in json.loads(sys.argv[1]):
+    shown = sys.stderr = io.StringIO()
     sys.argv = ["sage", *arguments]
     try:
         main()
     except SystemExit as ended:
         assert ended.code == (0 if "--help" in arguments else 2), (arguments, ended.code)
+    for option in [argument for argument in arguments if "=" in argument]:
+        assert f"Invalid value for '{option.partition('=')[0]}'" in shown.getvalue(), (option, shown.getvalue())
     heavy = {"torch", "diffusers", "transformers", "mlflow", "prefect", "dvc"} & set(sys.modules)
     assert not heavy, (arguments, heavy)
 """

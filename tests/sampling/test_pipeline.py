@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -258,6 +259,39 @@ def test_lora_loads_as_into_the_stock_pipeline(tmp_path):
     scaled = fresh("red cat", seed=[1], cross_attention_kwargs={"scale": 0.0}, **CALL).images
     np.testing.assert_allclose(scaled, plain, **TOLERANCE)
     assert np.abs(expected - plain).max() > 0.01
+
+
+def test_only_safetensors_are_read(tmp_path, monkeypatch):
+    stock = tiny.pipeline("stable_diffusion", tmp_path)
+    stock.save_pretrained(tmp_path / "safe")
+    assert SharedSamplingPipeline.from_pretrained(tmp_path / "safe").unet.config.in_channels == 4
+    monkeypatch.setattr(torch, "load", None)  # the reader of pickles
+    for part in ("unet", "text_encoder"):
+        folder = tmp_path / f"pickled {part}"
+        shutil.copytree(tmp_path / "safe", folder)
+        (weights,) = (folder / part).glob("*.safetensors")
+        getattr(stock, part).save_pretrained(folder / part, safe_serialization=False)
+        if list((folder / part).glob("*.bin")):
+            weights.unlink()
+        else:  # transformers no longer writes them
+            weights.rename(weights.with_name("pytorch_model.bin"))
+        with pytest.raises(DataError, match=r"cannot be loaded .*safetensors") as found:
+            SharedSamplingPipeline.from_pretrained(folder)
+        assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("missing", ["no/such", "/no/such", "a b//c"])
+def test_a_model_that_is_not_there_is_one_line(missing):
+    with pytest.raises(DataError, match=f"^{missing} cannot be loaded") as found:
+        SharedSamplingPipeline.from_pretrained(missing)
+    assert "\n" not in str(found.value)
+
+
+def test_a_pickled_adapter_is_refused(pipe, tmp_path):
+    torch.save({}, tmp_path / "pytorch_lora_weights.bin")
+    for arguments in ({"weight_name": "pytorch_lora_weights.bin"}, {}):
+        with pytest.raises(DataError, match="safetensors"):
+            pipe.load_lora_weights(tmp_path, **arguments)
 
 
 def test_memory_options_change_only_the_arithmetic(tmp_path):

@@ -40,7 +40,7 @@ from tracked import (  # noqa: F401
 from waiting import wait_for
 
 from flows import leash
-from flows.tracking import promotion, registry, runs
+from flows.tracking import content, promotion, registry, runs
 from sage.errors import RegistryError, SageError
 from sage.files import sha256, sha256_tree
 from sage.training import lora
@@ -362,6 +362,22 @@ def test_a_version_that_was_altered_is_refused_before_it_is_loaded(project, weig
             attempt()
     assert not (project / "executed").exists()
     assert "champion" not in aliases()
+
+
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.bin", "adapter.PT"])
+def test_a_version_with_a_pickle_is_neither_registered_nor_loaded(project, weights, tmp_path, name):
+    pickled = tmp_path / "pickled"
+    shutil.copytree(weights, pickled)
+    (pickled / name).write_bytes(b"pickle")
+    with pytest.raises(RegistryError, match=f"holds pickles.*{name}"):
+        register(pickled)
+    register(weights)
+    # By somebody who can write the registry, too.
+    source = Path(client().get_model_version("sage", "1").source.removeprefix("file://"))
+    shutil.copy(pickled / name, source / "artifacts/model" / name)
+    client().set_model_version_tag("sage", "1", content.FILES_HASH, content.files_hash(source))
+    with pytest.raises(RegistryError, match=f"version 1 of sage holds pickles.*{name}"):
+        registry.fetch("challenger", project / "out")
 
 
 @pytest.mark.slow
