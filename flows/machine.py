@@ -1,5 +1,6 @@
 """Settings of the machine: environment variables, because they are no parameters of a run."""
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +9,9 @@ from sage.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+log = logging.getLogger(__name__)
 
 
 def device() -> str:
@@ -59,6 +63,16 @@ def accelerator() -> "Accelerator":
         return Accelerator(cpu=cpu, mixed_precision="no")
 
 
-def embedding_cache() -> Path:
-    """Return the file that caches prompt embeddings, in the folder SAGE_CACHE (default: work/cache)."""
-    return Path(os.environ.get("SAGE_CACHE", "work/cache")) / "embeddings.sqlite"
+def embedding_cache() -> Path | None:
+    """Return the file that caches prompt embeddings, in the folder SAGE_CACHE (default: work/cache).
+
+    None, with a warning, if it cannot be written: a project that is only read keeps no cache.
+    """
+    path = Path(os.environ.get("SAGE_CACHE", "work/cache")) / "embeddings.sqlite"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        log.warning("embeddings are not cached, because %s cannot be written: %s", path, error.strerror)
+        return None
+    return path

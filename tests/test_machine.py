@@ -1,5 +1,7 @@
 """The device that SAGE_DEVICE names is the one that computes, or the command says that it is not there."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -17,6 +19,14 @@ def alone(monkeypatch):
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
+
+
+def test_a_cache_that_cannot_be_written_is_none(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    assert machine.embedding_cache() == Path("work/cache/embeddings.sqlite") and not caplog.text
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SAGE_CACHE", str(tmp_path / "file/cache"))
+    assert machine.embedding_cache() is None and "embeddings are not cached" in caplog.text
 
 
 ABSENT = ["banana", "cuda:x", "xpu", "mps" if not torch.backends.mps.is_available() else "cuda"]

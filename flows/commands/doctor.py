@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from flows.machine import device
-from flows.tracking import runs
+from flows.tracking import place, runs
 from flows.versioning import repository
 from sage.errors import SageError
 from sage.files import sha256
@@ -142,6 +142,10 @@ def _tracking() -> Iterator[Finding]:
     uri = runs.address()
     if uri is None:
         yield Finding("tracking: off, so runs and versions are not recorded")
+        return
+    if file := place.missing(uri):
+        fit = os.access(file.parent, os.W_OK)
+        yield Finding(f"tracking: {file}, made by the first run", "" if fit else f"make {file.parent} writable")
         return
     try:
         runs.check(uri)

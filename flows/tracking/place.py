@@ -36,6 +36,12 @@ def artifacts(uri: str) -> Path | None:
     return None if file is None else file.parent / _ARTIFACTS
 
 
+def missing(uri: str) -> Path | None:
+    """Return the file of an SQLite database that does not exist yet; opening it would make it."""
+    file = _file(uri)
+    return file if file is not None and not file.exists() else None
+
+
 def follow(uri: str) -> None:
     """Change the addresses in a database that is no longer where they say, if its artifacts are beside it, or lost."""
     file, home = _file(uri), artifacts(uri)

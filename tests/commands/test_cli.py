@@ -150,6 +150,16 @@ def test_without_tracking_there_is_no_registry(sage, project, command):
     assert "SAGE_TRACKING_URI=off" in done.err
 
 
+@pytest.mark.parametrize("command", [["doctor"], ["compare"], ["promote"], ["promote", "--rollback"], ["register"]])
+def test_a_command_that_reads_leaves_nothing_behind_in_a_folder_that_is_no_project(
+    sage, tmp_path, monkeypatch, command
+):
+    monkeypatch.delenv("SAGE_TRACKING_URI")
+    done = sage(*command, cwd=tmp_path)
+    assert done.code in (1, 2) and "Traceback" not in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_rollback_takes_no_version(sage, project):
     done = sage("promote", "3", "--rollback", cwd=project)
     assert done.code == 2
