@@ -106,7 +106,7 @@ def denoiser(
 
 @app.command("alignment")
 def dual_encoder(data: Data = Path("data/prepared"), out: Out = Path("models/alignment")) -> None:
-    """Train the dual encoder that measures how well an image matches its prompt, on real training images only."""
+    """Train the dual encoder that measures how well an image matches its prompt, on images of the training split."""
     examples = read_split(data, "train")
 
     from sage.evaluation import alignment
@@ -114,7 +114,8 @@ def dual_encoder(data: Data = Path("data/prepared"), out: Out = Path("models/ali
     from sage.grouping.embedding import embed
 
     model = alignment.train_alignment(examples, seed=0)
-    alignment.save(model, out)
+    hashed = files.sha256_tree(data / "train")
+    alignment.save(model, out, f"{len(examples)} images and their captions, {data / 'train'}, SHA-256 {hashed}")
     unseen = read_split(data, "validation")
     features = EfficientNetLite0()(read_images(example.path for example in unseen))
     embeddings = embed([example.text for example in unseen])

@@ -1,4 +1,4 @@
-"""The default grouping of a pipeline that is called without groups; its policy has the values of `params.yaml`."""
+"""The default grouping of a pipeline that is called without groups: the policy of the shipped `params.yaml`."""
 
 from collections.abc import Sequence
 
