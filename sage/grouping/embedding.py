@@ -66,7 +66,7 @@ def _load(encoder: str):  # type: ignore[no-untyped-def]
 
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(str(_folder(encoder) or encoder), device="cpu")
+    return SentenceTransformer(str(_folder(encoder) or encoder), device="cpu", model_kwargs={"use_safetensors": True})
 
 
 def _folder(encoder: str) -> Path | None:
