@@ -10,10 +10,11 @@ from sage.sampling.plan import Plan
 from sage.sampling.stream import Result
 
 
-def open_pipeline(model: str | Path, on: str | None = None) -> Any:
-    """Return a saved pipeline for shared sampling on device `on` (default: `device()`), without progress bars."""
+def open_pipeline(model: str | Path) -> Any:
+    """Return a saved pipeline for shared sampling on `device()`, without progress bars."""
+    on = device()
     pipe: Any = SharedSamplingPipeline.from_pretrained(model)
-    pipe.to(on or device())
+    pipe.to(on)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

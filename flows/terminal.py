@@ -1,6 +1,7 @@
 """Terminal output of commands: errors as one message, progress with rate and time left."""
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -56,14 +57,26 @@ def _stop(message: object, code: int) -> None:
     raise SystemExit(code)
 
 
+def finite(value: float | None) -> float | None:
+    """Return the value of an option; raise typer.BadParameter for infinity and NaN, which pass typer's limits."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not finite; give a finite number")
+    return value
+
+
 def quiet() -> None:
     """Log warnings only, and turn off the progress bars of libraries, whether imported already or later."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        os.environ.setdefault(name, "1")
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for name in ("transformers", "diffusers"):
         if module := sys.modules.get(name):
             module.utils.logging.set_verbosity_error()
             module.utils.logging.disable_progress_bar()
+    if module := sys.modules.get("huggingface_hub"):
+        module.utils.disable_progress_bars()
 
 
 @contextmanager

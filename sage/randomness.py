@@ -5,11 +5,14 @@ import hashlib
 import torch
 from torch import Tensor
 
+from sage.numbers import whole
+
 
 def generator(*key: int | str) -> torch.Generator:
     """Return a CPU generator seeded by a hash of the key, such as (seed, step)."""
     # Hashed, because torch's CPU generator reads only the low 32 bits of a seed: `seed << 32` would change nothing.
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4]))
+    plain = tuple(part if isinstance(part, str) else whole("a key of random numbers", part) for part in key)
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(plain).encode()).digest()[:4]))
 
 
 def stratified_uniform(n: int, random: torch.Generator) -> Tensor:

@@ -69,7 +69,16 @@ def test_a_room_imports_only_the_rooms_below_it(room):
 
 def test_every_module_of_the_library_is_in_a_room_or_shared_by_them():
     found = {path.relative_to(ROOT / "sage").parts[0] for path in (ROOT / "sage").rglob("*.py")}
-    shared = {"__init__.py", "config.py", "diffusion.py", "errors.py", "files.py", "packaged.py", "randomness.py"}
+    shared = {
+        "__init__.py",
+        "config.py",
+        "diffusion.py",
+        "errors.py",
+        "files.py",
+        "numbers.py",
+        "packaged.py",
+        "randomness.py",
+    }
     assert found == set(ROOMS) | shared | {"torchvision_ops.py"}
 
 

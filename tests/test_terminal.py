@@ -120,3 +120,22 @@ def test_no_closing_line_claims_an_end_that_was_not(capsys):
         advance(3)
         raise ValueError("stop")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "order", ["quiet(); import sage.torchvision_ops, diffusers", "import sage.torchvision_ops, diffusers; quiet()"]
+)
+def test_bars_and_warnings_of_libraries_stay_away_whenever_they_are_imported(order):
+    code = f"""
+from flows.terminal import quiet
+{order}
+import transformers
+from diffusers.utils import logging
+print(list(logging.tqdm([1, 2], desc="Loading pipeline components...")), list(transformers.utils.logging.tqdm([3])))
+for library in (diffusers, transformers):
+    library.utils.logging.get_logger(f"{{library.__name__}}.any").warning("a warning")
+"""
+    clean = {name: value for name, value in os.environ.items() if "PROGRESS" not in name and "TQDM" not in name}
+    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[1, 2] [3]\n", "")

@@ -7,14 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import sage.torchvision_ops  # noqa: F401
-
 import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows.drawing import open_pipeline
 from flows.machine import device, embedding_cache
 from flows.terminal import progress, run
 from sage.config import load_params
@@ -22,7 +19,6 @@ from sage.data.dataset import Example, read_split
 from sage.errors import DataError
 from sage.evaluation import bootstrap
 from sage.evaluation.damage import by_similarity, distances
-from sage.evaluation.extractors import EfficientNetLite0
 from sage.files import digest, new_file, sha256_tree, write_json
 from sage.grouping.boilerplate import distinct
 from sage.grouping.cost import FILE, Damage, kept_form, model_digest
@@ -49,6 +45,10 @@ def main(
     params = load_params()
     settings, grouping = params.generate, params.group
     examples = read_split(data, SPLIT)
+    device()  # a missing device fails here, not after the embedding
+
+    from sage.evaluation.extractors import EfficientNetLite0
+
     embeddings = embed(distinct([example.text for example in examples]), ENCODER, cache=embedding_cache())
     groups = groups_at(THRESHOLDS, embeddings, grouping.max_size, grouping.near_duplicate)
     # Before anything is drawn: each part gets an interval.
@@ -98,6 +98,9 @@ def draw(model: Path, examples: Sequence[Example], groups: Groups, settings: Any
         if sum(map(len, pieces[-1])) >= _PIECE:
             pieces.append([])
         pieces[-1].append(members)
+    from flows.drawing import open_pipeline
+    from sage.evaluation.extractors import EfficientNetLite0
+
     extract, pipe = None, None
     found: list[np.ndarray] = []
     with progress(sum(map(len, groups)), "images with and without sharing") as advance:

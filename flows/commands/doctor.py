@@ -1,5 +1,6 @@
 """`sage doctor`: a line for each check of this machine and folder, with a remedy if it fails."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from flows.machine import device
-from flows.tracking import runs
+from flows.tracking import place, runs
 from flows.versioning import repository
 from sage.errors import SageError
 from sage.files import sha256
@@ -45,7 +46,7 @@ class Finding:
 def report(write: Callable[[str], None]) -> bool:
     """Write the findings of all checks; return whether there is no problem."""
     fit = True
-    for check in (_python, _packages, _operators, _weights, _git, _dvc, _tracking, _disk, _memory, _device):
+    for check in (_python, _packages, _operators, _weights, _repository, _dvc, _tracking, _disk, _memory, _device):
         for finding in check():
             mark = "NOT FIT" if finding.remedy else "fit"
             write(f"{mark:<7}  {finding.what}")
@@ -105,26 +106,63 @@ def _weights() -> Iterator[Finding]:
         else:
             yield Finding(f"weights {package}: the published ones")
     for folder in map(Path, _OWN):
-        weights = sorted(folder.rglob("*.safetensors"))
-        changed = _git_status(str(folder))
-        if not weights:
-            yield Finding(f"weights {folder}: missing", f"git checkout {folder}, or train them: sage pretrain --help")
-        elif changed:
-            yield Finding(f"weights {folder}: differ from git", f"git checkout {folder}, or commit the new ones")
-        else:
-            yield Finding(f"weights {folder}: {sum(path.stat().st_size for path in weights) / 1e6:.1f} MB, as in git")
+        yield _own_weights(folder)
 
 
-def _git_status(*paths: str) -> str:
-    command = ["git", "status", "--porcelain", "--", *paths]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+def _own_weights(folder: Path) -> Finding:
+    """Check a model of the project's folder; another one in the place of the shipped one is as good."""
+    what = f"weights {folder}"
+    tracked = _git("ls-files", "--", str(folder))
+    weights = sorted(folder.rglob("*.safetensors"))
+    if not weights and any(path.is_file() for path in folder.rglob("*")):
+        return Finding(f"{what}: no safetensors", "save the model as safetensors, the only form that is read")
+    if not weights:
+        restore = f"git restore {folder}, or " if tracked else ""
+        return Finding(f"{what}: missing", f"{restore}train them: sage pretrain --help")
+    if damaged := [path for path in weights if not _opens(path)]:
+        names = ", ".join(map(str, damaged))
+        from_git = f", or take them from git: git restore {names}" if tracked else ""
+        return Finding(f"{what}: damaged, {names}", f"copy these files again from where they came{from_git}")
+    size = f"{sum(path.stat().st_size for path in weights) / 1e6:.1f} MB"
+    if not tracked:
+        return Finding(f"{what}: {size}, not in git")
+    return Finding(f"{what}: {size}, {'your own, not the committed ones' if _changed(folder) else 'as in git'}")
 
 
-def _git() -> Iterator[Finding]:
+def _opens(path: Path) -> bool:
+    """Return whether a safetensors file is whole: as long as its header says, with the hash in its config, if any."""
+    config = path.with_name("config.json")
+    if config.exists():
+        wanted = json.loads(config.read_text(encoding="utf-8")).get("sha256")
+        if wanted is not None and sha256(path) != wanted:
+            return False
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
+def _changed(folder: Path) -> bool:
+    return bool(_git("status", "--porcelain", "--", str(folder)))
+
+
+def _git(*arguments: str) -> str:
+    """Return the output of git; nothing if there is no git, no repository or no commit."""
     if shutil.which("git") is None:
-        yield Finding("git: missing", "install git")
+        return ""
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _repository() -> Iterator[Finding]:
+    if shutil.which("git") is None:
+        yield Finding("git: missing", "install git; runs are recorded with its revision")
+    elif not _git("rev-parse", "--git-dir"):
+        yield Finding("git: no repository here", "run in a clone of the project, or make a repository: git init")
     elif (revision := repository.revision()) == "none":
-        yield Finding("git: no repository here", "run in a clone of the project")
+        yield Finding("git: no commit yet", "git add --all, then git commit")
     else:
         yield Finding(f"git: {revision}")
 
@@ -133,7 +171,16 @@ def _dvc() -> Iterator[Finding]:
     try:
         stale = repository.stale()
     except SageError as error:
-        yield Finding(f"DVC: {error}", "run in the project's top folder; `dvc init` makes .dvc")
+        found = " ".join(str(error).split())
+        remedy = "run in the project's top folder"
+        if "not inside of a DVC repository" in found:
+            remedy += "; `dvc init` makes .dvc"
+        for name in ("dvc.lock", "dvc.yaml", "params.yaml"):
+            if f"{name}' " in found:
+                remedy = f"correct {name}, or git restore {name}"
+        if "dvc.lock' " in found:
+            remedy += "; without the file `sage run` takes from DVC's cache what is there"
+        yield Finding(f"DVC: {found}", remedy)
     else:
         yield Finding(f"DVC: {'`sage run` would run ' + ', '.join(stale) if stale else 'all stages up to date'}")
 
@@ -142,6 +189,10 @@ def _tracking() -> Iterator[Finding]:
     uri = runs.address()
     if uri is None:
         yield Finding("tracking: off, so runs and versions are not recorded")
+        return
+    if file := place.missing(uri):
+        fit = os.access(file.parent, os.W_OK)
+        yield Finding(f"tracking: {file}, made by the first run", "" if fit else f"make {file.parent} writable")
         return
     try:
         runs.check(uri)
@@ -165,11 +216,11 @@ def _memory() -> Iterator[Finding]:
 def _device() -> Iterator[Finding]:
     import torch
 
-    wanted = device()
     try:
-        torch.ones(1, device=wanted).sum().item()
-    except (RuntimeError, AssertionError) as error:
-        yield Finding(f"device {wanted}: {str(error).splitlines()[0]}", "set SAGE_DEVICE=cpu or repair the driver")
+        found = device()
+    except SageError as error:
+        problem, _, remedy = str(error).partition("; ")
+        yield Finding(f"device: {problem}", remedy)
     else:
-        name = torch.cuda.get_device_name(wanted) if wanted.startswith("cuda") else f"{os.cpu_count()} cores"
-        yield Finding(f"device: {wanted}, {name}, torch {torch.__version__}")
+        name = torch.cuda.get_device_name(found) if found.startswith("cuda") else f"{os.cpu_count()} cores"
+        yield Finding(f"device: {found}, {name}, torch {torch.__version__}")

@@ -2,27 +2,28 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import sage.torchvision_ops  # noqa: F401
-
-import torch
 import typer
-from diffusers import AutoencoderKL
-from torch import Tensor
 
+from flows.machine import check_cpu
 from flows.terminal import exit_on_error, progress
 from sage import files
 from sage.config import NetworkTraining, load_params
 from sage.data.dataset import captions_of, load_pixels, read_split
-from sage.evaluation import alignment
-from sage.evaluation.extractors import EfficientNetLite0, read_images
-from sage.grouping.embedding import embed
-from sage.sampling import base
-from sage.training import pretraining
-from sage.training.loop import Losses, Schedule, fit
+from sage.errors import DataError
 
-app = typer.Typer(no_args_is_help=True, help="Train the models in models/; a killed command resumes when called again.")
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sage.data.dataset import Example
+    from sage.training.loop import Losses
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Train the models in models/, on the CPU; a killed command resumes when called again.",
+    callback=lambda: check_cpu("sage pretrain"),
+)
 
 Data = Annotated[Path, typer.Option(help="Prepared data: `dvc repro prepare` makes it.")]
 Work = Annotated[Path, typer.Option(help="Folder for resumable state.")]
@@ -35,7 +36,14 @@ def autoencoder(
 ) -> None:
     """Train the autoencoder on the training images and print its reconstruction quality on unseen images."""
     settings = load_params().pretrain.autoencoder
-    images = _images(data, "train")
+    examples = read_split(data, "train")
+
+    import torch
+
+    from sage.sampling import base
+    from sage.training import pretraining
+
+    images = _images(examples)
     torch.manual_seed(settings.seed)
     network = base.new_autoencoder()
     loss = pretraining.autoencoder_loss(
@@ -45,7 +53,7 @@ def autoencoder(
     pretraining.normalise_latents(network, images)
     with files.new_folder(out) as temporary:
         network.save_pretrained(temporary)
-    unseen = _images(data, "validation")
+    unseen = _images(read_split(data, "validation"))
     typer.echo(f"reconstruction of {len(unseen)} unseen pictures: {pretraining.reconstruction(network, unseen):.2f} dB")
 
 
@@ -63,9 +71,15 @@ def denoiser(
 ) -> None:
     """Train the U-Net on the autoencoder's latents and write the whole base model."""
     settings = load_params().pretrain.denoiser
-    autoencoder = AutoencoderKL.from_pretrained(vae).eval().requires_grad_(False)
     examples = read_split(data, "train")
-    latents = pretraining.encode_images(autoencoder, _images(data, "train")) * autoencoder.config.scaling_factor
+
+    import torch
+
+    from sage.sampling import base
+    from sage.training import pretraining
+
+    autoencoder = _autoencoder(vae)
+    latents = pretraining.encode_images(autoencoder, _images(examples)) * autoencoder.config.scaling_factor
     texts, captions = captions_of([example.texts for example in examples])
     states = pretraining.encode_texts([*texts, ""])
     torch.manual_seed(settings.seed)
@@ -92,9 +106,16 @@ def denoiser(
 
 @app.command("alignment")
 def dual_encoder(data: Data = Path("data/prepared"), out: Out = Path("models/alignment")) -> None:
-    """Train the dual encoder that measures how well an image matches its prompt, on real training images only."""
-    model = alignment.train_alignment(read_split(data, "train"), seed=0)
-    alignment.save(model, out)
+    """Train the dual encoder that measures how well an image matches its prompt, on images of the training split."""
+    examples = read_split(data, "train")
+
+    from sage.evaluation import alignment
+    from sage.evaluation.extractors import EfficientNetLite0, read_images
+    from sage.grouping.embedding import embed
+
+    model = alignment.train_alignment(examples, seed=0)
+    hashed = files.sha256_tree(data / "train")
+    alignment.save(model, out, f"{len(examples)} images and their captions, {data / 'train'}, SHA-256 {hashed}")
     unseen = read_split(data, "validation")
     features = EfficientNetLite0()(read_images(example.path for example in unseen))
     embeddings = embed([example.text for example in unseen])
@@ -105,13 +126,26 @@ def dual_encoder(data: Data = Path("data/prepared"), out: Out = Path("models/ali
     typer.echo(f"mean cosine of {len(unseen)} unseen pictures and their captions: {own.mean():.3f}. Wrote {out}.")
 
 
-def _images(data: Path, split: str) -> Tensor:
-    return torch.from_numpy(load_pixels(read_split(data, split)))
+def _autoencoder(folder: Path) -> Any:
+    """Return a saved autoencoder; raise DataError if it cannot be loaded or its weights are not safetensors."""
+    from diffusers import AutoencoderKL
+
+    try:
+        found = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} holds no autoencoder: {error}. Run `sage pretrain autoencoder`.") from error
+    return found.eval().requires_grad_(False)
+
+
+def _images(examples: "list[Example]") -> "Tensor":
+    import torch
+
+    return torch.from_numpy(load_pixels(examples))
 
 
 def _fit(
-    network: torch.nn.Module,
-    loss: Callable[[int], Losses],
+    network: "nn.Module",
+    loss: "Callable[[int], Losses]",
     settings: NetworkTraining,
     work: Path,
     data: Path,
@@ -125,6 +159,8 @@ def _fit(
     data           prepared data
     ancestors      hashes of the models that the training starts from
     """
+    from sage.training.loop import Schedule, fit
+
     schedule = Schedule(
         settings.steps, settings.learning_rate, warmup=settings.warmup, decay=settings.decay, ema=settings.ema
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 import typer
 
 from flows import leash
+from flows.tracking import place
 from sage.errors import ConfigurationError, SageError
 
 STATE = Path("work/up")
@@ -92,7 +93,8 @@ def _prefect(*arguments: str) -> list[str]:
 
 
 def _mlflow(port: int) -> list[str]:
-    store, artifacts = f"sqlite:///{Path('mlflow.db').resolve()}", Path("mlartifacts").resolve().as_uri()
+    store, artifacts = place.database(), Path("mlartifacts").resolve().as_uri()
+    place.follow(store)
     listen = ["--host", HOST, "--port", str(port), "--workers", "1"]
     # Clients read and write artifact files directly, as they do without a server.
     return [

@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Stage = Literal["prepare", "group", "finetune", "generate", "evaluate"]
 STAGES: tuple[str, ...] = get_args(Stage)
-Override = Annotated[str, Field(min_length=3, max_length=500, pattern=r"^[A-Za-z_][A-Za-z0-9_.]*=.+$")]
+# What `dvc exp run -S` takes: NAME=VALUE changes a parameter, +NAME=VALUE adds one, ++ does either, ~NAME removes one.
+_NAME = "[A-Za-z_][A-Za-z0-9_.]*"
+Override = Annotated[str, Field(max_length=500, pattern=rf"^(params\.yaml:)?((\+\+?)?{_NAME}=.*|~{_NAME}(=.*)?)$")]
 Version = Annotated[str, Field(pattern=r"^([0-9]+|[a-z][a-z0-9_-]*)$")]
 
 
@@ -32,7 +34,8 @@ class Range(Form):
         [],
         max_length=50,
         title="Overrides",
-        description="Parameters for this run only, as in `dvc exp run -S`: finetune.steps=500. The run becomes a DVC "
+        description="Parameters for this run only, as in `dvc exp run -S`: finetune.steps=500, "
+        "+group.saving=0.3 for one that params.yaml leaves out, ~group.threshold to remove one. The run becomes a DVC "
         "experiment on the current commit, in its own work tree, with the name of the run; nothing is registered.",
     )
 

@@ -16,17 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import sage.torchvision_ops  # noqa: F401
-
 import typer
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from flows import drawing
 from flows.machine import embedding_cache
 from flows.prompts.files import Item, read_prompts
 from flows.report.sheet import in_rows, opened, sheet
-from flows.terminal import progress, run
+from flows.terminal import finite, progress, run
 from sage.config import Group, load_params
 from sage.data.images import is_blank
 from sage.errors import ConfigurationError, DataError
@@ -78,12 +75,16 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pictures.")] = 0,
     # Without it, and the same for the next four: how a registered model was judged; for another model, params.yaml.
     steps: Annotated[int | None, typer.Option(min=1, help="Inference steps; else the model's, or params.yaml.")] = None,
-    share_ratio: Annotated[float | None, typer.Option(help="Fraction of the steps that a group shares.")] = None,
+    share_ratio: Annotated[
+        float | None, typer.Option(min=0, max=1, callback=finite, help="Fraction of the steps that a group shares.")
+    ] = None,
     branch_noise: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Amount of fresh noise per image at a branch: 0 none, 1 all.")
+        float | None,
+        typer.Option(min=0, max=1, callback=finite, help="Amount of fresh noise per image at a branch: 0 none, 1 all."),
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(min=0, help="Above 1, each step needs two network evaluations.")
+        float | None,
+        typer.Option(min=0, callback=finite, help="Above 1, each step needs two network evaluations."),
     ] = None,
     negative_prompt: Annotated[str, typer.Option(help="What the images should not show.")] = "",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Maximum prompts per network call.")] = None,
@@ -140,6 +141,8 @@ def open_model(model: str) -> tuple[Any, str, dict[str, Any], Group]:
     A registered model contains both settings, and its files are verified before one is read; for other models the
     settings come from params.yaml. Raises RegistryError if a version is damaged or unknown.
     """
+    from flows import drawing
+
     if model.startswith("models:/"):
         from flows.tracking import registry
 
@@ -197,6 +200,8 @@ def drawn(
     out       folder for the images
     wanted    indices of `items`; default: those that have no file yet
     """
+    from flows import drawing
+
     seeds = image_seeds(settings["seed"], [item.prompt for item in items])
     number = {member: place for place, group in enumerate(groups) for member in group}
     total = len(items) if wanted is None else len(wanted)

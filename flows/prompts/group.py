@@ -8,7 +8,7 @@ import typer
 from flows.machine import embedding_cache
 from flows.prompts.files import read_prompts
 from flows.report.groups_page import groups_page
-from flows.terminal import progress, run
+from flows.terminal import finite, progress, run
 from sage.config import load_params
 from sage.errors import DataError
 from sage.files import write_text
@@ -29,8 +29,10 @@ def main(
         str, typer.Argument(help="A list of prompts: .txt, .jsonl, .csv, .tsv, or - for standard input.")
     ],
     page: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("work/groups.html"),
-    threshold: Annotated[float | None, typer.Option(help="Instead of what params.yaml asks for.")] = None,
-    max_size: Annotated[int | None, typer.Option(help="Instead of what params.yaml asks for.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(min=-1, max=1, callback=finite, help="Instead of what params.yaml asks for.")
+    ] = None,
+    max_size: Annotated[int | None, typer.Option(min=1, help="Instead of what params.yaml asks for.")] = None,
     model: Annotated[Path, typer.Option(help="The model whose measured damage group.max_damage reads.")] = Path(
         "models/base"
     ),

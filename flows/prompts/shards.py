@@ -28,7 +28,7 @@ from flows.machine import device
 from flows.prompts import generate as prompts
 from flows.prompts.files import Item
 from flows.report.sheet import opened
-from flows.terminal import exit_on_error
+from flows.terminal import exit_on_error, finite
 from sage.config import load_params
 from sage.data.images import is_blank
 from sage.errors import ConfigurationError, DataError
@@ -54,8 +54,8 @@ def plan(
     model: Annotated[str, typer.Option(help="Pipeline folder, hub name or registered model (models:/sage@champion).")],
     seed: Annotated[int, typer.Option(min=0)] = 0,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
-    share_ratio: Annotated[float | None, typer.Option()] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=0)] = None,
+    share_ratio: Annotated[float | None, typer.Option(min=0, max=1, callback=finite)] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, callback=finite)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
     """Group the prompts and write the plan of the run; repeating it for the same run changes nothing."""

@@ -8,15 +8,14 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import sage.torchvision_ops  # noqa: F401
 
 import torch
 import typer
-from accelerate import Accelerator
 
-from flows.machine import device
+from flows import machine
 from flows.report.sheet import sheet
 from flows.terminal import progress, run
 from flows.tracking.runs import Run, stage_run
@@ -33,6 +32,9 @@ from sage.training.batches import Batches
 from sage.training.denoiser import Denoiser
 from sage.training.finetuning import TrainingSet, finetuning_loss, sampling_cost
 from sage.training.loop import Schedule, Trained, fit, processes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ def main(
     """Fine-tune the base model on the groups of the training split; a killed run resumes from its last checkpoint."""
     params = load_params()
     settings, sampler_steps = params.finetune, params.generate.steps
-    accelerator = Accelerator(cpu=device() == "cpu", mixed_precision="no")
+    accelerator = machine.accelerator()
     check_sums(data)
     pipeline = load(base).to(accelerator.device)
     examples = read_split(data, "train")
@@ -118,14 +120,14 @@ def load(base: Path) -> Any:
     """
     try:
         if (base / "text_encoder").exists():
-            return SharedSamplingPipeline.from_pretrained(base, use_safetensors=True)
+            return SharedSamplingPipeline.from_pretrained(base)
         return SharedSamplingPipeline.from_pipe(base_model.load(base))
     except (OSError, ValueError) as error:
         raise DataError(f"{base} cannot be loaded: {error}") from error
 
 
 @contextmanager
-def _main_run(accelerator: Accelerator, settings: Finetune) -> Iterator[Run]:
+def _main_run(accelerator: "Accelerator", settings: Finetune) -> Iterator[Run]:
     """Yield the tracking record of this run; of several processes only the main one records."""
     if not accelerator.is_main_process:
         yield Run()

@@ -29,6 +29,7 @@ FILES_HASH = "sage.files_sha256"  # name of the tag of a version
 _LOADED_AS, _BYTECODE = "registered_model_meta", "__pycache__"
 _WEIGHTS = "artifacts/model"
 ADAPTER = "pytorch_lora_weights.safetensors"
+_PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,11 @@ def describe(params: Params, threshold: float, model_sha256: str) -> dict[str, A
 
 
 def save(folder: Path, model: Path, config: Mapping[str, Any]) -> None:
-    """Write the files of a version; its signature has the parameters of a request and their defaults."""
+    """Write the files of a version; its signature has the parameters of a request and their defaults.
+
+    Raises RegistryError if the model holds a pickle.
+    """
+    _refuse_pickles(model, "the model")
     from mlflow.models import Model
     from mlflow.types import DataType, ParamSchema, ParamSpec
 
@@ -159,10 +164,18 @@ def draws(version: Version) -> bool:
     return "png" in answer and not is_blank(Image.open(BytesIO(base64.b64decode(answer["png"]))))
 
 
+def _refuse_pickles(folder: Path, what: str) -> None:
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in _PICKLES)
+    if found:
+        raise RegistryError(f"{what} holds pickles, which could run code: {', '.join(found)}; save it as safetensors.")
+
+
 def _compare(files: Path, version: Any) -> None:
+    """Raise RegistryError if files have another hash than their version in the registry, or are pickles."""
     found, wanted = files_hash(files), str(version.tags.get(FILES_HASH))
     if found != wanted:
         raise RegistryError(
             f"version {version.version} of {version.name} is damaged: its files have SHA-256 {found[:12]}, not "
             f"{wanted[:12]} as the registry keeps."
         )
+    _refuse_pickles(files, f"version {version.version} of {version.name}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.tracking import content
+from flows.tracking import content, place
 from flows.tracking.runs import address, client, ending, experiment, new_run
 from flows.versioning.repository import revision
 from sage.config import Params
@@ -57,9 +57,9 @@ def register(model: Path, metrics: Path, groups: Path, params: Params) -> Regist
     same results is registered only once. Raises RegistryError if a result is missing, the results belong to another
     model, or tracking is off.
     """
-    tracker, home = connect()
     results = {path.stem: _read(path) for path in sorted(metrics.glob("*.json"))}
     _check(model, results)
+    tracker, home = _open(_address())
     evaluate = _evaluation(results["evaluate"], metrics / "evaluate.json")
     tags = _tags(results, evaluate, params)
     reasons = _failures(evaluate, params)
@@ -115,10 +115,21 @@ def versions(model: str = MODEL) -> list[dict[str, str]]:
 
 
 def connect() -> tuple[Any, str]:
-    """Return an MLflow client and the id of the experiment; raise RegistryError if tracking is off."""
+    """Return an MLflow client and the id of the experiment; raise RegistryError if there is nothing to read."""
+    uri = _address()
+    if file := place.missing(uri):
+        raise RegistryError(f"nothing is registered: {file} does not exist. Run `sage run`, in the project's folder.")
+    return _open(uri)
+
+
+def _address() -> str:
     uri = address()
     if uri is None:
         raise RegistryError("tracking is off (SAGE_TRACKING_URI=off), and with it the registry.")
+    return uri
+
+
+def _open(uri: str) -> tuple[Any, str]:
     tracker = client(uri)
     return tracker, experiment(tracker, uri)
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from flows.tracking import place
+from flows.tracking.place import EXPERIMENT
 from flows.versioning.repository import revision
 from sage.errors import SageError
 from sage.evaluation.results import Results, read
@@ -20,7 +22,6 @@ from sage.files import sha256
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EXPERIMENT = "sage"
 # A variable of our own, because MLFLOW_RUN_ID would make every stage write into the pipeline's run.
 PIPELINE = "SAGE_PIPELINE"
 _PIPELINE_TAGS = "SAGE_PIPELINE_TAGS"
@@ -31,12 +32,13 @@ _DIGEST_LENGTH = 36  # most characters of a dataset's digest that MLflow stores
 
 def address() -> str | None:
     """Return the tracking URI: SAGE_TRACKING_URI, or mlflow.db in the working directory; None if it is "off"."""
-    value = os.environ.get("SAGE_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    value = os.environ.get("SAGE_TRACKING_URI") or place.database()
     return None if value == "off" else value
 
 
 def client(uri: str) -> Any:
     """Return an MLflow client with few log messages and, by default, no telemetry and two retries of a request."""
+    place.follow(uri)
     for name, value in {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -62,8 +64,8 @@ def experiment(tracker: Any, uri: str) -> str:
         found = tracker.get_experiment_by_name(EXPERIMENT)
         if found is None:
             # A server chooses its own artifact location; for a plain database MLflow would use ./mlruns.
-            place = (Path.cwd() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
-            return str(tracker.create_experiment(EXPERIMENT, artifact_location=place))
+            home = place.artifacts(uri)
+            return str(tracker.create_experiment(EXPERIMENT, artifact_location=home.as_uri() if home else None))
         return str(found.experiment_id)
     except MlflowException as error:
         raise SageError(

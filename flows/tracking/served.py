@@ -22,11 +22,12 @@ from flows.tracking.content import check_loaded
 from sage.data.captions import clean_caption
 from sage.data.images import is_blank
 from sage.data.rows import Rejected
-from sage.errors import RegistryError
+from sage.errors import ConfigurationError, RegistryError
 from sage.files import sha256_tree
 from sage.grouping.boilerplate import distinct
 from sage.grouping.embedding import embed
 from sage.grouping.policy import Policy
+from sage.numbers import whole
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import image_seeds
 
@@ -104,15 +105,20 @@ def _check(settings: dict[str, Any], prompts: int, limits: dict[str, int]) -> No
         f"share_ratio is {settings['share_ratio']}; give 0 to below 1": not 0 <= settings["share_ratio"] < 1,
         f"guidance_scale is {settings['guidance_scale']}; give 0 to 100": not 0 <= settings["guidance_scale"] <= 100,
         f"{len(seeds)} seeds were given for {prompts} prompts": bool(seeds) and len(seeds) != prompts,
-        f"a seed is below 0 or above {_LARGEST_SEED}": not all(
-            isinstance(seed, int) and 0 <= seed <= _LARGEST_SEED for seed in (*seeds, settings["seed"])
-        ),
+        f"a seed is below 0 or above {_LARGEST_SEED}": not all(_is_seed(seed) for seed in (*seeds, settings["seed"])),
         f"negative_prompt has more than {limits['characters']} characters": (
             len(settings["negative_prompt"]) > limits["characters"]
         ),
     }
     if wrong := [problem for problem, found in problems.items() if found]:
         raise MlflowException.invalid_parameter_value("; ".join(wrong))
+
+
+def _is_seed(value: Any) -> bool:
+    try:
+        return 0 <= whole("seed", value) <= _LARGEST_SEED
+    except ConfigurationError:
+        return False
 
 
 def _item(prompt: str, characters: int) -> Answer:

@@ -24,9 +24,13 @@ _NEW = 60  # seconds in which a new tree may not be locked yet
 # The part of `dvc exp run -S` that changes params.yaml. It runs in a separate process, like every use of DVC here.
 _SET = """
 import sys
+from dvc.utils.cli_parse import to_path_overrides
 from dvc.utils.hydra import apply_overrides
 try:
-    apply_overrides("params.yaml", sys.argv[1:])
+    for path, overrides in to_path_overrides(sys.argv[1:]).items():
+        if path != "params.yaml":
+            raise ValueError(f"Error: parameters are in params.yaml, not in {path}")
+        apply_overrides(path, overrides)
 except Exception as error:
     sys.exit(str(error.__cause__ or error))
 """

@@ -1,4 +1,4 @@
-"""Image-text alignment, measured by a small dual encoder that is trained on real images only.
+"""Image-text alignment, measured by a small dual encoder that is trained on real images only, not on generated ones.
 
 Two linear maps project image features and sentence embeddings into one space; alignment is the cosine in that space.
 They are trained with a contrastive loss, as in CLIP (Radford et al., 2021): each image must pick its own caption among
@@ -153,8 +153,8 @@ def retrieval(model: DualEncoder, features: np.ndarray, embeddings: np.ndarray, 
     return float((better_captions < k).mean()), float((better_images < k).mean())
 
 
-def save(model: DualEncoder, folder: Path) -> None:
-    """Write the weights and a config.json with their hash and their feature extractors, atomically.
+def save(model: DualEncoder, folder: Path, trained_on: str) -> None:
+    """Write the weights and a config.json with their hash, feature extractors and training data in words, atomically.
 
     A model card (README.md) that is already in the folder is kept.
     """
@@ -171,6 +171,7 @@ def save(model: DualEncoder, folder: Path) -> None:
             "image_width": model.image.in_features,
             "text_width": model.text.in_features,
             "width": model.image.out_features,
+            "trained_on": trained_on,
             "sha256": sha256(weights),
         }
         write_json(temporary / "config.json", config)

@@ -79,7 +79,7 @@ METRICS = {
             "alignment",
             True,
             "bootstrap",
-            "cosine of image and prompt in a dual encoder trained on real training images",
+            "cosine of image and prompt in a dual encoder; models/alignment/config.json says what it was trained on",
             gateable=True,
             by_similarity=True,
         ),

@@ -1,4 +1,4 @@
-"""The groups that a call of the pipeline forms; by default as `params.yaml` does."""
+"""The groups that a call of the pipeline forms; by default as the shipped `params.yaml` does."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

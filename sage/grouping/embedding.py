@@ -81,7 +81,7 @@ def _load(encoder: str) -> Any:
 
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(str(_folder(encoder) or encoder), device="cpu")
+    return SentenceTransformer(str(_folder(encoder) or encoder), device="cpu", model_kwargs={"use_safetensors": True})
 
 
 def _folder(encoder: str) -> Path | None:

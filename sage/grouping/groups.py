@@ -23,6 +23,7 @@ from scipy.sparse.csgraph import connected_components
 from sage.errors import ConfigurationError, DataError
 from sage.grouping.linkage import Link, agglomerate, pack
 from sage.grouping.neighbours import scramble
+from sage.numbers import real, whole
 
 Groups = list[list[int]]
 _PART = 16384  # rows processed at a time
@@ -168,6 +169,8 @@ def _links(
     near_duplicate: float,
 ) -> list[Link]:
     """Return the links of all rows of a matrix: `find` (pack or agglomerate) links distinct rows; copies are added."""
+    threshold, max_size = real("threshold", threshold), whole("max_size", max_size)
+    near_duplicate = real("near_duplicate", near_duplicate)
     if not -1 <= threshold <= 1:
         raise ConfigurationError(f"threshold is {threshold}; give a cosine in [-1, 1]")
     if max_size < 1:

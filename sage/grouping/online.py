@@ -12,6 +12,7 @@ import numpy as np
 from sage.errors import ConfigurationError, DataError
 from sage.grouping.auto import DEFAULT
 from sage.grouping.groups import Groups, group
+from sage.numbers import real, whole
 
 Id = TypeVar("Id", bound=Hashable)
 
@@ -66,6 +67,8 @@ class StreamingGrouper(Generic[Id]):
         near_duplicate: float = DEFAULT.near_duplicate,
     ) -> None:
         """Raise ConfigurationError if threshold is outside [-1, 1], max_size or window below 1, or wait negative."""
+        threshold, max_size = real("threshold", threshold), whole("max_size", max_size)
+        wait, window = real("wait", wait), whole("window", window)
         if not -1 <= threshold <= 1:
             raise ConfigurationError(f"threshold is {threshold}; give a cosine in [-1, 1]")
         if max_size < 1 or window < 1 or not wait >= 0:

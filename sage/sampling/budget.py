@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sage.errors import PlanError
+from sage.numbers import real, whole
 from sage.sampling.plan import Block, Nested, Node, Plan, shared_steps
 
 
@@ -83,6 +84,8 @@ def plan_for_budget(
     To bound the loss of quality, give the similarity measured for that bound as `at_least` and the share ratio of the
     measurement as `most` (`sage.grouping.cost`). Raises PlanError if `saving` is outside [0, 1) or out of reach.
     """
+    steps, saving = whole("steps", steps), real("saving", saving)
+    most, at_least = real("most", most), real("at_least", at_least)
     if not 0 <= saving < 1:
         raise PlanError(f"saving {saving} is outside [0, 1); 0.4 saves 40% of the network evaluations")
 

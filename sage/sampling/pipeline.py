@@ -12,7 +12,8 @@ loads as the stock class.
 import importlib
 import json
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -24,13 +25,15 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.utils import BaseOutput
+from safetensors import SafetensorError
 from torch import Generator, Tensor
 
 from sage.errors import ConfigurationError, DataError, PlanError, UnsupportedError
+from sage.numbers import real, whole
 from sage.sampling import loop
 from sage.sampling.conditions import Condition
 from sage.sampling.partition import as_groups, check_keys, share_keys
-from sage.sampling.plan import Plan
+from sage.sampling.plan import Plan, shared_steps
 from sage.sampling.seeds import prompt_seed as prompt_seed
 from sage.sampling.stream import Cost, Stream
 
@@ -104,7 +107,10 @@ class SharedSamplingPipeline:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> "SharedSamplingPipeline":
-        """Load a saved pipeline: a folder or hub name as in diffusers, or a folder of this project's base model."""
+        """Load a saved pipeline: a folder or hub name as in diffusers, or a folder of this project's base model.
+
+        Raises DataError if it cannot be loaded, or if its weights are pickled: only safetensors are read.
+        """
         folder = Path(path)
         index = folder / "model_index.json"
         if (
@@ -114,8 +120,19 @@ class SharedSamplingPipeline:
         ):
             from sage.sampling import base
 
-            return SharedSamplingPipeline.from_pipe(base.load(folder))
-        return SharedSamplingPipeline.from_pipe(DiffusionPipeline.from_pretrained(path, **kwargs))
+            with _loading(path):
+                return SharedSamplingPipeline.from_pipe(base.load(folder))
+        with _loading(path):
+            stock = DiffusionPipeline.from_pretrained(path, **kwargs | {"use_safetensors": True})
+        return SharedSamplingPipeline.from_pipe(stock)
+
+    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Load an adapter as the stock class does; raise DataError if it is missing or not saved as safetensors."""
+        named = kwargs.get("weight_name")
+        if named is not None and not str(named).endswith(".safetensors"):
+            raise DataError(f"{named} is no safetensors file; save the adapter again, with safe_serialization=True")
+        with _loading(args[0] if args and not isinstance(args[0], dict) else "the adapter"):
+            super().load_lora_weights(*args, **kwargs | {"use_safetensors": True})  # type: ignore[misc]
 
     def to_json_string(self) -> str:
         """Return the configuration to save; it names the stock class, so that diffusers alone can load it."""
@@ -208,7 +225,13 @@ class SharedSamplingPipeline:
                 f"{type(self).__name__} takes no {', '.join(unknown)}; further options are {allowed}, and "
                 "groups=sage.Grouping(...) for how groups are formed"
             )
-        scale = self._default_guidance if guidance_scale is None else guidance_scale
+        scale = real("guidance_scale", self._default_guidance if guidance_scale is None else guidance_scale)
+        batch_size, num_inference_steps = (
+            whole("batch_size", batch_size),
+            whole("num_inference_steps", num_inference_steps),
+        )
+        num_images_per_prompt = whole("num_images_per_prompt", num_images_per_prompt)
+        branch_noise = real("branch_noise", branch_noise)
         if not math.isfinite(scale):
             raise ConfigurationError(f"guidance_scale is {scale}; give a finite number, 1 or less for no guidance")
         if batch_size < 1 or num_images_per_prompt < 1 or num_inference_steps < 1:
@@ -233,7 +256,7 @@ class SharedSamplingPipeline:
         steps = len(self.scheduler.timesteps)
         if plan is None:
             keys = share_keys(share_key, negatives if scale > 1 else None, given, count)
-            plan = Plan.shared(_groups(groups, prompts, keys, share_ratio), steps, share_ratio)
+            plan = Plan.shared(_groups(groups, prompts, keys, share_ratio, steps), steps, share_ratio)
         elif groups is not None:
             raise ConfigurationError("give either groups or a plan, and not both")
         if plan.prompts != count:
@@ -317,7 +340,10 @@ class SharedSamplingPipeline:
     def _size(self, height: int | None, width: int | None, options: dict[str, Any]) -> tuple[int, int]:
         default = self._network.config.sample_size
         default = (default, default) if isinstance(default, int) else default
-        size = (height or default[0] * self.vae_scale_factor, width or default[1] * self.vae_scale_factor)
+        size = (
+            whole("height", height) if height else default[0] * self.vae_scale_factor,
+            whole("width", width) if width else default[1] * self.vae_scale_factor,
+        )
         multiple = self.vae_scale_factor * self._network.config.get("patch_size", 1)
         if size[0] % multiple or size[1] % multiple:
             raise ConfigurationError(f"height {size[0]} and width {size[1]} must be multiples of {multiple}")
@@ -345,8 +371,26 @@ class SharedSamplingPipeline:
         return prompts
 
 
+@contextmanager
+def _loading(path: str | Path) -> Iterator[None]:
+    """Turn what the libraries raise for a pipeline that cannot be loaded into a DataError of one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        where = "" if Path(path).exists() else "there is no such folder; as a name on the hub: "
+        raise DataError(
+            f"{path} cannot be loaded ({where}{reason}); give a folder or hub name of diffusers' form, with weights as "
+            "safetensors"
+        ) from error
+
+
 def _groups(
-    groups: Any, prompts: list[str] | None, keys: Sequence[Hashable], share_ratio: float | Sequence[float]
+    groups: Any,
+    prompts: list[str] | None,
+    keys: Sequence[Hashable],
+    share_ratio: float | Sequence[float],
+    steps: int,
 ) -> list[list[int]]:
     """Return the groups that are given, or form them."""
     if isinstance(groups, (Iterable, Tensor)):
@@ -363,7 +407,8 @@ def _groups(
         )
     if share_ratio == 0 or len(keys) == 1:
         return [[number] for number in range(len(keys))]
-    return grouping.groups(prompts, keys, float(share_ratio))  # type: ignore[arg-type]
+    # A budget counts whole steps, as the plan does.
+    return grouping.groups(prompts, keys, shared_steps(share_ratio, steps) / steps)  # type: ignore[arg-type]
 
 
 def _family(pipeline: Any) -> Any:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Union
 
 from sage.errors import PlanError
+from sage.numbers import real, single, whole
 
 Node = Union["Block", int]
 
@@ -100,6 +101,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Check that the blocks nest and that every prompt appears once."""
+        object.__setattr__(self, "steps", whole("steps", self.steps))
         if self.steps < 1:
             raise PlanError(f"a plan needs at least 1 step, not {self.steps}")
         for node, start in self._walk():
@@ -130,14 +132,17 @@ class Plan:
         `groups` partition the prompts 0 to M - 1; `share_ratio` in [0, 1) is one number or one for each group.
         Raises PlanError otherwise.
         """
-        ratios = [share_ratio] * len(groups) if isinstance(share_ratio, (int, float)) else list(share_ratio)
+        steps = whole("steps", steps)
+        given: Any = share_ratio
+        ratios = [given] * len(groups) if single(given) else list(given)
         if len(ratios) != len(groups):
             raise PlanError(f"{len(ratios)} share ratios were given for {len(groups)} groups; give one for each")
         roots: list[Node] = []
-        for members, ratio in zip(groups, ratios, strict=True):
+        for group, ratio in zip(groups, ratios, strict=True):
             until = shared_steps(ratio, steps)
+            members = tuple(whole("the number of a prompt", member) for member in group)
             if until and len(members) > 1:
-                roots.append(Block(until, tuple(members)))
+                roots.append(Block(until, members))
             else:
                 roots.extend(members)
         return cls(steps, tuple(sorted(roots, key=lambda node: min(leaves_of((node,))))))
@@ -177,6 +182,7 @@ class Plan:
             tree: Node = rebuilt(Block, (item if isinstance(item, tuple) else item * times + r for item in flat))
             return tree
 
+        times = whole("times", times)
         return self if times == 1 else Plan(self.steps, tuple(moved(n, r) for n in self.roots for r in range(times)))
 
     def _walk(self) -> Iterator[tuple[Node, int]]:
@@ -194,10 +200,10 @@ def leaves_of(nodes: Sequence[Node]) -> Iterator[int]:
     open_nodes = list(reversed(nodes))
     while open_nodes:
         node = open_nodes.pop()
-        if isinstance(node, int):
-            yield node
-        else:
+        if isinstance(node, Block):
             open_nodes.extend(reversed(node.children))
+        else:
+            yield whole("the number of a prompt", node)
 
 
 def shared_steps(share_ratio: float, steps: int) -> int:
@@ -205,6 +211,7 @@ def shared_steps(share_ratio: float, steps: int) -> int:
 
     Raises PlanError for a share ratio outside [0, 1).
     """
+    share_ratio = real("share_ratio", share_ratio)
     if not 0 <= share_ratio < 1:
         raise PlanError(
             f"share ratio {share_ratio} is outside [0, 1); 0 shares nothing, 0.4 the first 40% of the steps"

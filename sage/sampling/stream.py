@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from sage.errors import ConfigurationError, PlanError
+from sage.numbers import single, whole
 from sage.sampling import loop
 from sage.sampling.conditions import Condition
 from sage.sampling.plan import Plan
@@ -252,11 +253,12 @@ class Stream:
         if seed is None:
             # As in diffusers, torch.manual_seed then determines the images.
             seed = int(torch.randint(2**62, ()))
-        if isinstance(seed, int):
-            return image_seeds(seed, self._keys)
-        if len(seed) != count:
-            raise ConfigurationError(f"{len(seed)} seeds were given for {count} images; give one for each")
-        return list(seed)
+        if single(seed):
+            return image_seeds(whole("seed", seed), self._keys)
+        seeds: Sequence[int] = seed  # type: ignore[assignment]
+        if len(seeds) != count:
+            raise ConfigurationError(f"{len(seeds)} seeds were given for {count} images; give one for each")
+        return [whole("seed", one) for one in seeds]
 
     def _draw_from_one(self, generator: Generator) -> list[int]:
         """Draw all initial noise from one generator as in diffusers, then a seed for the later draws of each image."""

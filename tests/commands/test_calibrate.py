@@ -10,6 +10,7 @@ import yaml
 from diffusers import HeunDiscreteScheduler, PNDMScheduler
 
 from flows.commands import calibrate
+from flows.drawing import open_pipeline
 from sage.errors import DataError
 from sage.evaluation import bootstrap
 from sage.evaluation.damage import distances
@@ -86,7 +87,7 @@ def test_independent_pictures_have_no_damage(project):
     from sage.data.dataset import read_split
 
     examples, settings = read_split(project / "prepared", "validation")[:4], load_params().generate
-    pipe = calibrate.open_pipeline(project / "model")
+    pipe = open_pipeline(project / "model")
     alone = np.stack(calibrate._images(pipe, examples, [[0], [1], [2], [3]], settings))
     features = alone.reshape(4, 2, -1).astype(float)
     above, below = distances(features, features)

@@ -1,5 +1,8 @@
+import json
+import os
 import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +67,58 @@ def test_every_command_explains_itself(sage, command):
     assert f"Usage: sage {command}" in done.out
 
 
+QUICK = [
+    *([command, "--help"] for command in COMMANDS),
+    ["pretrain", "denoiser", "--help"],
+    ["generate", "missing.txt", "--out", "x"],
+    ["generate", "prompts.txt", "--out", "x", "--steps", "0"],
+    *(
+        [*command, f"--{option}={value}"]
+        for command, option, values in (
+            (["generate", "missing.txt", "--out", "x"], "share-ratio", ("nan", "inf", "-0.1", "1.5", "half")),
+            (["generate", "missing.txt", "--out", "x"], "branch-noise", ("nan", "-inf", "2")),
+            (["generate", "missing.txt", "--out", "x"], "guidance-scale", ("inf", "nan", "-1", "1e400")),
+            (["group", "missing.txt"], "threshold", ("nan", "inf", "1.1")),
+            (["group", "missing.txt"], "max-size", ("0", "2.5")),
+        )
+        for value in values
+    ),
+    ["group", "missing.txt"],
+    ["calibrate", "--data", "missing"],
+    ["pretrain", "autoencoder", "--data", "missing"],
+    ["pretrain", "denoiser", "--data", "missing"],
+    ["pretrain", "alignment", "--data", "missing"],
+]
+
+
+def test_help_a_missing_file_and_a_wrong_argument_wait_for_no_heavy_import(tmp_path):
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    script = """
+import io, json, os, sys
+from flows.cli import main
+for arguments in json.loads(sys.argv[1]):
+    shown = sys.stderr = io.StringIO()
+    sys.argv = ["sage", *arguments]
+    try:
+        main()
+    except SystemExit as ended:
+        assert ended.code == (0 if "--help" in arguments else 2), (arguments, ended.code)
+    for option in [argument for argument in arguments if "=" in argument]:
+        assert f"Invalid value for '{option.partition('=')[0]}'" in shown.getvalue(), (option, shown.getvalue())
+    heavy = {"torch", "diffusers", "transformers", "mlflow", "prefect", "dvc"} & set(sys.modules)
+    assert not heavy, (arguments, heavy)
+"""
+    command = [sys.executable, "-c", script, json.dumps(QUICK)]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-1000:]
+
+
+def test_what_trains_on_the_cpu_only_refuses_another_device(sage, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAGE_DEVICE", "cuda")
+    done = sage("pretrain", "alignment", cwd=tmp_path)
+    assert (done.code, done.err) == (2, "error: sage pretrain runs on the CPU only, not on cuda; set SAGE_DEVICE=cpu\n")
+
+
 def test_a_wrong_configuration_stops_before_any_work(sage, project):
     text = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(text.replace("threshold:", "treshold:").replace("split: test", "split: train"))
@@ -93,6 +148,16 @@ def test_without_tracking_there_is_no_registry(sage, project, command):
     done = sage(*command, cwd=project)
     assert (done.code, done.out) == (2, "")
     assert "SAGE_TRACKING_URI=off" in done.err
+
+
+@pytest.mark.parametrize("command", [["doctor"], ["compare"], ["promote"], ["promote", "--rollback"], ["register"]])
+def test_a_command_that_reads_leaves_nothing_behind_in_a_folder_that_is_no_project(
+    sage, tmp_path, monkeypatch, command
+):
+    monkeypatch.delenv("SAGE_TRACKING_URI")
+    done = sage(*command, cwd=tmp_path)
+    assert done.code in (1, 2) and "Traceback" not in done.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rollback_takes_no_version(sage, project):

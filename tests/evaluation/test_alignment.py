@@ -74,10 +74,11 @@ def test_the_same_seed_gives_the_same_weights_whatever_else_was_drawn(pairs, mod
 
 
 def test_a_saved_model_comes_back_and_keeps_its_card(pairs, model, tmp_path):
-    save(model, tmp_path / "alignment")
+    save(model, tmp_path / "alignment", "pairs")
     (tmp_path / "alignment" / "README.md").write_text("card")
-    save(model, tmp_path / "alignment")
+    save(model, tmp_path / "alignment", "pairs")
     assert (tmp_path / "alignment" / "README.md").read_text() == "card"
+    assert json.loads((tmp_path / "alignment" / "config.json").read_text())["trained_on"] == "pairs"
     loaded = load_alignment(tmp_path / "alignment")
     assert (loaded.images(pairs[0]) == model.images(pairs[0])).all()
     assert (loaded.texts(pairs[1]) == model.texts(pairs[1])).all()
@@ -86,7 +87,7 @@ def test_a_saved_model_comes_back_and_keeps_its_card(pairs, model, tmp_path):
 def test_a_damaged_a_foreign_and_a_missing_model_are_refused(model, tmp_path):
     with pytest.raises(CheckpointError, match=r"lacks model\.safetensors, config\.json"):
         load_alignment(tmp_path)
-    save(model, tmp_path / "alignment")
+    save(model, tmp_path / "alignment", "pairs")
     config = tmp_path / "alignment" / "config.json"
     facts = json.loads(config.read_text())
     config.write_text(json.dumps(facts | {"image_features": "inception"}))
@@ -104,3 +105,11 @@ def test_a_damaged_a_foreign_and_a_missing_model_are_refused(model, tmp_path):
 def test_the_model_in_the_repository_loads_and_fits_the_extractors():
     model = load_alignment(Path(__file__).parents[2] / "models" / "alignment")
     assert (model.image.in_features, model.text.in_features) == (WIDTH, 384)
+
+
+def test_the_model_in_the_repository_says_what_it_was_trained_on():
+    root = Path(__file__).parents[2]
+    images = json.loads((root / "metrics/prepare.json").read_text())["splits"]["train"]
+    assert (
+        f"{images} images of Twemoji" in json.loads((root / "models/alignment/config.json").read_text())["trained_on"]
+    )

@@ -38,6 +38,19 @@ def test_a_bad_range_names_what_is_wrong(values, said):
 
 
 @pytest.mark.parametrize(
+    "override", ["a.b=1", "+a.b=1", "++a.b=1", "~a.b", "~a.b=1", "a.b=", "a.b=[1,2]", "params.yaml:a.b=1", "a=x=y"]
+)
+def test_the_form_takes_what_dvc_takes(override):
+    assert Range(overrides=[override]).overrides == [override]
+
+
+@pytest.mark.parametrize("override", ["", "=1", "+a", "~", "~~a", "-a=1", "other.yaml:a=1", "a b=1", "a=1\nb=2"])
+def test_the_form_refuses_what_dvc_refuses_or_another_file(override):
+    with pytest.raises(ValidationError):
+        Range(overrides=[override])
+
+
+@pytest.mark.parametrize(
     "values",
     [{"version": "models:/other/1"}, {"version": "../1"}, {"wait_hours": 0}, {"prompts": []}, {"prompts": [""]}],
 )

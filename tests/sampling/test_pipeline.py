@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,31 @@ def test_a_seed_gives_every_image_noise_of_its_own_whatever_the_order(pipe, stoc
     first = pipe(prompts, share_ratio=0, **CALL).seeds
     torch.manual_seed(1)
     assert pipe(prompts, share_ratio=0, **CALL).seeds == first != pipe(prompts, share_ratio=0, **CALL).seeds
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": np.int64(3)},
+        {"seed": torch.tensor(3), "batch_size": np.int64(8), "num_images_per_prompt": np.int64(1)},
+        {"groups": [np.flatnonzero(np.array([0, 0, 1]) == k) for k in range(2)], "guidance_scale": np.float32(4)},
+        {"share_ratio": np.float32(0.5), "num_inference_steps": np.int64(4), "height": np.int64(16)},
+        {"share_ratio": np.array([0.5, 0.5]), "branch_noise": np.float32(0)},
+        {"seed": np.array([prompt_seed(3, f"0:{prompt}") for prompt in tiny.PROMPTS[:3]])},
+    ],
+    ids=lambda change: "+".join(change),
+)
+def test_numbers_of_numpy_and_torch_draw_what_plain_numbers_draw(pipe, change):
+    plain = {"groups": [[0, 1], [2]], "share_ratio": 0.5, "seed": 3, **CALL, "output_type": "latent"}
+    wanted, found = pipe(tiny.PROMPTS[:3], **plain), pipe(tiny.PROMPTS[:3], **plain | change)
+    assert torch.equal(found.images, wanted.images)
+    assert found.seeds == wanted.seeds and {type(seed) for seed in found.seeds} == {int}
+
+
+@pytest.mark.parametrize("name", ["seed", "share_ratio", "num_inference_steps", "guidance_scale", "batch_size"])
+def test_a_truth_value_is_no_number(pipe, name):
+    with pytest.raises(ConfigurationError, match=f"^{name} is True"):
+        pipe(tiny.PROMPTS[:3], **{"groups": [[0, 1], [2]], **CALL, name: True})
 
 
 def test_one_generator_draws_all_noise_at_once_as_in_diffusers(pipe, stock):
@@ -311,6 +337,39 @@ def test_lora_loads_as_into_the_stock_pipeline(tmp_path):
     scaled = fresh("red cat", seed=[1], cross_attention_kwargs={"scale": 0.0}, **CALL).images
     np.testing.assert_allclose(scaled, plain, **TOLERANCE)
     assert np.abs(expected - plain).max() > 0.01
+
+
+def test_only_safetensors_are_read(tmp_path, monkeypatch):
+    stock = tiny.pipeline("stable_diffusion", tmp_path)
+    stock.save_pretrained(tmp_path / "safe")
+    assert SharedSamplingPipeline.from_pretrained(tmp_path / "safe").unet.config.in_channels == 4
+    monkeypatch.setattr(torch, "load", None)  # the reader of pickles
+    for part in ("unet", "text_encoder"):
+        folder = tmp_path / f"pickled {part}"
+        shutil.copytree(tmp_path / "safe", folder)
+        (weights,) = (folder / part).glob("*.safetensors")
+        getattr(stock, part).save_pretrained(folder / part, safe_serialization=False)
+        if list((folder / part).glob("*.bin")):
+            weights.unlink()
+        else:  # transformers no longer writes them
+            weights.rename(weights.with_name("pytorch_model.bin"))
+        with pytest.raises(DataError, match=r"cannot be loaded .*safetensors") as found:
+            SharedSamplingPipeline.from_pretrained(folder)
+        assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("missing", ["no/such", "/no/such", "a b//c"])
+def test_a_model_that_is_not_there_is_one_line(missing):
+    with pytest.raises(DataError, match=f"^{missing} cannot be loaded") as found:
+        SharedSamplingPipeline.from_pretrained(missing)
+    assert "\n" not in str(found.value)
+
+
+def test_a_pickled_adapter_is_refused(pipe, tmp_path):
+    torch.save({}, tmp_path / "pytorch_lora_weights.bin")
+    for arguments in ({"weight_name": "pytorch_lora_weights.bin"}, {}):
+        with pytest.raises(DataError, match="safetensors"):
+            pipe.load_lora_weights(tmp_path, **arguments)
 
 
 def test_memory_options_change_only_the_arithmetic(tmp_path):

@@ -58,7 +58,7 @@ def build(folder):
     write_manifest(folder, manifest)
     costs = {arm: {"images": 16, "nfe_per_image": nfe} for arm, nfe in NFE.items()}
     (folder / "generate.json").write_text(json.dumps({"arms": costs}))
-    save(DualEncoder(1280, 384, 8), folder / "alignment")
+    save(DualEncoder(1280, 384, 8), folder / "alignment", "nothing")
     params = yaml.safe_load(Path("params.yaml").read_text())
     params["generate"] |= {"split": "test", "seeds": SEEDS}
     params["evaluate"] |= {"resamples": 200}

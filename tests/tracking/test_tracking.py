@@ -367,6 +367,22 @@ def test_a_version_that_was_altered_is_refused_before_it_is_loaded(project, weig
     assert "champion" not in aliases()
 
 
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.bin", "adapter.PT"])
+def test_a_version_with_a_pickle_is_neither_registered_nor_loaded(project, weights, tmp_path, name):
+    pickled = tmp_path / "pickled"
+    shutil.copytree(weights, pickled)
+    (pickled / name).write_bytes(b"pickle")
+    with pytest.raises(RegistryError, match=f"holds pickles.*{name}"):
+        register(pickled)
+    register(weights)
+    # By somebody who can write the registry, too.
+    source = Path(client().get_model_version("sage", "1").source.removeprefix("file://"))
+    shutil.copy(pickled / name, source / "artifacts/model" / name)
+    client().set_model_version_tag("sage", "1", content.FILES_HASH, content.files_hash(source))
+    with pytest.raises(RegistryError, match=f"version 1 of sage holds pickles.*{name}"):
+        registry.fetch("challenger", project / "out")
+
+
 @pytest.mark.slow
 def test_a_version_that_draws_one_colour_serves_errors_and_is_not_promoted(project, weights, monkeypatch):
     pipe = base.load(weights)

@@ -42,6 +42,15 @@ def test_parameters_change_in_the_tree_and_nowhere_else(project):
     assert status(project) == ""
 
 
+def test_a_parameter_is_added_removed_and_named_with_its_file(project):
+    changes = ["~group.threshold", "+group.saving=0.3", "++group.max_size=3", "params.yaml:finetune.steps=700"]
+    with experiments.work_tree("signs") as tree:
+        experiments.set_parameters(tree, changes)
+        values = load_params(tree / "params.yaml")
+    assert (values.group.threshold, values.group.saving, values.group.max_size) == (None, 0.3, 3)
+    assert values.finetune.steps == 700
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -49,6 +58,7 @@ def test_parameters_change_in_the_tree_and_nowhere_else(project):
         ("finetune.steps=-1", "finetune.steps: .*greater than or equal to 1"),
         ("finetune.steps=many", "finetune.steps: .*valid integer"),
         ("=3", "'=3'"),
+        ("../other.yaml:group.max_size=3", "parameters are in params.yaml, not in ../other.yaml"),
     ],
 )
 def test_a_bad_override_is_named_with_its_path(project, override, said):

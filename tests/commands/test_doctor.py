@@ -1,0 +1,109 @@
+"""What `sage doctor` advises is right: it harms nothing and names what is there."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from flows.commands import doctor
+from flows.versioning import repository
+from sage.errors import SageError
+
+BASE = Path("models/base")
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    """A repository with a committed base model."""
+    monkeypatch.chdir(tmp_path)
+    weights(0)
+    git("init", "-q")
+    git("add", "--all")
+    git("-c", "user.name=n", "-c", "user.email=e@x", "commit", "-qm", "start")
+
+
+def git(*arguments: str) -> None:
+    subprocess.run(["git", *arguments], check=True)
+
+
+def weights(value: float) -> Path:
+    (BASE / "unet").mkdir(parents=True, exist_ok=True)
+    save_file({"a": np.full(64, value, np.float32)}, BASE / "unet/model.safetensors")
+    return BASE / "unet/model.safetensors"
+
+
+def test_committed_weights_and_own_ones_in_their_place_are_fit():
+    assert doctor._own_weights(BASE) == doctor.Finding("weights models/base: 0.0 MB, as in git")
+    weights(1)
+    assert doctor._own_weights(BASE) == doctor.Finding("weights models/base: 0.0 MB, your own, not the committed ones")
+
+
+def test_damaged_weights_are_named():
+    path = weights(1)
+    path.write_bytes(path.read_bytes()[:-8])
+    found = doctor._own_weights(BASE)
+    assert found.what == f"weights models/base: damaged, {path}" and f"git restore {path}" in found.remedy
+
+
+def test_weights_with_another_hash_than_their_config_are_damaged():
+    path = weights(1)
+    for content, word in ((path.read_bytes(), "your own"), (b"other", "damaged")):
+        path.with_name("config.json").write_text(json.dumps({"sha256": hashlib.sha256(content).hexdigest()}))
+        assert word in doctor._own_weights(BASE).what
+
+
+def test_pickled_weights_are_not_called_missing():
+    weights(1).rename(BASE / "unet/model.bin")
+    assert "as safetensors" in doctor._own_weights(BASE).remedy
+
+
+def test_missing_weights_come_from_git_only_if_they_are_there():
+    shutil.rmtree("models")
+    assert doctor._own_weights(BASE).remedy == "git restore models/base, or train them: sage pretrain --help"
+    assert doctor._own_weights(Path("models/other")).remedy == "train them: sage pretrain --help"
+
+
+def test_without_git_or_a_commit(monkeypatch, tmp_path_factory):
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert [found.what for found in doctor._repository()] == ["git: no repository here"]
+    git("init", "-q")
+    assert [found.what for found in doctor._repository()] == ["git: no commit yet"]
+    monkeypatch.setenv("PATH", "")
+    assert [found.what for found in doctor._repository()] == ["git: missing"]
+    weights(0)
+    assert doctor._own_weights(BASE) == doctor.Finding("weights models/base: 0.0 MB, not in git")
+
+
+@pytest.mark.parametrize(
+    ("message", "remedy"),
+    [
+        ("'./dvc.lock' validation failed.\n\nrequired key not provided", "git restore dvc.lock; without the file"),
+        ("'./dvc.yaml' is invalid.\n\nDid not find", "correct dvc.yaml, or git restore dvc.yaml"),
+        ("you are not inside of a DVC repository", "`dvc init`"),
+        ("dvc.yaml does not exist.", "run in the project's top folder"),
+    ],
+)
+def test_what_dvc_says_gets_the_remedy_of_its_cause(monkeypatch, message, remedy):
+    def stale():
+        raise SageError(message)
+
+    monkeypatch.setattr(repository, "stale", stale)
+    (found,) = doctor._dvc()
+    assert remedy in found.remedy and "\n" not in found.what
+
+
+@pytest.mark.slow
+def test_an_empty_lock_is_said_so():
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True)
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(root / name, ".")
+    Path("dvc.lock").touch()
+    (found,) = doctor._dvc()
+    assert "dvc.lock" in found.what and "git restore dvc.lock" in found.remedy
