@@ -80,9 +80,9 @@ def listens(port: int) -> bool:
 
 
 @contextmanager
-def server(home: Path) -> Iterator[str]:
-    """Yield the address of the interface of a Prefect server on loopback with a fresh database."""
-    port = free_port()
+def server(home: Path, port: int | None = None) -> Iterator[str]:
+    """Yield the address of the interface of a Prefect server on loopback, whose database is in a folder."""
+    port = port or free_port()
     command = [PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with (home / "log").open("wb") as log:
         process = leash.start(command, log, os.environ | {"PREFECT_HOME": str(home)})

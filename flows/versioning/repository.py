@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import yaml
 
@@ -31,6 +31,7 @@ _FAILED = re.compile(r"failed to reproduce '([^']+)'.*?(?:exited with (-?\d+))?$
 FINAL = (2, 4)  # exit codes after which a retry is useless: a person must fix something, or training diverged
 _BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock")
 _LONGEST_LINE = 4096
+_POLL = 0.5  # seconds between attempts to lock a folder
 
 
 class BusyError(SageError):
@@ -93,19 +94,30 @@ def paths(stage: Mapping[str, Any], key: str) -> list[PurePosixPath]:
 
 
 @contextmanager
-def only_writer(folder: Path = Path()) -> Iterator[None]:
+def only_writer(folder: Path = Path(), on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Lock a folder against other pipeline runs; the operating system releases the lock when this process ends.
 
-    Raises BusyError if another run holds it.
+    If another run holds it, raises BusyError; with `on_wait`, calls that once and waits for the other run instead.
     """
     lock = folder / ".dvc/tmp/sage.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BusyError("another pipeline run works in this folder. Wait for it and try again.") from error
+        if not _locked(file):
+            if on_wait is None:
+                raise BusyError("another pipeline run works in this folder. Wait for it and try again.")
+            on_wait()
+            while not _locked(file):
+                time.sleep(_POLL)
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    """Lock a file unless another process has locked it; return whether this process has it now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def reproduce(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import operated
@@ -127,6 +128,16 @@ def test_a_deployment_runs_on_a_worker_and_the_second_run_is_up_to_date(worker, 
     assert states(address, second) == {"prepare": "up to date", "group": "up to date"}
 
 
+def test_a_schedule_plans_runs(worker, address):
+    found = ask(address, "deployments/name/sage-pipeline/all")["id"]
+    # Not soon, so that the worker takes none of them.
+    daily = {"interval": 86400, "anchor_date": (datetime.now(UTC) + timedelta(hours=12)).isoformat()}
+    (schedule,) = ask(address, f"deployments/{found}/schedules", [{"schedule": daily, "active": True}])
+    planned = {"deployments": {"id": {"any_": [found]}}, "flow_runs": {"state": {"name": {"any_": ["Scheduled"]}}}}
+    wait_for(lambda: ask(address, "flow_runs/filter", planned), 300)
+    requests.delete(f"{address}/deployments/{found}/schedules/{schedule['id']}", timeout=30).raise_for_status()
+
+
 def test_overrides_are_an_experiment_that_leaves_the_checkout_alone(worker, address):
     before = untouched(worker)
     run = start(address, "sage-pipeline/data", run={"until": "group", "overrides": ["group.max_size=3"]})
@@ -205,6 +216,22 @@ def test_a_killed_run_is_crashed_within_120_seconds_and_the_next_one_continues(w
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (folder / "made/group").exists()
+
+
+def test_a_server_that_restarts_during_a_run_leaves_the_folder_to_the_next_run(environment, tmp_path):
+    port = operated.free_port()
+    folder, pid = operated.project(tmp_path / "project"), tmp_path / "pid"
+    own = environment | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+    command = [sys.executable, "-c", DIRECT]
+    with operated.server(tmp_path, port):
+        waiting = own | {"WAIT": "prepare", "PID": str(pid)}
+        first = subprocess.Popen(command, env=waiting, cwd=folder, stdout=subprocess.DEVNULL)
+        wait_for(lambda: pid.exists() and pid.read_text(), 300, first)
+    with operated.server(tmp_path, port):
+        first.kill()
+        first.wait()
+        done = subprocess.run(command, env=own, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture

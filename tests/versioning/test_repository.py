@@ -155,6 +155,19 @@ def test_a_second_run_in_the_same_folder_is_told_to_come_again(project):
         run.wait(20)
 
 
+def test_a_run_that_waits_gets_the_folder_when_its_holder_is_killed(project):
+    code = "from flows.versioning import repository\nwith repository.only_writer(): print('held', flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(BusyError, match="another pipeline run"), repository.only_writer():
+            pass
+        waits = []
+        with repository.only_writer(on_wait=lambda: [waits.append(holder.poll()), holder.kill()]):
+            assert holder.wait(30) == -signal.SIGKILL
+    assert waits == [None]
+
+
 def test_the_revision_says_when_files_differ_from_it(project):
     assert repository.revision() == "none"
     commit = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qam", "x"]
