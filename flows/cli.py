@@ -59,7 +59,7 @@ def run(
     Stages that are up to date are not repeated. `dvc repro` writes the same files, but registers nothing.
     """
     from flows.tracking import registry, runs
-    from flows.versioning import repository
+    from flows.versioning import locks, repository
     from sage.config import load_params
     from sage.errors import ConfigurationError
 
@@ -67,7 +67,7 @@ def run(
     names = repository.stages()
     if stage is not None and stage not in names:
         raise ConfigurationError(f"there is no stage {stage!r}; the stages are {', '.join(names)}.")
-    with repository.only_writer(), runs.pipeline_run() as pipeline:
+    with locks.only_writer(), runs.pipeline_run() as pipeline:
         outcomes = repository.reproduce(_write, stage, environment=pipeline.environment)
         executed = [name for name, outcome in outcomes.items() if outcome.state == "executed"]
         for name, outcome in outcomes.items():

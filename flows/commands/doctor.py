@@ -133,9 +133,17 @@ def _dvc() -> Iterator[Finding]:
     try:
         stale = repository.stale()
     except SageError as error:
-        yield Finding(f"DVC: {error}", "run in the project's top folder; `dvc init` makes .dvc")
+        yield Finding(f"DVC: {' '.join(str(error).split())}", _dvc_remedy(str(error)))
     else:
         yield Finding(f"DVC: {'`sage run` would run ' + ', '.join(stale) if stale else 'all stages up to date'}")
+
+
+def _dvc_remedy(message: str) -> str:
+    if not Path(".dvc").is_dir():
+        return "run in the project's top folder; `dvc init` makes .dvc"
+    if "dvc.lock" in message:  # DVC writes it in place, so a kill can cut it off
+        return "git checkout dvc.lock, then `sage run`"
+    return "do what DVC says"
 
 
 def _tracking() -> Iterator[Finding]:

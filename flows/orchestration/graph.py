@@ -16,7 +16,7 @@ from prefect.tasks import Task, exponential_backoff
 from flows.orchestration import shown
 from flows.orchestration.forms import STAGES, Range
 from flows.tracking import registry, runs
-from flows.versioning import experiments, repository
+from flows.versioning import experiments, locks, repository
 from sage.config import load_params
 from sage.errors import ConfigurationError, RegistryError
 
@@ -105,7 +105,7 @@ def _place(overrides: list[str]) -> Iterator[tuple[Path, dict[str, str]]]:
     if not overrides:
         log = get_run_logger()
         # A lock of the operating system, not of the server: it ends with its run, even if the server restarts.
-        with repository.only_writer(on_wait=lambda: log.info("another run works in this folder; waiting for it")):
+        with locks.only_writer(on_wait=lambda: log.info("another run works in this folder; waiting for it")):
             yield Path(), tags
         return
     name = tags["prefect.flow_run"]

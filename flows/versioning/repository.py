@@ -1,7 +1,6 @@
 """The project as a DVC and git repository: its graph, what must run, its revision. The only file that runs dvc."""
 
 import codecs
-import fcntl
 import json
 import os
 import re
@@ -9,16 +8,17 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import yaml
 
 from flows import leash
+from flows.versioning import locks
+from flows.versioning.locks import BusyError
 from sage.errors import ConfigurationError, SageError
 
 State = Literal["executed", "restored", "up to date"]
@@ -31,13 +31,6 @@ _FAILED = re.compile(r"failed to reproduce '([^']+)'.*?(?:exited with (-?\d+))?$
 FINAL = (2, 4)  # exit codes after which a retry is useless: a person must fix something, or training diverged
 _BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock")
 _LONGEST_LINE = 4096
-_POLL = 0.5  # seconds between attempts to lock a folder
-
-
-class BusyError(SageError):
-    """Another process is working in this folder; exit code 75 tells a caller to try again later."""
-
-    exit_code = 75
 
 
 class StageError(SageError):
@@ -93,33 +86,6 @@ def paths(stage: Mapping[str, Any], key: str) -> list[PurePosixPath]:
     return [PurePosixPath(entry if isinstance(entry, str) else next(iter(entry))) for entry in entries]
 
 
-@contextmanager
-def only_writer(folder: Path = Path(), on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Lock a folder against other pipeline runs; the operating system releases the lock when this process ends.
-
-    If another run holds it, raises BusyError; with `on_wait`, calls that once and waits for the other run instead.
-    """
-    lock = folder / ".dvc/tmp/sage.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        if not _locked(file):
-            if on_wait is None:
-                raise BusyError("another pipeline run works in this folder. Wait for it and try again.")
-            on_wait()
-            while not _locked(file):
-                time.sleep(_POLL)
-        yield
-
-
-def _locked(file: IO[str]) -> bool:
-    """Lock a file unless another process has locked it; return whether this process has it now."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def reproduce(
     write: Write,
     stage: str | None = None,
@@ -170,6 +136,7 @@ def objects(*remote: str) -> Any:
 
 def stale() -> list[str]:
     """Return the stages that are not up to date; raise SageError if DVC cannot say."""
+    locks.mend()
     command = [sys.executable, "-m", "dvc", "status", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
     if done.returncode:
@@ -227,6 +194,7 @@ class Output:
 
 def _run(arguments: list[str], environment: Mapping[str, str], output: Output, folder: Path) -> int:
     """Run a dvc command; return its exit code."""
+    locks.mend(folder)
     command = [sys.executable, "-m", "dvc", *arguments]
     return leash.run(command, output.feed, environment=_environment() | dict(environment), folder=folder)
 

@@ -9,7 +9,8 @@ import pytest
 from waiting import wait_for
 
 from flows.versioning import repository
-from flows.versioning.repository import BusyError, StageError
+from flows.versioning.locks import BusyError
+from flows.versioning.repository import StageError
 from sage.errors import ConfigurationError, SageError
 
 # Two stages, written in the other order than they must run; what they do is said by the environment.
@@ -42,11 +43,11 @@ target.write_text(source.read_text() + target.name)
 """
 CALL = """
 import sys
-from flows.versioning import repository
+from flows.versioning import locks, repository
 from flows.terminal import exit_on_error
 
 def main():
-    with repository.only_writer():
+    with locks.only_writer():
         repository.reproduce(sys.stdout.write)
 
 exit_on_error(main)
@@ -155,17 +156,10 @@ def test_a_second_run_in_the_same_folder_is_told_to_come_again(project):
         run.wait(20)
 
 
-def test_a_run_that_waits_gets_the_folder_when_its_holder_is_killed(project):
-    code = "from flows.versioning import repository\nwith repository.only_writer(): print('held', flush=True); input()"
-    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    with holder:
-        assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(BusyError, match="another pipeline run"), repository.only_writer():
-            pass
-        waits = []
-        with repository.only_writer(on_wait=lambda: [waits.append(holder.poll()), holder.kill()]):
-            assert holder.wait(30) == -signal.SIGKILL
-    assert waits == [None]
+@pytest.mark.parametrize("call", [states, repository.stale])
+def test_a_list_of_used_files_that_a_kill_cut_off_is_mended(project, call):
+    (project / ".dvc/tmp/rwlock").write_text("")
+    call()
 
 
 def test_the_revision_says_when_files_differ_from_it(project):
