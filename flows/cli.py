@@ -233,6 +233,9 @@ def verify(
         bool, typer.Option("--remote", help="Also check the default DVC remote; reads all of it.")
     ] = False,
     name: Annotated[str | None, typer.Option(help="Also check the remote of this name.")] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="First delete corrupt copies here; `sage pull` or `sage run` replace them.")
+    ] = False,
 ) -> None:
     """Re-hash data and models in the cache, the work tree and the remote; list what is corrupt or missing.
 
@@ -240,6 +243,9 @@ def verify(
     """
     from flows.versioning import integrity
 
+    if repair:
+        for finding in integrity.repair():
+            typer.echo(f"{finding.place}: {finding.path}: {finding.state}")
     checked, findings = integrity.verify(name or ("" if remote else None))
     for finding in findings:
         typer.echo(f"{finding.place}: {finding.path}: {finding.state}")

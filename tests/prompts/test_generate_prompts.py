@@ -162,6 +162,16 @@ def test_a_list_that_cannot_be_read_says_why(generate, tmp_path, name, lines, sa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_is_not_the_one_that_the_graph_made_is_not_drawn_with(generate, model, tmp_path, monkeypatch):
+    (tmp_path / "params.yaml").write_text(Path("params.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    Path("model").symlink_to(model)
+    Path("dvc.lock").write_text("stages:\n  finetune:\n    outs:\n    - {path: model, md5: aaaa.dir}\n")
+    with pytest.raises(DataError, match=r"model has MD5 .*, not aaaa"):
+        generate(write(tmp_path), model="model")
+    assert not Path("out").exists()
+
+
 def test_a_missing_file_says_so(generate, tmp_path):
     with pytest.raises(DataError, match=r"is no file; give a file of prompts"):
         generate(str(tmp_path / "none.txt"))
