@@ -1,7 +1,8 @@
 """The locks of a folder: our own, which one pipeline run holds, and DVC's list of who uses which file.
 
 DVC writes its list `.dvc/tmp/rwlock` in place. A process that is killed meanwhile leaves it empty or cut off, and then
-every command of DVC fails. The list means nothing if no process of DVC works in the folder, so it is deleted then.
+every command of DVC fails. DVC removes killed processes from its list by their number, so a number that the system has
+given to another process blocks the folder. In both cases the list is deleted if no process of DVC works in the folder.
 """
 
 import fcntl
@@ -9,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
@@ -43,16 +45,16 @@ def only_writer(folder: Path = Path(), on_wait: Callable[[], None] | None = None
 
 
 def mend(folder: Path = Path()) -> None:
-    """Delete DVC's list of used files if it cannot be read; raise BusyError if DVC still works in the folder."""
+    """Delete DVC's list of used files if it is cut off or out of date; raise BusyError if DVC works in the folder."""
     users = folder / _TEMPORARY / "rwlock"
-    if _readable(users):
+    if _valid(users):
         return
     with users.with_name("rwlock.lock").open("a") as guard:  # DVC locks this file while it writes the list
-        if not _locked(guard) or _readable(users):
+        if not _locked(guard) or _valid(users):
             return
         if at_work := _dvc_processes(folder.resolve()):
             raise BusyError(
-                f"{users} is damaged, but DVC still works in this folder: {'; '.join(at_work)}. Wait, and try again."
+                f"{users} is not valid, but DVC still works in this folder: {'; '.join(at_work)}. Wait, and try again."
             )
         users.unlink()
 
@@ -66,14 +68,19 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
-def _readable(users: Path) -> bool:
-    """Return whether DVC can read its list; a missing one is empty."""
+def _valid(users: Path) -> bool:
+    """Return whether DVC's list can be read, and no process in it is younger than it; a missing list is empty."""
+    import psutil
+
     try:
-        return isinstance(json.loads(users.read_text(encoding="utf-8")), dict)
+        modes, written = json.loads(users.read_text(encoding="utf-8")), users.stat().st_mtime
+        infos = [*modes.get("write", {}).values(), *chain(*modes.get("read", {}).values())]
     except FileNotFoundError:
         return True
-    except ValueError:
+    except (ValueError, AttributeError):
         return False
+    numbers = {info["pid"] for info in infos if "pid" in info}
+    return all(process.create_time() <= written for process in psutil.process_iter() if process.pid in numbers)
 
 
 def _dvc_processes(folder: Path) -> list[str]:

@@ -1,4 +1,6 @@
 import fcntl
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -46,6 +48,15 @@ def test_a_list_that_can_be_read_stays(users):
     users.write_text(whole)
     locks.mend()
     assert users.read_text() == whole
+
+
+def test_a_list_that_names_a_process_younger_than_itself_is_deleted(users):
+    users.write_text(json.dumps({"write": {"made": {"pid": os.getpid(), "cmd": "dvc repro"}}, "read": {}}))
+    locks.mend()
+    assert users.exists()
+    os.utime(users, (0, 0))
+    locks.mend()
+    assert not users.exists()
 
 
 def test_a_list_that_is_being_written_stays(users):
