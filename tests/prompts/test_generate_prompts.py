@@ -121,7 +121,7 @@ def test_killed_at_random_and_started_again_it_ends_as_if_never_killed(generate,
         def enough(process=process, wanted=wanted):
             return process.poll() is not None or len(list((tmp_path / "killed").glob("0*.png"))) >= wanted
 
-        wait_for(enough, 300, every=0.005)
+        wait_for(enough, every=0.005)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             kills += 1

@@ -68,7 +68,7 @@ def server(project):
         command = [*COMMAND, "--port", str(port), "--workers", "1"]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_for(lambda: up(port), 120, process, project / "log")
+        wait_for(lambda: up(port), process=process, log=project / "log")
         yield f"http://127.0.0.1:{port}/invocations"
     finally:
         os.killpg(process.pid, signal.SIGTERM)

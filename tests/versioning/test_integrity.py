@@ -219,7 +219,7 @@ def s3(tmp_path, monkeypatch):
     with (tmp_path / "s3.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"RCLONE_CONFIG": "/dev/null"})
     try:
-        wait_for(lambda: listens(port), 30, process, tmp_path / "s3.log")
+        wait_for(lambda: listens(port), process=process, log=tmp_path / "s3.log")
         yield f"http://127.0.0.1:{port}", folder / "sage"
     finally:
         process.terminate()
