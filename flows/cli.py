@@ -59,7 +59,7 @@ def run(
     Stages that are up to date are not repeated. `dvc repro` writes the same files, but registers nothing.
     """
     from flows.tracking import registry, runs
-    from flows.versioning import repository
+    from flows.versioning import locks, repository
     from sage.config import load_params
     from sage.errors import ConfigurationError
 
@@ -67,7 +67,7 @@ def run(
     names = repository.stages()
     if stage is not None and stage not in names:
         raise ConfigurationError(f"there is no stage {stage!r}; the stages are {', '.join(names)}.")
-    with repository.only_writer(), runs.pipeline_run() as pipeline:
+    with locks.only_writer(), runs.pipeline_run() as pipeline:
         outcomes = repository.reproduce(_write, stage, environment=pipeline.environment)
         executed = [name for name, outcome in outcomes.items() if outcome.state == "executed"]
         for name, outcome in outcomes.items():
@@ -233,6 +233,9 @@ def verify(
         bool, typer.Option("--remote", help="Also check the default DVC remote; reads all of it.")
     ] = False,
     name: Annotated[str | None, typer.Option(help="Also check the remote of this name.")] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="First delete corrupt copies here; `sage pull` or `sage run` replace them.")
+    ] = False,
 ) -> None:
     """Re-hash data and models in the cache, the work tree and the remote; list what is corrupt or missing.
 
@@ -240,6 +243,9 @@ def verify(
     """
     from flows.versioning import integrity
 
+    if repair:
+        for finding in integrity.repair():
+            typer.echo(f"{finding.place}: {finding.path}: {finding.state}")
     checked, findings = integrity.verify(name or ("" if remote else None))
     for finding in findings:
         typer.echo(f"{finding.place}: {finding.path}: {finding.state}")

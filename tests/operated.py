@@ -46,7 +46,7 @@ if os.environ.get("DIE") == target.name and not tries.exists():
     os.kill(os.getpid(), 9)
 if os.environ.get("WAIT") == target.name:
     Path(os.environ["PID"]).write_text(str(os.getpid()))
-    time.sleep(600)
+    time.sleep(3600)  # longer than any test waits
 target.parent.mkdir(exist_ok=True)
 print("drawing: 1/2 (50%, 1.0/s, 1s left)", flush=True)
 target.write_text(source.read_text() + target.name + Path("params.yaml").read_text())
@@ -80,15 +80,15 @@ def listens(port: int) -> bool:
 
 
 @contextmanager
-def server(home: Path) -> Iterator[str]:
-    """Yield the address of the interface of a Prefect server on loopback with a fresh database."""
-    port = free_port()
+def server(home: Path, port: int | None = None) -> Iterator[str]:
+    """Yield the address of the interface of a Prefect server on loopback, whose database is in a folder."""
+    port = port or free_port()
     command = [PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with (home / "log").open("wb") as log:
         process = leash.start(command, log, os.environ | {"PREFECT_HOME": str(home)})
     try:
         address = f"http://127.0.0.1:{port}/api"
-        wait_for(lambda: answers(address), 900)
+        wait_for(lambda: answers(address))
         yield address
     finally:
         leash.end(process)

@@ -7,10 +7,12 @@ from subprocess import Popen
 from types import SimpleNamespace
 from typing import Any
 
+PATIENCE = 900.0  # seconds that nothing takes unless it hangs, however busy the machine is
+
 
 def wait_for(
     condition: Callable[[], object],
-    seconds: float,
+    seconds: float = PATIENCE,
     process: "Popen[Any] | None" = None,
     log: Path | None = None,
     every: float = 0.1,

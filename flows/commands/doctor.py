@@ -171,18 +171,20 @@ def _dvc() -> Iterator[Finding]:
     try:
         stale = repository.stale()
     except SageError as error:
-        found = " ".join(str(error).split())
-        remedy = "run in the project's top folder"
-        if "not inside of a DVC repository" in found:
-            remedy += "; `dvc init` makes .dvc"
-        for name in ("dvc.lock", "dvc.yaml", "params.yaml"):
-            if f"{name}' " in found:
-                remedy = f"correct {name}, or git restore {name}"
-        if "dvc.lock' " in found:
-            remedy += "; without the file `sage run` takes from DVC's cache what is there"
-        yield Finding(f"DVC: {found}", remedy)
+        yield Finding(f"DVC: {' '.join(str(error).split())}", _dvc_remedy(str(error)))
     else:
         yield Finding(f"DVC: {'`sage run` would run ' + ', '.join(stale) if stale else 'all stages up to date'}")
+
+
+def _dvc_remedy(message: str) -> str:
+    if not Path(".dvc").is_dir() or "not inside of a DVC repository" in message:
+        return "run in the project's top folder; `dvc init` makes .dvc"
+    if "dvc.lock" in message:  # DVC writes it in place, so a kill can cut it off
+        return "git restore dvc.lock; without the file `sage run` takes from DVC's cache what is there"
+    for name in ("dvc.yaml", "params.yaml"):
+        if name in message:
+            return f"correct {name}, or git restore {name}"
+    return "do what DVC says"
 
 
 def _tracking() -> Iterator[Finding]:

@@ -15,9 +15,8 @@ from prefect.tasks import Task, exponential_backoff
 
 from flows.orchestration import shown
 from flows.orchestration.forms import STAGES, Range
-from flows.orchestration.server import one_writer
 from flows.tracking import registry, runs
-from flows.versioning import experiments, repository
+from flows.versioning import experiments, locks, repository
 from sage.config import load_params
 from sage.errors import ConfigurationError, RegistryError
 
@@ -104,7 +103,9 @@ def _place(overrides: list[str]) -> Iterator[tuple[Path, dict[str, str]]]:
     """Yield the folder that the stages run in and the tags of its runs: this folder, or a work tree for overrides."""
     tags = run_tags()
     if not overrides:
-        with one_writer(Path()), repository.only_writer():
+        log = get_run_logger()
+        # A lock of the operating system, not of the server: it ends with its run, even if the server restarts.
+        with locks.only_writer(on_wait=lambda: log.info("another run works in this folder; waiting for it")):
             yield Path(), tags
         return
     name = tags["prefect.flow_run"]

@@ -24,6 +24,7 @@ from flows.machine import embedding_cache
 from flows.prompts.files import Item, read_prompts
 from flows.report.sheet import in_rows, opened, sheet
 from flows.terminal import finite, progress, run
+from flows.versioning import integrity
 from sage.config import Group, load_params
 from sage.data.images import is_blank
 from sage.errors import ConfigurationError, DataError
@@ -139,7 +140,8 @@ def open_model(model: str) -> tuple[Any, str, dict[str, Any], Group]:
     """Return a pipeline, the hash or name of its weights, its sampling settings and its grouping settings.
 
     A registered model contains both settings, and its files are verified before one is read; for other models the
-    settings come from params.yaml. Raises RegistryError if a version is damaged or unknown.
+    settings come from params.yaml. Raises RegistryError if a version is damaged or unknown, DataError if an output of
+    the graph is damaged.
     """
     from flows import drawing
 
@@ -151,6 +153,7 @@ def open_model(model: str) -> tuple[Any, str, dict[str, Any], Group]:
             return drawing.open_pipeline(version.weights), *version.settings()
     params = load_params()
     settings = params.generate.sampling()
+    integrity.check_output(Path(model))
     name = sha256_tree(Path(model)) if Path(model).is_dir() else model
     return drawing.open_pipeline(model), name, settings, params.group
 

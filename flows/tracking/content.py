@@ -1,7 +1,8 @@
 """Files of a registered model version: weights, settings for sampling and grouping, and code; and their hash.
 
-A version contains no pickle. The hash of its files is a tag in the registry, so a person who can overwrite only the
-files cannot make them match. The hash is compared before any file is parsed.
+The code is the two packages of this project, so that a version loads on a machine with only its requirements. A version
+contains no pickle. The hash of its files is a tag in the registry, so a person who can overwrite only the files cannot
+make them match. The hash is compared before any file is parsed.
 """
 
 import base64
@@ -18,6 +19,8 @@ from typing import Any
 import yaml
 from PIL import Image
 
+import flows
+import sage
 from sage.config import Group, Params
 from sage.data.images import is_blank
 from sage.errors import RegistryError
@@ -25,7 +28,7 @@ from sage.files import digest, sha256
 
 FILES_HASH = "sage.files_sha256"  # name of the tag of a version
 # Loading a version adds these to its files, even in the artifact store itself if the store is local: MLflow writes the
-# name of the loaded version, Python the bytecode of served.py.
+# name of the loaded version, Python the folders of bytecode beside the code.
 _LOADED_AS, _BYTECODE = "registered_model_meta", "__pycache__"
 _WEIGHTS = "artifacts/model"
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -79,6 +82,7 @@ def save(folder: Path, model: Path, config: Mapping[str, Any]) -> None:
         str(folder),
         python_model=str(Path(__file__).with_name("served.py")),
         artifacts={"model": str(model)},
+        code_paths=[package.__path__[0] for package in (sage, flows)],
         model_config=dict(config),
         pip_requirements=[line for line in requires("sage-diffusion") or [] if "extra ==" not in line],
     )
@@ -126,9 +130,14 @@ def pyfunc() -> Any:
 
 def files_hash(folder: Path) -> str:
     """Return one SHA-256 over all files of a version; files that loading adds do not change it."""
-    written = {folder / _LOADED_AS, folder / _BYTECODE}
-    found = (path for path in folder.rglob("*") if path.is_file() and not written & {path, path.parent})
-    return digest({path.relative_to(folder).as_posix(): sha256(path) for path in found})
+    found = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    return digest(
+        {
+            name.as_posix(): sha256(path)
+            for name, path in found.items()
+            if str(name) != _LOADED_AS and _BYTECODE not in name.parts
+        }
+    )
 
 
 def download(tracker: Any, version: Any, folder: Path) -> Version:
@@ -139,8 +148,9 @@ def download(tracker: Any, version: Any, folder: Path) -> Version:
     source = tracker.get_model_version_download_uri(version.name, version.version)
     uri = tracker.tracking_uri
     files = Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=uri, registry_uri=uri))
-    # Python would run this bytecode instead of served.py, and the hash does not cover it.
-    shutil.rmtree(files / _BYTECODE, ignore_errors=True)
+    # Python would run this bytecode instead of the code, and the hash does not cover it.
+    for bytecode in list(files.rglob(_BYTECODE)):
+        shutil.rmtree(bytecode)
     _compare(files, version)
     model = yaml.safe_load((files / "MLmodel").read_text(encoding="utf-8"))
     return Version(files, model["flavors"]["python_function"]["config"])

@@ -161,7 +161,8 @@ def _check(model: Path, results: Mapping[str, dict[str, Any]]) -> None:
     found, trained = sha256_tree(model), results["finetune"]["model_sha256"]
     if found != trained:
         raise RegistryError(
-            f"{model} has SHA-256 {found[:12]}, but the results are of {trained[:12]}. Run `dvc repro`, then again."
+            f"{model} has SHA-256 {found[:12]}, but the results are of {trained[:12]}. Delete damaged copies with "
+            "`sage verify --repair`, then `sage run`."
         )
 
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows.versioning import repository
-from flows.versioning.repository import BusyError
+from flows.versioning import locks, repository
+from flows.versioning.locks import BusyError
 from sage.config import load_params
 from sage.errors import ConfigurationError, SageError
 
@@ -72,7 +72,7 @@ def work_tree(name: str) -> Iterator[Path]:
         raise SageError(f"{tree} exists: experiment {name} is running. Choose another name, or wait for it.")
     _git("worktree", "add", "--quiet", "--detach", str(tree), "HEAD")
     try:
-        with repository.only_writer(tree):
+        with locks.only_writer(tree):
             cache = repository.dvc("cache", "dir")
             (tree / ".dvc/config.local").write_text(f"[cache]\n    dir = {Path(cache).resolve()}\n", encoding="utf-8")
             yield tree
@@ -91,7 +91,7 @@ def _sweep() -> None:
         if time.time() - tree.stat().st_mtime < _NEW:
             continue  # its run may not have locked it yet
         try:
-            with repository.only_writer(tree):
+            with locks.only_writer(tree):
                 _remove(tree)
         except BusyError:
             continue

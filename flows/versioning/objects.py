@@ -2,7 +2,7 @@
 
 Run as a process of its own (`python -m flows.versioning.objects [REMOTE]`), like every use of DVC. Prints one JSON
 object: `outs`, path to object; `members`, object of a folder to a list of path in it and object, from any intact copy
-of its listing; `states`, for cache and remote, object to ok, corrupt or missing.
+of its listing; `states`, for cache and remote, object to ok, corrupt or missing; `files`, object to its cache file.
 DVC itself compares an object with its name only if the file's mode is not read-only.
 """
 
@@ -41,7 +41,8 @@ def main() -> None:
         files |= {name for entries in members.values() for _, name in entries}
         for place, store in stores.items():
             states[place] |= _each(sorted(files), partial(_check, store))
-        print(json.dumps({"outs": outs, "members": members, "states": states}))
+        paths = {name: repo.cache.local.oid_to_path(name) for name in states["cache"]}
+        print(json.dumps({"outs": outs, "members": members, "states": states, "files": paths}))
 
 
 def _each(names: Iterable[str], work: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The project as a DVC and git repository: its graph, what must run, its revision. The only file that runs dvc."""
 
 import codecs
-import fcntl
 import json
 import os
 import re
@@ -9,8 +8,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path, PurePosixPath
@@ -19,6 +17,8 @@ from typing import Any, Literal
 import yaml
 
 from flows import leash
+from flows.versioning import locks
+from flows.versioning.locks import BusyError
 from sage.errors import ConfigurationError, SageError
 
 State = Literal["executed", "restored", "up to date"]
@@ -31,12 +31,6 @@ _FAILED = re.compile(r"failed to reproduce '([^']+)'.*?(?:exited with (-?\d+))?$
 FINAL = (2, 4)  # exit codes after which a retry is useless: a person must fix something, or training diverged
 _BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock")
 _LONGEST_LINE = 4096
-
-
-class BusyError(SageError):
-    """Another process is working in this folder; exit code 75 tells a caller to try again later."""
-
-    exit_code = 75
 
 
 class StageError(SageError):
@@ -92,22 +86,6 @@ def paths(stage: Mapping[str, Any], key: str) -> list[PurePosixPath]:
     return [PurePosixPath(entry if isinstance(entry, str) else next(iter(entry))) for entry in entries]
 
 
-@contextmanager
-def only_writer(folder: Path = Path()) -> Iterator[None]:
-    """Lock a folder against other pipeline runs; the operating system releases the lock when this process ends.
-
-    Raises BusyError if another run holds it.
-    """
-    lock = folder / ".dvc/tmp/sage.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BusyError("another pipeline run works in this folder. Wait for it and try again.") from error
-        yield
-
-
 def reproduce(
     write: Write,
     stage: str | None = None,
@@ -158,6 +136,7 @@ def objects(*remote: str) -> Any:
 
 def stale() -> list[str]:
     """Return the stages that are not up to date; raise SageError if DVC cannot say."""
+    locks.mend()
     command = [sys.executable, "-m", "dvc", "status", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
     if done.returncode:
@@ -215,6 +194,7 @@ class Output:
 
 def _run(arguments: list[str], environment: Mapping[str, str], output: Output, folder: Path) -> int:
     """Run a dvc command; return its exit code."""
+    locks.mend(folder)
     command = [sys.executable, "-m", "dvc", *arguments]
     return leash.run(command, output.feed, environment=_environment() | dict(environment), folder=folder)
 

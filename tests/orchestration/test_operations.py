@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import operated
@@ -15,7 +16,7 @@ import pytest
 import requests
 import tiny
 from operated import artifacts, ask, start, state
-from waiting import wait_for
+from waiting import PATIENCE, wait_for
 
 from flows import leash
 from sage.files import sha256_tree
@@ -58,14 +59,14 @@ def killed(address, environment, tmp_path_factory):
     pid = folder / "work-pid"
     waiting = environment | {"WAIT": "prepare", "PID": str(pid)}
     process = subprocess.Popen([sys.executable, "-c", DIRECT], env=waiting, cwd=folder, stdout=subprocess.DEVNULL)
-    wait_for(lambda: pid.exists() and pid.read_text(), 300)
+    wait_for(lambda: pid.exists() and pid.read_text())
     (run,) = ask(address, "flow_runs/filter", {})
     # The server must know of a sign of life, or it would not miss the next ones.
     beats = {"filter": {"event": {"name": ["prefect.flow-run.heartbeat"]}}, "limit": 1}
-    wait_for(lambda: ask(address, "events/filter", beats)["events"], 120)
+    wait_for(lambda: ask(address, "events/filter", beats)["events"])
     process.kill()
     process.wait()
-    ended = wait_for(lambda: not Path(f"/proc/{pid.read_text()}").exists(), 30)
+    ended = wait_for(lambda: not Path(f"/proc/{pid.read_text()}").exists())
     print(f"\na killed run's stage ended after {ended:.1f} s")
     return folder, run["id"], time.monotonic()
 
@@ -118,19 +119,29 @@ def test_deployments_are_those_of_the_file(worker, address):
 
 def test_a_deployment_runs_on_a_worker_and_the_second_run_is_up_to_date(worker, address):
     first = start(address, "sage-pipeline/data")
-    wait_for(lambda: finished(address, first), 300)
+    wait_for(lambda: finished(address, first))
     assert state(address, first) == "Completed"
     assert states(address, first) == {"prepare": "executed", "group": "executed"}
     assert artifacts(address, first)["prepare-drawing"] == 50.0
     second = start(address, "sage-pipeline/data")
-    wait_for(lambda: finished(address, second), 300)
+    wait_for(lambda: finished(address, second))
     assert states(address, second) == {"prepare": "up to date", "group": "up to date"}
+
+
+def test_a_schedule_plans_runs(worker, address):
+    found = ask(address, "deployments/name/sage-pipeline/all")["id"]
+    # Not soon, so that the worker takes none of them.
+    daily = {"interval": 86400, "anchor_date": (datetime.now(UTC) + timedelta(hours=12)).isoformat()}
+    (schedule,) = ask(address, f"deployments/{found}/schedules", [{"schedule": daily, "active": True}])
+    planned = {"deployments": {"id": {"any_": [found]}}, "flow_runs": {"state": {"name": {"any_": ["Scheduled"]}}}}
+    wait_for(lambda: ask(address, "flow_runs/filter", planned))
+    requests.delete(f"{address}/deployments/{found}/schedules/{schedule['id']}", timeout=30).raise_for_status()
 
 
 def test_overrides_are_an_experiment_that_leaves_the_checkout_alone(worker, address):
     before = untouched(worker)
     run = start(address, "sage-pipeline/data", run={"until": "group", "overrides": ["group.max_size=3"]})
-    wait_for(lambda: finished(address, run), 300)
+    wait_for(lambda: finished(address, run))
     assert state(address, run) == "Completed"
     assert states(address, run) == {"prepare": "restored", "group": "executed"}
     assert artifacts(address, run)["overrides"] == "- `group.max_size=3`"
@@ -155,7 +166,7 @@ def test_overrides_are_an_experiment_that_leaves_the_checkout_alone(worker, addr
 def test_a_bad_input_fails_the_run_with_its_name(worker, address, run, said):
     before = untouched(worker)
     failed = start(address, "sage-pipeline/data", run=run)
-    wait_for(lambda: finished(address, failed), 300)
+    wait_for(lambda: finished(address, failed))
     found = ask(address, f"flow_runs/{failed}")["state"]
     assert found["name"] == "Failed"
     assert said in found["message"]
@@ -179,32 +190,48 @@ def test_a_stage_that_died_is_tried_again_and_nothing_else_is(worker, address, e
     assert (runs["prepare"], runs["group"]) == (1, 2)
 
 
-def test_cancelling_ends_every_process_within_30_seconds_and_the_next_run_continues(worker, address):
+def test_cancelling_ends_every_process_and_the_next_run_continues(worker, address):
     pid = worker / "work-pid"
     (worker / "input").write_text("third ")
     variables = {"env": {"WAIT": "group", "PID": str(pid)}}
     found = ask(address, "deployments/name/sage-pipeline/data")
     run = ask(address, f"deployments/{found['id']}/create_flow_run", {"job_variables": variables})["id"]
-    wait_for(lambda: pid.exists() and pid.read_text(), 300)
+    wait_for(lambda: pid.exists() and pid.read_text())
     stage = Path(f"/proc/{pid.read_text()}")
     assert stage.exists()
     ask(address, f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
-    took = wait_for(lambda: not stage.exists() and state(address, run) == "Cancelled", 30)
+    took = wait_for(lambda: not stage.exists() and state(address, run) == "Cancelled")
     print(f"\ncancelled after {took:.1f} s")
     following = start(address, "sage-pipeline/data")
-    wait_for(lambda: finished(address, following), 300)
+    wait_for(lambda: finished(address, following))
     assert states(address, following) == {"prepare": "up to date", "group": "executed"}
 
 
-def test_a_killed_run_is_crashed_within_120_seconds_and_the_next_one_continues(worker, killed, address, environment):
+def test_a_killed_run_is_crashed_and_the_next_one_continues(worker, killed, address, environment):
     folder, run, when = killed
-    wait_for(lambda: state(address, run) == "Crashed", max(0, 120 - (time.monotonic() - when)))
+    wait_for(lambda: state(address, run) == "Crashed")
     print(f"\ncrashed at most {time.monotonic() - when:.0f} s after the kill")
     done = subprocess.run(
-        [sys.executable, "-c", DIRECT], env=environment, cwd=folder, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", DIRECT], env=environment, cwd=folder, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (folder / "made/group").exists()
+
+
+def test_a_server_that_restarts_during_a_run_leaves_the_folder_to_the_next_run(environment, tmp_path):
+    port = operated.free_port()
+    folder, pid = operated.project(tmp_path / "project"), tmp_path / "pid"
+    own = environment | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+    command = [sys.executable, "-c", DIRECT]
+    with operated.server(tmp_path, port):
+        waiting = own | {"WAIT": "prepare", "PID": str(pid)}
+        first = subprocess.Popen(command, env=waiting, cwd=folder, stdout=subprocess.DEVNULL)
+        wait_for(lambda: pid.exists() and pid.read_text(), process=first)
+    with operated.server(tmp_path, port):
+        first.kill()
+        first.wait()
+        done = subprocess.run(command, env=own, cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture
@@ -254,10 +281,10 @@ def test_a_lost_worker_costs_its_shard_only_and_the_bytes_are_those_of_one_machi
         stderr=subprocess.STDOUT,
         text=True,
     )
-    wait_for(lambda: flow.poll() is not None or len(list(out.glob("0*.png"))) > 0, 300)
+    wait_for(lambda: flow.poll() is not None or len(list(out.glob("0*.png"))) > 0)
     at = len(list(out.glob("0*.png")))
     os.killpg(workers[0].pid, signal.SIGKILL)
-    said, _ = flow.communicate(timeout=400)
+    said, _ = flow.communicate(timeout=PATIENCE)
     assert flow.returncode == 0, said
     assert 0 < at < len(texts)
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]

@@ -129,7 +129,7 @@ def test_killed_at_random_and_started_again_it_ends_as_if_never_killed(generate,
         def enough(process=process, wanted=wanted):
             return process.poll() is not None or len(list((tmp_path / "killed").glob("0*.png"))) >= wanted
 
-        wait_for(enough, 300, every=0.005)
+        wait_for(enough, every=0.005)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             kills += 1
@@ -168,6 +168,16 @@ def test_a_list_that_cannot_be_read_says_why(generate, tmp_path, name, lines, sa
     with pytest.raises(DataError, match=says):
         generate(write(tmp_path, lines, name))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_the_one_that_the_graph_made_is_not_drawn_with(generate, model, tmp_path, monkeypatch):
+    (tmp_path / "params.yaml").write_text(Path("params.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    Path("model").symlink_to(model)
+    Path("dvc.lock").write_text("stages:\n  finetune:\n    outs:\n    - {path: model, md5: aaaa.dir}\n")
+    with pytest.raises(DataError, match=r"model has MD5 .*, not aaaa"):
+        generate(write(tmp_path), model="model")
+    assert not Path("out").exists()
 
 
 def test_a_missing_file_says_so(generate, tmp_path):

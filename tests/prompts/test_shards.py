@@ -191,7 +191,7 @@ def s3(tmp_path, monkeypatch):
     with (tmp_path / "s3.log").open("wb") as log:
         server = leash.start(list(map(str, command)), log, os.environ | {"RCLONE_CONFIG": "/dev/null"})
     try:
-        wait_for(lambda: operated.listens(port), 60)
+        wait_for(lambda: operated.listens(port))
         yield "s3://pictures"
     finally:
         leash.end(server)

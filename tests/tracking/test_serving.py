@@ -6,10 +6,12 @@ import io
 import json
 import os
 import py_compile
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -66,7 +68,7 @@ def server(project):
         command = [*COMMAND, "--port", str(port), "--workers", "1"]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_for(lambda: up(port), 120, process, project / "log")
+        wait_for(lambda: up(port), process=process, log=project / "log")
         yield f"http://127.0.0.1:{port}/invocations"
     finally:
         os.killpg(process.pid, signal.SIGTERM)
@@ -256,6 +258,7 @@ def test_another_kind_of_content_is_refused(server):
     ("name", "before", "after"),
     [
         ("artifacts/model/unet/diffusion_pytorch_model.safetensors", b"\0", b"\1"),
+        ("code/sage/grouping/policy.py", b"FLOOR = 0.0", b"FLOOR = 0.1"),
         # As one who makes the files agree with each other.
         ("MLmodel", b"share_ratio: 0.5", b"share_ratio: 0.6"),
     ],
@@ -277,6 +280,21 @@ def test_what_was_overwritten_after_registration_is_not_loaded(project, name, be
     assert generate.open_model("models:/sage@1")[2]["share_ratio"] == 0.5
 
 
+def test_a_version_answers_where_the_project_is_not_installed(project, champion, tmp_path):
+    folder = shutil.copytree(store(), tmp_path / "version")
+    code = (
+        "import json, sys; from importlib.util import find_spec; import mlflow.pyfunc\n"
+        "assert not find_spec('sage') and not find_spec('flows')\n"
+        "print(json.dumps(mlflow.pyfunc.load_model(sys.argv[1]).predict(['red cat'], params={'seed': 7})))"
+    )
+    # Without site, the packages are found but not what makes an editable project importable.
+    installed = os.environ | {"PYTHONPATH": sysconfig.get_path("purelib")}
+    command = [sys.executable, "-S", "-c", code, str(folder)]
+    done = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == champion.predict(["red cat"], params={"seed": 7})
+
+
 def test_bytecode_that_python_leaves_in_the_store_is_no_damage(project):
     code = "import mlflow.pyfunc; mlflow.pyfunc.load_model('models:/sage@champion')"
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -288,11 +306,16 @@ def test_bytecode_that_python_leaves_in_the_store_is_no_damage(project):
 def test_bytecode_that_somebody_left_in_the_store_is_never_run(project, tmp_path):
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
     # Python takes such bytecode without a look at its source.
-    planted = importlib.util.cache_from_source(str(store() / "served.py"))
+    sources = [store() / "served.py", store() / "code/sage/grouping/policy.py"]
+    planted = [importlib.util.cache_from_source(str(source)) for source in sources]
     mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
-    py_compile.compile(str(tmp_path / "evil.py"), planted, doraise=True, invalidation_mode=mode)
+    for path in planted:
+        py_compile.compile(str(tmp_path / "evil.py"), path, doraise=True, invalidation_mode=mode)
     try:
-        assert content.draws(registry.fetch("1", tmp_path / "fetched"))
+        version = registry.fetch("1", tmp_path / "fetched")
+        assert not list(version.folder.rglob("*.pyc"))
+        assert content.draws(version)
         assert not (tmp_path / "ran").exists()
     finally:
-        Path(planted).unlink()
+        for path in planted:
+            Path(path).unlink()

@@ -119,7 +119,7 @@ def test_a_pipelines_run_says_of_what_it_is_and_the_machine_is_watched(project, 
         for name, value in pipeline.environment.items():
             monkeypatch.setenv(name, value)
         with runs.stage_run("prepare", {}) as stage:
-            wait_for(lambda: "system/cpu_utilization_percentage" in client().get_run(stage.id).data.metrics, 60)
+            wait_for(lambda: "system/cpu_utilization_percentage" in client().get_run(stage.id).data.metrics)
         pipeline.finish("FINISHED", write_results(small_model(project / "m")))
     (parent,) = client().search_runs(
         [client().get_experiment_by_name("sage").experiment_id], "tags.`prefect.flow_run` = 'brave-fox'"
@@ -614,7 +614,7 @@ def test_no_acknowledged_version_is_lost_when_the_server_is_killed(project, monk
     def server():
         with (project / "log").open("ab") as log:
             process = leash.start(command, log, os.environ)
-        wait_for(lambda: operated.listens(port), 120)
+        wait_for(lambda: operated.listens(port))
         try:
             yield process
         finally:

@@ -132,6 +132,48 @@ def test_the_work_tree_is_read_and_what_cannot_be_known_is_said(project):
 
 
 @pytest.mark.slow
+def test_a_damaged_output_is_refused_and_its_message_says_what_mends_it(project):
+    integrity.check_output(Path("made"))
+    integrity.check_output(Path("one.bin"))
+    for path in ("made", "one.bin"):
+        shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
+    chance = random.Random(0)
+    for path in objects(Path(".dvc/cache")):
+        if b"relpath" not in path.read_bytes():
+            flip(path, 0o444, chance)
+    # DVC restores the damage and finds nothing wrong.
+    assert repository.reproduce(lambda text: None)["copy"].state == "restored"
+    assert repository.stale() == []
+    for path in ("made", "made/", "one.bin", Path("made").resolve()):
+        with pytest.raises(DataError, match=r"not .* as in dvc.lock.*`sage verify --repair`, .* then `sage run`"):
+            integrity.check_output(Path(path))
+    assert CliRunner().invoke(cli.app, ["verify", "--repair"]).exit_code == 1  # everything is missing
+    assert repository.reproduce(lambda text: None)["copy"].state == "executed"
+    assert integrity.verify()[1] == []
+    integrity.check_output(Path("made"))
+    integrity.check_output(Path("one.bin"))
+
+
+@pytest.mark.slow
+def test_a_damaged_cache_is_repaired_from_an_intact_work_tree(project):
+    flip_all(objects(Path(".dvc/cache")))
+    assert CliRunner().invoke(cli.app, ["verify", "--repair"]).exit_code == 0
+    assert integrity.verify() == (2 * FILES + 1, [])
+    assert repository.stale() == []
+    assert integrity.repair() == []
+
+
+def test_what_is_no_output_of_the_graph_is_not_judged_and_a_damaged_lock_is_named(project):
+    Path("other").write_text("mine")
+    integrity.check_output(Path("other"))
+    integrity.check_output(Path("nothing"))
+    for cut_off in ("", "{{", "stages:\n  copy:\n    outs:\n    - path: made\n"):
+        Path("dvc.lock").write_text(cut_off)
+        with pytest.raises(DataError, match="git checkout"):
+            integrity.check_output(Path("made"))
+
+
+@pytest.mark.slow
 def test_nothing_damaged_is_pushed_or_accepted(project, tmp_path):
     mode, chance = 0o444, random.Random(1)
     damaged = objects(Path(".dvc/cache"))[3]
@@ -177,7 +219,7 @@ def s3(tmp_path, monkeypatch):
     with (tmp_path / "s3.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"RCLONE_CONFIG": "/dev/null"})
     try:
-        wait_for(lambda: listens(port), 30, process, tmp_path / "s3.log")
+        wait_for(lambda: listens(port), process=process, log=tmp_path / "s3.log")
         yield f"http://127.0.0.1:{port}", folder / "sage"
     finally:
         process.terminate()

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from waiting import wait_for
+from waiting import PATIENCE, wait_for
 
 from flows.versioning import repository
-from flows.versioning.repository import BusyError, StageError
+from flows.versioning.locks import BusyError
+from flows.versioning.repository import StageError
 from sage.errors import ConfigurationError, SageError
 
 # Two stages, written in the other order than they must run; what they do is said by the environment.
@@ -42,11 +43,11 @@ target.write_text(source.read_text() + target.name)
 """
 CALL = """
 import sys
-from flows.versioning import repository
+from flows.versioning import locks, repository
 from flows.terminal import exit_on_error
 
 def main():
-    with repository.only_writer():
+    with locks.only_writer():
         repository.reproduce(sys.stdout.write)
 
 exit_on_error(main)
@@ -131,11 +132,11 @@ def test_a_run_that_ends_early_leaves_no_process_and_no_lock(project, number):
     command = [sys.executable, "-c", CALL]
     waiting = os.environ | {"WAIT": "first", "QUIET": "1"}
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=waiting)
-    wait_for(lambda: (project / "pid").exists() and (project / "pid").read_text(), 30)
+    wait_for(lambda: (project / "pid").exists() and (project / "pid").read_text())
     stage = int((project / "pid").read_text())
     run.send_signal(number)
-    run.wait(20)
-    wait_for(lambda: not Path(f"/proc/{stage}").exists(), 20)
+    run.wait(PATIENCE)
+    wait_for(lambda: not Path(f"/proc/{stage}").exists())
     assert states() == {"first": "executed", "second": "executed"}
 
 
@@ -143,8 +144,8 @@ def test_a_run_that_ends_early_leaves_no_process_and_no_lock(project, number):
 def test_a_second_run_in_the_same_folder_is_told_to_come_again(project):
     run = subprocess.Popen([sys.executable, "-c", CALL], stdout=subprocess.DEVNULL, env=os.environ | {"WAIT": "first"})
     try:
-        wait_for(lambda: (project / "pid").exists() and (project / "pid").read_text(), 30)
-        second = subprocess.run([sys.executable, "-c", CALL], capture_output=True, text=True, timeout=30)
+        wait_for(lambda: (project / "pid").exists() and (project / "pid").read_text())
+        second = subprocess.run([sys.executable, "-c", CALL], capture_output=True, text=True, timeout=PATIENCE)
         assert second.returncode == 75
         assert "another pipeline run works in this folder" in second.stderr
         # DVC by hand holds only its own lock.
@@ -152,7 +153,13 @@ def test_a_second_run_in_the_same_folder_is_told_to_come_again(project):
             states()
     finally:
         run.terminate()
-        run.wait(20)
+        run.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("call", [states, repository.stale])
+def test_a_list_of_used_files_that_a_kill_cut_off_is_mended(project, call):
+    (project / ".dvc/tmp/rwlock").write_text("")
+    call()
 
 
 def test_the_revision_says_when_files_differ_from_it(project):
