@@ -30,7 +30,8 @@ class Denoiser(nn.Module):
 
     `network` is the pipeline's own module, so the pipeline samples with the trained weights. With `precision` "bf16"
     the forward pass runs under autocast; trained weights are float32 either way. Autocast is set here, not by
-    accelerate, so that it also applies to the frozen base. Raises UnsupportedError for an unsupported pipeline class.
+    accelerate, so that it also applies to the frozen base. LoRAs that the pipeline came with are fused into its weights
+    (`lora.fuse`). Raises UnsupportedError for an unsupported pipeline class.
     """
 
     def __init__(self, pipeline: Any, precision: Precision = "fp32") -> None:
@@ -38,6 +39,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self._pipe: Any = SharedSamplingPipeline.from_pipe(pipeline)
         self._precision = precision
+        lora.fuse(self._pipe)
         self.network: Any = self._pipe._network
         cast_training_params(self.network)
 
