@@ -20,6 +20,7 @@ from flows.machine import device
 from flows.report.sheet import sheet
 from flows.terminal import progress, run
 from flows.tracking.runs import Run, stage_run
+from sage import diffusion
 from sage.config import Finetune, load_params
 from sage.data.dataset import Example, captions_of, check_sums, load_pixels, read_split
 from sage.data.groups import read_groups
@@ -91,7 +92,8 @@ def main(
         costs = [batches.cost(step) for step in range(settings.steps)]
         low, high = settings.share_ratios
         sampled = range(settings.steps if settings.branch_start == "sampled" else 0)
-        sampling = sum(sampling_cost(batches, (low, high), sampler_steps, step) for step in sampled)
+        evaluations = len(diffusion.visited(pipeline.scheduler, sampler_steps))
+        sampling = sum(sampling_cost(batches, (low, high), evaluations, step) for step in sampled)
         figures = {
             "steps": settings.steps,
             "evaluations": sum(trained for trained, _ in costs),

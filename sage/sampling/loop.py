@@ -243,27 +243,29 @@ def rollout(
     network: Callable[[Tensor, Tensor, Condition], Tensor],
     condition: Condition,
     eps: Tensor,
-    steps: int,
-    total_steps: int,
+    times: Tensor,
 ) -> Tensor:
-    """Return the x_0 that a network predicts at step number `steps` of `total_steps` sampler steps.
+    """Return the x_0 that a network predicts at the last of these timesteps, on the way of a sampler from pure noise.
 
     This is the loop above in its simplest form, for training: deterministic (DDIM, Song et al., 2021), without guidance
-    and without branches. It costs `steps` evaluations per item.
+    and without branches. It costs an evaluation per timestep and item.
 
-    schedule            noise schedule of the network
-    network             (x_t, t, condition) to the network output
-    condition, eps      conditions and initial noise of the items, each (n, ...)
-    steps, total_steps  the steps to run, of a sampler with this many steps in trailing spacing
+    schedule        noise schedule of the network
+    network         (x_t, t, condition) to the network output
+    condition, eps  conditions and initial noise of the items, each (n, ...)
+    times           the sampler's first timesteps (`sage.diffusion.visited`), shape (steps,)
 
-    Raises ValueError if `steps` is below 1.
+    Raises ValueError if there is no timestep.
     """
-    if steps < 1:
-        raise ValueError(f"{steps} shared steps predict nothing; give at least 1")
-    x_t = x_0 = eps
-    for step in range(steps):
-        t, after = (schedule.timestep_after(torch.full((len(eps),), k / total_steps)) for k in (step, step + 1))
-        level = schedule.at(t)
-        x_0 = diffusion.predicted_sample(schedule.kind, network(x_t, t, condition).to(x_t), x_t, *level)
-        x_t = diffusion.add_noise(x_0, diffusion.implied_noise(x_t, x_0, *level), *schedule.at(after))
-    return x_0
+    if not len(times):
+        raise ValueError("0 shared steps predict nothing; give at least 1")
+
+    def predicted(x_t: Tensor, t: Tensor) -> Tensor:
+        output = network(x_t, t, condition).to(x_t)
+        return diffusion.predicted_sample(schedule.kind, output, x_t, *schedule.at(t))
+
+    x_t, rows = eps, [t.expand(len(eps)) for t in times]
+    for t, after in itertools.pairwise(rows):
+        x_0 = predicted(x_t, t)
+        x_t = diffusion.add_noise(x_0, diffusion.implied_noise(x_t, x_0, *schedule.at(t)), *schedule.at(after))
+    return predicted(x_t, rows[-1])
