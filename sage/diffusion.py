@@ -46,11 +46,30 @@ def network_times(scheduler: Any) -> Tensor:
     return sigmas * len(sigmas) if type(scheduler).__name__ == _FLOW else torch.arange(len(alphas))
 
 
+def check_start(scheduler: Any) -> None:
+    """Raise UnsupportedError if a scheduler with its timesteps set starts where eps says nothing about x_0.
+
+    x_0 = (x_t - sigma_t eps) / alpha_t has no meaning at zero terminal SNR, alpha_t = 0 (Lin et al., 2023), for which
+    some schedulers put 2^-12.
+    """
+    config = scheduler.config
+    if config.get("prediction_type") != "epsilon":
+        return
+    t = round(float(scheduler.timesteps[0]))
+    signal = float(scheduler.alphas_cumprod[t])
+    if signal == 0 or (config.get("rescale_betas_zero_snr") and signal <= 2**-24):
+        raise UnsupportedError(
+            f"{type(scheduler).__name__} has prediction type epsilon and zero terminal SNR: at its first timestep, {t}, there "
+            "is only noise, and a prediction of noise gives no image. Set rescale_betas_zero_snr to false, "
+            "timestep_spacing to leading, or, for a network that was trained on it, prediction_type to v_prediction."
+        )
+
+
 def visited(scheduler: Any, steps: int) -> Tensor:
     """Return the training timesteps at which a scheduler evaluates the network in `steps` steps, shape (evaluations,).
 
     Times between two training timesteps are rounded to the nearer one. Some schedulers evaluate more than once a step.
-    Raises UnsupportedError for a scheduler whose times depend on the image size.
+    Raises UnsupportedError as `check_start` does, and for a scheduler whose times depend on the image size.
     """
     if scheduler.config.get("use_dynamic_shifting"):
         raise UnsupportedError(
@@ -59,6 +78,7 @@ def visited(scheduler: Any, steps: int) -> Tensor:
         )
     sampler = type(scheduler).from_config(scheduler.config)
     sampler.set_timesteps(steps)
+    check_start(sampler)
     nearest: Tensor = (network_times(scheduler) - sampler.timesteps[:, None]).abs().argmin(1)
     return nearest
 

@@ -44,11 +44,14 @@ HISTORY: dict[str, tuple[str, ...]] = {
     "PNDMScheduler": ("ets", "cur_sample", "cur_model_output"),
     "FlowMatchEulerDiscreteScheduler": (),
 }
+# These have no step for networks that predict x_0.
+_WITHOUT_SAMPLE = ("EulerAncestralDiscreteScheduler", "PNDMScheduler")
 
 
 def check_scheduler(scheduler: Any, branch_noise: float = 0.0) -> None:
     """Raise UnsupportedError, naming the supported ones, for a scheduler that cannot branch or use the branch noise.
 
+    The same for one that has no step for its prediction type.
     Raises ConfigurationError for branch noise outside [0, 1].
     """
     check_branch_noise(scheduler, branch_noise)
@@ -58,6 +61,8 @@ def check_scheduler(scheduler: Any, branch_noise: float = 0.0) -> None:
             f"{name}{' with solver_p' if name in HISTORY else ''} cannot be shared; use one of "
             f"{', '.join(sorted(HISTORY))}: pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
         )
+    if name in _WITHOUT_SAMPLE and scheduler.config.get("prediction_type") == "sample":
+        raise UnsupportedError(f"{name} has no step for prediction type sample; use another, for example DDIMScheduler")
 
 
 @dataclass
@@ -122,6 +127,7 @@ def sample(
     scheduler and ConfigurationError for branch noise outside [0, 1].
     """
     check_scheduler(scheduler, branch_noise)
+    diffusion.check_start(scheduler)
     timesteps = scheduler.timesteps
     if len(timesteps) != plan.steps:
         raise PlanError(

@@ -26,6 +26,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from diffusers.utils import BaseOutput
 from torch import Generator, Tensor
 
+from sage import diffusion
 from sage.errors import ConfigurationError, DataError, PlanError, UnsupportedError
 from sage.sampling import loop
 from sage.sampling.conditions import Condition
@@ -218,6 +219,7 @@ class SharedSamplingPipeline:
         options = {**self._options, **options}
         height, width = options["size"] = self._size(height, width, options)
         self._set_timesteps(num_inference_steps, height, width)
+        diffusion.check_start(self.scheduler)
 
         count = len(prompts) if prompts is not None else len(given["prompt_embeds"])
         steps = len(self.scheduler.timesteps)
