@@ -38,8 +38,7 @@ def draw(
     settings  steps, share_ratio, branch_noise, guidance_scale, negative_prompt, batch_size
     wanted    whether the image of a prompt is yielded, by index; default: all
     """
-    pipe.scheduler.set_timesteps(settings["steps"])
-    steps = len(pipe.scheduler.timesteps)
+    steps = pipe.evaluations(settings["steps"])
     for batch in batches(groups, 4 * settings["batch_size"]):
         members = [member for group in batch for member in group]
         if not any(map(wanted, members)):

@@ -59,8 +59,8 @@ def check_start(scheduler: Any) -> None:
     signal = float(scheduler.alphas_cumprod[t])
     if signal == 0 or (config.get("rescale_betas_zero_snr") and signal <= 2**-24):
         raise UnsupportedError(
-            f"{type(scheduler).__name__} has prediction type epsilon and zero terminal SNR: at its first timestep, {t}, there "
-            "is only noise, and a prediction of noise gives no image. Set rescale_betas_zero_snr to false, "
+            f"{type(scheduler).__name__} has prediction type epsilon and zero terminal SNR: at its first timestep, "
+            f"{t}, there is only noise, and a prediction of noise gives no image. Set rescale_betas_zero_snr to false, "
             "timestep_spacing to leading, or, for a network that was trained on it, prediction_type to v_prediction."
         )
 

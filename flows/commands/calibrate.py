@@ -125,7 +125,7 @@ def _images(pipe: Any, examples: Sequence[Example], groups: Groups, settings: An
     for seed in SEEDS:
         stream = pipe.stream(
             [example.text for example in members],
-            plan=Plan.shared(blocks, settings.steps, settings.share_ratio),
+            plan=Plan.shared(blocks, pipe.evaluations(settings.steps), settings.share_ratio),
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance_scale,
             branch_noise=settings.branch_noise,

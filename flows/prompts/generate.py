@@ -119,8 +119,7 @@ def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: 
         embeddings = embed(texts, ENCODER, cache=embedding_cache(), progress=advance)
     policy = Policy(**grouping.model_dump())
     groups = policy.form(texts, embeddings, policy.choose_threshold(embeddings, settings["share_ratio"], Path(model)))
-    pipe.scheduler.set_timesteps(settings["steps"])
-    whole = Plan.shared(groups, len(pipe.scheduler.timesteps), settings["share_ratio"])
+    whole = Plan.shared(groups, pipe.evaluations(settings["steps"]), settings["share_ratio"])
     return Job(items, groups, whole, settings, name, pipe)
 
 

@@ -3,7 +3,6 @@
 sage/evaluation/arms.py describes the arms: model, steps and sharing.
 """
 
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +40,7 @@ class Arm:
     name: str
     model: Path
     model_hash: str
+    steps: int
     plan: Plan
     share_ratio: float
 
@@ -62,7 +62,7 @@ def main(
     settings = load_params().generate
     examples = read_split(data, settings.split)
     members, _ = read_groups(groups / f"{settings.split}.json", examples)
-    arms = plan_arms(base, model, members, settings)
+    arms = plan_arms(base, model, members, settings, open_pipeline(base).evaluations)
     made: dict[tuple[str, Plan], dict[str, Any]] = {}
     first: dict[tuple[str, Plan], str] = {}
     figures: dict[str, dict[str, Any]] = {}
@@ -81,7 +81,7 @@ def main(
                     first[arm.made] = arm.name
                 figures[arm.name] = {
                     "model": str(arm.model),
-                    "steps": arm.plan.steps,
+                    "steps": arm.steps,
                     "share_ratio": arm.share_ratio,
                     "prompts": len(examples),
                     "images": images,
@@ -102,19 +102,24 @@ def main(
         typer.echo(f"{name:<22} {figures[name]['nfe_per_image']:6.2f} NFE  {value:8.3f} s per image")
 
 
-def plan_arms(base: Path, model: Path, groups: list[list[int]], settings: Generate) -> list[Arm]:
-    """Return the four arms; plans count one network evaluation per step, as DDIM needs."""
+def plan_arms(
+    base: Path, model: Path, groups: list[list[int]], settings: Generate, evaluations: Callable[[int], int]
+) -> list[Arm]:
+    """Return the four arms; `evaluations` is how often the sampler evaluates the network in a number of steps."""
     count = sum(map(len, groups))
-    whole = Plan.independent(count, settings.steps)
-    shared = Plan.shared(groups, settings.steps, settings.share_ratio)
-    # Rounded up, so that the baseline never gets fewer evaluations than sharing.
-    fewer = Plan.independent(count, math.ceil(shared.nfe(guidance=False) / count))
+    whole = Plan.independent(count, evaluations(settings.steps))
+    shared = Plan.shared(groups, evaluations(settings.steps), settings.share_ratio)
+    # At least as many evaluations as sharing needs, so that the baseline never gets fewer.
+    fewer = settings.steps
+    while fewer > 1 and evaluations(fewer - 1) * count >= shared.nfe(guidance=False):
+        fewer -= 1
+    same_nfe = Plan.independent(count, evaluations(fewer))
     base_hash, model_hash = sha256_tree(base), sha256_tree(model)
     return [
-        Arm(INDEPENDENT, base, base_hash, whole, 0.0),
-        Arm(SAME_NFE, base, base_hash, fewer, 0.0),
-        Arm(SHARED, base, base_hash, shared, settings.share_ratio),
-        Arm(SAGE, model, model_hash, shared, settings.share_ratio),
+        Arm(INDEPENDENT, base, base_hash, settings.steps, whole, 0.0),
+        Arm(SAME_NFE, base, base_hash, fewer, same_nfe, 0.0),
+        Arm(SHARED, base, base_hash, settings.steps, shared, settings.share_ratio),
+        Arm(SAGE, model, model_hash, settings.steps, shared, settings.share_ratio),
     ]
 
 
@@ -127,13 +132,13 @@ def make(
     """
     pipe = open_pipeline(arm.model)
     seconds = 0.0
-    with counted(pipe.unet) as evaluations:
+    with counted(pipe._network) as evaluations:
         for seed in settings.seeds:
             (folder / f"seed-{seed}").mkdir(parents=True)
             stream = pipe.stream(
                 [example.text for example in examples],
                 plan=arm.plan,
-                num_inference_steps=arm.plan.steps,
+                num_inference_steps=arm.steps,
                 guidance_scale=settings.guidance_scale,
                 branch_noise=settings.branch_noise,
                 # Depends only on the run's seed and the prompt's id, so it is the same in every arm.

@@ -253,6 +253,14 @@ class SharedSamplingPipeline:
             options=options,
         )
 
+    def evaluations(self, num_inference_steps: int, height: int | None = None, width: int | None = None) -> int:
+        """Return how often the network is evaluated for one image alone, without guidance: the steps of a plan.
+
+        Some schedulers evaluate more than once in an inference step.
+        """
+        self._set_timesteps(num_inference_steps, *self._size(height, width, dict(self._options)))
+        return len(self.scheduler.timesteps)
+
     # Overridden by families.
 
     _default_guidance: ClassVar = 7.5

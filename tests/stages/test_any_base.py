@@ -1,0 +1,100 @@
+"""Stages finetune and generate with bases as people have them: of every family, with other schedulers, as saved."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import yaml
+from diffusers import HeunDiscreteScheduler, PNDMScheduler
+from PIL import Image
+
+from flows.stages import finetune, generate
+from sage.data import dataset
+from sage.files import write_json
+from sage.sampling.pipeline import SharedSamplingPipeline
+
+TEXTS = ["red cat", "red dog", "blue cat", "tall tree", "big tree"]
+GROUPS = [["p0", "p1", "p2"], ["p3", "p4"]]
+FINETUNE = {"steps": 1, "warmup": 0, "decay": 0, "batch_size": 3, "precision": "fp32"}
+SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+GENERATE = {"split": "validation", "steps": 6, "share_ratio": 0.5, "seeds": [0], "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A folder with prepared images of 16 pixels and groups."""
+    folder = tmp_path_factory.mktemp("project")
+    random = np.random.default_rng(0)
+    for split in ("train", "validation"):
+        images = folder / "prepared" / split
+        images.mkdir(parents=True)
+        rows = [{"file_name": f"p{i}.png", "text": text, "id": f"p{i}", "family": "f"} for i, text in enumerate(TEXTS)]
+        (images / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for row in rows:
+            Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(images / row["file_name"])
+        groups = {"groups": [{"ids": ids, "similarity": 0.8} for ids in GROUPS]}
+        write_json(folder / f"groups/{split}.json", groups)
+    dataset.write_sums(folder / "prepared")
+    return folder
+
+
+@pytest.fixture
+def chain(project, tmp_path, monkeypatch):
+    """Run both stages on a base that is saved in a folder; return their figures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAGE_DEVICE", "cpu")
+    shipped = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
+
+    def run(base, **changes):
+        params = shipped | {"finetune": shipped["finetune"] | FINETUNE, "generate": shipped["generate"] | GENERATE}
+        for name, value in changes.items():
+            section, key = name.split("__")
+            params[section] |= {key: value}
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+        data, groups = project / "prepared", project / "groups"
+        finetune.main(base, data, groups, tmp_path / "tuned", tmp_path / "f.json", tmp_path / "work")
+        generate.main(base, tmp_path / "tuned", data, groups, tmp_path / "images", tmp_path / "g.json")
+        return [json.loads((tmp_path / name).read_text()) for name in ("f.json", "g.json")]
+
+    return run
+
+
+def saved(pipe, folder, monkeypatch=None, family="stable_diffusion", **how):
+    """Save a tiny pipeline; limit its calls to what it has room for."""
+    if family in tiny.OPTIONS:
+        shared = type(SharedSamplingPipeline.from_pipe(pipe))
+        monkeypatch.setattr(shared, "_options", {**shared._options, **tiny.OPTIONS[family]})
+    pipe.save_pretrained(folder, **how)
+    return folder
+
+
+def drawn(folder, arm="sage"):
+    with Image.open(folder / f"images/{arm}/seed-0/p0.png") as image:
+        return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_is_tuned_and_drawn(family, chain, tmp_path, monkeypatch):
+    base = saved(tiny.pipeline(family, tmp_path), tmp_path / "base", monkeypatch, family)
+    tuned, made = chain(base, finetune__learning_rate=0.01)
+    assert tuned["losses"]["loss"] > 0
+    # 3 steps of 2 groups, then 3 of 5 prompts
+    assert made["arms"]["sage"]["nfe"] == 3 * 2 + 3 * 5
+    assert made["arms"]["independent_same_nfe"]["steps"] == 5
+    assert drawn(tmp_path).std() > 1 and np.abs(drawn(tmp_path) - drawn(tmp_path, "shared")).max() > 0
+
+
+@pytest.mark.parametrize(("kind", "evaluations"), [(PNDMScheduler, 7), (HeunDiscreteScheduler, 11)])
+def test_plans_count_what_the_scheduler_evaluates(kind, evaluations, chain, tmp_path):
+    pipe = tiny.pipeline("stable_diffusion", tmp_path)
+    pipe.scheduler = kind(**SD15, **({"skip_prk_steps": True} if kind is PNDMScheduler else {}))
+    tuned, made = chain(saved(pipe, tmp_path / "base"), generate__branch_noise=0.0)
+    shared = evaluations // 2
+    arms = made["arms"]
+    assert arms["independent"]["nfe"] == 5 * evaluations
+    assert arms["sage"]["nfe"] == arms["shared"]["nfe"] == 2 * shared + 5 * (evaluations - shared)
+    assert arms["sage"]["nfe"] <= arms["independent_same_nfe"]["nfe"] < arms["independent"]["nfe"]
+    assert arms["independent"]["steps"] == 6 > arms["independent_same_nfe"]["steps"]
+    assert 1 <= tuned["sampling_evaluations"] <= 2 * shared
