@@ -10,7 +10,7 @@ from sage.sampling.plan import Plan
 from sage.sampling.stream import Result
 
 
-def open_pipeline(model: str | Path, on: str | None = None) -> Any:
+def open_pipeline(model: str | Path, on: Any = None) -> Any:
     """Return a saved pipeline for shared sampling on device `on` (default: `device()`), without progress bars."""
     pipe: Any = SharedSamplingPipeline.from_pretrained(model)
     pipe.to(on or device())

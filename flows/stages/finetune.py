@@ -16,6 +16,7 @@ import torch
 import typer
 from accelerate import Accelerator
 
+from flows.drawing import open_pipeline
 from flows.machine import device
 from flows.report.sheet import sheet
 from flows.terminal import progress, run
@@ -24,10 +25,8 @@ from sage import diffusion
 from sage.config import Finetune, load_params
 from sage.data.dataset import Example, captions_of, check_sums, load_pixels, read_split
 from sage.data.groups import read_groups
-from sage.errors import DataError
 from sage.files import digest, new_folder, sha256, sha256_tree, write_json
 from sage.sampling import base as base_model
-from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.seeds import prompt_seed
 from sage.training import lora
 from sage.training.batches import Batches
@@ -61,7 +60,7 @@ def main(
     settings, sampler_steps = params.finetune, params.generate.steps
     accelerator = Accelerator(cpu=device() == "cpu", mixed_precision="no")
     check_sums(data)
-    pipeline = load(base).to(accelerator.device)
+    pipeline = open_pipeline(base, accelerator.device)
     examples = read_split(data, "train")
     members = tuple(map(tuple, read_groups(groups / "train.json", examples)[0]))
     batches = Batches(members, settings.weights.model_dump(), settings.batch_size, settings.seed)
@@ -111,19 +110,6 @@ def main(
         write_json(metrics, figures)
         record.result(metrics)
     shutil.rmtree(state)
-
-
-def load(base: Path) -> Any:
-    """Return the base model: a diffusers pipeline of any family, or this project's own, saved without text encoder.
-
-    Raises DataError if it cannot be loaded or its weights are not safetensors.
-    """
-    try:
-        if (base / "text_encoder").exists():
-            return SharedSamplingPipeline.from_pretrained(base, use_safetensors=True)
-        return SharedSamplingPipeline.from_pipe(base_model.load(base))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{base} cannot be loaded: {error}") from error
 
 
 @contextmanager
@@ -232,10 +218,10 @@ def save(pipeline: Any, base: Path, out: Path) -> None:
         layers = lora.layers(network)
         lora.merge(network)
     with new_folder(out) as temporary:
-        if (base / "text_encoder").exists():
-            pipeline.save_pretrained(temporary)
-        else:
+        if base_model.is_own(base):
             base_model.save(pipeline, temporary)
+        else:
+            pipeline.save_pretrained(temporary)
         if layers is not None:
             lora.save(pipeline, layers, temporary)
 

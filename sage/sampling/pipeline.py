@@ -21,14 +21,13 @@ import sage.torchvision_ops  # noqa: F401
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.utils import BaseOutput
 from torch import Generator, Tensor
 
 from sage import diffusion
 from sage.errors import ConfigurationError, DataError, PlanError, UnsupportedError
-from sage.sampling import loop
+from sage.sampling import loop, saved
 from sage.sampling.conditions import Condition
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import prompt_seed as prompt_seed
@@ -101,18 +100,12 @@ class SharedSamplingPipeline:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> "SharedSamplingPipeline":
-        """Load a saved pipeline: a folder or hub name as in diffusers, or a folder of this project's base model."""
-        folder = Path(path)
-        index = folder / "model_index.json"
-        if (
-            index.exists()
-            and "text_encoder" in json.loads(index.read_text())
-            and not (folder / "text_encoder").exists()
-        ):
-            from sage.sampling import base
+        """Load a saved pipeline: a folder or hub name as in diffusers, or a folder of this project's base model.
 
-            return SharedSamplingPipeline.from_pipe(base.load(folder))
-        return SharedSamplingPipeline.from_pipe(DiffusionPipeline.from_pretrained(path, **kwargs))
+        It is loaded in single precision from safetensors (`sage.sampling.saved`); `kwargs` are those of diffusers.
+        Raises DataError if it cannot be loaded.
+        """
+        return SharedSamplingPipeline.from_pipe(saved.load(path, **kwargs))
 
     def to_json_string(self) -> str:
         """Return the configuration to save; it names the stock class, so that diffusers alone can load it."""
