@@ -29,7 +29,7 @@ class Denoiser(nn.Module):
     """A pipeline's U-Net or transformer as a module to train.
 
     `network` is the pipeline's own module, so the pipeline samples with the trained weights. With `precision` "bf16"
-    the forward pass runs under autocast; trained weights are float32 either way. Autocast is set here, not by
+    the forward pass runs under autocast; the pipeline becomes float32 either way. Autocast is set here, not by
     accelerate, so that it also applies to the frozen base. LoRAs that the pipeline came with are fused into its weights
     (`lora.fuse`). Raises UnsupportedError for an unsupported pipeline class.
     """
@@ -40,6 +40,8 @@ class Denoiser(nn.Module):
         self._pipe: Any = SharedSamplingPipeline.from_pipe(pipeline)
         self._precision = precision
         lora.fuse(self._pipe)
+        # All parts, because a pipeline with a float32 network cannot sample with the text states of a half encoder.
+        self._pipe.to(dtype=torch.float32)
         self.network: Any = self._pipe._network
         cast_training_params(self.network)
 

@@ -118,6 +118,14 @@ def test_every_family_can_be_tuned(pipe, family, tmp_path):
     assert network is denoiser.network  # so the pipeline has learned
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_pipeline_in_half_precision_is_trained_and_draws_in_single(pipe, family, half):
+    denoiser = Denoiser(pipe.to(half))
+    loss_of(denoiser, data_of(denoiser), pipe.scheduler)(0)["loss"].backward()
+    assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in denoiser.parameters() if p.grad is not None)
+    assert np.isfinite(draw(pipe, family)).all()
+
+
 def test_flow_matching_is_trained_on_the_formula(tmp_path):
     """The plain term of SD 3 is the mean of |f - (eps - x_0)|^2 at x_t = (1 - s) x_0 + s eps, told 1000 s."""
     pipe = tiny.pipeline("stable_diffusion_3", tmp_path)
