@@ -7,12 +7,19 @@ from typing import Any
 from flows.machine import device
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
+from sage.sampling.schedulers import exchanged
 from sage.sampling.stream import Result
 
 
-def open_pipeline(model: str | Path, on: Any = None) -> Any:
-    """Return a saved pipeline for shared sampling on device `on` (default: `device()`), without progress bars."""
+def open_pipeline(model: str | Path, on: Any = None, scheduler: str | None = None) -> Any:
+    """Return a saved pipeline for shared sampling, without progress bars.
+
+    model      folder or hub name
+    on         device; default: `device()`
+    scheduler  class name of the scheduler to sample with; None: the one that was saved
+    """
     pipe: Any = SharedSamplingPipeline.from_pretrained(model)
+    pipe.scheduler = exchanged(pipe.scheduler, scheduler)
     pipe.to(on or device())
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -138,7 +138,7 @@ def open_model(model: str) -> tuple[Any, str, dict[str, Any], Group]:
     params = load_params()
     settings = params.generate.sampling()
     name = sha256_tree(Path(model)) if Path(model).is_dir() else model
-    return drawing.open_pipeline(model), name, settings, params.group
+    return drawing.open_pipeline(model, scheduler=params.generate.scheduler), name, settings, params.group
 
 
 def cost_line(plan: Plan, groups: int, guided: bool) -> str:

@@ -60,7 +60,7 @@ def main(
     settings, sampler_steps = params.finetune, params.generate.steps
     accelerator = Accelerator(cpu=device() == "cpu", mixed_precision="no")
     check_sums(data)
-    pipeline = open_pipeline(base, accelerator.device)
+    pipeline = open_pipeline(base, accelerator.device, params.generate.scheduler)
     examples = read_split(data, "train")
     members = tuple(map(tuple, read_groups(groups / "train.json", examples)[0]))
     batches = Batches(members, settings.weights.model_dump(), settings.batch_size, settings.seed)
@@ -69,7 +69,7 @@ def main(
 
     sources = {"base_sha256": sha256_tree(base), "data_digest": sha256_tree(data)}
     identity = settings.model_dump(exclude=WITHOUT_EFFECT) | sources | {"groups": sha256(groups / "train.json")}
-    identity["sampler_steps"] = sampler_steps
+    identity |= {"sampler_steps": sampler_steps, "scheduler": params.generate.scheduler}
     state = work / digest(identity)[:16]
     with _main_run(accelerator, settings) as record:
         record.dataset("prepared", sources["data_digest"], "training")

@@ -62,7 +62,7 @@ def main(
     settings = load_params().generate
     examples = read_split(data, settings.split)
     members, _ = read_groups(groups / f"{settings.split}.json", examples)
-    arms = plan_arms(base, model, members, settings, open_pipeline(base).evaluations)
+    arms = plan_arms(base, model, members, settings, open_pipeline(base, scheduler=settings.scheduler).evaluations)
     made: dict[tuple[str, Plan], dict[str, Any]] = {}
     first: dict[tuple[str, Plan], str] = {}
     figures: dict[str, dict[str, Any]] = {}
@@ -130,7 +130,7 @@ def make(
 
     Raises PlanError if the number of rows that the network evaluated differs from the plan.
     """
-    pipe = open_pipeline(arm.model)
+    pipe = open_pipeline(arm.model, scheduler=settings.scheduler)
     seconds = 0.0
     with counted(pipe._network) as evaluations:
         for seed in settings.seeds:

@@ -5,7 +5,7 @@ Network calls, text encoding and latent scaling come from `sage.sampling.familie
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import sage.torchvision_ops  # noqa: F401
 
@@ -41,7 +41,7 @@ class Denoiser(nn.Module):
         self._precision = precision
         lora.fuse(self._pipe)
         # All parts, because a pipeline with a float32 network cannot sample with the text states of a half encoder.
-        self._pipe.to(dtype=torch.float32)
+        cast(Any, self._pipe).to(dtype=torch.float32)
         self.network: Any = self._pipe._network
         cast_training_params(self.network)
 

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import tiny
 import yaml
-from diffusers import HeunDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+)
 from PIL import Image
 
 from flows.stages import finetune, generate
@@ -98,3 +104,14 @@ def test_plans_count_what_the_scheduler_evaluates(kind, evaluations, chain, tmp_
     assert arms["sage"]["nfe"] <= arms["independent_same_nfe"]["nfe"] < arms["independent"]["nfe"]
     assert arms["independent"]["steps"] == 6 > arms["independent_same_nfe"]["steps"]
     assert 1 <= tuned["sampling_evaluations"] <= 2 * shared
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_a_scheduler_that_is_named_trains_draws_and_stays_with_the_model(kind, chain, tmp_path):
+    """Stable Diffusion 1.5 comes with PNDM, which takes no branch noise."""
+    pipe = tiny.pipeline("stable_diffusion", tmp_path)
+    pipe.scheduler = PNDMScheduler(**SD15, skip_prk_steps=True, set_alpha_to_one=False)
+    _, made = chain(saved(pipe, tmp_path / "base"), generate__scheduler=kind.__name__)
+    assert made["arms"]["independent"]["nfe"] == 5 * 6
+    tuned = SharedSamplingPipeline.from_pretrained(tmp_path / "tuned").scheduler
+    assert type(tuned) is kind and tuned.config["beta_end"] == 0.012 and not tuned.config.get("clip_sample")
