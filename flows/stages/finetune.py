@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from flows.drawing import open_pipeline
 from flows.machine import device
+from flows.preflight import check
 from flows.report.sheet import sheet
 from flows.terminal import progress, run
 from flows.tracking.runs import Run, stage_run
@@ -61,6 +62,7 @@ def main(
     accelerator = Accelerator(cpu=device() == "cpu", mixed_precision="no")
     check_sums(data)
     pipeline = open_pipeline(base, accelerator.device, params.generate.scheduler)
+    check(pipeline, params, data, groups)
     examples = read_split(data, "train")
     members = tuple(map(tuple, read_groups(groups / "train.json", examples)[0]))
     batches = Batches(members, settings.weights.model_dump(), settings.batch_size, settings.seed)

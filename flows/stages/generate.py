@@ -17,6 +17,7 @@ import typer
 from PIL import Image
 
 from flows.drawing import open_pipeline
+from flows.preflight import check
 from flows.report.sheet import opened, sheet
 from flows.terminal import progress, run
 from flows.tracking.runs import stage_run
@@ -59,10 +60,13 @@ def main(
     metrics: Annotated[Path, typer.Option(help="JSON file of figures to write.")],
 ) -> None:
     """Generate the images of every arm; write and print the cost of each arm."""
-    settings = load_params().generate
+    params = load_params()
+    settings = params.generate
     examples = read_split(data, settings.split)
     members, _ = read_groups(groups / f"{settings.split}.json", examples)
-    arms = plan_arms(base, model, members, settings, open_pipeline(base, scheduler=settings.scheduler).evaluations)
+    pipe = open_pipeline(base, scheduler=settings.scheduler)
+    check(pipe, params, data, groups)
+    arms = plan_arms(base, model, members, settings, pipe.evaluations)
     made: dict[tuple[str, Plan], dict[str, Any]] = {}
     first: dict[tuple[str, Plan], str] = {}
     figures: dict[str, dict[str, Any]] = {}

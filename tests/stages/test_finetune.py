@@ -69,7 +69,13 @@ def tune(project, tmp_path, monkeypatch):
         groups=project / "data/groups", base_folder=project / "base", prepared=project / "data/prepared", **changes
     ):
         (tmp_path / "params.yaml").write_text(
-            yaml.safe_dump(shipped | {"finetune": shipped["finetune"] | SETTINGS | changes})
+            yaml.safe_dump(
+                shipped
+                | {
+                    "finetune": shipped["finetune"] | SETTINGS | changes,
+                    "generate": shipped["generate"] | {"split": "validation"},
+                }
+            )
         )
         finetune.main(base_folder, prepared, groups, tmp_path / "tuned", tmp_path / "finetune.json", Path("work"))
         return json.loads((tmp_path / "finetune.json").read_text())
