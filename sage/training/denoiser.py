@@ -79,13 +79,21 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], size: Sequence[int], batch_size: int = 64) -> dict[str, Tensor]:
-        """Return the conditions of prompts, (n, ...) on the CPU, for images of this size (height, width) in pixels."""
+        """Return the conditions of prompts, (n, ...) on the CPU, for images of this size (height, width) in pixels.
+
+        The empty prompt has the condition that guidance takes without a negative prompt, which for SDXL may be zeros.
+        """
         parts = []
         for start in range(0, len(texts), batch_size):
             some = list(texts[start : start + batch_size])
             rows = self._pipe._encode(some, None, False, {}, self._pipe._options | {"size": tuple(size)})
             parts.append({name: values[:, 0].cpu() for name, values in rows.items()})
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        conditions = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        if self._pipe.config.get("force_zeros_for_empty_prompt"):
+            empty = torch.tensor([not text for text in texts])
+            for name in ("states", "pooled"):
+                conditions[name][empty] = 0
+        return conditions
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, batch_size: int = 16) -> Tensor:

@@ -118,6 +118,17 @@ def test_every_family_can_be_tuned(pipe, family, tmp_path):
     assert network is denoiser.network  # so the pipeline has learned
 
 
+@pytest.mark.parametrize("zeros", [True, False])
+def test_the_empty_prompt_is_what_guidance_takes(pipe, family, zeros):
+    if family == "stable_diffusion_xl":
+        pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
+    denoiser = Denoiser(pipe)
+    found = denoiser.encode_texts(["red cat", ""], SIZE)
+    guidance = denoiser._pipe._encode(["red cat"], None, True, {}, denoiser._options((8, 8)))
+    for name, values in found.items():
+        torch.testing.assert_close(values, guidance[name][0].flip(0), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_a_pipeline_in_half_precision_is_trained_and_draws_in_single(pipe, family, half):
     denoiser = Denoiser(pipe.to(half))
