@@ -13,6 +13,7 @@ from sage.data.dataset import load_pixels, read_split
 from sage.data.groups import read_groups
 from sage.errors import ConfigurationError, UnsupportedError
 from sage.evaluation.arms import INDEPENDENT
+from sage.evaluation.bootstrap import LEAST_GROUPS
 from sage.evaluation.registry import METRICS
 from sage.sampling.plan import Plan, shared_steps
 
@@ -96,10 +97,23 @@ def doubts(params: Params, evaluations: int, groups: Sequence[Sequence[int]]) ->
             f"generate.guidance_scale {drawing.guidance_scale} needs a model that knows the empty prompt, but training "
             f"never sees it (finetune.drop_text {tuning.drop_text}, weights.diffusion {tuning.weights.diffusion})"
         )
+    yield from _too_few(params.evaluate.gates, groups)
     plan = Plan.shared(groups, evaluations, drawing.share_ratio)
     for gate in params.evaluate.gates:
         if METRICS[gate.metric].cost and gate.reference == INDEPENDENT:
             yield from _out_of_reach(gate, plan, drawing.guidance_scale > 1)
+
+
+def _too_few(gates: Sequence[Gate], groups: Sequence[Sequence[int]]) -> Iterator[str]:
+    """Yield a sentence for each gate whose interval needs more groups than are drawn."""
+    for metric in dict.fromkeys(gate.metric for gate in gates if METRICS[gate.metric].interval == "bootstrap"):
+        within = METRICS[metric].within_groups
+        found = sum(len(group) > 1 for group in groups) if within else len(groups)
+        if found < LEAST_GROUPS:
+            yield (
+                f"the gate on {metric} cannot pass: its interval needs {LEAST_GROUPS} groups"
+                f"{' of two or more prompts' if within else ''}, and the split that is drawn has {found}"
+            )
 
 
 def _out_of_reach(gate: Gate, plan: Plan, guided: bool) -> Iterator[str]:

@@ -30,6 +30,8 @@ TEXTS = ["red cat", "red dog", "blue cat", "tall tree", "big tree"]
 GROUPS = [["p0", "p1", "p2"], ["p3", "p4"]]
 FINETUNE = {"steps": 1, "warmup": 0, "decay": 0, "batch_size": 3, "precision": "fp32"}
 SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+GATE = {"metric": "nfe_per_image", "reference": "independent", "relative": True}
+EASY = GATE | {"worse_by_at_most": 0.1}
 DDIM, FLOW = "DDIMScheduler", "FlowMatchEulerDiscreteScheduler"
 GENERATE = {"split": "validation", "steps": 6, "share_ratio": 0.5, "seeds": [0], "batch_size": 4}
 
@@ -57,6 +59,7 @@ def params_of(**changes):
     params = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
     params["finetune"] |= FINETUNE
     params["generate"] |= GENERATE
+    params["evaluate"]["gates"] = [EASY]
     for name, value in changes.items():
         section, key = name.split("__")
         params[section][key] = value
@@ -153,16 +156,14 @@ def test_what_cannot_be_drawn_is_refused_before_training(chain, tmp_path):
     refused(chain, saved(pipe, tmp_path / "zero"), tmp_path, UnsupportedError, said)
 
 
-GATE = {"metric": "nfe_per_image", "reference": "independent", "relative": True}
-EASY = GATE | {"worse_by_at_most": 0.1}
 DOUBTS = {
     "nothing": ({}, None),
     "share ratio above": ({"generate__share_ratio": 0.67}, "shares 4 of 6 steps, but training covers 1 to 3"),
     "share ratio below": (
-        {"generate__share_ratio": 0.17, "finetune__share_ratios": [0.34, 0.5], "evaluate__gates": [EASY]},
+        {"generate__share_ratio": 0.17, "finetune__share_ratios": [0.34, 0.5]},
         r"share_ratio 0.17 shares 1 of 6 steps, but training covers 2 to 3 \(finetune.share_ratios \[0.34, 0.5",
     ),
-    "nothing shared": ({"generate__share_ratio": 0.0, "evaluate__gates": [EASY]}, None),
+    "nothing shared": ({"generate__share_ratio": 0.0}, None),
     "guidance": (
         {"generate__guidance_scale": 7.5, "finetune__drop_text": 0.0},
         r"generate.guidance_scale 7.5 needs .*finetune.drop_text 0.0",
@@ -172,6 +173,10 @@ DOUBTS = {
     "gate": (
         {"evaluate__gates": [GATE | {"worse_by_at_most": -0.31}]},
         "the gate on nfe_per_image cannot pass: .* save 0.3 of the evaluations, and the gate needs 0.31",
+    ),
+    "few groups": (
+        {"evaluate__gates": [GATE | {"metric": "group_diversity", "worse_by_at_most": 0.1}]},
+        "the gate on group_diversity cannot pass: its interval needs 20 groups of two or more prompts, .* has 2",
     ),
     "gate in reach": ({"evaluate__gates": [GATE | {"worse_by_at_most": -0.29}]}, None),
     "absolute gate": (
