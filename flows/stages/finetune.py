@@ -49,7 +49,7 @@ GUIDANCE = 1.0
 
 
 def main(
-    base: Annotated[Path, typer.Option(help="The base model.")],
+    base: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The base model, a folder.")],
     data: Annotated[Path, typer.Option(help="Prepared data.")],
     groups: Annotated[Path, typer.Option(help="Folder with a JSON file of groups for each split.")],
     out: Annotated[Path, typer.Option(help="Folder for the fine-tuned model.")],

@@ -52,8 +52,8 @@ class Arm:
 
 
 def main(
-    base: Annotated[Path, typer.Option(help="The base model.")],
-    model: Annotated[Path, typer.Option(help="The fine-tuned model.")],
+    base: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The base model, a folder.")],
+    model: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The fine-tuned model.")],
     data: Annotated[Path, typer.Option(help="Prepared data.")],
     groups: Annotated[Path, typer.Option(help="Folder with a JSON file of groups for each split.")],
     out: Annotated[Path, typer.Option(help="Folder to write: ARM/seed-SEED/ID.png and manifest.jsonl.")],

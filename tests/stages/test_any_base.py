@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import typer
 import yaml
 from diffusers import (
     DDIMScheduler,
@@ -17,6 +18,7 @@ from diffusers import (
     PNDMScheduler,
 )
 from PIL import Image
+from typer.testing import CliRunner
 
 from flows.preflight import check
 from flows.stages import finetune, generate
@@ -194,3 +196,14 @@ def test_what_is_likely_a_mistake_is_said_before_training(name, project, tmp_pat
     with caplog.at_level(logging.WARNING, "flows.preflight"):
         check(pipe, load_params(tmp_path / "params.yaml"), project / "prepared", project / "groups")
     assert len(caplog.messages) == (said is not None) and (said is None or re.search(said, caplog.messages[0]))
+
+
+@pytest.mark.parametrize("stage", [finetune, generate])
+def test_a_hub_name_is_no_folder_whose_hash_could_be_recorded(stage, project):
+    app = typer.Typer()
+    app.command()(stage.main)
+    names = {"base": "some/model", "data": str(project / "prepared"), "groups": str(project / "groups")}
+    names |= {"model": str(project)} if stage is generate else {}
+    arguments = [word for name, value in names.items() for word in (f"--{name}", value)]
+    result = CliRunner().invoke(app, [*arguments, "--out", "out", "--metrics", "metrics.json"])
+    assert result.exit_code == 2 and "'some/model' does not exist" in " ".join(result.output.split())
