@@ -7,13 +7,20 @@ from typing import Any
 from flows.machine import device
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
+from sage.sampling.schedulers import exchanged
 from sage.sampling.stream import Result
 
 
-def open_pipeline(model: str | Path) -> Any:
-    """Return a saved pipeline for shared sampling on `device()`, without progress bars."""
-    on = device()
+def open_pipeline(model: str | Path, on: Any = None, scheduler: str | None = None) -> Any:
+    """Return a saved pipeline for shared sampling, without progress bars.
+
+    model      folder or hub name
+    on         device; default: `device()`
+    scheduler  class name of the scheduler to sample with; None: the one that was saved
+    """
+    on = on or device()  # before the model is read: a missing device fails at once
     pipe: Any = SharedSamplingPipeline.from_pretrained(model)
+    pipe.scheduler = exchanged(pipe.scheduler, scheduler)
     pipe.to(on)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -39,8 +46,7 @@ def draw(
     settings  steps, share_ratio, branch_noise, guidance_scale, negative_prompt, batch_size
     wanted    whether the image of a prompt is yielded, by index; default: all
     """
-    pipe.scheduler.set_timesteps(settings["steps"])
-    steps = len(pipe.scheduler.timesteps)
+    steps = pipe.evaluations(settings["steps"])
     for batch in batches(groups, 4 * settings["batch_size"]):
         members = [member for group in batch for member in group]
         if not any(map(wanted, members)):

@@ -25,6 +25,21 @@ Count = Annotated[int, Field(ge=1)]
 Cosine = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
+# The keys of sage.sampling.loop.HISTORY.
+Scheduler = Literal[
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+]
+
 
 def _one_of(names: Sequence[str]) -> AfterValidator:
     """Return a check that a text is one of some names, worded as pydantic words it for a Literal."""
@@ -179,6 +194,7 @@ class Generate(Section):
     """Sampling of the images to evaluate; every arm uses the same prompts and seeds."""
 
     split: Literal["validation", "test"]
+    scheduler: Scheduler | None
     steps: Annotated[int, Field(ge=2, le=1000)]
     guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     share_ratio: Share

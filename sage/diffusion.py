@@ -46,6 +46,55 @@ def network_times(scheduler: Any) -> Tensor:
     return sigmas * len(sigmas) if type(scheduler).__name__ == _FLOW else torch.arange(len(alphas))
 
 
+def check_start(scheduler: Any) -> None:
+    """Raise UnsupportedError if a scheduler with its timesteps set starts where eps says nothing about x_0.
+
+    x_0 = (x_t - sigma_t eps) / alpha_t has no meaning at zero terminal SNR, alpha_t = 0 (Lin et al., 2023), for which
+    some schedulers put 2^-12.
+    """
+    config = scheduler.config
+    if config.get("prediction_type") != "epsilon":
+        return
+    t = round(float(scheduler.timesteps[0]))
+    signal = float(scheduler.alphas_cumprod[t])
+    if signal == 0 or (config.get("rescale_betas_zero_snr") and signal <= 2**-24):
+        raise UnsupportedError(
+            f"{type(scheduler).__name__} has prediction type epsilon and zero terminal SNR: at its first timestep, "
+            f"{t}, there is only noise, and a prediction of noise gives no image. Set rescale_betas_zero_snr to false, "
+            "timestep_spacing to leading, or, for a network that was trained on it, prediction_type to v_prediction."
+        )
+
+
+def visited(scheduler: Any, steps: int) -> Tensor:
+    """Return the training timesteps at which a scheduler evaluates the network in `steps` steps, shape (evaluations,).
+
+    Times between two training timesteps are rounded to the nearer one. Some schedulers evaluate more than once a step.
+    Raises UnsupportedError as `check_start` does, and for a scheduler whose times depend on the image size.
+    """
+    if scheduler.config.get("use_dynamic_shifting"):
+        raise UnsupportedError(
+            f"{type(scheduler).__name__} has use_dynamic_shifting, so its times depend on the image size, which "
+            "training does not support; give it a fixed shift"
+        )
+    sampler = type(scheduler).from_config(scheduler.config)
+    sampler.set_timesteps(steps)
+    check_start(sampler)
+    nearest: Tensor = (network_times(scheduler) - sampler.timesteps[:, None]).abs().argmin(1)
+    return nearest
+
+
+def timestep_after(visited: Tensor, share: Tensor) -> Tensor:
+    """Return the training timestep, shape (n,), that a sampler reaches after a fraction of its evaluations.
+
+    `visited` is the sampler's, see there; `share` in [0, 1) has shape (n,), and 0 gives the first timestep. Fractions
+    between two evaluations are interpolated linearly.
+    """
+    times = torch.cat([visited, visited.new_zeros(1)]).double()
+    place = share.double() * len(visited)
+    k = place.long()
+    return torch.lerp(times[k], times[k + 1], place - k).round().long()
+
+
 def prediction_type(scheduler: Any) -> PredictionType:
     """Return the prediction type that this scheduler expects of its network.
 
@@ -129,10 +178,3 @@ class NoiseSchedule:
         """
         alpha, sigma = self.at(t)
         return target(self.kind, x_0, implied_noise(x_t, x_0, alpha, sigma), alpha, sigma)
-
-    def timestep_after(self, share: Tensor) -> Tensor:
-        """Return the timestep, shape (n,), that a sampler with trailing spacing reaches after a fraction of its steps.
-
-        `share` has shape (n,); 0 gives T - 1, the first timestep.
-        """
-        return ((1 - share) * len(self)).round().long().clamp(1, len(self)) - 1

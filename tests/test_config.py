@@ -1,13 +1,15 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from sage.config import Params, load_params
+from sage.config import Params, Scheduler, load_params
 from sage.errors import ConfigurationError
 from sage.grouping.auto import DEFAULT
 from sage.grouping.policy import Policy
+from sage.sampling.loop import HISTORY
 from sage.sampling.pipeline import SHARE_RATIO
 
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
@@ -30,6 +32,10 @@ def changed(folder: Path, **changes: object) -> Path:
     target = folder / "params.yaml"
     target.write_text(yaml.safe_dump(values))
     return target
+
+
+def test_the_schedulers_are_the_supported_ones():
+    assert set(get_args(Scheduler)) == set(HISTORY)
 
 
 def test_the_shipped_file_is_valid_and_frozen():

@@ -4,11 +4,11 @@ What a stage reaches is read from the imports of its file, theirs, and so on, al
 text ("sage.sampling.families.stable_diffusion") and files beside a module ("report.html.j2") count as well.
 
 Some files cannot change a result, so that a change in them must not cost a training; they are listed nowhere:
-flows/machine.py names the device, flows/terminal.py and flows/report/sheet.py show, flows/tracking/ and
-flows/versioning/ record, sage/errors.py names what is raised, sage/config.py has neither defaults nor conversions
-(tests/test_config.py), and a package's `__init__.py` is empty. sage/grouping/auto.py groups prompts that come without
-groups, which no stage does: the tests of stages `finetune` and `generate` run with that module missing. The last test
-keeps them so.
+flows/machine.py names the device, flows/preflight.py refuses and warns, flows/terminal.py and flows/report/sheet.py
+show, flows/tracking/ and flows/versioning/ record, sage/errors.py names what is raised, sage/config.py has neither
+defaults nor conversions (tests/test_config.py), and a package's `__init__.py` is empty. sage/grouping/auto.py groups
+prompts that come without groups, which no stage does: the tests of stages `finetune` and `generate` run with that
+module missing. The last test keeps them so.
 """
 
 import ast
@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 WITHOUT_EFFECT = (
     "flows/machine.py",
+    "flows/preflight.py",
     "flows/report/sheet.py",
     "flows/terminal.py",
     "flows/tracking/",

@@ -65,6 +65,7 @@ def main(
         "features": EfficientNetLite0.name,
         "thresholds": list(THRESHOLDS),
         "seeds": list(SEEDS),
+        "scheduler": settings.scheduler,
         "steps": settings.steps,
         "guidance_scale": settings.guidance_scale,
         "branch_noise": settings.branch_noise,
@@ -107,7 +108,7 @@ def draw(model: Path, examples: Sequence[Example], groups: Groups, settings: Any
         for number, piece in enumerate(pieces):
             path = folder / f"{number:04d}.npy"
             if not path.exists():
-                pipe = pipe or open_pipeline(model)
+                pipe = pipe or open_pipeline(model, scheduler=settings.scheduler)
                 extract = extract or EfficientNetLite0(device())
                 features = extract(_images(pipe, examples, piece, settings))
                 with new_file(path) as temporary, temporary.open("wb") as file:

@@ -125,8 +125,7 @@ def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: 
     with progress(len(texts), "embedding") as advance:
         embeddings = embed(distinct(texts), ENCODER, cache=embedding_cache(), progress=advance)
     policy = Policy(**grouping.model_dump())
-    pipe.scheduler.set_timesteps(settings["steps"])
-    steps = len(pipe.scheduler.timesteps)
+    steps = pipe.evaluations(settings["steps"])
     ratio = shared_steps(settings["share_ratio"], steps) / steps
     threshold = policy.choose_threshold(embeddings, ratio, Path(model), texts, keys)
     for doubt in doubts(texts, embeddings, threshold):
@@ -155,7 +154,7 @@ def open_model(model: str) -> tuple[Any, str, dict[str, Any], Group]:
     settings = params.generate.sampling()
     integrity.check_output(Path(model))
     name = sha256_tree(Path(model)) if Path(model).is_dir() else model
-    return drawing.open_pipeline(model), name, settings, params.group
+    return drawing.open_pipeline(model, scheduler=params.generate.scheduler), name, settings, params.group
 
 
 def cost_line(plan: Plan, groups: int, guided: bool) -> str:

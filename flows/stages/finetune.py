@@ -16,16 +16,17 @@ import torch
 import typer
 
 from flows import machine
+from flows.drawing import open_pipeline
+from flows.preflight import check
 from flows.report.sheet import sheet
 from flows.terminal import progress, run
 from flows.tracking.runs import Run, stage_run
+from sage import diffusion
 from sage.config import Finetune, load_params
 from sage.data.dataset import Example, captions_of, check_sums, load_pixels, read_split
 from sage.data.groups import read_groups
-from sage.errors import DataError
 from sage.files import digest, new_folder, sha256, sha256_tree, write_json
 from sage.sampling import base as base_model
-from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.seeds import prompt_seed
 from sage.training import lora
 from sage.training.batches import Batches
@@ -50,7 +51,7 @@ GUIDANCE = 1.0
 
 
 def main(
-    base: Annotated[Path, typer.Option(help="The base model.")],
+    base: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The base model, a folder.")],
     data: Annotated[Path, typer.Option(help="Prepared data.")],
     groups: Annotated[Path, typer.Option(help="Folder with a JSON file of groups for each split.")],
     out: Annotated[Path, typer.Option(help="Folder for the fine-tuned model.")],
@@ -62,7 +63,8 @@ def main(
     settings, sampler_steps = params.finetune, params.generate.steps
     accelerator = machine.accelerator()
     check_sums(data)
-    pipeline = load(base).to(accelerator.device)
+    pipeline = open_pipeline(base, accelerator.device, params.generate.scheduler)
+    check(pipeline, params, data, groups)
     examples = read_split(data, "train")
     members = tuple(map(tuple, read_groups(groups / "train.json", examples)[0]))
     batches = Batches(members, settings.weights.model_dump(), settings.batch_size, settings.seed)
@@ -71,7 +73,7 @@ def main(
 
     sources = {"base_sha256": sha256_tree(base), "data_digest": sha256_tree(data)}
     identity = settings.model_dump(exclude=WITHOUT_EFFECT) | sources | {"groups": sha256(groups / "train.json")}
-    identity["sampler_steps"] = sampler_steps
+    identity |= {"sampler_steps": sampler_steps, "scheduler": params.generate.scheduler}
     state = work / digest(identity)[:16]
     with _main_run(accelerator, settings) as record:
         record.dataset("prepared", sources["data_digest"], "training")
@@ -93,7 +95,8 @@ def main(
         costs = [batches.cost(step) for step in range(settings.steps)]
         low, high = settings.share_ratios
         sampled = range(settings.steps if settings.branch_start == "sampled" else 0)
-        sampling = sum(sampling_cost(batches, (low, high), sampler_steps, step) for step in sampled)
+        evaluations = len(diffusion.visited(pipeline.scheduler, sampler_steps))
+        sampling = sum(sampling_cost(batches, (low, high), evaluations, step) for step in sampled)
         figures = {
             "steps": settings.steps,
             "evaluations": sum(trained for trained, _ in costs),
@@ -111,19 +114,6 @@ def main(
         write_json(metrics, figures)
         record.result(metrics)
     shutil.rmtree(state)
-
-
-def load(base: Path) -> Any:
-    """Return the base model: a diffusers pipeline of any family, or this project's own, saved without text encoder.
-
-    Raises DataError if it cannot be loaded or its weights are not safetensors.
-    """
-    try:
-        if (base / "text_encoder").exists():
-            return SharedSamplingPipeline.from_pretrained(base)
-        return SharedSamplingPipeline.from_pipe(base_model.load(base))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{base} cannot be loaded: {error}") from error
 
 
 @contextmanager
@@ -232,10 +222,10 @@ def save(pipeline: Any, base: Path, out: Path) -> None:
         layers = lora.layers(network)
         lora.merge(network)
     with new_folder(out) as temporary:
-        if (base / "text_encoder").exists():
-            pipeline.save_pretrained(temporary)
-        else:
+        if base_model.is_own(base):
             base_model.save(pipeline, temporary)
+        else:
+            pipeline.save_pretrained(temporary)
         if layers is not None:
             lora.save(pipeline, layers, temporary)
 

@@ -3,7 +3,6 @@
 sage/evaluation/arms.py describes the arms: model, steps and sharing.
 """
 
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import typer
 from PIL import Image
 
 from flows.drawing import open_pipeline
+from flows.preflight import check
 from flows.report.sheet import opened, sheet
 from flows.terminal import progress, run
 from flows.tracking.runs import stage_run
@@ -41,6 +41,7 @@ class Arm:
     name: str
     model: Path
     model_hash: str
+    steps: int
     plan: Plan
     share_ratio: float
 
@@ -51,18 +52,21 @@ class Arm:
 
 
 def main(
-    base: Annotated[Path, typer.Option(help="The base model.")],
-    model: Annotated[Path, typer.Option(help="The fine-tuned model.")],
+    base: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The base model, a folder.")],
+    model: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The fine-tuned model.")],
     data: Annotated[Path, typer.Option(help="Prepared data.")],
     groups: Annotated[Path, typer.Option(help="Folder with a JSON file of groups for each split.")],
     out: Annotated[Path, typer.Option(help="Folder to write: ARM/seed-SEED/ID.png and manifest.jsonl.")],
     metrics: Annotated[Path, typer.Option(help="JSON file of figures to write.")],
 ) -> None:
     """Generate the images of every arm; write and print the cost of each arm."""
-    settings = load_params().generate
+    params = load_params()
+    settings = params.generate
     examples = read_split(data, settings.split)
     members, _ = read_groups(groups / f"{settings.split}.json", examples)
-    arms = plan_arms(base, model, members, settings)
+    pipe = open_pipeline(base, scheduler=settings.scheduler)
+    check(pipe, params, data, groups)
+    arms = plan_arms(base, model, members, settings, pipe.evaluations)
     made: dict[tuple[str, Plan], dict[str, Any]] = {}
     first: dict[tuple[str, Plan], str] = {}
     figures: dict[str, dict[str, Any]] = {}
@@ -81,7 +85,7 @@ def main(
                     first[arm.made] = arm.name
                 figures[arm.name] = {
                     "model": str(arm.model),
-                    "steps": arm.plan.steps,
+                    "steps": arm.steps,
                     "share_ratio": arm.share_ratio,
                     "prompts": len(examples),
                     "images": images,
@@ -102,19 +106,24 @@ def main(
         typer.echo(f"{name:<22} {figures[name]['nfe_per_image']:6.2f} NFE  {value:8.3f} s per image")
 
 
-def plan_arms(base: Path, model: Path, groups: list[list[int]], settings: Generate) -> list[Arm]:
-    """Return the four arms; plans count one network evaluation per step, as DDIM needs."""
+def plan_arms(
+    base: Path, model: Path, groups: list[list[int]], settings: Generate, evaluations: Callable[[int], int]
+) -> list[Arm]:
+    """Return the four arms; `evaluations` is how often the sampler evaluates the network in a number of steps."""
     count = sum(map(len, groups))
-    whole = Plan.independent(count, settings.steps)
-    shared = Plan.shared(groups, settings.steps, settings.share_ratio)
-    # Rounded up, so that the baseline never gets fewer evaluations than sharing.
-    fewer = Plan.independent(count, math.ceil(shared.nfe(guidance=False) / count))
+    whole = Plan.independent(count, evaluations(settings.steps))
+    shared = Plan.shared(groups, evaluations(settings.steps), settings.share_ratio)
+    # At least as many evaluations as sharing needs, so that the baseline never gets fewer.
+    fewer = settings.steps
+    while fewer > 1 and evaluations(fewer - 1) * count >= shared.nfe(guidance=False):
+        fewer -= 1
+    same_nfe = Plan.independent(count, evaluations(fewer))
     base_hash, model_hash = sha256_tree(base), sha256_tree(model)
     return [
-        Arm(INDEPENDENT, base, base_hash, whole, 0.0),
-        Arm(SAME_NFE, base, base_hash, fewer, 0.0),
-        Arm(SHARED, base, base_hash, shared, settings.share_ratio),
-        Arm(SAGE, model, model_hash, shared, settings.share_ratio),
+        Arm(INDEPENDENT, base, base_hash, settings.steps, whole, 0.0),
+        Arm(SAME_NFE, base, base_hash, fewer, same_nfe, 0.0),
+        Arm(SHARED, base, base_hash, settings.steps, shared, settings.share_ratio),
+        Arm(SAGE, model, model_hash, settings.steps, shared, settings.share_ratio),
     ]
 
 
@@ -125,15 +134,15 @@ def make(
 
     Raises PlanError if the number of rows that the network evaluated differs from the plan.
     """
-    pipe = open_pipeline(arm.model)
+    pipe = open_pipeline(arm.model, scheduler=settings.scheduler)
     seconds = 0.0
-    with counted(pipe.unet) as evaluations:
+    with counted(pipe._network) as evaluations:
         for seed in settings.seeds:
             (folder / f"seed-{seed}").mkdir(parents=True)
             stream = pipe.stream(
                 [example.text for example in examples],
                 plan=arm.plan,
-                num_inference_steps=arm.plan.steps,
+                num_inference_steps=arm.steps,
                 guidance_scale=settings.guidance_scale,
                 branch_noise=settings.branch_noise,
                 # Depends only on the run's seed and the prompt's id, so it is the same in every arm.

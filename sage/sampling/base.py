@@ -4,10 +4,13 @@
 """
 
 import copy
+import json
 from pathlib import Path
+from typing import Any
 
 import sage.torchvision_ops  # noqa: F401
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
@@ -88,15 +91,15 @@ def new_scheduler() -> DPMSolverMultistepScheduler:
     )
 
 
-def assemble(autoencoder: AutoencoderKL, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
-    """Return a Stable Diffusion pipeline of these parts with the project's scheduler and text encoder."""
+def assemble(autoencoder: AutoencoderKL, unet: UNet2DConditionModel, scheduler: Any = None) -> StableDiffusionPipeline:
+    """Return a Stable Diffusion pipeline of these parts with the project's text encoder; default: its scheduler."""
     tokenizer, encoder = text_parts()
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,
         text_encoder=encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=new_scheduler(),
+        scheduler=scheduler or new_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -112,7 +115,16 @@ def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
             half = copy.deepcopy(getattr(pipeline, name)).half()
             half.save_pretrained(temporary / name, safe_serialization=True)
         pipeline.scheduler.save_pretrained(temporary / "scheduler")
-        write_json(temporary / "model_index.json", _INDEX)
+        scheduler = ["diffusers", type(pipeline.scheduler).__name__]
+        write_json(temporary / "model_index.json", _INDEX | {"scheduler": scheduler})
+
+
+def is_own(folder: Path) -> bool:
+    """Return whether a folder holds a pipeline as `save` writes it, whose text encoder is the packaged one."""
+    index = folder / "model_index.json"
+    if not index.exists() or (folder / "text_encoder").exists():
+        return False
+    return bool(json.loads(index.read_text(encoding="utf-8")).get("text_encoder") == _INDEX["text_encoder"])
 
 
 def load(folder: Path) -> StableDiffusionPipeline:
@@ -125,7 +137,9 @@ def load(folder: Path) -> StableDiffusionPipeline:
         raise DataError(
             f"{folder} is no base model: it lacks {', '.join(missing)}. Run `sage pretrain` or restore models/."
         )
+    kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["scheduler"][1]
     return assemble(
         AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32, use_safetensors=True).eval(),
         UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32, use_safetensors=True).eval(),
+        getattr(diffusers, kind).from_pretrained(folder / "scheduler"),
     )

@@ -44,11 +44,14 @@ HISTORY: dict[str, tuple[str, ...]] = {
     "PNDMScheduler": ("ets", "cur_sample", "cur_model_output"),
     "FlowMatchEulerDiscreteScheduler": (),
 }
+# These have no step for networks that predict x_0.
+_WITHOUT_SAMPLE = ("EulerAncestralDiscreteScheduler", "PNDMScheduler")
 
 
 def check_scheduler(scheduler: Any, branch_noise: float = 0.0) -> None:
     """Raise UnsupportedError, naming the supported ones, for a scheduler that cannot branch or use the branch noise.
 
+    The same for one that has no step for its prediction type.
     Raises ConfigurationError for branch noise outside [0, 1].
     """
     check_branch_noise(scheduler, branch_noise)
@@ -58,6 +61,8 @@ def check_scheduler(scheduler: Any, branch_noise: float = 0.0) -> None:
             f"{name}{' with solver_p' if name in HISTORY else ''} cannot be shared; use one of "
             f"{', '.join(sorted(HISTORY))}: pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
         )
+    if name in _WITHOUT_SAMPLE and scheduler.config.get("prediction_type") == "sample":
+        raise UnsupportedError(f"{name} has no step for prediction type sample; use another, for example DDIMScheduler")
 
 
 @dataclass
@@ -122,6 +127,7 @@ def sample(
     scheduler and ConfigurationError for branch noise outside [0, 1].
     """
     check_scheduler(scheduler, branch_noise)
+    diffusion.check_start(scheduler)
     timesteps = scheduler.timesteps
     if len(timesteps) != plan.steps:
         raise PlanError(
@@ -243,27 +249,29 @@ def rollout(
     network: Callable[[Tensor, Tensor, Condition], Tensor],
     condition: Condition,
     eps: Tensor,
-    steps: int,
-    total_steps: int,
+    times: Tensor,
 ) -> Tensor:
-    """Return the x_0 that a network predicts at step number `steps` of `total_steps` sampler steps.
+    """Return the x_0 that a network predicts at the last of these timesteps, on the way of a sampler from pure noise.
 
     This is the loop above in its simplest form, for training: deterministic (DDIM, Song et al., 2021), without guidance
-    and without branches. It costs `steps` evaluations per item.
+    and without branches. It costs an evaluation per timestep and item.
 
-    schedule            noise schedule of the network
-    network             (x_t, t, condition) to the network output
-    condition, eps      conditions and initial noise of the items, each (n, ...)
-    steps, total_steps  the steps to run, of a sampler with this many steps in trailing spacing
+    schedule        noise schedule of the network
+    network         (x_t, t, condition) to the network output
+    condition, eps  conditions and initial noise of the items, each (n, ...)
+    times           the sampler's first timesteps (`sage.diffusion.visited`), shape (steps,)
 
-    Raises ValueError if `steps` is below 1.
+    Raises ValueError if there is no timestep.
     """
-    if steps < 1:
-        raise ValueError(f"{steps} shared steps predict nothing; give at least 1")
-    x_t = x_0 = eps
-    for step in range(steps):
-        t, after = (schedule.timestep_after(torch.full((len(eps),), k / total_steps)) for k in (step, step + 1))
-        level = schedule.at(t)
-        x_0 = diffusion.predicted_sample(schedule.kind, network(x_t, t, condition).to(x_t), x_t, *level)
-        x_t = diffusion.add_noise(x_0, diffusion.implied_noise(x_t, x_0, *level), *schedule.at(after))
-    return x_0
+    if not len(times):
+        raise ValueError("0 shared steps predict nothing; give at least 1")
+
+    def predicted(x_t: Tensor, t: Tensor) -> Tensor:
+        output = network(x_t, t, condition).to(x_t)
+        return diffusion.predicted_sample(schedule.kind, output, x_t, *schedule.at(t))
+
+    x_t, rows = eps, [t.expand(len(eps)) for t in times]
+    for t, after in itertools.pairwise(rows):
+        x_0 = predicted(x_t, t)
+        x_t = diffusion.add_noise(x_0, diffusion.implied_noise(x_t, x_0, *schedule.at(t)), *schedule.at(after))
+    return predicted(x_t, rows[-1])

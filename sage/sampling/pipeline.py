@@ -22,15 +22,15 @@ import sage.torchvision_ops  # noqa: F401
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.utils import BaseOutput
 from safetensors import SafetensorError
 from torch import Generator, Tensor
 
+from sage import diffusion
 from sage.errors import ConfigurationError, DataError, PlanError, UnsupportedError
 from sage.numbers import real, whole
-from sage.sampling import loop
+from sage.sampling import loop, saved
 from sage.sampling.conditions import Condition
 from sage.sampling.partition import as_groups, check_keys, share_keys
 from sage.sampling.plan import Plan, shared_steps
@@ -109,22 +109,10 @@ class SharedSamplingPipeline:
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> "SharedSamplingPipeline":
         """Load a saved pipeline: a folder or hub name as in diffusers, or a folder of this project's base model.
 
-        Raises DataError if it cannot be loaded, or if its weights are pickled: only safetensors are read.
+        It is loaded in single precision from safetensors (`sage.sampling.saved`); `kwargs` are those of diffusers.
+        Raises DataError if it cannot be loaded.
         """
-        folder = Path(path)
-        index = folder / "model_index.json"
-        if (
-            index.exists()
-            and "text_encoder" in json.loads(index.read_text())
-            and not (folder / "text_encoder").exists()
-        ):
-            from sage.sampling import base
-
-            with _loading(path):
-                return SharedSamplingPipeline.from_pipe(base.load(folder))
-        with _loading(path):
-            stock = DiffusionPipeline.from_pretrained(path, **kwargs | {"use_safetensors": True})
-        return SharedSamplingPipeline.from_pipe(stock)
+        return SharedSamplingPipeline.from_pipe(saved.load(path, **kwargs))
 
     def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """Load an adapter as the stock class does; raise DataError if it is missing or not saved as safetensors."""
@@ -250,6 +238,7 @@ class SharedSamplingPipeline:
         options = {**self._options, **options}
         height, width = options["size"] = self._size(height, width, options)
         self._set_timesteps(num_inference_steps, height, width)
+        diffusion.check_start(self.scheduler)
 
         count = len(prompts) if prompts is not None else len(given["prompt_embeds"])
         negatives = _negatives(negative_prompt, count)
@@ -286,6 +275,14 @@ class SharedSamplingPipeline:
             callback=callback_on_step_end,
             options=options,
         )
+
+    def evaluations(self, num_inference_steps: int, height: int | None = None, width: int | None = None) -> int:
+        """Return how often the network is evaluated for one image alone, without guidance: the steps of a plan.
+
+        Some schedulers evaluate more than once in an inference step.
+        """
+        self._set_timesteps(num_inference_steps, *self._size(height, width, dict(self._options)))
+        return len(self.scheduler.timesteps)
 
     # Overridden by families.
 

@@ -5,7 +5,7 @@ Network calls, text encoding and latent scaling come from `sage.sampling.familie
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import sage.torchvision_ops  # noqa: F401
 
@@ -29,8 +29,9 @@ class Denoiser(nn.Module):
     """A pipeline's U-Net or transformer as a module to train.
 
     `network` is the pipeline's own module, so the pipeline samples with the trained weights. With `precision` "bf16"
-    the forward pass runs under autocast; trained weights are float32 either way. Autocast is set here, not by
-    accelerate, so that it also applies to the frozen base. Raises UnsupportedError for an unsupported pipeline class.
+    the forward pass runs under autocast; the pipeline becomes float32 either way. Autocast is set here, not by
+    accelerate, so that it also applies to the frozen base. LoRAs that the pipeline came with are fused into its weights
+    (`lora.fuse`). Raises UnsupportedError for an unsupported pipeline class.
     """
 
     def __init__(self, pipeline: Any, precision: Precision = "fp32") -> None:
@@ -38,6 +39,9 @@ class Denoiser(nn.Module):
         super().__init__()
         self._pipe: Any = SharedSamplingPipeline.from_pipe(pipeline)
         self._precision = precision
+        lora.fuse(self._pipe)
+        # All parts, because a pipeline with a float32 network cannot sample with the text states of a half encoder.
+        cast(Any, self._pipe).to(dtype=torch.float32)
         self.network: Any = self._pipe._network
         cast_training_params(self.network)
 
@@ -75,13 +79,21 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], size: Sequence[int], batch_size: int = 64) -> dict[str, Tensor]:
-        """Return the conditions of prompts, (n, ...) on the CPU, for images of this size (height, width) in pixels."""
+        """Return the conditions of prompts, (n, ...) on the CPU, for images of this size (height, width) in pixels.
+
+        The empty prompt has the condition that guidance takes without a negative prompt, which for SDXL may be zeros.
+        """
         parts = []
         for start in range(0, len(texts), batch_size):
             some = list(texts[start : start + batch_size])
             rows = self._pipe._encode(some, None, False, {}, self._pipe._options | {"size": tuple(size)})
             parts.append({name: values[:, 0].cpu() for name, values in rows.items()})
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        conditions = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        if self._pipe.config.get("force_zeros_for_empty_prompt"):
+            empty = torch.tensor([not text for text in texts])
+            for name in ("states", "pooled"):
+                conditions[name][empty] = 0
+        return conditions
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, batch_size: int = 16) -> Tensor:

@@ -102,7 +102,7 @@ def finetuning_loss(
                    each member (branch noise 1);
                    "mixture": `training.loss.mixture_start`;
                    "plain": no bridge, ordinary noised latents of each member, as a baseline
-    sampler_steps  number of sampler steps, of which the share ratio is a fraction
+    sampler_steps  number of sampler steps; the branch times are the ones of the scheduler at this number of steps
     drop_text      fraction of the plain diffusion items with an empty prompt, for classifier-free guidance
     seed           seed of all draws
     min_snr        gamma of `training.loss.min_snr`; None weighs all timesteps equally
@@ -115,12 +115,12 @@ def finetuning_loss(
     denoiser.check_width(data.conditions)
     frozen = denoiser.frozen() if batches.weights["consistency"] else None
     schedule = NoiseSchedule.of(scheduler)
-    times = diffusion.network_times(scheduler)
+    times, visited = diffusion.network_times(scheduler), diffusion.visited(scheduler, sampler_steps)
 
     def at_times(function: Network) -> Network:
         return lambda x_t, t, condition: function(x_t, times[t], condition)
 
-    draw = _Draws(schedule, data, at_times(denoiser), share_ratios, soft_target, branch_start, sampler_steps, drop_text)
+    draw = _Draws(schedule, data, at_times(denoiser), share_ratios, soft_target, branch_start, visited, drop_text)
 
     def weight(t: Tensor) -> Tensor:
         return torch.ones_like(t) if min_snr is None else loss.min_snr(schedule, t, min_snr)
@@ -135,7 +135,7 @@ def finetuning_loss(
         rows = batches.rows(step)
         count = {term: len(term_rows) for term, term_rows in rows.items()}
         mine = split_items(count, rows, part, parts)
-        k = drawn_shared_steps(share_ratios, sampler_steps, seed, step)
+        k = drawn_shared_steps(share_ratios, len(visited), seed, step)
         # Draw all items of the step, so that the draws do not depend on the number of parts.
         drawn = {term: draw.query(term, rows[term], random, mine.get(term, slice(0)), k) for term in rows}
         queries = {term: drawn[term] for term in mine}
@@ -156,17 +156,20 @@ def finetuning_loss(
     return step_loss
 
 
-def drawn_shared_steps(share_ratios: tuple[float, float], sampler_steps: int, seed: int, step: int) -> int:
-    """Return the number of shared steps in a training step, drawn uniformly between the two share ratios."""
-    fewest, most = (max(1, shared_steps(ratio, sampler_steps)) for ratio in share_ratios)
+def drawn_shared_steps(share_ratios: tuple[float, float], evaluations: int, seed: int, step: int) -> int:
+    """Return the number of shared evaluations in a training step, drawn uniformly between the two share ratios.
+
+    `evaluations` is the number of a sampler's evaluations per image, the length of `sage.diffusion.visited`.
+    """
+    fewest, most = (max(1, shared_steps(ratio, evaluations)) for ratio in share_ratios)
     return int(torch.randint(fewest, most + 1, (), generator=generator(seed, "shared steps", step)))
 
 
-def sampling_cost(batches: Batches, share_ratios: tuple[float, float], sampler_steps: int, step: int) -> int:
+def sampling_cost(batches: Batches, share_ratios: tuple[float, float], evaluations: int, step: int) -> int:
     """Return the evaluations, without gradient, that a step with `branch_start` "sampled" spends on its starts x_t*."""
     rows = set(batches.rows(step).get("branch", torch.empty(0)).tolist())
     groups = sum(not rows.isdisjoint(group) for group in batches.groups)
-    return groups * drawn_shared_steps(share_ratios, sampler_steps, batches.seed, step)
+    return groups * drawn_shared_steps(share_ratios, evaluations, batches.seed, step)
 
 
 def split_items(count: Mapping[str, int], terms: Iterable[str], part: int, parts: int) -> dict[str, slice]:
@@ -190,7 +193,7 @@ class _Draws:
     share_ratios: tuple[float, float]
     soft_target: SoftTarget
     branch_start: BranchStart
-    sampler_steps: int
+    visited: Tensor
     drop_text: float
 
     def query(self, term: str, rows: Tensor, random: torch.Generator, items: slice, steps: int) -> Query:
@@ -242,14 +245,14 @@ class _Draws:
         """The branch phase from the network's own shared prediction, noised separately per member (branch noise 1)."""
         first = self._first(rows)
         shared_noise, own_noise = self._noise(rows, random), self._noise(rows, random)
-        t_star = self.schedule.timestep_after(torch.full((len(rows),), steps / self.sampler_steps))
+        t_star = self.visited[steps].expand(len(rows))
         t = (stratified_uniform(len(rows), random) * (t_star + 1)).long()
         # Only the groups of these items are sampled, each once.
         leaders, place = torch.unique(first[items], return_inverse=True)
         if not len(leaders):
             return Query(shared_noise[items], t[items], self.data.conditions_of(rows[items]), own_noise[items])
         c_bar, eps = self._merged(rows[leaders]), shared_noise[leaders]
-        x_0 = rollout(self.schedule, self.network, c_bar, eps, steps, self.sampler_steps)[place]
+        x_0 = rollout(self.schedule, self.network, c_bar, eps, self.visited[:steps])[place]
         x_star = diffusion.add_noise(x_0, own_noise[items], *self.schedule.at(t_star[items]))
         mine = rows[items]
         own, c = self.data.latents[mine], self.data.conditions_of(mine)
@@ -284,7 +287,7 @@ class _Draws:
     def _branch_time(self, rows: Tensor, random: torch.Generator) -> Tensor:
         low, high = self.share_ratios
         share_ratio = low + (high - low) * torch.rand(len(rows), generator=random)
-        return self.schedule.timestep_after(share_ratio)
+        return diffusion.timestep_after(self.visited, share_ratio)
 
     def _noise(self, rows: Tensor, random: torch.Generator) -> Tensor:
         return torch.randn((len(rows), *self.data.latents.shape[1:]), generator=random)

@@ -19,6 +19,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from sage import diffusion
 from sage.errors import ConfigurationError, PlanError, UnsupportedError
 from sage.sampling import loop
 from sage.sampling.branch_noise import rotated
@@ -352,6 +353,51 @@ def test_an_unsupported_scheduler_is_named_with_those_that_are():
     scheduler.set_timesteps(4)
     with pytest.raises(UnsupportedError, match=r"LCMScheduler cannot be shared; use one of DDIMScheduler, .*UniPC"):
         run(scheduler, Plan.independent(1, 4))
+
+
+ZERO = {**BETAS, "rescale_betas_zero_snr": True}
+STARTS = {
+    "ddim": (DDIMScheduler, {}, True),
+    "ddim leading": (DDIMScheduler, {"timestep_spacing": "leading"}, False),
+    "ddpm": (DDPMScheduler, {}, True),
+    "euler": (EulerDiscreteScheduler, {}, True),
+    "dpm": (DPMSolverMultistepScheduler, {}, True),
+    "unipc": (UniPCMultistepScheduler, {}, True),
+    "no zero snr": (DDIMScheduler, {"rescale_betas_zero_snr": False}, False),
+    "v": (DDIMScheduler, {"prediction_type": "v_prediction"}, False),
+    "sample": (DDIMScheduler, {"prediction_type": "sample"}, False),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_prediction_of_noise_cannot_start_from_noise_alone(name):
+    """If it is not refused, the latents are finite, which `run` checks."""
+    kind, changes, refused = STARTS[name]
+    scheduler = kind(**{"timestep_spacing": "trailing", **ZERO, **changes})
+    scheduler.set_timesteps(4)
+    if refused:
+        with pytest.raises(
+            UnsupportedError, match=f"{kind.__name__} has prediction type epsilon and zero terminal SNR"
+        ):
+            run(scheduler, Plan.independent(2, 4))
+        with pytest.raises(UnsupportedError, match="at its first timestep, 999"):
+            diffusion.visited(scheduler, 4)
+    else:
+        run(scheduler, Plan.independent(2, 4))
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if not name.startswith("flow")])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_every_prediction_type_is_sampled_or_refused_by_name(name, kind):
+    made = SCHEDULERS[name]()
+    scheduler = type(made).from_config(made.config, prediction_type=kind, rescale_betas_zero_snr=False)
+    scheduler.set_timesteps(4)
+    plan = Plan.independent(2, steps(scheduler))
+    if kind == "sample" and name in ("euler ancestral", "pndm", "plms"):
+        with pytest.raises(UnsupportedError, match=f"{type(made).__name__} has no step for prediction type sample"):
+            run(scheduler, plan)
+    else:
+        run(scheduler, plan)
 
 
 def test_a_plan_for_other_steps_is_refused():

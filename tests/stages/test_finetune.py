@@ -69,7 +69,13 @@ def tune(project, tmp_path, monkeypatch):
         groups=project / "data/groups", base_folder=project / "base", prepared=project / "data/prepared", **changes
     ):
         (tmp_path / "params.yaml").write_text(
-            yaml.safe_dump(shipped | {"finetune": shipped["finetune"] | SETTINGS | changes})
+            yaml.safe_dump(
+                shipped
+                | {
+                    "finetune": shipped["finetune"] | SETTINGS | changes,
+                    "generate": shipped["generate"] | {"split": "validation"},
+                }
+            )
         )
         finetune.main(base_folder, prepared, groups, tmp_path / "tuned", tmp_path / "finetune.json", Path("work"))
         return json.loads((tmp_path / "finetune.json").read_text())
@@ -235,7 +241,7 @@ def test_damaged_data_is_never_trained_on(fault, project, tune, tmp_path):
 
 
 def test_a_missing_base_is_named(tune, tmp_path):
-    with pytest.raises(DataError, match="is no base model"):
+    with pytest.raises(DataError, match="nothing is no folder and cannot be loaded"):
         tune(base_folder=tmp_path / "nothing")
 
 

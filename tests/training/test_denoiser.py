@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from peft import LoraConfig
 
 from sage import diffusion
 from sage.diffusion import NoiseSchedule
-from sage.errors import UnsupportedError
+from sage.errors import ConfigurationError, UnsupportedError
 from sage.sampling.conditions import merge, select
 from sage.training import lora, loss
 from sage.training.batches import Batches
@@ -117,6 +118,26 @@ def test_every_family_can_be_tuned(pipe, family, tmp_path):
     assert network is denoiser.network  # so the pipeline has learned
 
 
+@pytest.mark.parametrize("zeros", [True, False])
+def test_the_empty_prompt_is_what_guidance_takes(pipe, family, zeros):
+    if family == "stable_diffusion_xl":
+        pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
+    denoiser = Denoiser(pipe)
+    found = denoiser.encode_texts(["red cat", ""], SIZE)
+    guidance = denoiser._pipe._encode(["red cat"], None, True, {}, denoiser._options((8, 8)))
+    for name, values in found.items():
+        torch.testing.assert_close(values, guidance[name][0].flip(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_pipeline_in_half_precision_is_trained_and_draws_in_single(pipe, family, half):
+    denoiser = Denoiser(pipe.to(half))
+    loss_of(denoiser, data_of(denoiser), pipe.scheduler)(0)["loss"].backward()
+    trained = [p for p in denoiser.parameters() if p.grad is not None]
+    assert trained and all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in trained)
+    assert np.isfinite(draw(pipe, family)).all()
+
+
 def test_flow_matching_is_trained_on_the_formula(tmp_path):
     """The plain term of SD 3 is the mean of |f - (eps - x_0)|^2 at x_t = (1 - s) x_0 + s eps, told 1000 s."""
     pipe = tiny.pipeline("stable_diffusion_3", tmp_path)
@@ -188,8 +209,6 @@ def test_parts_add_up_to_the_step(parts, changes, tmp_path):
 
 
 def test_more_parts_than_items_are_refused(tmp_path):
-    from sage.errors import ConfigurationError
-
     pipe = tiny.pipeline("stable_diffusion", tmp_path)
     denoiser = Denoiser(pipe)
     with pytest.raises(ConfigurationError, match="7 items of a step cannot be split into 8 parts"):
@@ -326,3 +345,71 @@ def test_a_network_that_stock_diffusers_loads_no_adapter_into_is_refused(tmp_pat
     pipe = tiny.pipeline("pixart_alpha", tmp_path)
     with pytest.raises(UnsupportedError, match=r"PixArtTransformer2DModel takes no adapter.*adapter: null"):
         lora.add(pipe.transformer, 4, seed=0)
+
+
+WORN = ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3"]
+
+
+def wear(pipe, text=False):
+    """Give a pipeline LoRAs that change its images, as `load_lora_weights` does: of its network, of a text encoder."""
+    torch.manual_seed(5)
+    worn = [pipe.unet if hasattr(pipe, "unet") else pipe.transformer, *([pipe.text_encoder] if text else [])]
+    targets = ["to_q", "to_v"], ["q_proj", "v_proj"]
+    for module, names in zip(worn, targets, strict=False):
+        module.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=names), adapter_name="style")
+        for name, weight in module.named_parameters():
+            if "lora_B" in name:
+                weight.data.normal_(0, 0.5)
+    return pipe
+
+
+@pytest.mark.parametrize("family", WORN, indirect=True)
+def test_training_starts_from_what_a_pipeline_with_a_lora_draws(pipe, family, tmp_path):
+    plain = draw(pipe, family)
+    before = draw(wear(pipe, text=True), family)
+    denoiser = Denoiser(pipe)
+    assert np.abs(before - plain).max() > 1e-2
+    np.testing.assert_allclose(draw(pipe, family), before, atol=1e-4)
+    assert all(p.requires_grad for p in denoiser.parameters())
+    data = data_of(denoiser)
+    asked = data.latents[:2], torch.tensor([900, 20]), select(data.conditions, slice(0, 2))
+    with torch.no_grad():
+        start = denoiser(*asked)
+        torch.testing.assert_close(denoiser.frozen()(*asked), start)
+        lora.add(denoiser.network, 2, seed=0)
+        torch.testing.assert_close(denoiser(*asked), start)
+        torch.testing.assert_close(denoiser.frozen()(*asked), start)
+    lora.merge(denoiser.network)
+    denoiser._pipe.save_pretrained(tmp_path / "saved")
+    loaded = type(pipe).from_pretrained(tmp_path / "saved")
+    loaded.set_progress_bar_config(disable=True)
+    np.testing.assert_allclose(draw(loaded, family), before, atol=1e-4)
+
+
+@pytest.mark.parametrize("state", ["half", "off", "fused", "fused, then off"])
+def test_a_lora_is_fused_as_it_is_set(state, tmp_path):
+    pipe = wear(tiny.pipeline("stable_diffusion", tmp_path))
+    if state == "half":
+        pipe.set_adapters(["style"], [0.5])
+    if "fused" in state:
+        pipe.fuse_lora(components=["unet"])
+    if "off" in state:
+        pipe.disable_lora()
+    before = draw(pipe, "stable_diffusion")
+    Denoiser(pipe)
+    np.testing.assert_allclose(draw(pipe, "stable_diffusion"), before, atol=1e-4)
+    assert not any("lora" in name for name, _ in pipe.unet.named_parameters())
+
+
+def test_an_adapter_to_train_is_not_fused(tmp_path):
+    pipe = tiny.pipeline("stable_diffusion", tmp_path)
+    lora.add(pipe.unet, 2, seed=0)
+    assert all("lora_" in name for name, p in Denoiser(pipe).named_parameters() if p.requires_grad)
+    assert lora.present(pipe.unet)
+
+
+def test_a_second_adapter_is_refused(tmp_path):
+    denoiser = Denoiser(tiny.pipeline("stable_diffusion", tmp_path))
+    wear(denoiser._pipe)
+    with pytest.raises(ConfigurationError, match="UNet2DConditionModel has the adapter style already"):
+        lora.add(denoiser.network, 2, seed=0)

@@ -359,6 +359,20 @@ def test_every_prediction_type_can_be_tuned(kind):
     assert values["consistency"] < 1e-3 < values["diffusion"]
 
 
+@pytest.mark.parametrize("start", ["sampled", "mixture", "plain"])
+def test_a_prediction_of_noise_at_zero_terminal_snr_is_refused_before_the_first_step(start):
+    settings = {"share_ratios": (0.2, 0.6), "soft_target": "mean", "branch_start": start, "sampler_steps": 8}
+    settings |= {"drop_text": 0.1, "seed": 0, "min_snr": 5.0}
+    for kind, spacing in (("v_prediction", "trailing"), ("sample", "trailing"), ("epsilon", "leading")):
+        scheduler = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type=kind, timestep_spacing=spacing)
+        step_loss = finetuning_loss(unet(), scheduler, data(), Batches(GROUPS, ALL, 30, 0), **settings)
+        for step in range(2):
+            assert all(value.isfinite() for value in step_loss(step).values())
+    scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    with pytest.raises(UnsupportedError, match="prediction type epsilon and zero terminal SNR"):
+        finetuning_loss(unet(), scheduler, data(), Batches(GROUPS, ALL, 30, 0), **settings)
+
+
 def test_consistency_is_measured_from_the_base_not_from_what_it_became():
     network = unet()
     step_loss = loss_of(network, Batches(GROUPS, weights(diffusion=1, consistency=1), 12, 0))

@@ -2,12 +2,20 @@ import sage.torchvision_ops  # noqa: F401
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+)
 from torch.nn import functional as F
 
 from sage import diffusion
 from sage.diffusion import NoiseSchedule
-from sage.sampling import base
+from sage.errors import UnsupportedError
+from sage.sampling import base, branch_noise
 from sage.sampling.loop import rollout
 from sage.training import loss
 
@@ -109,19 +117,53 @@ def test_shared_phase_answers_with_the_soft_target(soft, group):
     torch.testing.assert_close(query.target, expected)
 
 
-@pytest.mark.parametrize("steps", [2, 5, 8, 20, 50])
-def test_branch_time_is_where_the_sampler_stands(steps):
-    scheduler = base.new_scheduler()
+SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SAMPLERS = {
+    "shipped": base.new_scheduler(),
+    "leading": DDIMScheduler(**SD15, steps_offset=1, clip_sample=False, set_alpha_to_one=False),
+    "leading, Euler": EulerDiscreteScheduler(**SD15, steps_offset=1, timestep_spacing="leading"),
+    "linspace": DPMSolverMultistepScheduler(**SD15),
+    "Karras": EulerDiscreteScheduler(**SD15, use_karras_sigmas=True),
+    "Karras, DPM++": DPMSolverMultistepScheduler(**SD15, use_karras_sigmas=True),
+    "PNDM": PNDMScheduler(**SD15, steps_offset=1, skip_prk_steps=True),
+    "Heun": HeunDiscreteScheduler(**SD15),
+    "flow": FlowMatchEulerDiscreteScheduler(shift=3.0),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [6, 30])
+def test_branch_time_is_where_the_sampler_stands(name, steps):
+    """After k evaluations, for any k: the sampler's noise level, and the time that it gives the network."""
+    scheduler = SAMPLERS[name]
+    visited, times = diffusion.visited(scheduler, steps), diffusion.network_times(scheduler)
+    sigmas = diffusion.noise_levels(scheduler)[1]
     scheduler.set_timesteps(steps)
-    ratios = torch.arange(steps) / steps
-    assert (
-        NoiseSchedule("sample", torch.ones(1000), torch.ones(1000)).timestep_after(ratios).tolist()
-        == scheduler.timesteps.tolist()
-    )
+    torch.testing.assert_close(times[visited].double(), scheduler.timesteps.double(), rtol=0, atol=1.6)
+    shares = torch.arange(len(visited)) / len(visited)
+    assert torch.equal(diffusion.timestep_after(visited, shares), visited)
+    if name == "PNDM":
+        return  # its sigmas are others
+    for k, t in enumerate(visited):
+        alpha, sigma = (float(level) for level in branch_noise._levels(scheduler, k))
+        level = sigma if name == "flow" else sigma / (alpha**2 + sigma**2) ** 0.5
+        assert float(sigmas[t]) == pytest.approx(level, abs=6e-3)  # half a timestep
 
 
-def test_branch_time_ends_at_the_first_and_last_timestep():
-    assert schedule_of("sample").timestep_after(torch.tensor([0, 0.4, 0.9999])).tolist() == [999, 599, 0]
+@pytest.mark.parametrize("steps", [2, 5, 6, 8, 20, 50])
+def test_trailing_branch_times_are_the_formula(steps):
+    """(1 - k / steps) T - 1, rounded, and in between as well."""
+    visited = diffusion.visited(base.new_scheduler(), steps)
+    expected = ((1 - torch.arange(steps) / steps) * 1000).round().long() - 1
+    assert torch.equal(visited, expected)
+    between = diffusion.timestep_after(visited, torch.rand(100, generator=torch.Generator().manual_seed(0)))
+    shares = torch.rand(100, generator=torch.Generator().manual_seed(0))
+    assert ((between - ((1 - shares) * 1000 - 1)).abs() <= 2).all()
+
+
+def test_times_that_depend_on_the_image_size_are_refused():
+    with pytest.raises(UnsupportedError, match="FlowMatchEulerDiscreteScheduler has use_dynamic_shifting"):
+        diffusion.visited(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), 6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -193,13 +235,13 @@ def test_a_rollout_is_the_samplers(kind, steps):
     for t in scheduler.timesteps[:steps]:
         stepped = scheduler.step(network(x, t.repeat(4), text(4)), t, x)
         x, x_0 = stepped.prev_sample, stepped.pred_original_sample
-    found = rollout(schedule, network, text(4), eps, steps, 8)
+    found = rollout(schedule, network, text(4), eps, diffusion.visited(scheduler, 8)[:steps])
     torch.testing.assert_close(found, x_0, rtol=1e-3, atol=1e-3)
 
 
 def test_a_rollout_needs_a_step():
     with pytest.raises(ValueError, match="0 shared steps predict nothing"):
-        rollout(schedule_of("sample"), lambda x, t, c: x, text(4), randn(4, *SHAPE), 0, 8)
+        rollout(schedule_of("sample"), lambda x, t, c: x, text(4), randn(4, *SHAPE), torch.arange(0))
 
 
 class Counted(torch.nn.Module):

@@ -16,12 +16,12 @@ import tiny
 import torch
 from faults import in_child
 
-from flows.stages import finetune
 from flows.terminal import exit_on_error
 from sage import files
 from sage.config import load_params
 from sage.errors import CheckpointError, ConfigurationError, DataError
 from sage.sampling import base
+from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.training import checkpoint
 
 IDENTITY = {"rate": 0.1}
@@ -145,7 +145,7 @@ def test_pickled_weights_of_a_base_are_refused(make, part, sentinel, tmp_path):
     name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
     torch.save({"weights": Bomb(sentinel)}, weights.with_name(name))
     with pytest.raises(DataError, match="cannot be loaded"):
-        finetune.load(tmp_path / "base")
+        SharedSamplingPipeline.from_pretrained(tmp_path / "base")
 
 
 @pytest.mark.parametrize("make", [own, stock])
@@ -161,7 +161,7 @@ def test_code_beside_a_base_is_not_run(make, sentinel, tmp_path):
         path.write_text(json.dumps(config))
     pipe = None
     try:
-        pipe = finetune.load(folder)
+        pipe = SharedSamplingPipeline.from_pretrained(folder)
     except DataError as error:
         assert "cannot be loaded" in str(error)
     assert pipe is None or pipe.unet.__class__.__module__.startswith("diffusers.")

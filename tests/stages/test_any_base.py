@@ -1,0 +1,209 @@
+"""Stages finetune and generate with bases as people have them: of every family, with other schedulers, as saved."""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import typer
+import yaml
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+)
+from PIL import Image
+from typer.testing import CliRunner
+
+from flows.preflight import check
+from flows.stages import finetune, generate
+from sage.config import load_params
+from sage.data import dataset
+from sage.errors import ConfigurationError, UnsupportedError
+from sage.files import write_json
+from sage.sampling.pipeline import SharedSamplingPipeline
+
+TEXTS = ["red cat", "red dog", "blue cat", "tall tree", "big tree"]
+GROUPS = [["p0", "p1", "p2"], ["p3", "p4"]]
+FINETUNE = {"steps": 1, "warmup": 0, "decay": 0, "batch_size": 3, "precision": "fp32"}
+SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+GATE = {"metric": "nfe_per_image", "reference": "independent", "relative": True}
+EASY = GATE | {"worse_by_at_most": 0.1}
+DDIM, FLOW = "DDIMScheduler", "FlowMatchEulerDiscreteScheduler"
+GENERATE = {"split": "validation", "steps": 6, "share_ratio": 0.5, "seeds": [0], "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A folder with prepared images of 16 pixels and groups."""
+    folder = tmp_path_factory.mktemp("project")
+    random = np.random.default_rng(0)
+    for split in ("train", "validation"):
+        images = folder / "prepared" / split
+        images.mkdir(parents=True)
+        rows = [{"file_name": f"p{i}.png", "text": text, "id": f"p{i}", "family": "f"} for i, text in enumerate(TEXTS)]
+        (images / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for row in rows:
+            Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(images / row["file_name"])
+        groups = {"groups": [{"ids": ids, "similarity": 0.8} for ids in GROUPS]}
+        write_json(folder / f"groups/{split}.json", groups)
+    dataset.write_sums(folder / "prepared")
+    return folder
+
+
+def params_of(**changes):
+    """Return the shipped parameters for the tiny project, with changes, each named SECTION__KEY."""
+    params = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
+    params["finetune"] |= FINETUNE
+    params["generate"] |= GENERATE
+    params["evaluate"]["gates"] = [EASY]
+    for name, value in changes.items():
+        section, key = name.split("__")
+        params[section][key] = value
+    return params
+
+
+@pytest.fixture
+def chain(project, tmp_path, monkeypatch):
+    """Run both stages on a base that is saved in a folder; return their figures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAGE_DEVICE", "cpu")
+
+    def run(base, **changes):
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(params_of(**changes)))
+        data, groups = project / "prepared", project / "groups"
+        finetune.main(base, data, groups, tmp_path / "tuned", tmp_path / "f.json", tmp_path / "work")
+        generate.main(base, tmp_path / "tuned", data, groups, tmp_path / "images", tmp_path / "g.json")
+        return [json.loads((tmp_path / name).read_text()) for name in ("f.json", "g.json")]
+
+    return run
+
+
+def saved(pipe, folder, monkeypatch=None, family="stable_diffusion", **how):
+    """Save a tiny pipeline; limit its calls to what it has room for."""
+    if family in tiny.OPTIONS:
+        shared = type(SharedSamplingPipeline.from_pipe(pipe))
+        monkeypatch.setattr(shared, "_options", {**shared._options, **tiny.OPTIONS[family]})
+    pipe.save_pretrained(folder, **how)
+    return folder
+
+
+def drawn(folder, arm="sage"):
+    with Image.open(folder / f"images/{arm}/seed-0/p0.png") as image:
+        return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_is_tuned_and_drawn(family, chain, tmp_path, monkeypatch):
+    base = saved(tiny.pipeline(family, tmp_path), tmp_path / "base", monkeypatch, family)
+    tuned, made = chain(base, finetune__learning_rate=0.01)
+    assert tuned["losses"]["loss"] > 0
+    # 3 steps of 2 groups, then 3 of 5 prompts
+    assert made["arms"]["sage"]["nfe"] == 3 * 2 + 3 * 5
+    assert made["arms"]["independent_same_nfe"]["steps"] == 5
+    assert drawn(tmp_path).std() > 1 and np.abs(drawn(tmp_path) - drawn(tmp_path, "shared")).max() > 0
+
+
+@pytest.mark.parametrize(("kind", "evaluations"), [(PNDMScheduler, 7), (HeunDiscreteScheduler, 11)])
+def test_plans_count_what_the_scheduler_evaluates(kind, evaluations, chain, tmp_path):
+    pipe = tiny.pipeline("stable_diffusion", tmp_path)
+    pipe.scheduler = kind(**SD15, **({"skip_prk_steps": True} if kind is PNDMScheduler else {}))
+    tuned, made = chain(saved(pipe, tmp_path / "base"), generate__branch_noise=0.0)
+    shared = evaluations // 2
+    arms = made["arms"]
+    assert arms["independent"]["nfe"] == 5 * evaluations
+    assert arms["sage"]["nfe"] == arms["shared"]["nfe"] == 2 * shared + 5 * (evaluations - shared)
+    assert arms["sage"]["nfe"] <= arms["independent_same_nfe"]["nfe"] < arms["independent"]["nfe"]
+    assert arms["independent"]["steps"] == 6 > arms["independent_same_nfe"]["steps"]
+    assert 1 <= tuned["sampling_evaluations"] <= 2 * shared
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_a_scheduler_that_is_named_trains_draws_and_stays_with_the_model(kind, chain, tmp_path):
+    """Stable Diffusion 1.5 comes with PNDM, which takes no branch noise."""
+    pipe = tiny.pipeline("stable_diffusion", tmp_path)
+    pipe.scheduler = PNDMScheduler(**SD15, skip_prk_steps=True, set_alpha_to_one=False)
+    _, made = chain(saved(pipe, tmp_path / "base"), generate__scheduler=kind.__name__)
+    assert made["arms"]["independent"]["nfe"] == 5 * 6
+    tuned = SharedSamplingPipeline.from_pretrained(tmp_path / "tuned").scheduler
+    assert type(tuned) is kind and tuned.config["beta_end"] == 0.012 and not tuned.config.get("clip_sample")
+
+
+def refused(chain, base, tmp_path, error, said, **changes):
+    with pytest.raises(error, match=said):
+        chain(base, **changes)
+    assert not (tmp_path / "work").exists() and not (tmp_path / "tuned").exists()
+
+
+def test_what_cannot_be_drawn_is_refused_before_training(chain, tmp_path):
+    pipe = tiny.pipeline("stable_diffusion", tmp_path)
+    pipe.scheduler = PNDMScheduler(**SD15, skip_prk_steps=True)
+    base = saved(pipe, tmp_path / "base")
+    said = r"stage generate cannot draw with this model: branch noise.*not PNDMScheduler.*generate.scheduler"
+    refused(chain, base, tmp_path, UnsupportedError, said)
+    refused(chain, base, tmp_path, UnsupportedError, "FlowMatch.*cannot replace PNDM", generate__scheduler=FLOW)
+    said = "generate.share_ratio 0.1 of 6 steps is less than one step.* at least 0.17"
+    refused(chain, base, tmp_path, ConfigurationError, said, generate__scheduler=DDIM, generate__share_ratio=0.1)
+    pipe.unet.register_to_config(sample_size=16)
+    said = "the prepared images have 16x16 pixels, but the model draws 32x32; set prepare.image_size to 32"
+    refused(chain, saved(pipe, tmp_path / "large"), tmp_path, ConfigurationError, said)
+    pipe.unet.register_to_config(sample_size=8)
+    pipe.scheduler = DDIMScheduler(**SD15, clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    said = "stage generate cannot draw with this model: DDIMScheduler has prediction type epsilon and zero terminal SNR"
+    refused(chain, saved(pipe, tmp_path / "zero"), tmp_path, UnsupportedError, said)
+
+
+DOUBTS = {
+    "nothing": ({}, None),
+    "share ratio above": ({"generate__share_ratio": 0.67}, "shares 4 of 6 steps, but training covers 1 to 3"),
+    "share ratio below": (
+        {"generate__share_ratio": 0.17, "finetune__share_ratios": [0.34, 0.5]},
+        r"share_ratio 0.17 shares 1 of 6 steps, but training covers 2 to 3 \(finetune.share_ratios \[0.34, 0.5",
+    ),
+    "nothing shared": ({"generate__share_ratio": 0.0}, None),
+    "guidance": (
+        {"generate__guidance_scale": 7.5, "finetune__drop_text": 0.0},
+        r"generate.guidance_scale 7.5 needs .*finetune.drop_text 0.0",
+    ),
+    "guidance, dropped": ({"generate__guidance_scale": 7.5}, None),
+    # 5 prompts in 2 groups, half of the steps shared: 30% saved
+    "gate": (
+        {"evaluate__gates": [GATE | {"worse_by_at_most": -0.31}]},
+        "the gate on nfe_per_image cannot pass: .* save 0.3 of the evaluations, and the gate needs 0.31",
+    ),
+    "few groups": (
+        {"evaluate__gates": [GATE | {"metric": "group_diversity", "worse_by_at_most": 0.1}]},
+        "the gate on group_diversity cannot pass: its interval needs 20 groups of two or more prompts, .* has 2",
+    ),
+    "gate in reach": ({"evaluate__gates": [GATE | {"worse_by_at_most": -0.29}]}, None),
+    "absolute gate": (
+        {"evaluate__gates": [GATE | {"worse_by_at_most": -2.0, "relative": False}]},
+        "save 1.8 evaluations per image, and the gate needs 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DOUBTS)
+def test_what_is_likely_a_mistake_is_said_before_training(name, project, tmp_path, caplog):
+    changes, said = DOUBTS[name]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params_of(**changes)))
+    pipe = SharedSamplingPipeline.from_pipe(tiny.pipeline("stable_diffusion", tmp_path))
+    with caplog.at_level(logging.WARNING, "flows.preflight"):
+        check(pipe, load_params(tmp_path / "params.yaml"), project / "prepared", project / "groups")
+    assert len(caplog.messages) == (said is not None) and (said is None or re.search(said, caplog.messages[0]))
+
+
+@pytest.mark.parametrize("stage", [finetune, generate])
+def test_a_hub_name_is_no_folder_whose_hash_could_be_recorded(stage, project):
+    app = typer.Typer()
+    app.command()(stage.main)
+    names = {"base": "some/model", "data": str(project / "prepared"), "groups": str(project / "groups")}
+    names |= {"model": str(project)} if stage is generate else {}
+    arguments = [word for name, value in names.items() for word in (f"--{name}", value)]
+    result = CliRunner().invoke(app, [*arguments, "--out", "out", "--metrics", "metrics.json"])
+    assert result.exit_code == 2 and "'some/model' does not exist" in " ".join(result.output.split())
