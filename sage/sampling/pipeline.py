@@ -29,6 +29,7 @@ from torch import Generator, Tensor
 from sage.errors import ConfigurationError, DataError, PlanError, UnsupportedError
 from sage.sampling import loop
 from sage.sampling.conditions import Condition
+from sage.sampling.hooks import check_hooks
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import prompt_seed as prompt_seed
 from sage.sampling.stream import Cost, Stream
@@ -210,6 +211,7 @@ class SharedSamplingPipeline:
         if extra := sorted(set(callback_on_step_end_tensor_inputs) - {"latents"}):
             raise ConfigurationError(f"the callback can get latents only, not {', '.join(extra)}")
         loop.check_scheduler(self.scheduler, branch_noise)
+        check_hooks(self._network)
         if self._network.config.get("time_cond_proj_dim") is not None:
             raise UnsupportedError(
                 "this network takes the guidance scale as an input (time_cond_proj_dim), as consistency models do; use "
