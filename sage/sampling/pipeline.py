@@ -9,6 +9,7 @@ loads as the stock class.
     out.images, out.plan, out.cost
 """
 
+import copy
 import importlib
 import json
 import math
@@ -22,6 +23,7 @@ import sage.torchvision_ops  # noqa: F401
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.utils import BaseOutput
 from torch import Generator, Tensor
@@ -50,6 +52,8 @@ BATCH_SIZE = 8
 class SharedSamplingOutput(BaseOutput):  # type: ignore[misc]
     """Images in the order of the prompts, with their plan and its cost.
 
+    `finished`: false for images that an interruption left unfinished (as in diffusers, they are the latents of the step
+    that was reached) or unbegun (None; `images` is then a list).
     `seeds`: the seed of each image; `torch.Generator().manual_seed(seed)` gives the stock pipeline the same noise.
     `truncated_tokens`: the number of each prompt's tokens beyond the text encoder's limit.
     """
@@ -59,6 +63,7 @@ class SharedSamplingOutput(BaseOutput):  # type: ignore[misc]
     cost: Cost
     seeds: list[int]
     truncated_tokens: list[int]
+    finished: list[bool]
     nsfw_content_detected: list[bool] | None = None
 
 
@@ -130,16 +135,25 @@ class SharedSamplingPipeline:
         """
         return_dict = arguments.pop("return_dict", True)
         stream = self.stream(prompt, **arguments)
-        results = sorted(stream, key=lambda result: result.index)
-        images: Any = [result.image for result in results]
-        if isinstance(images[0], np.ndarray):
+        results = {result.index: result for result in stream}
+        found = [results.get(index) for index in range(stream.plan.prompts)]
+        images: Any = [None if result is None else result.image for result in found]
+        if all(isinstance(image, np.ndarray) for image in images):
             images = np.stack(images)
-        elif torch.is_tensor(images[0]):
+        elif all(torch.is_tensor(image) for image in images):
             images = torch.stack(images)
-        nsfw = [bool(result.nsfw) for result in results] if results[0].nsfw is not None else None
         if not return_dict:
             return (images,)
-        return SharedSamplingOutput(images, stream.plan, stream.cost, stream.seeds, stream.truncated_tokens, nsfw)
+        checked = any(result.nsfw is not None for result in results.values())
+        return SharedSamplingOutput(
+            images,
+            stream.plan,
+            stream.cost,
+            stream.seeds,
+            stream.truncated_tokens,
+            finished=[result is not None and result.finished for result in found],
+            nsfw_content_detected=[bool(result and result.nsfw) for result in found] if checked else None,
+        )
 
     def stream(
         self,
@@ -187,12 +201,15 @@ class SharedSamplingPipeline:
         branch_noise           in [0, 1], makes the members of a group differ more (`sage.sampling.branch_noise`); the
                                published figures use 1, which not every scheduler supports, so the default is 0
         output_type            "pil", "np", "pt" or "latent"
-        callback_on_step_end   as in diffusers, called after each step of each batch
-        callback_on_step_end_tensor_inputs  what the callback gets: "latents" only
+        callback_on_step_end   as in diffusers, called after each step of each batch. The pipeline that it gets is this
+                               call's own copy: `_guidance_scale` set on it is for the images of the batch, `_interrupt`
+                               stops this call (set on the pipeline itself, all its calls)
+        callback_on_step_end_tensor_inputs  what the callback gets: latents, to change, and embeddings, to read
         options                embeddings (`prompt_embeds`, ...) and other arguments of the stock pipeline
 
         Raises ConfigurationError, DataError, PlanError or UnsupportedError before anything is generated.
         """
+        call = self._begin_call()
         given = {name: options.pop(name) for name in self._embeddings if options.get(name) is not None}
         prompts = self._check_prompts(prompt, given)
         if unknown := sorted(set(options) - set(self._options)):
@@ -208,8 +225,10 @@ class SharedSamplingPipeline:
                 f"batch_size {batch_size}, num_images_per_prompt {num_images_per_prompt} and num_inference_steps "
                 f"{num_inference_steps} must each be at least 1"
             )
-        if extra := sorted(set(callback_on_step_end_tensor_inputs) - {"latents"}):
-            raise ConfigurationError(f"the callback can get latents only, not {', '.join(extra)}")
+        inputs = _callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        if extra := sorted(set(inputs) - {"latents", *self._callback_conditions}):
+            allowed = ", ".join(("latents", *self._callback_conditions))
+            raise ConfigurationError(f"the callback can get {allowed}, not {', '.join(extra)}")
         loop.check_scheduler(self.scheduler, branch_noise)
         check_hooks(self._network)
         if self._network.config.get("time_cond_proj_dim") is not None:
@@ -219,10 +238,10 @@ class SharedSamplingPipeline:
             )
         options = {**self._options, **options}
         height, width = options["size"] = self._size(height, width, options)
-        self._set_timesteps(num_inference_steps, height, width)
+        call._set_timesteps(num_inference_steps, height, width)
 
         count = len(prompts) if prompts is not None else len(given["prompt_embeds"])
-        steps = len(self.scheduler.timesteps)
+        steps = len(call.scheduler.timesteps)
         if plan is None:
             if groups is None:
                 groups = [[i] for i in range(count)] if share_ratio == 0 or count == 1 else _group(prompts)
@@ -234,8 +253,9 @@ class SharedSamplingPipeline:
                 f"the plan has {plan.steps} steps, but {type(self.scheduler).__name__} evaluates the network {steps} "
                 f"times at num_inference_steps={num_inference_steps}; build the plan for {steps} steps"
             )
+        call._guidance_scale, call._num_timesteps = scale, steps
         return Stream(
-            self,
+            call,
             plan.repeat(num_images_per_prompt),
             prompts=prompts,
             given=given,
@@ -250,10 +270,14 @@ class SharedSamplingPipeline:
             branch_noise=branch_noise,
             output_type=output_type,
             callback=callback_on_step_end,
+            callback_inputs=inputs,
             options=options,
         )
 
     # Overridden by families.
+
+    # The stock names of the conditions' tensors, for callbacks.
+    _callback_conditions: ClassVar[Mapping[str, str]] = {"prompt_embeds": "states"}
 
     _default_guidance: ClassVar = 7.5
     # Options for the encoder, scheduler, network or decoder, with the stock pipeline's defaults.
@@ -289,9 +313,40 @@ class SharedSamplingPipeline:
     def _count_tokens(self, texts: list[str]) -> list[int]:
         return [len(tokens) for tokens in self.tokenizer(texts).input_ids]
 
-    # Used by families.
+    # The state of a call is in a copy of the pipeline, so that calls in several threads or streams do not meet.
 
     _evaluations = 0
+    _interrupts = 0
+    _interrupts_before = 0
+    _called: Any = None
+    _guidance_scale: float
+    _num_timesteps: int
+
+    def _begin_call(self) -> Any:
+        """Return a copy for one call, with the same networks and a scheduler and a state of its own."""
+        call = copy.copy(self)
+        # Not set as an attribute, which would look the class up for the saved configuration.
+        state = {"_called": self, "_evaluations": 0, "_interrupts": 0, "_interrupts_before": self._interrupts}
+        vars(call).update(state, scheduler=copy.copy(self.scheduler))
+        return call
+
+    def _end_call(self) -> None:
+        """Move offloaded networks back, and leave what diffusers leaves on a pipeline after a call."""
+        vars(self._called).update(_guidance_scale=self._guidance_scale, _num_timesteps=self._num_timesteps)
+        self._called.maybe_free_model_hooks()
+
+    @property
+    def _interrupt(self) -> bool:
+        """Whether a call is interrupted: set on its copy, or on the pipeline itself since the call began."""
+        if self._called is None:
+            return self._interrupts > 0
+        return self._interrupts > 0 or self._called._interrupts > self._interrupts_before
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        self._interrupts += bool(value)
+
+    # Used by families.
 
     @property
     def _network(self) -> Any:
@@ -349,6 +404,16 @@ def _family(pipeline: Any) -> Any:
     raise UnsupportedError(
         f"{type(pipeline).__name__} cannot share sampling; supported are {', '.join(sorted(FAMILIES))}"
     )
+
+
+def _callback_inputs(callback: Any, names: Sequence[str]) -> Sequence[str]:
+    """Return the names of the tensors that a callback gets; those of diffusers name what they need."""
+    for one in callback.callbacks if isinstance(callback, MultiPipelineCallbacks) else [callback]:
+        if isinstance(one, IPAdapterScaleCutoffCallback):
+            raise UnsupportedError(
+                "IPAdapterScaleCutoffCallback is for image prompts, which cannot be shared; leave it out"
+            )
+    return callback.tensor_inputs if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)) else names
 
 
 def _negatives(negative: str | Sequence[str] | None, count: int) -> list[str] | None:

@@ -26,7 +26,7 @@ from sage.errors import ConfigurationError, DataError, PlanError, SageError, Uns
 from sage.sampling import base
 from sage.sampling.families import stable_diffusion
 from sage.sampling.pipeline import SharedSamplingPipeline
-from sage.sampling.plan import Block, Plan
+from sage.sampling.plan import Plan
 from sage.sampling.seeds import prompt_seed
 
 TOLERANCE = {"rtol": 0, "atol": 2e-3}
@@ -118,38 +118,6 @@ def test_another_size(pipe, stock):
     assert np.array_equal(pipe("red cat", seed=[1], **call).images, expected)
 
 
-def test_a_callback_sees_every_step_and_can_change_latents(pipe, stock):
-    seen = []
-
-    def keep(pipeline, step, timestep, tensors):
-        seen.append((step, int(timestep), tensors["latents"].shape[0]))
-        return tensors
-
-    plan = Plan(4, (Block(2, (0, 1, 2)), 3))
-    pipe(tiny.PROMPTS[:4], plan=plan, seed=0, callback_on_step_end=keep, **CALL)
-    assert [(step, rows) for step, _, rows in seen] == [(0, 2), (1, 2), (2, 4), (3, 4)]
-    assert [t for _, t, _ in seen] == pipe.scheduler.timesteps.tolist()
-
-    def halve(pipeline, step, timestep, tensors):
-        return {"latents": tensors["latents"] / 2}
-
-    call = CALL | {"callback_on_step_end": halve}
-    expected = stock("red cat", generator=torch.Generator().manual_seed(1), **call).images
-    assert np.array_equal(pipe("red cat", seed=[1], **call).images, expected)
-
-
-def test_an_interrupted_call_returns_what_it_has(pipe, stock):
-    def stop(pipeline, step, timestep, tensors):
-        pipeline._interrupt = step == 1
-        return tensors
-
-    call = CALL | {"callback_on_step_end": stop}
-    expected = stock("red cat", generator=torch.Generator().manual_seed(1), **call).images
-    out = pipe("red cat", seed=[1], **call)
-    assert np.array_equal(out.images, expected)
-    assert out.cost.network_evaluations == 2 * 2 < out.cost.formula
-
-
 def test_progress_counts_what_the_network_evaluates(pipe, capsys):
     pipe.set_progress_bar_config(disable=False)
     pipe(tiny.PROMPTS, groups=tiny.GROUPS, share_ratio=0.5, seed=0, **CALL)
@@ -182,15 +150,6 @@ def test_a_text_is_encoded_once_and_what_all_avoid_with_the_first_batch(pipe):
     assert sum(rows) == 10
     handle.remove()
     np.testing.assert_allclose(same, whole, **TOLERANCE)
-
-
-def test_two_streams_at_once_do_not_disturb_each_other(pipe):
-    call = {"groups": [[0, 1], [2]], "share_ratio": 0.5, "batch_size": 1, **CALL}
-    streams = [pipe.stream(["red cat", "red dog", "tree"], seed=seed, **call) for seed in (1, 2)]
-    mixed = [sorted(pair, key=lambda result: result.index) for pair in zip(*zip(*streams, strict=True), strict=True)]
-    for seed, results in zip((1, 2), mixed, strict=True):
-        alone = pipe(["red cat", "red dog", "tree"], seed=seed, **call)
-        assert all(np.array_equal(result.image, alone.images[result.index]) for result in results)
 
 
 def test_schedulers_are_swapped_as_in_diffusers(pipe, stock):
@@ -325,7 +284,11 @@ BAD = [
     ({"branch_noise": 2.0}, ConfigurationError, "branch_noise 2.0"),
     ({"guidance_scale": math.nan}, ConfigurationError, "guidance_scale is nan"),
     ({"guidance": 3.0}, ConfigurationError, "takes no guidance; further options are clip_skip"),
-    ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, ConfigurationError, "latents only, not prompt_embeds"),
+    (
+        {"callback_on_step_end_tensor_inputs": ["latents", "image"]},
+        ConfigurationError,
+        "the callback can get latents, prompt_embeds, not image",
+    ),
 ]
 
 

@@ -15,6 +15,7 @@ from sage.sampling.conditions import Condition, stacked
 class SharedStableDiffusionPipeline(pipeline.SharedSamplingPipeline, StableDiffusionPipeline):  # type: ignore[misc]
     """A Stable Diffusion pipeline whose similar prompts share their early steps."""
 
+    _callback_tensor_inputs: ClassVar = ["latents", "prompt_embeds"]
     _options: ClassVar = {"eta": 0.0, "guidance_rescale": 0.0, "clip_skip": None, "cross_attention_kwargs": None}
 
     def _encode(

@@ -18,6 +18,7 @@ class SharedStableDiffusion3Pipeline(pipeline.SharedSamplingPipeline, StableDiff
 
     _default_guidance: ClassVar = 7.0
     _options: ClassVar = {"clip_skip": None, "joint_attention_kwargs": None, "max_sequence_length": 256}
+    _callback_conditions: ClassVar = {"prompt_embeds": "states", "pooled_prompt_embeds": "pooled"}
     _embeddings: ClassVar = (
         "prompt_embeds",
         "negative_prompt_embeds",

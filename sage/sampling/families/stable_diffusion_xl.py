@@ -25,6 +25,11 @@ class SharedStableDiffusionXLPipeline(pipeline.SharedSamplingPipeline, StableDif
         "crops_coords_top_left": (0, 0),
         "target_size": None,
     }
+    _callback_conditions: ClassVar = {
+        "prompt_embeds": "states",
+        "add_text_embeds": "pooled",
+        "add_time_ids": "sizes",
+    }
     _embeddings: ClassVar = (
         "prompt_embeds",
         "negative_prompt_embeds",
