@@ -65,6 +65,7 @@ class Pack:
     """Blocks that run together; lists and tensors have one row per block, conditions g of them.
 
     `guidance`: the guidance scale, which blocks keep when they branch.
+    `diverged`: the first step with values that are not finite, or the plan's number of steps if there is none.
     """
 
     nodes: list[Node]
@@ -74,6 +75,7 @@ class Pack:
     scheduler: Any
     generators: list[Generator]
     guidance: float
+    diverged: Tensor
     condition: Condition = field(default_factory=dict)
     # Only with branch noise: the blocks' own x_0 predictions at their last step (`clean`), and, until the first step
     # after a branch, the rows that drew noise there with their parents' predictions (`inherited`).
@@ -92,11 +94,15 @@ class _Waiting:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Prompt numbers and their latents, (n, ...); not `finished` if the sampling was interrupted on their way."""
+    """Prompt numbers and their latents, (n, ...); not `finished` if the sampling was interrupted on their way.
+
+    `diverged`: the step at which a prompt's values were first not finite, or None.
+    """
 
     prompts: list[int]
     latents: Tensor
     finished: bool
+    diverged: list[int | None]
 
 
 @torch.no_grad()
@@ -153,7 +159,7 @@ def sample(
     roots = sorted(plan.roots, key=lambda node: node.until if isinstance(node, Block) else plan.steps)
     waiting = [_Waiting([roots[i] for i in rows]) for rows in reversed(_packs(len(roots), batch_size))]
     while waiting:
-        pack = _start(waiting.pop(), scheduler, noise, generator, rank, branch_noise, guidance)
+        pack = _start(waiting.pop(), plan.steps, scheduler, noise, generator, rank, branch_noise, guidance)
         blocks = [list(leaves_of((node,))) for node in pack.nodes]
         pack.condition = block_conditions(blocks, encode, rank, batch_size, medoid)
         kwargs = dict(step_kwargs or {}) | ({"generator": pack.generators} if takes_generator else {})
@@ -162,8 +168,7 @@ def sample(
         for step in range(pack.step, end):
             if interrupted():
                 if step:
-                    rows = [row for row, block in enumerate(blocks) for _ in block]
-                    yield Sampled(list(leaves_of(pack.nodes)), pack.latents[rows], finished=False)
+                    yield _sampled(pack, plan.steps, finished=False)
                 return
             t = timesteps[step]
             x = pack.scheduler.scale_model_input(pack.latents, t) if scales else pack.latents
@@ -175,14 +180,30 @@ def sample(
                 pack.latents, output = recentred(pack.scheduler, step, pack.latents, output, noisy, x_0, branch_noise)
             pack.latents = pack.scheduler.step(output, t, pack.latents, **kwargs, return_dict=False)[0]
             on_step(step, t, pack)
+            _note_divergence(pack, step, output)
         pack.step = end
 
         if end == plan.steps:
-            yield Sampled(list(leaves_of(pack.nodes)), pack.latents, finished=True)
+            yield _sampled(pack, plan.steps, finished=True)
             continue
         nodes, rows = _branches(pack.nodes, end)
         for part in reversed(_packs(len(nodes), batch_size)):
             waiting.append(_Waiting([nodes[i] for i in part], pack, [rows[i] for i in part]))
+
+
+def _note_divergence(pack: Pack, step: int, output: Tensor) -> None:
+    """Note which rows of a step's output or latents are not finite; the device is not waited for."""
+    finite = output.isfinite().flatten(1).all(1) & pack.latents.isfinite().flatten(1).all(1)
+    pack.diverged = pack.diverged.where(finite, pack.diverged.clamp(max=step))
+
+
+def _sampled(pack: Pack, steps: int, finished: bool) -> Sampled:
+    """Return the prompts of a pack, each with the latents of its block."""
+    members = [list(leaves_of((node,))) for node in pack.nodes]
+    rows = [row for row, block in enumerate(members) for _ in block]
+    diverged = [None if step == steps else int(step) for step in pack.diverged[rows].tolist()]
+    latents = pack.latents if len(rows) == len(members) else pack.latents[rows]
+    return Sampled([prompt for block in members for prompt in block], latents, finished, diverged)
 
 
 def _packs(rows: int, batch_size: int) -> list[range]:
@@ -205,6 +226,7 @@ def _branches(nodes: list[Node], step: int) -> tuple[list[Node], list[int]]:
 
 def _start(
     task: _Waiting,
+    steps: int,
     scheduler: Any,
     noise: Callable[[list[int], list[Generator]], Tensor],
     generator: Callable[[int], Generator],
@@ -214,7 +236,7 @@ def _start(
 ) -> Pack:
     """Return a pack that is ready to run but for its condition, from initial noise or from the rows of its parent pack.
 
-    The parameters are as in `sample`.
+    `steps` is the plan's number of steps; the other parameters are as in `sample`.
     """
     leaders = [min(leaves_of((node,)), key=rank) for node in task.nodes]
     parent = task.parent
@@ -223,7 +245,9 @@ def _start(
         fresh = branched(scheduler, None)
         if hasattr(fresh, "set_begin_index"):
             fresh.set_begin_index(0)  # else the scheduler looks it up on the device, which synchronises
-        return Pack(task.nodes, leaders, 0, noise(leaders, generators), fresh, generators, guidance)
+        latents = noise(leaders, generators)
+        fine = torch.full((len(leaders),), steps, device=latents.device)
+        return Pack(task.nodes, leaders, 0, latents, fresh, generators, guidance, fine)
     rows = torch.tensor(task.rows, device=parent.latents.device)
     generators = []
     for leader, row in zip(leaders, task.rows, strict=True):
@@ -241,7 +265,18 @@ def _start(
             latents[i] = rotated(parent.scheduler, parent.step, latents[i], x_0, xi, branch_noise)
         inherited = noisy, clean
     child = branched(parent.scheduler, rows)
-    return Pack(task.nodes, leaders, parent.step, latents, child, generators, parent.guidance, inherited=inherited)
+    diverged = parent.diverged.index_select(0, rows)
+    return Pack(
+        task.nodes,
+        leaders,
+        parent.step,
+        latents,
+        child,
+        generators,
+        parent.guidance,
+        diverged,
+        inherited=inherited,
+    )
 
 
 def branched(scheduler: Any, rows: Tensor | None) -> Any:

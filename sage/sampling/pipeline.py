@@ -34,7 +34,7 @@ from sage.sampling.conditions import Condition
 from sage.sampling.hooks import check_hooks
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import prompt_seed as prompt_seed
-from sage.sampling.stream import Cost, Stream
+from sage.sampling.stream import Cost, Stream, bad_rows
 
 # Each supported stock class and the module with its subclass.
 FAMILIES = {
@@ -87,6 +87,7 @@ class SharedSamplingPipeline:
     tokenizer: Any
     unet: Any
     transformer: Any
+    vae: Any
     vae_scale_factor: int
     _execution_device: torch.device
 
@@ -131,7 +132,8 @@ class SharedSamplingPipeline:
     ) -> SharedSamplingOutput | tuple[Any]:
         """Return the images of all prompts; takes the arguments of `stream`, and `return_dict`.
 
-        The images are a list for `output_type` "pil", one array for "np" and one tensor for "pt" and "latent".
+        The images are a list for `output_type` "pil", one array for "np" and one tensor for "pt" and "latent". Raises
+        DivergedError if any image is not finite; `stream` gives the others.
         """
         return_dict = arguments.pop("return_dict", True)
         stream = self.stream(prompt, **arguments)
@@ -207,7 +209,8 @@ class SharedSamplingPipeline:
         callback_on_step_end_tensor_inputs  what the callback gets: latents, to change, and embeddings, to read
         options                embeddings (`prompt_embeds`, ...) and other arguments of the stock pipeline
 
-        Raises ConfigurationError, DataError, PlanError or UnsupportedError before anything is generated.
+        Raises ConfigurationError, DataError, PlanError or UnsupportedError before anything is generated, and
+        DivergedError after all other images if some are not finite.
         """
         call = self._begin_call()
         given = {name: options.pop(name) for name in self._embeddings if options.get(name) is not None}
@@ -321,6 +324,7 @@ class SharedSamplingPipeline:
     _called: Any = None
     _guidance_scale: float
     _num_timesteps: int
+    _finite: list[bool]
 
     def _begin_call(self) -> Any:
         """Return a copy for one call, with the same networks and a scheduler and a state of its own."""
@@ -358,6 +362,13 @@ class SharedSamplingPipeline:
         self._evaluations += len(output)
         return output
 
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Return the autoencoder's images of scaled latents, zeros where not finite, and note which are finite."""
+        images: Tensor = self.vae.decode(latents, return_dict=False)[0]
+        finite = images.isfinite().flatten(1).all(1)
+        self._finite = finite.tolist()
+        return images if all(self._finite) else images.where(finite[:, None, None, None], 0)
+
     def _size(self, height: int | None, width: int | None, options: dict[str, Any]) -> tuple[int, int]:
         default = self._network.config.sample_size
         default = (default, default) if isinstance(default, int) else default
@@ -373,7 +384,7 @@ class SharedSamplingPipeline:
             raise ConfigurationError("give either prompts or prompt_embeds, and not both")
         for name, rows in given.items():
             if not torch.isfinite(rows).all():
-                raise DataError(f"{name} holds values that are not finite, in rows {_bad_rows(rows)}; leave those out")
+                raise DataError(f"{name} holds values that are not finite, in rows {bad_rows(rows)}; leave those out")
         if prompt is None:
             return None
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -424,10 +435,6 @@ def _negatives(negative: str | Sequence[str] | None, count: int) -> list[str] | 
             f"{len(negative)} negative prompts were given for {count} prompts; give one, or one for each"
         )
     return list(negative)
-
-
-def _bad_rows(rows: Tensor) -> list[int]:
-    return torch.nonzero(~torch.isfinite(rows).flatten(1).all(1)).flatten().tolist()
 
 
 def guided(output: Tensor, rows: int, scale: float, rescale: float = 0.0) -> Tensor:

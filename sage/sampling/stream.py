@@ -14,7 +14,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-from sage.errors import ConfigurationError, PlanError, UnsupportedError
+from sage.errors import ConfigurationError, DataError, DivergedError, PlanError, UnsupportedError
 from sage.sampling import loop
 from sage.sampling.conditions import Condition, select
 from sage.sampling.plan import Plan
@@ -59,7 +59,8 @@ class Result:
 class Stream:
     """An iterator over the images of one call, in the order in which they finish; `cost` is the cost so far.
 
-    If the call is interrupted, the images of the batch under way come unfinished, and those not begun do not come.
+    Images that are not finite are left out; DivergedError names them after the others were yielded. If the call is
+    interrupted, the images of the batch under way come unfinished, and those not begun do not come.
     """
 
     def __init__(
@@ -103,7 +104,8 @@ class Stream:
         callback_inputs names of the tensors that the callback gets
         options         arguments of the stock pipeline, and "size", (height, width)
 
-        Raises ConfigurationError if seeds, generators or latents do not match the number of images.
+        Raises ConfigurationError if seeds, generators or latents do not match the images, DataError if latents are not
+        finite.
         """
         self.plan = plan
         self._pipe, self._prompts, self._given, self._negatives = pipe, prompts, given, negatives
@@ -126,10 +128,10 @@ class Stream:
         self._without: Condition = {}
         # Latents and rows of the network's batches that the steps so far needed.
         self._steps, self._rows, self._seconds = 0, 0, 0.0
-        if self._latents is not None and len(self._latents) != plan.prompts:
-            raise ConfigurationError(
-                f"{len(self._latents)} latents were given for {plan.prompts} images; give one for each"
-            )
+        # The images that are not finite, with the step of the first such latents, or None if only the pixels are.
+        self._diverged: dict[int, int | None] = {}
+        if self._latents is not None:
+            self._check_latents(self._latents)
         self._results = self._run()
 
     def __iter__(self) -> Iterator[Result]:
@@ -174,13 +176,7 @@ class Stream:
             )
             try:
                 for part in packs:
-                    images, nsfw = part.latents, None
-                    if self._output_type != "latent":
-                        with _ONE_AT_A_TIME:
-                            images, nsfw = pipe._decode(part.latents, self._output_type, self._options)
-                    for row, index in enumerate(part.prompts):
-                        flagged = None if nsfw is None else nsfw[row]
-                        yield Result(index, images[row], self.seeds[index], flagged, part.finished)
+                    yield from self._results_of(part)
             finally:
                 pipe._end_call()
         if not pipe._interrupt and (self._steps, self._rows) != (self.plan.nfe(guidance=False), pipe._evaluations):
@@ -188,6 +184,52 @@ class Stream:
                 f"the network was evaluated {pipe._evaluations} times, but the plan has {self.cost.formula}; "
                 "this is a bug in this package, please report it"
             )
+        if self._diverged:
+            raise self._divergence()
+
+    def _results_of(self, part: loop.Sampled) -> Iterator[Result]:
+        """Yield the finite images of a part, and note the others."""
+        rows = [row for row, step in enumerate(part.diverged) if step is None]
+        self._diverged |= {part.prompts[row]: step for row, step in enumerate(part.diverged) if step is not None}
+        images, nsfw = part.latents if len(rows) == len(part.prompts) else part.latents[rows], None
+        finite = [True] * len(rows)
+        if rows and self._output_type != "latent":
+            with _ONE_AT_A_TIME:
+                images, nsfw = self._pipe._decode(images, self._output_type, self._options)
+            finite = self._pipe._finite
+        for place, row in enumerate(rows):
+            index = part.prompts[row]
+            if finite[place]:
+                flagged = None if nsfw is None else nsfw[place]
+                yield Result(index, images[place], self.seeds[index], flagged, part.finished)
+            else:
+                self._diverged[index] = None
+
+    def _divergence(self) -> DivergedError:
+        """Return the error that names the images that are not finite, what made them so, and what to do."""
+        pipe, failed = self._pipe, sorted(self._diverged.items())
+        steps = [step for _, step in failed if step is not None]
+        named = ", ".join(
+            f"{index}" + (f" ({self._prompts[index // self._images][:60]!r})" if self._prompts is not None else "")
+            for index, _ in failed[:3]
+        )
+        more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+        causes = []
+        if steps:
+            causes.append(
+                f"the latents of {len(steps)} from step {min(steps)} of {self.plan.steps} on; check the weights of "
+                f"{type(pipe._network).__name__} ({self._dtype}) and the settings of "
+                f"{type(pipe.scheduler).__name__}, or use bfloat16 or float32"
+            )
+        if len(steps) < len(failed):
+            causes.append(
+                f"the decoded pixels of {len(failed) - len(steps)}; the autoencoder ({pipe.vae.dtype}) overflows, use "
+                "bfloat16 or float32, or an autoencoder made for float16"
+            )
+        return DivergedError(
+            f"{len(failed)} of {self.plan.prompts} images are not finite and were left out, image {named}{more}: "
+            f"{'; '.join(causes)}. `stream` yields the other images before this error."
+        )
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition, guidance: float) -> Tensor:
         self._steps += len(x)
@@ -262,6 +304,16 @@ class Stream:
             latents = randn_tensor(shape, generator=generators, device=self._device, dtype=self._dtype)
         return latents * getattr(self._pipe.scheduler, "init_noise_sigma", 1.0)
 
+    def _check_latents(self, latents: Tensor) -> None:
+        if len(latents) != self.plan.prompts:
+            raise ConfigurationError(
+                f"{len(latents)} latents were given for {self.plan.prompts} images; give one for each"
+            )
+        if latents.shape[1:] != self._shape:
+            raise ConfigurationError(f"latents have shape {tuple(latents.shape[1:])} each; give {self._shape}")
+        if not latents.isfinite().all():
+            raise DataError(f"latents hold values that are not finite, in rows {bad_rows(latents)}; leave those out")
+
     def _generator(self, image: int) -> Generator:
         if self._generators is not None:
             return self._generators[image]
@@ -302,6 +354,11 @@ class Stream:
             self._latents = randn_tensor(shape, generator=generator, device=self._device, dtype=self._dtype)
         draws = torch.randint(2**62, (self.plan.prompts,), generator=generator, device=generator.device)
         return [int(draw) for draw in draws.tolist()]
+
+
+def bad_rows(values: Tensor) -> list[int]:
+    """Return the rows of a tensor that hold a value that is not finite."""
+    return torch.nonzero(~torch.isfinite(values).flatten(1).all(1)).flatten().tolist()
 
 
 def _key(prompts: list[str] | None, given: dict[str, Tensor], number: int) -> str:

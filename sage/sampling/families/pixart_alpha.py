@@ -86,7 +86,7 @@ class SharedPixArtAlphaPipeline(pipeline.SharedSamplingPipeline, PixArtAlphaPipe
         return prediction[:, : x.shape[1]]
 
     def _decode(self, latents: Tensor, output_type: str, options: dict[str, Any]) -> tuple[Any, None]:
-        images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        images = self._decoded(latents / self.vae.config.scaling_factor)
         if "asked_size" in options:
             height, width = options["asked_size"]
             images = self.image_processor.resize_and_crop_tensor(images, width, height)

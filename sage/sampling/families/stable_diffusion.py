@@ -49,7 +49,7 @@ class SharedStableDiffusionPipeline(pipeline.SharedSamplingPipeline, StableDiffu
         return pipeline.guided(output, len(x), scale, options["guidance_rescale"])
 
     def _decode(self, latents: Tensor, output_type: str, options: dict[str, Any]) -> tuple[Any, list[bool] | None]:
-        images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        images = self._decoded(latents / self.vae.config.scaling_factor)
         images, nsfw = self.run_safety_checker(images, self._execution_device, latents.dtype)
         keep = [True] * len(images) if nsfw is None else [not found for found in nsfw]
         return self.image_processor.postprocess(images, output_type=output_type, do_denormalize=keep), nsfw

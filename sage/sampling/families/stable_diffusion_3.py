@@ -74,5 +74,5 @@ class SharedStableDiffusion3Pipeline(pipeline.SharedSamplingPipeline, StableDiff
 
     def _decode(self, latents: Tensor, output_type: str, options: dict[str, Any]) -> tuple[Any, None]:
         latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        images = self.vae.decode(latents, return_dict=False)[0]
+        images = self._decoded(latents)
         return self.image_processor.postprocess(images, output_type=output_type), None

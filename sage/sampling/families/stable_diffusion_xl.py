@@ -90,7 +90,7 @@ class SharedStableDiffusionXLPipeline(pipeline.SharedSamplingPipeline, StableDif
             latents = latents * deviation / self.vae.config.scaling_factor + mean
         else:
             latents = latents / self.vae.config.scaling_factor
-        images = self.vae.decode(latents, return_dict=False)[0]
+        images = self._decoded(latents)
         if upcast:
             self.vae.to(dtype=torch.float16)
         if self.watermark is not None:
