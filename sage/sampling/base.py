@@ -4,7 +4,9 @@
 """
 
 import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import sage.torchvision_ops  # noqa: F401
 
@@ -12,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
-from sage.errors import DataError
+from sage.errors import ConfigurationError, DataError
 from sage.files import new_folder, write_json
 from sage.packaged import minilm_folder
 
@@ -115,17 +117,30 @@ def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
         write_json(temporary / "model_index.json", _INDEX)
 
 
-def load(folder: Path) -> StableDiffusionPipeline:
-    """Return a saved pipeline in single precision, with the text encoder of the installed package.
+def leaves_out_text_parts(index: Mapping[str, Any], missing: Sequence[str]) -> bool:
+    """Return whether a `model_index.json` is a base model's, whose text parts, among the missing, are the package's."""
+    text = ("text_encoder", "tokenizer")
+    return set(text) <= set(missing) and all(list(index[name]) == _INDEX[name] for name in text)
 
-    Raises DataError if one of the model's parts is missing from the folder.
+
+def load(folder: Path, torch_dtype: torch.dtype = torch.float32, **parts: Any) -> StableDiffusionPipeline:
+    """Return a saved pipeline, with the text encoder of the installed package and with the given parts.
+
+    Raises DataError if one of the model's parts is missing from the folder, ConfigurationError for an unknown part.
     """
     missing = [name for name in ("model_index.json", "vae", "unet", "scheduler") if not (folder / name).exists()]
     if missing:
         raise DataError(
             f"{folder} is no base model: it lacks {', '.join(missing)}. Run `sage pretrain` or restore models/."
         )
-    return assemble(
+    pipeline = assemble(
         AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32, use_safetensors=True).eval(),
         UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32, use_safetensors=True).eval(),
     )
+    if unknown := sorted(set(parts) - set(pipeline.components)):
+        raise ConfigurationError(
+            f"{folder} is a base model, which is loaded without {', '.join(unknown)}; give torch_dtype or one of its "
+            f"parts, {', '.join(sorted(pipeline.components))}"
+        )
+    pipeline.register_modules(**parts)
+    return pipeline if torch_dtype == torch.float32 else pipeline.to(torch_dtype)

@@ -10,6 +10,7 @@ loads as the stock class.
 """
 
 import copy
+import functools
 import importlib
 import json
 import math
@@ -20,6 +21,7 @@ from typing import Any, ClassVar, Literal
 
 import sage.torchvision_ops  # noqa: F401
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -46,6 +48,10 @@ FAMILIES = {
 # With sage.grouping.auto.DEFAULT the operating point of params.yaml, but for branch noise (tests/test_config.py).
 SHARE_RATIO = 0.34
 BATCH_SIZE = 8
+# The methods of stock classes that shared sampling does without.
+_NOT_CALLED = ("__call__", "check_inputs", "prepare_latents", "prepare_extra_step_kwargs", "decode_latents")
+# The arguments of `from_pretrained` that say where a pipeline is.
+_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 @dataclass
@@ -93,31 +99,48 @@ class SharedSamplingPipeline:
 
     @classmethod
     def from_pipe(cls, pipeline: Any) -> "SharedSamplingPipeline":
-        """Return a shared-sampling pipeline with the components of a stock one; nothing is copied or converted.
+        """Return a shared-sampling pipeline with the parts and settings of a stock one; nothing is copied or converted.
 
-        Enable offloading on the returned pipeline. Raises UnsupportedError for an unsupported pipeline class.
+        What a subclass of the stock class overrides is kept. Enable offloading on the returned pipeline. Raises
+        UnsupportedError for an unsupported pipeline class, and for a subclass that overrides what shared sampling does
+        not call.
         """
-        family = _family(pipeline)
-        names = family._get_signature_keys(family)[1]
-        shared = family(
-            **pipeline.components, **{name: pipeline.config[name] for name in names if name in pipeline.config}
-        )
-        shared.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        stock: Any = type(pipeline)
+        family = _family(stock)
+        # Not constructed anew, which would change the configuration of the scheduler.
+        shared = family.__new__(family)
+        vars(shared).update(vars(pipeline))
         return shared  # type: ignore[no-any-return]
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> "SharedSamplingPipeline":
-        """Load a saved pipeline: a folder or hub name as in diffusers, or a folder of this project's base model."""
-        folder = Path(path)
-        index = folder / "model_index.json"
-        if (
-            index.exists()
-            and "text_encoder" in json.loads(index.read_text())
-            and not (folder / "text_encoder").exists()
-        ):
-            from sage.sampling import base
+        """Load a saved pipeline: a folder or hub name as in diffusers, or a folder of this project's base model.
 
-            return SharedSamplingPipeline.from_pipe(base.load(folder))
+        Raises UnsupportedError for an unsupported pipeline class before the weights are read, and DataError if a folder
+        lacks a part that its `model_index.json` names.
+        """
+        from sage.sampling import base
+
+        try:
+            index = DiffusionPipeline.load_config(path, **{name: kwargs[name] for name in _HUB if name in kwargs})
+        except OSError:
+            index = {}  # loading says what is wrong
+        stock = getattr(diffusers, str(index.get("_class_name")), None)
+        if stock is not None and "custom_pipeline" not in kwargs:
+            _family(stock)
+        missing = [
+            name
+            for name, part in index.items()
+            if isinstance(part, (list, tuple)) and isinstance(part[0], str) and not name.startswith("_")
+            if Path(path).is_dir() and name not in kwargs and not (Path(path) / name).exists()
+        ]
+        if base.leaves_out_text_parts(index, missing):
+            return SharedSamplingPipeline.from_pipe(base.load(Path(path), **kwargs))
+        if missing:
+            raise DataError(
+                f"{path} lacks {', '.join(missing)}, which its model_index.json names; restore it, or leave it out "
+                f"({missing[0]}=None), which needs prompt_embeds if it is the text encoder"
+            )
         return SharedSamplingPipeline.from_pipe(DiffusionPipeline.from_pretrained(path, **kwargs))
 
     def to_json_string(self) -> str:
@@ -407,14 +430,22 @@ def _group(prompts: list[str] | None) -> Sequence[Sequence[int]]:
     return group_prompts(prompts)
 
 
-def _family(pipeline: Any) -> Any:
-    """Return the shared-sampling class for pipelines of this class."""
-    for base in type(pipeline).__mro__:
-        if base.__name__ in FAMILIES:
-            return getattr(importlib.import_module(FAMILIES[base.__name__]), f"Shared{base.__name__}")
-    raise UnsupportedError(
-        f"{type(pipeline).__name__} cannot share sampling; supported are {', '.join(sorted(FAMILIES))}"
-    )
+@functools.cache
+def _family(stock: type) -> Any:
+    """Return the shared-sampling class for a stock class, or for a subclass of one with what it overrides."""
+    for base in stock.__mro__:
+        if base.__name__ not in FAMILIES:
+            continue
+        family = getattr(importlib.import_module(FAMILIES[base.__name__]), f"Shared{base.__name__}")
+        if issubclass(stock, SharedSamplingPipeline) or stock is base:
+            return stock if issubclass(stock, SharedSamplingPipeline) else family
+        if unused := [name for name in _NOT_CALLED if getattr(stock, name, None) is not getattr(base, name, None)]:
+            raise UnsupportedError(
+                f"{stock.__name__} overrides {', '.join(unused)}, which shared sampling does not call; use "
+                f"{base.__name__}, or override encode_prompt only"
+            )
+        return type(f"Shared{stock.__name__}", (family, stock), {})
+    raise UnsupportedError(f"{stock.__name__} cannot share sampling; supported are {', '.join(sorted(FAMILIES))}")
 
 
 def _callback_inputs(callback: Any, names: Sequence[str]) -> Sequence[str]:
