@@ -61,7 +61,8 @@ class SharedSamplingOutput(BaseOutput):  # type: ignore[misc]
     `finished`: false for images that an interruption left unfinished (as in diffusers, they are the latents of the step
     that was reached) or unbegun (None; `images` is then a list).
     `seeds`: the seed of each image; `torch.Generator().manual_seed(seed)` gives the stock pipeline the same noise.
-    `truncated_tokens`: the number of each prompt's tokens beyond the text encoder's limit.
+    `truncated_tokens`: the number of each prompt's tokens beyond the text encoder's limit; of several encoders, beyond
+    the limit of the one that reads most.
     """
 
     images: Any
@@ -333,11 +334,19 @@ class SharedSamplingPipeline:
     def _set_timesteps(self, steps: int, height: int, width: int) -> None:
         self.scheduler.set_timesteps(steps, device=self._execution_device)
 
-    def _max_tokens(self, options: dict[str, Any]) -> int:
-        return int(self.tokenizer.model_max_length)
+    def _tokenizers(self, options: dict[str, Any]) -> list[tuple[Any, int]]:
+        """Return the tokenizers with the number of tokens that their text encoders read."""
+        found = (getattr(self, name, None) for name in ("tokenizer", "tokenizer_2"))
+        return [(tokenizer, int(tokenizer.model_max_length)) for tokenizer in found if tokenizer is not None]
 
-    def _count_tokens(self, texts: list[str]) -> list[int]:
-        return [len(tokens) for tokens in self.tokenizer(texts).input_ids]
+    def _count_truncated(self, texts: list[str], options: dict[str, Any]) -> list[int]:
+        """Return the number of each text's tokens beyond the limit; of several encoders, of the one that reads most."""
+        beyond = []
+        for tokenizer, limit in self._tokenizers(options):
+            # Textual inversions of several tokens.
+            convert = getattr(self, "maybe_convert_prompt", lambda texts, tokenizer: texts)
+            beyond.append([max(0, len(ids) - limit) for ids in tokenizer(convert(texts, tokenizer)).input_ids])
+        return [min(counts) for counts in zip(*beyond, strict=True)]
 
     # The state of a call is in a copy of the pipeline, so that calls in several threads or streams do not meet.
 

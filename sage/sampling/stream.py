@@ -123,6 +123,7 @@ class Stream:
         self.seeds = self._take_seeds(seed, generator)
         self.truncated_tokens = [0] * (plan.prompts // images)
         self._encoded: dict[int, Condition] = {}
+        self._undone = [images] * (plan.prompts // images)
         # A negative prompt common to all images is encoded once, together with the first batch as in diffusers.
         self._one_negative = not any(name.startswith("negative") for name in given) and len(set(negatives or [""])) == 1
         self._without: Condition = {}
@@ -188,7 +189,11 @@ class Stream:
             raise self._divergence()
 
     def _results_of(self, part: loop.Sampled) -> Iterator[Result]:
-        """Yield the finite images of a part, and note the others."""
+        """Yield the finite images of a part, and note the others; forget the conditions of prompts that are done."""
+        for image in part.prompts:
+            self._undone[image // self._images] -= 1
+            if not self._undone[image // self._images]:
+                self._encoded.pop(image // self._images, None)
         rows = [row for row, step in enumerate(part.diverged) if step is None]
         self._diverged |= {part.prompts[row]: step for row, step in enumerate(part.diverged) if step is not None}
         images, nsfw = part.latents if len(rows) == len(part.prompts) else part.latents[rows], None
@@ -269,15 +274,15 @@ class Stream:
             return self._encode_alone(images)
 
     def _encode_alone(self, images: list[int]) -> Condition:
-        """Return the conditions of images; encode at most `batch_size` prompts at a time, keep the latest results."""
+        """Return the conditions of images; encode `batch_size` prompts at a time, once, and keep them until drawn."""
         wanted = list(dict.fromkeys(image // self._images for image in images))
         missing = [number for number in wanted if number not in self._encoded]
         for start in range(0, len(missing), self._batch_size):
             numbers = missing[start : start + self._batch_size]
             texts = None if self._prompts is None else [self._prompts[number] for number in numbers]
             if texts is not None:
-                for number, tokens in zip(numbers, self._pipe._count_tokens(texts), strict=True):
-                    self.truncated_tokens[number] = max(0, tokens - self._pipe._max_tokens(self._options))
+                for number, tokens in zip(numbers, self._pipe._count_truncated(texts, self._options), strict=True):
+                    self.truncated_tokens[number] = tokens
             negatives = None if self._negatives is None else [self._negatives[number] for number in numbers]
             given = {name: rows[numbers] for name, rows in self._given.items()}
             rows = self._pipe._encode(texts, negatives, self._guided and not self._without, given, self._options)
@@ -292,8 +297,6 @@ class Stream:
             for place, number in enumerate(numbers):
                 self._encoded[number] = {name: values[place : place + 1] for name, values in rows.items()}
         found = [self._encoded[image // self._images] for image in images]
-        for number in list(self._encoded)[: max(0, len(self._encoded) - 4 * self._batch_size)]:
-            del self._encoded[number]
         return {name: torch.cat([row[name] for row in found]) for name in found[0]}
 
     def _noise(self, images: list[int], generators: list[Generator]) -> Tensor:

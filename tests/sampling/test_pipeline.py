@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from sage.errors import ConfigurationError, DataError, PlanError, SageError, Uns
 from sage.sampling import base
 from sage.sampling.families import stable_diffusion
 from sage.sampling.pipeline import SharedSamplingPipeline
-from sage.sampling.plan import Plan
+from sage.sampling.plan import Block, Plan
 from sage.sampling.seeds import prompt_seed
 
 TOLERANCE = {"rtol": 0, "atol": 2e-3}
@@ -150,6 +151,33 @@ def test_a_text_is_encoded_once_and_what_all_avoid_with_the_first_batch(pipe):
     assert sum(rows) == 10
     handle.remove()
     np.testing.assert_allclose(same, whole, **TOLERANCE)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_text_is_encoded_once_in_large_groups_and_trees(pipe, images):
+    texts, kept = [], []
+
+    def note(module, args, kwargs, output):
+        texts.extend(map(tuple, kwargs.get("input_ids", args[0] if args else None).tolist()))
+
+    handle = pipe.text_encoder.register_forward_hook(note, with_kwargs=True)
+    prompts = [f"{'ab'[i % 2]}{'cdefgh'[i // 2]}" for i in range(12)]
+    tree = Block(2, (Block(3, (6, 7)), Block(4, (8, Block(5, (9, 10, 11))))))
+    stream = pipe.stream(
+        prompts,
+        plan=Plan(6, (Block(2, tuple(range(6))), tree)),
+        num_images_per_prompt=images,
+        batch_size=2,
+        seed=0,
+        **CALL | {"num_inference_steps": 6},
+    )
+    for _ in stream:
+        kept.append(len(stream._encoded))
+    handle.remove()
+    empty = tuple(pipe.tokenizer("", padding="max_length").input_ids)
+    assert sorted(Counter(row for row in texts if row != empty).values()) == [1] * 12
+    # Forgotten when their images are done.
+    assert kept[-1] == 0
 
 
 def test_schedulers_are_swapped_as_in_diffusers(pipe, stock):

@@ -36,6 +36,10 @@ class SharedStableDiffusion3Pipeline(pipeline.SharedSamplingPipeline, StableDiff
             shift["mu"] = calculate_shift(length, *(config.get(name, default) for name, default in limits))
         self.scheduler.set_timesteps(steps, device=self._execution_device, **shift)
 
+    def _tokenizers(self, options: dict[str, Any]) -> list[tuple[Any, int]]:
+        t5 = [] if self.text_encoder_3 is None else [(self.tokenizer_3, int(options["max_sequence_length"]))]
+        return [*super()._tokenizers(options), *t5]
+
     def _encode(
         self,
         prompts: list[str] | None,
