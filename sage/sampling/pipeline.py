@@ -12,6 +12,7 @@ loads as the stock class.
 import copy
 import functools
 import importlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -98,6 +99,26 @@ class SharedSamplingPipeline:
     vae_scale_factor: int
     _execution_device: torch.device
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give the call of a family the parameters of the stock class, in their order, and those of its own."""
+        super().__init_subclass__(**kwargs)
+        if "__call__" in vars(cls):
+            return
+        stock = inspect.signature(_stock(cls).__call__).parameters
+        own = inspect.signature(SharedSamplingPipeline.stream).parameters
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        more = [p.replace(kind=keyword) for p in own.values() if p.name not in stock and p.kind == keyword]
+        named = [p for p in stock.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        signature = inspect.Signature([*named, *more])
+
+        @functools.wraps(SharedSamplingPipeline.__call__)
+        def call(self: Any, *values: Any, **arguments: Any) -> Any:
+            _, *names = signature.bind_partial(self, *values).arguments.items()
+            return SharedSamplingPipeline.__call__(self, **dict(names), **arguments)
+
+        vars(call)["__signature__"] = signature
+        setattr(cls, "__call__", call)  # noqa: B010 - mypy allows no assignment to a method
+
     @classmethod
     def from_pipe(cls, pipeline: Any) -> "SharedSamplingPipeline":
         """Return a shared-sampling pipeline with the parts and settings of a stock one; nothing is copied or converted.
@@ -147,8 +168,7 @@ class SharedSamplingPipeline:
     def to_json_string(self) -> str:
         """Return the configuration to save; it names the stock class, so that diffusers alone can load it."""
         config = json.loads(super().to_json_string())  # type: ignore[misc]
-        stock = next(base for base in type(self).__mro__ if base.__module__.startswith("diffusers."))
-        return json.dumps(config | {"_class_name": stock.__name__}, indent=2, sort_keys=True) + "\n"
+        return json.dumps(config | {"_class_name": _stock(type(self)).__name__}, indent=2, sort_keys=True) + "\n"
 
     @torch.no_grad()
     def __call__(
@@ -236,6 +256,24 @@ class SharedSamplingPipeline:
         Raises ConfigurationError, DataError, PlanError or UnsupportedError before anything is generated, and
         DivergedError after all other images if some are not finite.
         """
+        numbers = {
+            "num_inference_steps": num_inference_steps,
+            "num_images_per_prompt": num_images_per_prompt,
+            "batch_size": batch_size,
+        }
+        for name, number in numbers.items():
+            if not isinstance(number, (int, np.integer)):
+                raise ConfigurationError(f"{name} is {number!r}; give a whole number, or leave it out for the default")
+        needed = {
+            "share_ratio": share_ratio,
+            "branch_noise": branch_noise,
+            "group_condition": group_condition,
+            "output_type": output_type,
+            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+        }
+        if absent := sorted(name for name, value in needed.items() if value is None):
+            raise ConfigurationError(f"{', '.join(absent)} is None; leave it out for the default")
+        options = self._given_options(options)
         call = self._begin_call()
         given = {name: options.pop(name) for name in self._embeddings if options.get(name) is not None}
         prompts = self._check_prompts(prompt, given)
@@ -410,6 +448,17 @@ class SharedSamplingPipeline:
             raise ConfigurationError(f"height {size[0]} and width {size[1]} must be multiples of {multiple}")
         return size
 
+    def _given_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options without those that are None or have the stock call's default."""
+        stock = inspect.signature(_stock(type(self)).__call__).parameters
+        plain = (bool, int, float, str)
+        return {
+            name: value
+            for name, value in options.items()
+            if not (name in stock or name in self._options)
+            or not (value is None or (isinstance(value, plain) and name in stock and value == stock[name].default))
+        }
+
     def _check_prompts(self, prompt: str | Sequence[str] | None, given: dict[str, Tensor]) -> list[str] | None:
         """Return the prompts as a list, or None if embeddings are given instead."""
         if (prompt is None) == ("prompt_embeds" not in given):
@@ -419,6 +468,8 @@ class SharedSamplingPipeline:
                 raise DataError(f"{name} holds values that are not finite, in rows {bad_rows(rows)}; leave those out")
         if prompt is None:
             return None
+        if all(getattr(self, name, None) is None for name in ("text_encoder", "text_encoder_2", "text_encoder_3")):
+            raise ConfigurationError("this pipeline was loaded without a text encoder; give prompt_embeds, not prompts")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise DataError("there are no prompts; give at least 1")
@@ -437,6 +488,11 @@ def _group(prompts: list[str] | None) -> Sequence[Sequence[int]]:
     from sage.grouping.auto import group_prompts
 
     return group_prompts(prompts)
+
+
+def _stock(family: type) -> Any:
+    """Return the class of diffusers that a family derives from."""
+    return next(base for base in family.__mro__ if base.__module__.startswith("diffusers."))
 
 
 @functools.cache

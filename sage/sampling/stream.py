@@ -108,13 +108,14 @@ class Stream:
         finite.
         """
         self.plan = plan
-        self._pipe, self._prompts, self._given, self._negatives = pipe, prompts, given, negatives
+        self._pipe, self._prompts, self._negatives = pipe, prompts, negatives
         self._images, self._scale, self._batch_size = images, guidance_scale, batch_size
         self._medoid, self._branch_noise = medoid, branch_noise
         self._output_type, self._options = output_type, options
         self._callback, self._callback_inputs = callback, callback_inputs
         self._guided = guidance_scale > 1
         self._device, self._dtype = pipe._execution_device, pipe._network.dtype
+        self._given = {name: rows.to(self._device) for name, rows in given.items()}
         factor = pipe.vae_scale_factor
         self._shape = (pipe._network.config.in_channels, *(side // factor for side in options["size"]))
         self._latents = latents
