@@ -173,7 +173,7 @@ class SharedSamplingPipeline:
     @torch.no_grad()
     def __call__(
         self, prompt: str | Sequence[str] | None = None, **arguments: Any
-    ) -> SharedSamplingOutput | tuple[Any]:
+    ) -> SharedSamplingOutput | tuple[Any, ...]:
         """Return the images of all prompts; takes the arguments of `stream`, and `return_dict`.
 
         The images are a list for `output_type` "pil", one array for "np" and one tensor for "pt" and "latent". Raises
@@ -188,9 +188,10 @@ class SharedSamplingPipeline:
             images = np.stack(images)
         elif all(torch.is_tensor(image) for image in images):
             images = torch.stack(images)
-        if not return_dict:
-            return (images,)
         checked = any(result.nsfw is not None for result in results.values())
+        nsfw = [bool(result and result.nsfw) for result in found] if checked else None
+        if not return_dict:
+            return (images, nsfw) if hasattr(self, "safety_checker") else (images,)
         return SharedSamplingOutput(
             images,
             stream.plan,
@@ -198,7 +199,7 @@ class SharedSamplingPipeline:
             stream.seeds,
             stream.truncated_tokens,
             finished=[result is not None and result.finished for result in found],
-            nsfw_content_detected=[bool(result and result.nsfw) for result in found] if checked else None,
+            nsfw_content_detected=nsfw,
         )
 
     def stream(

@@ -251,6 +251,10 @@ def test_a_safety_checker_is_asked_as_in_the_stock_pipeline(tmp_path):
     found = SharedSamplingPipeline.from_pipe(checked)(tiny.PROMPTS, seed=range(5), share_ratio=0, **CALL)
     assert any(expected.nsfw_content_detected)
     assert found.nsfw_content_detected == expected.nsfw_content_detected
+    as_tuple = SharedSamplingPipeline.from_pipe(checked)(
+        tiny.PROMPTS, seed=range(5), share_ratio=0, return_dict=False, **CALL
+    )
+    assert as_tuple[1] == expected.nsfw_content_detected
     assert np.array_equal(found.images, expected.images)
 
 
