@@ -26,7 +26,7 @@ class CheckpointError(SageError):
 
 
 class DivergedError(SageError):
-    """Training produced a loss, a gradient or weights that are not finite."""
+    """Training or sampling produced values that are not finite: a loss, a gradient, weights, latents or images."""
 
 
 class MetricError(SageError):

@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
-from sage.errors import DataError
+from sage.errors import ConfigurationError, DataError
 from sage.files import new_folder, write_json
 from sage.packaged import minilm_folder
 
@@ -127,10 +127,10 @@ def is_own(folder: Path) -> bool:
     return bool(json.loads(index.read_text(encoding="utf-8")).get("text_encoder") == _INDEX["text_encoder"])
 
 
-def load(folder: Path) -> StableDiffusionPipeline:
-    """Return a saved pipeline in single precision, with the text encoder of the installed package.
+def load(folder: Path, torch_dtype: torch.dtype = torch.float32, **parts: Any) -> StableDiffusionPipeline:
+    """Return a saved pipeline, with the text encoder of the installed package and with the given parts.
 
-    Raises DataError if one of the model's parts is missing from the folder.
+    Raises DataError if one of the model's parts is missing from the folder, ConfigurationError for an unknown part.
     """
     missing = [name for name in ("model_index.json", "vae", "unet", "scheduler") if not (folder / name).exists()]
     if missing:
@@ -138,8 +138,15 @@ def load(folder: Path) -> StableDiffusionPipeline:
             f"{folder} is no base model: it lacks {', '.join(missing)}. Run `sage pretrain` or restore models/."
         )
     kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["scheduler"][1]
-    return assemble(
+    pipeline = assemble(
         AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32, use_safetensors=True).eval(),
         UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32, use_safetensors=True).eval(),
         getattr(diffusers, kind).from_pretrained(folder / "scheduler"),
     )
+    if unknown := sorted(set(parts) - set(pipeline.components)):
+        raise ConfigurationError(
+            f"{folder} is a base model, which is loaded without {', '.join(unknown)}; give torch_dtype or one of its "
+            f"parts, {', '.join(sorted(pipeline.components))}"
+        )
+    pipeline.register_modules(**parts)
+    return pipeline if torch_dtype == torch.float32 else pipeline.to(torch_dtype)

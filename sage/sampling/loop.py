@@ -17,7 +17,7 @@ import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,8 +66,12 @@ def check_scheduler(scheduler: Any, branch_noise: float = 0.0) -> None:
 
 
 @dataclass
-class _Pack:
-    """Blocks that run together; lists and tensors have one row per block."""
+class Pack:
+    """Blocks that run together; lists and tensors have one row per block, conditions g of them.
+
+    `guidance`: the guidance scale, which blocks keep when they branch.
+    `diverged`: the first step with values that are not finite, or the plan's number of steps if there is none.
+    """
 
     nodes: list[Node]
     leaders: list[int]
@@ -75,6 +79,9 @@ class _Pack:
     latents: Tensor
     scheduler: Any
     generators: list[Generator]
+    guidance: float
+    diverged: Tensor
+    condition: Condition = field(default_factory=dict)
     # Only with branch noise: the blocks' own x_0 predictions at their last step (`clean`), and, until the first step
     # after a branch, the rows that drew noise there with their parents' predictions (`inherited`).
     clean: Tensor | None = None
@@ -86,8 +93,21 @@ class _Waiting:
     """Blocks that have not started, and the rows of the parent pack that they continue."""
 
     nodes: list[Node]
-    parent: _Pack | None = None
+    parent: Pack | None = None
     rows: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Prompt numbers and their latents, (n, ...); not `finished` if the sampling was interrupted on their way.
+
+    `diverged`: the step at which a prompt's values were first not finite, or None.
+    """
+
+    prompts: list[int]
+    latents: Tensor
+    finished: bool
+    diverged: list[int | None]
 
 
 @torch.no_grad()
@@ -95,33 +115,37 @@ def sample(
     plan: Plan,
     scheduler: Any,
     *,
-    predict: Callable[[Tensor, Tensor, Condition], Tensor],
+    predict: Callable[[Tensor, Tensor, Condition, float], Tensor],
     encode: Callable[[list[int]], Condition],
     noise: Callable[[list[int], list[Generator]], Tensor],
     generator: Callable[[int], Generator],
     rank: Callable[[int], Any],
     batch_size: int,
+    guidance: float = 1.0,
     medoid: bool = False,
     branch_noise: float = 0.0,
     step_kwargs: dict[str, Any] | None = None,
-    on_step: Callable[[int, Tensor, Tensor], Tensor] = lambda step, t, latents: latents,
+    on_step: Callable[[int, Tensor, Pack], None] = lambda step, t, pack: None,
     interrupted: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield prompt numbers and their finished latents, shape (n, ...), as soon as each pack is finished.
+) -> Iterator[Sampled]:
+    """Yield prompt numbers and their latents as soon as each pack is finished.
 
     plan                        which prompts share which steps
     scheduler                   a diffusers scheduler with its timesteps set, as many as the plan has steps
-    predict(x, t, c)            returns the guided prediction for scaled latents (rows, ...), conditions (g * rows, ...)
+    predict(x, t, c, w)         returns the prediction for scaled latents (rows, ...), conditions (g * rows, ...) and
+                                guidance scale w
     encode(prompts)             returns the prompts' conditions (n, g, ...)
     noise(prompts, generators)  returns their initial latents (n, ...)
     generator(prompt)           returns the prompt's random generator
     rank(prompt)                returns a sort key that does not depend on the prompt's place in the list
     batch_size                  the largest number of blocks in a network call
+    guidance                    the guidance scale from which every pack starts
     medoid                      give a block the condition of the member nearest to the mean instead of the mean
     branch_noise                s in [0, 1] of `sage.sampling.branch_noise`
     step_kwargs                 further arguments of `scheduler.step`
-    on_step(step, t, x)         returns the latents to continue with, called after each step of each pack
-    interrupted()               once it returns true, no further steps run
+    on_step(step, t, pack)      called after each step of each pack; may change its latents and guidance
+    interrupted()               once it returns true, no further steps run: the pack under way is yielded unfinished,
+                                and packs that wait are not
 
     Raises PlanError if the plan and the scheduler differ in the number of steps, UnsupportedError for an unsupported
     scheduler and ConfigurationError for branch noise outside [0, 1].
@@ -141,33 +165,51 @@ def sample(
     roots = sorted(plan.roots, key=lambda node: node.until if isinstance(node, Block) else plan.steps)
     waiting = [_Waiting([roots[i] for i in rows]) for rows in reversed(_packs(len(roots), batch_size))]
     while waiting:
-        pack = _start(waiting.pop(), scheduler, noise, generator, rank, branch_noise)
+        pack = _start(waiting.pop(), plan.steps, scheduler, noise, generator, rank, branch_noise, guidance)
         blocks = [list(leaves_of((node,))) for node in pack.nodes]
-        condition = block_conditions(blocks, encode, rank, batch_size, medoid)
+        pack.condition = block_conditions(blocks, encode, rank, batch_size, medoid)
         kwargs = dict(step_kwargs or {}) | ({"generator": pack.generators} if takes_generator else {})
         end = min(node.until if isinstance(node, Block) else plan.steps for node in pack.nodes)
 
         for step in range(pack.step, end):
             if interrupted():
-                break
+                if step:
+                    yield _sampled(pack, plan.steps, finished=False)
+                return
             t = timesteps[step]
             x = pack.scheduler.scale_model_input(pack.latents, t) if scales else pack.latents
-            output = predict(x, t, condition)
+            output = predict(x, t, pack.condition, pack.guidance)
             if branch_noise and step == end - 1 < plan.steps - 1:
                 pack.clean = predicted_x_0(pack.scheduler, step, pack.latents, output)
             if pack.inherited is not None:
-                (rows, x_0), pack.inherited = pack.inherited, None
-                pack.latents, output = recentred(pack.scheduler, step, pack.latents, output, rows, x_0, branch_noise)
-            stepped = pack.scheduler.step(output, t, pack.latents, **kwargs, return_dict=False)
-            pack.latents = on_step(step, t, stepped[0])
+                (noisy, x_0), pack.inherited = pack.inherited, None
+                pack.latents, output = recentred(pack.scheduler, step, pack.latents, output, noisy, x_0, branch_noise)
+            pack.latents = pack.scheduler.step(output, t, pack.latents, **kwargs, return_dict=False)[0]
+            on_step(step, t, pack)
+            _note_divergence(pack, step, output)
         pack.step = end
 
         if end == plan.steps:
-            yield list(leaves_of(pack.nodes)), pack.latents
+            yield _sampled(pack, plan.steps, finished=True)
             continue
         nodes, rows = _branches(pack.nodes, end)
         for part in reversed(_packs(len(nodes), batch_size)):
             waiting.append(_Waiting([nodes[i] for i in part], pack, [rows[i] for i in part]))
+
+
+def _note_divergence(pack: Pack, step: int, output: Tensor) -> None:
+    """Note which rows of a step's output or latents are not finite; the device is not waited for."""
+    finite = output.isfinite().flatten(1).all(1) & pack.latents.isfinite().flatten(1).all(1)
+    pack.diverged = pack.diverged.where(finite, pack.diverged.clamp(max=step))
+
+
+def _sampled(pack: Pack, steps: int, finished: bool) -> Sampled:
+    """Return the prompts of a pack, each with the latents of its block."""
+    members = [list(leaves_of((node,))) for node in pack.nodes]
+    rows = [row for row, block in enumerate(members) for _ in block]
+    diverged = [None if step == steps else int(step) for step in pack.diverged[rows].tolist()]
+    latents = pack.latents if len(rows) == len(members) else pack.latents[rows]
+    return Sampled([prompt for block in members for prompt in block], latents, finished, diverged)
 
 
 def _packs(rows: int, batch_size: int) -> list[range]:
@@ -190,15 +232,17 @@ def _branches(nodes: list[Node], step: int) -> tuple[list[Node], list[int]]:
 
 def _start(
     task: _Waiting,
+    steps: int,
     scheduler: Any,
     noise: Callable[[list[int], list[Generator]], Tensor],
     generator: Callable[[int], Generator],
     rank: Callable[[int], Any],
     branch_noise: float,
-) -> _Pack:
-    """Return a pack that is ready to run, from initial noise or from the rows of its parent pack.
+    guidance: float,
+) -> Pack:
+    """Return a pack that is ready to run but for its condition, from initial noise or from the rows of its parent pack.
 
-    The parameters are as in `sample`.
+    `steps` is the plan's number of steps; the other parameters are as in `sample`.
     """
     leaders = [min(leaves_of((node,)), key=rank) for node in task.nodes]
     parent = task.parent
@@ -207,7 +251,9 @@ def _start(
         fresh = branched(scheduler, None)
         if hasattr(fresh, "set_begin_index"):
             fresh.set_begin_index(0)  # else the scheduler looks it up on the device, which synchronises
-        return _Pack(task.nodes, leaders, 0, noise(leaders, generators), fresh, generators)
+        latents = noise(leaders, generators)
+        fine = torch.full((len(leaders),), steps, device=latents.device)
+        return Pack(task.nodes, leaders, 0, latents, fresh, generators, guidance, fine)
     rows = torch.tensor(task.rows, device=parent.latents.device)
     generators = []
     for leader, row in zip(leaders, task.rows, strict=True):
@@ -225,7 +271,18 @@ def _start(
             latents[i] = rotated(parent.scheduler, parent.step, latents[i], x_0, xi, branch_noise)
         inherited = noisy, clean
     child = branched(parent.scheduler, rows)
-    return _Pack(task.nodes, leaders, parent.step, latents, child, generators, inherited=inherited)
+    diverged = parent.diverged.index_select(0, rows)
+    return Pack(
+        task.nodes,
+        leaders,
+        parent.step,
+        latents,
+        child,
+        generators,
+        parent.guidance,
+        diverged,
+        inherited=inherited,
+    )
 
 
 def branched(scheduler: Any, rows: Tensor | None) -> Any:

@@ -9,7 +9,10 @@ loads as the stock class.
     out.images, out.plan, out.cost
 """
 
+import copy
+import functools
 import importlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -20,8 +23,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import sage.torchvision_ops  # noqa: F401
 
+import diffusers
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.utils import BaseOutput
 from safetensors import SafetensorError
@@ -32,10 +38,11 @@ from sage.errors import ConfigurationError, DataError, PlanError, UnsupportedErr
 from sage.numbers import real, whole
 from sage.sampling import loop, saved
 from sage.sampling.conditions import Condition
+from sage.sampling.hooks import check_hooks
 from sage.sampling.partition import as_groups, check_keys, share_keys
 from sage.sampling.plan import Plan, shared_steps
 from sage.sampling.seeds import prompt_seed as prompt_seed
-from sage.sampling.stream import Cost, Stream
+from sage.sampling.stream import Cost, Stream, bad_rows
 
 if TYPE_CHECKING:
     from sage.grouping.auto import Grouping
@@ -50,14 +57,21 @@ FAMILIES = {
 # With sage.grouping.auto.DEFAULT the operating point of params.yaml, but for branch noise (tests/test_config.py).
 SHARE_RATIO = 0.34
 BATCH_SIZE = 8
+# The methods of stock classes that shared sampling does without.
+_NOT_CALLED = ("__call__", "check_inputs", "prepare_latents", "prepare_extra_step_kwargs", "decode_latents")
+# The arguments of `from_pretrained` that say where a pipeline is.
+_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 @dataclass
 class SharedSamplingOutput(BaseOutput):  # type: ignore[misc]
     """Images in the order of the prompts, with their plan and its cost.
 
+    `finished`: false for images that an interruption left unfinished (as in diffusers, they are the latents of the step
+    that was reached) or unbegun (None; `images` is then a list).
     `seeds`: the seed of each image; `torch.Generator().manual_seed(seed)` gives the stock pipeline the same noise.
-    `truncated_tokens`: the number of each prompt's tokens beyond the text encoder's limit.
+    `truncated_tokens`: the number of each prompt's tokens beyond the text encoder's limit; of several encoders, beyond
+    the limit of the one that reads most.
     """
 
     images: Any
@@ -65,6 +79,7 @@ class SharedSamplingOutput(BaseOutput):  # type: ignore[misc]
     cost: Cost
     seeds: list[int]
     truncated_tokens: list[int]
+    finished: list[bool]
     nsfw_content_detected: list[bool] | None = None
 
 
@@ -88,21 +103,43 @@ class SharedSamplingPipeline:
     tokenizer: Any
     unet: Any
     transformer: Any
+    vae: Any
     vae_scale_factor: int
     _execution_device: torch.device
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give the call of a family the parameters of the stock class, in their order, and those of its own."""
+        super().__init_subclass__(**kwargs)
+        if "__call__" in vars(cls):
+            return
+        stock = inspect.signature(_stock(cls).__call__).parameters
+        own = inspect.signature(SharedSamplingPipeline.stream).parameters
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        more = [p.replace(kind=keyword) for p in own.values() if p.name not in stock and p.kind == keyword]
+        named = [p for p in stock.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        signature = inspect.Signature([*named, *more])
+
+        @functools.wraps(SharedSamplingPipeline.__call__)
+        def call(self: Any, *values: Any, **arguments: Any) -> Any:
+            _, *names = signature.bind_partial(self, *values).arguments.items()
+            return SharedSamplingPipeline.__call__(self, **dict(names), **arguments)
+
+        vars(call)["__signature__"] = signature
+        setattr(cls, "__call__", call)  # noqa: B010 - mypy allows no assignment to a method
+
     @classmethod
     def from_pipe(cls, pipeline: Any) -> "SharedSamplingPipeline":
-        """Return a shared-sampling pipeline with the components of a stock one; nothing is copied or converted.
+        """Return a shared-sampling pipeline with the parts and settings of a stock one; nothing is copied or converted.
 
-        Enable offloading on the returned pipeline. Raises UnsupportedError for an unsupported pipeline class.
+        What a subclass of the stock class overrides is kept. Enable offloading on the returned pipeline. Raises
+        UnsupportedError for an unsupported pipeline class, and for a subclass that overrides what shared sampling does
+        not call.
         """
-        family = _family(pipeline)
-        names = family._get_signature_keys(family)[1]
-        shared = family(
-            **pipeline.components, **{name: pipeline.config[name] for name in names if name in pipeline.config}
-        )
-        shared.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        stock: Any = type(pipeline)
+        family = _family(stock)
+        # Not constructed anew, which would change the configuration of the scheduler.
+        shared = family.__new__(family)
+        vars(shared).update(vars(pipeline))
         return shared  # type: ignore[no-any-return]
 
     @classmethod
@@ -110,8 +147,16 @@ class SharedSamplingPipeline:
         """Load a saved pipeline: a folder or hub name as in diffusers, or a folder of this project's base model.
 
         It is loaded in single precision from safetensors (`sage.sampling.saved`); `kwargs` are those of diffusers.
-        Raises DataError if it cannot be loaded.
+        Raises UnsupportedError for an unsupported pipeline class before the weights are read, and DataError if it
+        cannot be loaded.
         """
+        try:
+            index = DiffusionPipeline.load_config(path, **{name: kwargs[name] for name in _HUB if name in kwargs})
+        except OSError:
+            index = {}  # loading says what is wrong
+        stock = getattr(diffusers, str(index.get("_class_name")), None)
+        if stock is not None and "custom_pipeline" not in kwargs:
+            _family(stock)
         return SharedSamplingPipeline.from_pipe(saved.load(path, **kwargs))
 
     def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
@@ -125,29 +170,39 @@ class SharedSamplingPipeline:
     def to_json_string(self) -> str:
         """Return the configuration to save; it names the stock class, so that diffusers alone can load it."""
         config = json.loads(super().to_json_string())  # type: ignore[misc]
-        stock = next(base for base in type(self).__mro__ if base.__module__.startswith("diffusers."))
-        return json.dumps(config | {"_class_name": stock.__name__}, indent=2, sort_keys=True) + "\n"
+        return json.dumps(config | {"_class_name": _stock(type(self)).__name__}, indent=2, sort_keys=True) + "\n"
 
     @torch.no_grad()
     def __call__(
         self, prompt: str | Sequence[str] | None = None, **arguments: Any
-    ) -> SharedSamplingOutput | tuple[Any]:
+    ) -> SharedSamplingOutput | tuple[Any, ...]:
         """Return the images of all prompts; takes the arguments of `stream`, and `return_dict`.
 
-        The images are a list for `output_type` "pil", one array for "np" and one tensor for "pt" and "latent".
+        The images are a list for `output_type` "pil", one array for "np" and one tensor for "pt" and "latent". Raises
+        DivergedError if any image is not finite; `stream` gives the others.
         """
         return_dict = arguments.pop("return_dict", True)
         stream = self.stream(prompt, **arguments)
-        results = sorted(stream, key=lambda result: result.index)
-        images: Any = [result.image for result in results]
-        if isinstance(images[0], np.ndarray):
+        results = {result.index: result for result in stream}
+        found = [results.get(index) for index in range(stream.plan.prompts)]
+        images: Any = [None if result is None else result.image for result in found]
+        if all(isinstance(image, np.ndarray) for image in images):
             images = np.stack(images)
-        elif torch.is_tensor(images[0]):
+        elif all(torch.is_tensor(image) for image in images):
             images = torch.stack(images)
-        nsfw = [bool(result.nsfw) for result in results] if results[0].nsfw is not None else None
+        checked = any(result.nsfw is not None for result in results.values())
+        nsfw = [bool(result and result.nsfw) for result in found] if checked else None
         if not return_dict:
-            return (images,)
-        return SharedSamplingOutput(images, stream.plan, stream.cost, stream.seeds, stream.truncated_tokens, nsfw)
+            return (images, nsfw) if hasattr(self, "safety_checker") else (images,)
+        return SharedSamplingOutput(
+            images,
+            stream.plan,
+            stream.cost,
+            stream.seeds,
+            stream.truncated_tokens,
+            finished=[result is not None and result.finished for result in found],
+            nsfw_content_detected=nsfw,
+        )
 
     def stream(
         self,
@@ -199,12 +254,34 @@ class SharedSamplingPipeline:
         branch_noise           in [0, 1], makes the members of a group differ more (`sage.sampling.branch_noise`); the
                                published figures use 1, which not every scheduler supports, so the default is 0
         output_type            "pil", "np", "pt" or "latent"
-        callback_on_step_end   as in diffusers, called after each step of each batch
-        callback_on_step_end_tensor_inputs  what the callback gets: "latents" only
+        callback_on_step_end   as in diffusers, called after each step of each batch. The pipeline that it gets is this
+                               call's own copy: `_guidance_scale` set on it is for the images of the batch, `_interrupt`
+                               stops this call (set on the pipeline itself, all its calls)
+        callback_on_step_end_tensor_inputs  what the callback gets: latents, to change, and embeddings, to read
         options                embeddings (`prompt_embeds`, ...) and other arguments of the stock pipeline
 
-        Raises ConfigurationError, DataError, PlanError or UnsupportedError before anything is generated.
+        Raises ConfigurationError, DataError, PlanError or UnsupportedError before anything is generated, and
+        DivergedError after all other images if some are not finite.
         """
+        numbers = {
+            "num_inference_steps": num_inference_steps,
+            "num_images_per_prompt": num_images_per_prompt,
+            "batch_size": batch_size,
+        }
+        for name, number in numbers.items():
+            if not isinstance(number, (int, np.integer)):
+                raise ConfigurationError(f"{name} is {number!r}; give a whole number, or leave it out for the default")
+        needed = {
+            "share_ratio": share_ratio,
+            "branch_noise": branch_noise,
+            "group_condition": group_condition,
+            "output_type": output_type,
+            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+        }
+        if absent := sorted(name for name, value in needed.items() if value is None):
+            raise ConfigurationError(f"{', '.join(absent)} is None; leave it out for the default")
+        options = self._given_options(options)
+        call = self._begin_call()
         given = {name: options.pop(name) for name in self._embeddings if options.get(name) is not None}
         prompts = self._check_prompts(prompt, given)
         if unknown := sorted(set(options) - set(self._options)):
@@ -227,9 +304,12 @@ class SharedSamplingPipeline:
                 f"batch_size {batch_size}, num_images_per_prompt {num_images_per_prompt} and num_inference_steps "
                 f"{num_inference_steps} must each be at least 1"
             )
-        if extra := sorted(set(callback_on_step_end_tensor_inputs) - {"latents"}):
-            raise ConfigurationError(f"the callback can get latents only, not {', '.join(extra)}")
+        inputs = _callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        if extra := sorted(set(inputs) - {"latents", *self._callback_conditions}):
+            allowed = ", ".join(("latents", *self._callback_conditions))
+            raise ConfigurationError(f"the callback can get {allowed}, not {', '.join(extra)}")
         loop.check_scheduler(self.scheduler, branch_noise)
+        check_hooks(self._network)
         if self._network.config.get("time_cond_proj_dim") is not None:
             raise UnsupportedError(
                 "this network takes the guidance scale as an input (time_cond_proj_dim), as consistency models do; use "
@@ -237,12 +317,12 @@ class SharedSamplingPipeline:
             )
         options = {**self._options, **options}
         height, width = options["size"] = self._size(height, width, options)
-        self._set_timesteps(num_inference_steps, height, width)
-        diffusion.check_start(self.scheduler)
+        call._set_timesteps(num_inference_steps, height, width)
+        diffusion.check_start(call.scheduler)
 
         count = len(prompts) if prompts is not None else len(given["prompt_embeds"])
         negatives = _negatives(negative_prompt, count)
-        steps = len(self.scheduler.timesteps)
+        steps = len(call.scheduler.timesteps)
         if plan is None:
             keys = share_keys(share_key, negatives if scale > 1 else None, given, count)
             plan = Plan.shared(_groups(groups, prompts, keys, share_ratio, steps), steps, share_ratio)
@@ -257,8 +337,9 @@ class SharedSamplingPipeline:
             )
         if share_key is not None:
             check_keys(plan, share_key)
+        call._guidance_scale, call._num_timesteps = scale, steps
         return Stream(
-            self,
+            call,
             plan.repeat(num_images_per_prompt),
             prompts=prompts,
             given=given,
@@ -273,6 +354,7 @@ class SharedSamplingPipeline:
             branch_noise=branch_noise,
             output_type=output_type,
             callback=callback_on_step_end,
+            callback_inputs=inputs,
             options=options,
         )
 
@@ -281,10 +363,14 @@ class SharedSamplingPipeline:
 
         Some schedulers evaluate more than once in an inference step.
         """
-        self._set_timesteps(num_inference_steps, *self._size(height, width, dict(self._options)))
-        return len(self.scheduler.timesteps)
+        call = self._begin_call()
+        call._set_timesteps(num_inference_steps, *self._size(height, width, dict(self._options)))
+        return len(call.scheduler.timesteps)
 
     # Overridden by families.
+
+    # The stock names of the conditions' tensors, for callbacks.
+    _callback_conditions: ClassVar[Mapping[str, str]] = {"prompt_embeds": "states"}
 
     _default_guidance: ClassVar = 7.5
     # Options for the encoder, scheduler, network or decoder, with the stock pipeline's defaults.
@@ -314,15 +400,55 @@ class SharedSamplingPipeline:
     def _set_timesteps(self, steps: int, height: int, width: int) -> None:
         self.scheduler.set_timesteps(steps, device=self._execution_device)
 
-    def _max_tokens(self, options: dict[str, Any]) -> int:
-        return int(self.tokenizer.model_max_length)
+    def _tokenizers(self, options: dict[str, Any]) -> list[tuple[Any, int]]:
+        """Return the tokenizers with the number of tokens that their text encoders read."""
+        found = (getattr(self, name, None) for name in ("tokenizer", "tokenizer_2"))
+        return [(tokenizer, int(tokenizer.model_max_length)) for tokenizer in found if tokenizer is not None]
 
-    def _count_tokens(self, texts: list[str]) -> list[int]:
-        return [len(tokens) for tokens in self.tokenizer(texts).input_ids]
+    def _count_truncated(self, texts: list[str], options: dict[str, Any]) -> list[int]:
+        """Return the number of each text's tokens beyond the limit; of several encoders, of the one that reads most."""
+        beyond = []
+        for tokenizer, limit in self._tokenizers(options):
+            # Textual inversions of several tokens.
+            convert = getattr(self, "maybe_convert_prompt", lambda texts, tokenizer: texts)
+            beyond.append([max(0, len(ids) - limit) for ids in tokenizer(convert(texts, tokenizer)).input_ids])
+        return [min(counts) for counts in zip(*beyond, strict=True)]
 
-    # Used by families.
+    # The state of a call is in a copy of the pipeline, so that calls in several threads or streams do not meet.
 
     _evaluations = 0
+    _interrupts = 0
+    _interrupts_before = 0
+    _called: Any = None
+    _guidance_scale: float
+    _num_timesteps: int
+    _finite: list[bool]
+
+    def _begin_call(self) -> Any:
+        """Return a copy for one call, with the same networks and a scheduler and a state of its own."""
+        call = copy.copy(self)
+        # Not set as an attribute, which would look the class up for the saved configuration.
+        state = {"_called": self, "_evaluations": 0, "_interrupts": 0, "_interrupts_before": self._interrupts}
+        vars(call).update(state, scheduler=copy.copy(self.scheduler))
+        return call
+
+    def _end_call(self) -> None:
+        """Move offloaded networks back, and leave what diffusers leaves on a pipeline after a call."""
+        vars(self._called).update(_guidance_scale=self._guidance_scale, _num_timesteps=self._num_timesteps)
+        self._called.maybe_free_model_hooks()
+
+    @property
+    def _interrupt(self) -> bool:
+        """Whether a call is interrupted: set on its copy, or on the pipeline itself since the call began."""
+        if self._called is None:
+            return self._interrupts > 0
+        return self._interrupts > 0 or self._called._interrupts > self._interrupts_before
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        self._interrupts += bool(value)
+
+    # Used by families.
 
     @property
     def _network(self) -> Any:
@@ -333,6 +459,13 @@ class SharedSamplingPipeline:
         output: Tensor = self._network(*args, **kwargs, return_dict=False)[0]
         self._evaluations += len(output)
         return output
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Return the autoencoder's images of scaled latents, zeros where not finite, and note which are finite."""
+        images: Tensor = self.vae.decode(latents, return_dict=False)[0]
+        finite = images.isfinite().flatten(1).all(1)
+        self._finite = finite.tolist()
+        return images if all(self._finite) else images.where(finite[:, None, None, None], 0)
 
     def _size(self, height: int | None, width: int | None, options: dict[str, Any]) -> tuple[int, int]:
         default = self._network.config.sample_size
@@ -346,15 +479,28 @@ class SharedSamplingPipeline:
             raise ConfigurationError(f"height {size[0]} and width {size[1]} must be multiples of {multiple}")
         return size
 
+    def _given_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options without those that are None or have the stock call's default."""
+        stock = inspect.signature(_stock(type(self)).__call__).parameters
+        plain = (bool, int, float, str)
+        return {
+            name: value
+            for name, value in options.items()
+            if not (name in stock or name in self._options)
+            or not (value is None or (isinstance(value, plain) and name in stock and value == stock[name].default))
+        }
+
     def _check_prompts(self, prompt: str | Sequence[str] | None, given: dict[str, Tensor]) -> list[str] | None:
         """Return the prompts as a list, or None if embeddings are given instead."""
         if (prompt is None) == ("prompt_embeds" not in given):
             raise ConfigurationError("give either prompts or prompt_embeds, and not both")
         for name, rows in given.items():
             if not torch.isfinite(rows).all():
-                raise DataError(f"{name} holds values that are not finite, in rows {_bad_rows(rows)}; leave those out")
+                raise DataError(f"{name} holds values that are not finite, in rows {bad_rows(rows)}; leave those out")
         if prompt is None:
             return None
+        if all(getattr(self, name, None) is None for name in ("text_encoder", "text_encoder_2", "text_encoder_3")):
+            raise ConfigurationError("this pipeline was loaded without a text encoder; give prompt_embeds, not prompts")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise DataError("there are no prompts; give at least 1")
@@ -408,14 +554,37 @@ def _groups(
     return grouping.groups(prompts, keys, shared_steps(share_ratio, steps) / steps)  # type: ignore[arg-type]
 
 
-def _family(pipeline: Any) -> Any:
-    """Return the shared-sampling class for pipelines of this class."""
-    for base in type(pipeline).__mro__:
-        if base.__name__ in FAMILIES:
-            return getattr(importlib.import_module(FAMILIES[base.__name__]), f"Shared{base.__name__}")
-    raise UnsupportedError(
-        f"{type(pipeline).__name__} cannot share sampling; supported are {', '.join(sorted(FAMILIES))}"
-    )
+def _stock(family: type) -> Any:
+    """Return the class of diffusers that a family derives from."""
+    return next(base for base in family.__mro__ if base.__module__.startswith("diffusers."))
+
+
+@functools.cache
+def _family(stock: type) -> Any:
+    """Return the shared-sampling class for a stock class, or for a subclass of one with what it overrides."""
+    for base in stock.__mro__:
+        if base.__name__ not in FAMILIES:
+            continue
+        family = getattr(importlib.import_module(FAMILIES[base.__name__]), f"Shared{base.__name__}")
+        if issubclass(stock, SharedSamplingPipeline) or stock is base:
+            return stock if issubclass(stock, SharedSamplingPipeline) else family
+        if unused := [name for name in _NOT_CALLED if getattr(stock, name, None) is not getattr(base, name, None)]:
+            raise UnsupportedError(
+                f"{stock.__name__} overrides {', '.join(unused)}, which shared sampling does not call; use "
+                f"{base.__name__}, or override encode_prompt only"
+            )
+        return type(f"Shared{stock.__name__}", (family, stock), {})
+    raise UnsupportedError(f"{stock.__name__} cannot share sampling; supported are {', '.join(sorted(FAMILIES))}")
+
+
+def _callback_inputs(callback: Any, names: Sequence[str]) -> Sequence[str]:
+    """Return the names of the tensors that a callback gets; those of diffusers name what they need."""
+    for one in callback.callbacks if isinstance(callback, MultiPipelineCallbacks) else [callback]:
+        if isinstance(one, IPAdapterScaleCutoffCallback):
+            raise UnsupportedError(
+                "IPAdapterScaleCutoffCallback is for image prompts, which cannot be shared; leave it out"
+            )
+    return callback.tensor_inputs if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)) else names
 
 
 def _negatives(negative: str | Sequence[str] | None, count: int) -> list[str] | None:
@@ -426,10 +595,6 @@ def _negatives(negative: str | Sequence[str] | None, count: int) -> list[str] | 
             f"{len(negative)} negative prompts were given for {count} prompts; give one, or one for each"
         )
     return list(negative)
-
-
-def _bad_rows(rows: Tensor) -> list[int]:
-    return torch.nonzero(~torch.isfinite(rows).flatten(1).all(1)).flatten().tolist()
 
 
 def guided(output: Tensor, rows: int, scale: float, rescale: float = 0.0) -> Tensor:

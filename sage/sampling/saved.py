@@ -34,7 +34,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
         )
     try:
         if base.is_own(folder):
-            return base.load(folder)
+            return base.load(folder, **kwargs)
         known = {"use_safetensors": True, "dtype": torch.float32, "variant": _variant(folder), **_left_out(folder)}
         if "torch_dtype" in kwargs:
             del known["dtype"]

@@ -1,8 +1,8 @@
 """One call of the pipeline: an iterator over finished images, with their seeds, noise, conditions and cost."""
 
-import copy
 import hashlib
 import inspect
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,12 +14,15 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-from sage.errors import ConfigurationError, PlanError
+from sage.errors import ConfigurationError, DataError, DivergedError, PlanError, UnsupportedError
 from sage.numbers import single, whole
 from sage.sampling import loop
-from sage.sampling.conditions import Condition
+from sage.sampling.conditions import Condition, select
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import image_seeds
+
+# Tokenizers keep the padding of their last call, and decoding may change the autoencoder's precision for its time.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Cost:
     """The cost of a call, in network evaluations and seconds.
 
     `network_evaluations`: counted so far, in rows of the batches; under guidance a latent takes two.
-    `formula`: expected for the whole plan, `plan.nfe(guidance)`; a finished call with another count raises PlanError.
+    `formula`: expected for the whole plan, `plan.nfe(guidance)`; a finished call with another count raises PlanError,
+    unless a callback turned guidance off on the way.
     `independent`: the evaluations that independent sampling takes; `saving`: the fraction of them that the plan saves.
     """
 
@@ -40,19 +44,25 @@ class Cost:
 
 @dataclass(frozen=True)
 class Result:
-    """One finished image, the seed of its noise, and whether the safety checker blanked it (None: not checked).
+    """One image, the seed of its noise, and whether the safety checker blanked it (None: not checked).
 
-    Image r of prompt i has index i * num_images_per_prompt + r.
+    Image r of prompt i has index i * num_images_per_prompt + r. If the call was interrupted while the image was on its
+    way, it is not `finished`.
     """
 
     index: int
     image: Any
     seed: int
     nsfw: bool | None
+    finished: bool = True
 
 
 class Stream:
-    """An iterator over the images of one call, in the order in which they finish; `cost` is the cost so far."""
+    """An iterator over the images of one call, in the order in which they finish; `cost` is the cost so far.
+
+    Images that are not finite are left out; DivergedError names them after the others were yielded. If the call is
+    interrupted, the images of the batch under way come unfinished, and those not begun do not come.
+    """
 
     def __init__(
         self,
@@ -72,11 +82,12 @@ class Stream:
         branch_noise: float,
         output_type: str,
         callback: Any,
+        callback_inputs: Sequence[str],
         options: dict[str, Any],
     ) -> None:
         """Take the arguments that `SharedSamplingPipeline.stream` has checked.
 
-        pipe            the pipeline
+        pipe            the pipeline's copy for this call, which holds the call's state
         plan            plan over images: image r of prompt i is i * images + r
         prompts         the prompts, or None if embeddings are given
         given           the embeddings by name, one row for each prompt
@@ -91,35 +102,39 @@ class Stream:
         branch_noise    in [0, 1]
         output_type     "pil", "np", "pt" or "latent"
         callback        called after each step of each batch, or None
+        callback_inputs names of the tensors that the callback gets
         options         arguments of the stock pipeline, and "size", (height, width)
 
-        Raises ConfigurationError if seeds, generators or latents do not match the number of images.
+        Raises ConfigurationError if seeds, generators or latents do not match the images, DataError if latents are not
+        finite.
         """
         self.plan = plan
-        self._pipe, self._prompts, self._given, self._negatives = pipe, prompts, given, negatives
+        self._pipe, self._prompts, self._negatives = pipe, prompts, negatives
         self._images, self._scale, self._batch_size = images, guidance_scale, batch_size
         self._medoid, self._branch_noise = medoid, branch_noise
-        self._output_type, self._callback, self._options = output_type, callback, options
+        self._output_type, self._options = output_type, options
+        self._callback, self._callback_inputs = callback, callback_inputs
         self._guided = guidance_scale > 1
         self._device, self._dtype = pipe._execution_device, pipe._network.dtype
+        self._given = {name: rows.to(self._device) for name, rows in given.items()}
         factor = pipe.vae_scale_factor
         self._shape = (pipe._network.config.in_channels, *(side // factor for side in options["size"]))
-        # A copy, because another call may set other timesteps before this one is finished.
-        self._scheduler = copy.copy(pipe.scheduler)
         self._latents = latents
         self._keys = [_key(prompts, given, number) for number in range(plan.prompts // images) for _ in range(images)]
         self._generators: list[Generator] | None = None
         self.seeds = self._take_seeds(seed, generator)
         self.truncated_tokens = [0] * (plan.prompts // images)
         self._encoded: dict[int, Condition] = {}
+        self._undone = [images] * (plan.prompts // images)
         # A negative prompt common to all images is encoded once, together with the first batch as in diffusers.
         self._one_negative = not any(name.startswith("negative") for name in given) and len(set(negatives or [""])) == 1
         self._without: Condition = {}
-        self._evaluations, self._seconds = 0, 0.0
-        if self._latents is not None and len(self._latents) != plan.prompts:
-            raise ConfigurationError(
-                f"{len(self._latents)} latents were given for {plan.prompts} images; give one for each"
-            )
+        # Latents and rows of the network's batches that the steps so far needed.
+        self._steps, self._rows, self._seconds = 0, 0, 0.0
+        # The images that are not finite, with the step of the first such latents, or None if only the pixels are.
+        self._diverged: dict[int, int | None] = {}
+        if self._latents is not None:
+            self._check_latents(self._latents)
         self._results = self._run()
 
     def __iter__(self) -> Iterator[Result]:
@@ -139,23 +154,23 @@ class Stream:
         """The cost so far; `formula` and `independent` are for the whole plan."""
         formula = self.plan.nfe(self._guided)
         independent = (2 if self._guided else 1) * self.plan.prompts * self.plan.steps
-        return Cost(self._evaluations, formula, independent, self.plan.saving, self._seconds)
+        return Cost(self._pipe._evaluations, formula, independent, self.plan.saving, self._seconds)
 
     @torch.no_grad()
     def _run(self) -> Iterator[Result]:
         pipe = self._pipe
-        pipe._interrupt, pipe._guidance_scale, pipe._num_timesteps = False, self._scale, self.plan.steps
-        accepts_eta = "eta" in inspect.signature(self._scheduler.step).parameters
+        accepts_eta = "eta" in inspect.signature(pipe.scheduler.step).parameters
         with pipe.progress_bar(total=self.plan.nfe(guidance=False)) as self._bar:
             packs = loop.sample(
                 self.plan,
-                self._scheduler,
+                pipe.scheduler,
                 predict=self._predict,
                 encode=self._encode,
                 noise=self._noise,
                 generator=self._generator,
                 rank=lambda image: (self.seeds[image], self._keys[image], image),
                 batch_size=self._batch_size,
+                guidance=self._scale,
                 medoid=self._medoid,
                 branch_noise=self._branch_noise,
                 step_kwargs={"eta": self._options["eta"]} if accepts_eta and "eta" in self._options else {},
@@ -163,43 +178,113 @@ class Stream:
                 interrupted=lambda: pipe._interrupt,
             )
             try:
-                for indices, latents in packs:
-                    images, nsfw = latents, None
-                    if self._output_type != "latent":
-                        images, nsfw = pipe._decode(latents, self._output_type, self._options)
-                    for row, index in enumerate(indices):
-                        yield Result(index, images[row], self.seeds[index], None if nsfw is None else nsfw[row])
+                for part in packs:
+                    yield from self._results_of(part)
             finally:
-                pipe.maybe_free_model_hooks()
-        if self._evaluations != self.plan.nfe(self._guided) and not pipe._interrupt:
+                pipe._end_call()
+        if not pipe._interrupt and (self._steps, self._rows) != (self.plan.nfe(guidance=False), pipe._evaluations):
             raise PlanError(
-                f"the network was evaluated {self._evaluations} times, but the plan has {self.cost.formula}; "
+                f"the network was evaluated {pipe._evaluations} times, but the plan has {self.cost.formula}; "
                 "this is a bug in this package, please report it"
             )
+        if self._diverged:
+            raise self._divergence()
 
-    def _predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        before = self._pipe._evaluations
-        output: Tensor = self._pipe._predict(x, t, condition, self._scale, self._options)
-        self._evaluations += self._pipe._evaluations - before
-        return output
+    def _results_of(self, part: loop.Sampled) -> Iterator[Result]:
+        """Yield the finite images of a part, and note the others; forget the conditions of prompts that are done."""
+        for image in part.prompts:
+            self._undone[image // self._images] -= 1
+            if not self._undone[image // self._images]:
+                self._encoded.pop(image // self._images, None)
+        rows = [row for row, step in enumerate(part.diverged) if step is None]
+        self._diverged |= {part.prompts[row]: step for row, step in enumerate(part.diverged) if step is not None}
+        images, nsfw = part.latents if len(rows) == len(part.prompts) else part.latents[rows], None
+        finite = [True] * len(rows)
+        if rows and self._output_type != "latent":
+            with _ONE_AT_A_TIME:
+                images, nsfw = self._pipe._decode(images, self._output_type, self._options)
+            finite = self._pipe._finite
+        for place, row in enumerate(rows):
+            index = part.prompts[row]
+            if finite[place]:
+                flagged = None if nsfw is None else nsfw[place]
+                yield Result(index, images[place], self.seeds[index], flagged, part.finished)
+            else:
+                self._diverged[index] = None
 
-    def _on_step(self, step: int, t: Tensor, latents: Tensor) -> Tensor:
-        self._bar.update(len(latents))
+    def _divergence(self) -> DivergedError:
+        """Return the error that names the images that are not finite, what made them so, and what to do."""
+        pipe, failed = self._pipe, sorted(self._diverged.items())
+        steps = [step for _, step in failed if step is not None]
+        named = ", ".join(
+            f"{index}" + (f" ({self._prompts[index // self._images][:60]!r})" if self._prompts is not None else "")
+            for index, _ in failed[:3]
+        )
+        more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+        causes = []
+        if steps:
+            causes.append(
+                f"the latents of {len(steps)} from step {min(steps)} of {self.plan.steps} on; check the weights of "
+                f"{type(pipe._network).__name__} ({self._dtype}) and the settings of "
+                f"{type(pipe.scheduler).__name__}, or use bfloat16 or float32"
+            )
+        if len(steps) < len(failed):
+            causes.append(
+                f"the decoded pixels of {len(failed) - len(steps)}; the autoencoder ({pipe.vae.dtype}) overflows, use "
+                "bfloat16 or float32, or an autoencoder made for float16"
+            )
+        return DivergedError(
+            f"{len(failed)} of {self.plan.prompts} images are not finite and were left out, image {named}{more}: "
+            f"{'; '.join(causes)}. `stream` yields the other images before this error."
+        )
+
+    def _predict(self, x: Tensor, t: Tensor, condition: Condition, guidance: float) -> Tensor:
+        self._steps += len(x)
+        self._rows += (2 if guidance > 1 else 1) * len(x)
+        if self._guided and guidance <= 1:
+            # A callback turned guidance off: the rows with text are the last ones.
+            condition = select(condition, slice(-len(x), None))
+        return self._pipe._predict(x, t, condition, guidance, self._options)  # type: ignore[no-any-return]
+
+    def _on_step(self, step: int, t: Tensor, pack: loop.Pack) -> None:
+        self._bar.update(len(pack.latents))
         if self._callback is None:
-            return latents
-        changed = self._callback(self._pipe, step, t, {"latents": latents})
-        return changed.get("latents", latents)  # type: ignore[no-any-return]
+            return
+        named = {name: pack.condition[part] for name, part in self._pipe._callback_conditions.items()}
+        given = {name: named[name].clone() for name in self._callback_inputs if name != "latents"}
+        # As in diffusers, the callback may set the guidance scale on the pipeline that it gets.
+        self._pipe._guidance_scale = pack.guidance
+        changed = self._callback(self._pipe, step, t, given | {"latents": pack.latents})
+        pack.latents = changed.get("latents", pack.latents)
+        pack.guidance = self._pipe._guidance_scale
+        if pack.guidance > 1 and not self._guided:
+            raise ConfigurationError(
+                f"the callback set the guidance scale to {pack.guidance}, but the call began without guidance (scale "
+                f"{self._scale}); begin with a scale above 1"
+            )
+        for name in given:
+            after = changed.get(name, given[name])
+            # Dropping rows is how callbacks of diffusers turn guidance off; the rows with text are taken in `_predict`.
+            expected = named[name] if pack.guidance > 1 else named[name][-len(after) :]
+            if not torch.equal(after, expected):
+                raise UnsupportedError(
+                    f"the callback changed {name}; it may change latents and the guidance scale (pipe._guidance_scale)"
+                )
 
     def _encode(self, images: list[int]) -> Condition:
-        """Return the conditions of images; encode at most `batch_size` prompts at a time, keep the latest results."""
+        with _ONE_AT_A_TIME:
+            return self._encode_alone(images)
+
+    def _encode_alone(self, images: list[int]) -> Condition:
+        """Return the conditions of images; encode `batch_size` prompts at a time, once, and keep them until drawn."""
         wanted = list(dict.fromkeys(image // self._images for image in images))
         missing = [number for number in wanted if number not in self._encoded]
         for start in range(0, len(missing), self._batch_size):
             numbers = missing[start : start + self._batch_size]
             texts = None if self._prompts is None else [self._prompts[number] for number in numbers]
             if texts is not None:
-                for number, tokens in zip(numbers, self._pipe._count_tokens(texts), strict=True):
-                    self.truncated_tokens[number] = max(0, tokens - self._pipe._max_tokens(self._options))
+                for number, tokens in zip(numbers, self._pipe._count_truncated(texts, self._options), strict=True):
+                    self.truncated_tokens[number] = tokens
             negatives = None if self._negatives is None else [self._negatives[number] for number in numbers]
             given = {name: rows[numbers] for name, rows in self._given.items()}
             rows = self._pipe._encode(texts, negatives, self._guided and not self._without, given, self._options)
@@ -214,8 +299,6 @@ class Stream:
             for place, number in enumerate(numbers):
                 self._encoded[number] = {name: values[place : place + 1] for name, values in rows.items()}
         found = [self._encoded[image // self._images] for image in images]
-        for number in list(self._encoded)[: max(0, len(self._encoded) - 4 * self._batch_size)]:
-            del self._encoded[number]
         return {name: torch.cat([row[name] for row in found]) for name in found[0]}
 
     def _noise(self, images: list[int], generators: list[Generator]) -> Tensor:
@@ -224,7 +307,17 @@ class Stream:
         else:
             shape = (len(images), *self._shape)
             latents = randn_tensor(shape, generator=generators, device=self._device, dtype=self._dtype)
-        return latents * getattr(self._scheduler, "init_noise_sigma", 1.0)
+        return latents * getattr(self._pipe.scheduler, "init_noise_sigma", 1.0)
+
+    def _check_latents(self, latents: Tensor) -> None:
+        if len(latents) != self.plan.prompts:
+            raise ConfigurationError(
+                f"{len(latents)} latents were given for {self.plan.prompts} images; give one for each"
+            )
+        if latents.shape[1:] != self._shape:
+            raise ConfigurationError(f"latents have shape {tuple(latents.shape[1:])} each; give {self._shape}")
+        if not latents.isfinite().all():
+            raise DataError(f"latents hold values that are not finite, in rows {bad_rows(latents)}; leave those out")
 
     def _generator(self, image: int) -> Generator:
         if self._generators is not None:
@@ -267,6 +360,11 @@ class Stream:
             self._latents = randn_tensor(shape, generator=generator, device=self._device, dtype=self._dtype)
         draws = torch.randint(2**62, (self.plan.prompts,), generator=generator, device=generator.device)
         return [int(draw) for draw in draws.tolist()]
+
+
+def bad_rows(values: Tensor) -> list[int]:
+    """Return the rows of a tensor that hold a value that is not finite."""
+    return torch.nonzero(~torch.isfinite(values).flatten(1).all(1)).flatten().tolist()
 
 
 def _key(prompts: list[str] | None, given: dict[str, Tensor], number: int) -> str:

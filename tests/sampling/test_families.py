@@ -172,6 +172,19 @@ def test_permuting_prompts_permutes_images_and_company_changes_nothing(pair):
     np.testing.assert_allclose(fewer, found[3:], **TOLERANCE)
 
 
+def test_truncated_tokens_are_those_that_no_text_encoder_reads(pair):
+    _, shared, options = pair
+    call = {**options, "share_ratio": 0, "seed": 4, "num_inference_steps": 1}
+    # A token for each letter, and one or two marks.
+    longest = max(limit for _, limit in shared._tokenizers(shared._options | options))
+    marks = len(shared._tokenizers(shared._options | options)[-1][0]("").input_ids)
+    texts = ["a", "a" * (longest - marks), "a" * (longest - marks + 3)]
+    assert shared(texts, **call).truncated_tokens == [0, 0, 3]
+    if type(shared).__name__ == "SharedPixArtAlphaPipeline":
+        # Its text is stripped first.
+        assert shared([f"  {texts[1]}   "], **call).truncated_tokens == [0]
+
+
 def test_what_is_saved_is_a_stock_folder_that_gives_the_same(pair, tmp_path):
     stock, shared, options = pair
     shared.save_pretrained(tmp_path)

@@ -62,7 +62,7 @@ class Network(torch.nn.Module):
         self.shift = torch.nn.Linear(8, 2)
         self.rows, self.calls = 0, []
 
-    def forward(self, x, t, condition):
+    def forward(self, x, t, condition, guidance=1.0):
         self.rows += len(x)
         self.calls.append(len(x))
         return torch.tanh(self.mix(x) + self.shift(condition["states"])[:, :, None, None] + t.float() / 1000)
@@ -92,9 +92,10 @@ def run(scheduler, plan, seeds=None, prompts=None, batch_size=32, kwargs=None, n
         **more,
     )
     latents = {}
-    for indices, rows in found:
-        assert not set(indices) & set(latents)
-        latents.update(zip(indices, rows, strict=True))
+    for part in found:
+        assert part.finished
+        assert not set(part.prompts) & set(latents)
+        latents.update(zip(part.prompts, part.latents, strict=True))
     assert sorted(latents) == list(range(plan.prompts))
     result = torch.stack([latents[i] for i in range(plan.prompts)])
     assert result.isfinite().all()
@@ -308,7 +309,7 @@ def test_branch_noise_leaves_those_who_do_not_branch():
     scheduler = SCHEDULERS["ddim"]()
     scheduler.set_timesteps(6)
     plan = Plan(6, (Block(2, (0, 1)), Block(4, (2, 3)), 4))
-    quiet, noisy = (run(scheduler, plan, on_step=lambda step, t, x: x, branch_noise=s)[4] for s in (0.0, 0.5))
+    quiet, noisy = (run(scheduler, plan, branch_noise=s)[4] for s in (0.0, 0.5))
     torch.testing.assert_close(quiet, noisy, **TOLERANCE)
 
 
@@ -341,7 +342,7 @@ def test_memory_is_that_of_a_few_batches_and_images_leave_early(grouped):
     )
     next(sample)
     assert network.rows <= 8 * 2 + 8 * 2
-    rest = sum(len(indices) for indices, _ in sample)
+    rest = sum(len(part.prompts) for part in sample)
     assert network.rows == plan.nfe(guidance=False)
     assert rest >= 1000 - 8
     # Packed well: nearly as few calls as hold all rows.

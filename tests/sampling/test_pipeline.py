@@ -3,6 +3,7 @@
 import itertools
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -222,38 +223,6 @@ def test_another_size(pipe, stock):
     assert np.array_equal(pipe("red cat", seed=[1], **call).images, expected)
 
 
-def test_a_callback_sees_every_step_and_can_change_latents(pipe, stock):
-    seen = []
-
-    def keep(pipeline, step, timestep, tensors):
-        seen.append((step, int(timestep), tensors["latents"].shape[0]))
-        return tensors
-
-    plan = Plan(4, (Block(2, (0, 1, 2)), 3))
-    pipe(tiny.PROMPTS[:4], plan=plan, seed=0, callback_on_step_end=keep, **CALL)
-    assert [(step, rows) for step, _, rows in seen] == [(0, 2), (1, 2), (2, 4), (3, 4)]
-    assert [t for _, t, _ in seen] == pipe.scheduler.timesteps.tolist()
-
-    def halve(pipeline, step, timestep, tensors):
-        return {"latents": tensors["latents"] / 2}
-
-    call = CALL | {"callback_on_step_end": halve}
-    expected = stock("red cat", generator=torch.Generator().manual_seed(1), **call).images
-    assert np.array_equal(pipe("red cat", seed=[1], **call).images, expected)
-
-
-def test_an_interrupted_call_returns_what_it_has(pipe, stock):
-    def stop(pipeline, step, timestep, tensors):
-        pipeline._interrupt = step == 1
-        return tensors
-
-    call = CALL | {"callback_on_step_end": stop}
-    expected = stock("red cat", generator=torch.Generator().manual_seed(1), **call).images
-    out = pipe("red cat", seed=[1], **call)
-    assert np.array_equal(out.images, expected)
-    assert out.cost.network_evaluations == 2 * 2 < out.cost.formula
-
-
 def test_progress_counts_what_the_network_evaluates(pipe, capsys):
     pipe.set_progress_bar_config(disable=False)
     pipe(tiny.PROMPTS, groups=tiny.GROUPS, share_ratio=0.5, seed=0, **CALL)
@@ -288,13 +257,31 @@ def test_a_text_is_encoded_once_and_what_all_avoid_with_the_first_batch(pipe):
     np.testing.assert_allclose(same, whole, **TOLERANCE)
 
 
-def test_two_streams_at_once_do_not_disturb_each_other(pipe):
-    call = {"groups": [[0, 1], [2]], "share_ratio": 0.5, "batch_size": 1, **CALL}
-    streams = [pipe.stream(["red cat", "red dog", "tree"], seed=seed, **call) for seed in (1, 2)]
-    mixed = [sorted(pair, key=lambda result: result.index) for pair in zip(*zip(*streams, strict=True), strict=True)]
-    for seed, results in zip((1, 2), mixed, strict=True):
-        alone = pipe(["red cat", "red dog", "tree"], seed=seed, **call)
-        assert all(np.array_equal(result.image, alone.images[result.index]) for result in results)
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_text_is_encoded_once_in_large_groups_and_trees(pipe, images):
+    texts, kept = [], []
+
+    def note(module, args, kwargs, output):
+        texts.extend(map(tuple, kwargs.get("input_ids", args[0] if args else None).tolist()))
+
+    handle = pipe.text_encoder.register_forward_hook(note, with_kwargs=True)
+    prompts = [f"{'ab'[i % 2]}{'cdefgh'[i // 2]}" for i in range(12)]
+    tree = Block(2, (Block(3, (6, 7)), Block(4, (8, Block(5, (9, 10, 11))))))
+    stream = pipe.stream(
+        prompts,
+        plan=Plan(6, (Block(2, tuple(range(6))), tree)),
+        num_images_per_prompt=images,
+        batch_size=2,
+        seed=0,
+        **CALL | {"num_inference_steps": 6},
+    )
+    for _ in stream:
+        kept.append(len(stream._encoded))
+    handle.remove()
+    empty = tuple(pipe.tokenizer("", padding="max_length").input_ids)
+    assert sorted(Counter(row for row in texts if row != empty).values()) == [1] * 12
+    # Forgotten when their images are done.
+    assert kept[-1] == 0
 
 
 def test_schedulers_are_swapped_as_in_diffusers(pipe, stock):
@@ -401,6 +388,10 @@ def test_a_safety_checker_is_asked_as_in_the_stock_pipeline(tmp_path):
     found = SharedSamplingPipeline.from_pipe(checked)(tiny.PROMPTS, seed=range(5), share_ratio=0, **CALL)
     assert any(expected.nsfw_content_detected)
     assert found.nsfw_content_detected == expected.nsfw_content_detected
+    as_tuple = SharedSamplingPipeline.from_pipe(checked)(
+        tiny.PROMPTS, seed=range(5), share_ratio=0, return_dict=False, **CALL
+    )
+    assert as_tuple[1] == expected.nsfw_content_detected
     assert np.array_equal(found.images, expected.images)
 
 
@@ -473,7 +464,11 @@ BAD = [
     ({"branch_noise": 2.0}, ConfigurationError, "branch_noise 2.0"),
     ({"guidance_scale": math.nan}, ConfigurationError, "guidance_scale is nan"),
     ({"guidance": 3.0}, ConfigurationError, "takes no guidance; further options are clip_skip"),
-    ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, ConfigurationError, "latents only, not prompt_embeds"),
+    (
+        {"callback_on_step_end_tensor_inputs": ["latents", "image"]},
+        ConfigurationError,
+        "the callback can get latents, prompt_embeds, not image",
+    ),
 ]
 
 

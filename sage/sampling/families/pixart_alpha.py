@@ -42,8 +42,11 @@ class SharedPixArtAlphaPipeline(pipeline.SharedSamplingPipeline, PixArtAlphaPipe
             size = self.image_processor.classify_height_width_bin(*size, ratios=shapes)
         return size
 
-    def _max_tokens(self, options: dict[str, Any]) -> int:
-        return int(options["max_sequence_length"])
+    def _tokenizers(self, options: dict[str, Any]) -> list[tuple[Any, int]]:
+        return [(self.tokenizer, int(options["max_sequence_length"]))]
+
+    def _count_truncated(self, texts: list[str], options: dict[str, Any]) -> list[int]:
+        return super()._count_truncated(self._text_preprocessing(texts, options["clean_caption"]), options)
 
     def _encode(
         self,
@@ -86,7 +89,7 @@ class SharedPixArtAlphaPipeline(pipeline.SharedSamplingPipeline, PixArtAlphaPipe
         return prediction[:, : x.shape[1]]
 
     def _decode(self, latents: Tensor, output_type: str, options: dict[str, Any]) -> tuple[Any, None]:
-        images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        images = self._decoded(latents / self.vae.config.scaling_factor)
         if "asked_size" in options:
             height, width = options["asked_size"]
             images = self.image_processor.resize_and_crop_tensor(images, width, height)

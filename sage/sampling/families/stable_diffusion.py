@@ -15,6 +15,7 @@ from sage.sampling.conditions import Condition, stacked
 class SharedStableDiffusionPipeline(pipeline.SharedSamplingPipeline, StableDiffusionPipeline):  # type: ignore[misc]
     """A Stable Diffusion pipeline whose similar prompts share their early steps."""
 
+    _callback_tensor_inputs: ClassVar = ["latents", "prompt_embeds"]
     _options: ClassVar = {"eta": 0.0, "guidance_rescale": 0.0, "clip_skip": None, "cross_attention_kwargs": None}
 
     def _encode(
@@ -48,7 +49,7 @@ class SharedStableDiffusionPipeline(pipeline.SharedSamplingPipeline, StableDiffu
         return pipeline.guided(output, len(x), scale, options["guidance_rescale"])
 
     def _decode(self, latents: Tensor, output_type: str, options: dict[str, Any]) -> tuple[Any, list[bool] | None]:
-        images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        images = self._decoded(latents / self.vae.config.scaling_factor)
         images, nsfw = self.run_safety_checker(images, self._execution_device, latents.dtype)
         keep = [True] * len(images) if nsfw is None else [not found for found in nsfw]
         return self.image_processor.postprocess(images, output_type=output_type, do_denormalize=keep), nsfw

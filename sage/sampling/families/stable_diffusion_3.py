@@ -18,6 +18,7 @@ class SharedStableDiffusion3Pipeline(pipeline.SharedSamplingPipeline, StableDiff
 
     _default_guidance: ClassVar = 7.0
     _options: ClassVar = {"clip_skip": None, "joint_attention_kwargs": None, "max_sequence_length": 256}
+    _callback_conditions: ClassVar = {"prompt_embeds": "states", "pooled_prompt_embeds": "pooled"}
     _embeddings: ClassVar = (
         "prompt_embeds",
         "negative_prompt_embeds",
@@ -34,6 +35,10 @@ class SharedStableDiffusion3Pipeline(pipeline.SharedSamplingPipeline, StableDiff
             length = (height // patch) * (width // patch)
             shift["mu"] = calculate_shift(length, *(config.get(name, default) for name, default in limits))
         self.scheduler.set_timesteps(steps, device=self._execution_device, **shift)
+
+    def _tokenizers(self, options: dict[str, Any]) -> list[tuple[Any, int]]:
+        t5 = [] if self.text_encoder_3 is None else [(self.tokenizer_3, int(options["max_sequence_length"]))]
+        return [*super()._tokenizers(options), *t5]
 
     def _encode(
         self,
@@ -73,5 +78,5 @@ class SharedStableDiffusion3Pipeline(pipeline.SharedSamplingPipeline, StableDiff
 
     def _decode(self, latents: Tensor, output_type: str, options: dict[str, Any]) -> tuple[Any, None]:
         latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        images = self.vae.decode(latents, return_dict=False)[0]
+        images = self._decoded(latents)
         return self.image_processor.postprocess(images, output_type=output_type), None

@@ -8,6 +8,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
+from sage.errors import ConfigurationError
 from sage.sampling import pipeline
 from sage.sampling.conditions import Condition, stacked
 
@@ -24,6 +25,14 @@ class SharedStableDiffusionXLPipeline(pipeline.SharedSamplingPipeline, StableDif
         "original_size": None,
         "crops_coords_top_left": (0, 0),
         "target_size": None,
+        "negative_original_size": None,
+        "negative_crops_coords_top_left": (0, 0),
+        "negative_target_size": None,
+    }
+    _callback_conditions: ClassVar = {
+        "prompt_embeds": "states",
+        "add_text_embeds": "pooled",
+        "add_time_ids": "sizes",
     }
     _embeddings: ClassVar = (
         "prompt_embeds",
@@ -50,18 +59,25 @@ class SharedStableDiffusionXLPipeline(pipeline.SharedSamplingPipeline, StableDif
             clip_skip=options["clip_skip"],
             **given,
         )
-        sizes = self._get_add_time_ids(
-            options["original_size"] or options["size"],
-            options["crops_coords_top_left"],
-            options["target_size"] or options["size"],
-            dtype=with_text.dtype,
-            text_encoder_projection_dim=pooled.shape[-1],
-        )
-        sizes = sizes.to(with_text.device).expand(len(with_text), -1)
+        sizes = self._sizes(pooled, "", options).to(with_text)
+        # As in diffusers, both sizes have to be given.
+        given = options["negative_original_size"] and options["negative_target_size"]
+        without_sizes = self._sizes(pooled, "negative_", options).to(with_text) if given else sizes
         return stacked(
-            {"states": without, "pooled": pooled_without, "sizes": sizes} if guided else None,
+            {"states": without, "pooled": pooled_without, "sizes": without_sizes} if guided else None,
             {"states": with_text, "pooled": pooled, "sizes": sizes},
         )
+
+    def _sizes(self, pooled: Tensor, prefix: str, options: dict[str, Any]) -> Tensor:
+        """Return the size ids (n, 6) of the options with this prefix, for n pooled states."""
+        values = []
+        for name in ("original_size", "crops_coords_top_left", "target_size"):
+            pair = options[prefix + name] or options["size"]
+            if len(pair) != 2:
+                raise ConfigurationError(f"{prefix}{name} is {pair}; give two numbers, (height, width)")
+            values.append(tuple(pair))
+        ids: Tensor = self._get_add_time_ids(*values, dtype=pooled.dtype, text_encoder_projection_dim=pooled.shape[-1])
+        return ids.expand(len(pooled), -1)
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition, scale: float, options: dict[str, Any]) -> Tensor:
         output = self._evaluate(
@@ -85,7 +101,7 @@ class SharedStableDiffusionXLPipeline(pipeline.SharedSamplingPipeline, StableDif
             latents = latents * deviation / self.vae.config.scaling_factor + mean
         else:
             latents = latents / self.vae.config.scaling_factor
-        images = self.vae.decode(latents, return_dict=False)[0]
+        images = self._decoded(latents)
         if upcast:
             self.vae.to(dtype=torch.float16)
         if self.watermark is not None:
