@@ -20,9 +20,21 @@ def select(condition: Condition, rows: Tensor | slice) -> Condition:
 
 def stacked(without: Condition | None, with_text: Condition) -> Condition:
     """Stack conditions (n, ...) to (n, g, ...): without and with text, or with text alone if `without` is None."""
-    if without is None:
-        return {name: rows[:, None] for name, rows in with_text.items()}
-    return {name: torch.stack([without[name], rows], dim=1) for name, rows in with_text.items()}
+    both = [with_text] if without is None else [without, with_text]
+    return concatenated([{name: rows[:, None] for name, rows in part.items()} for part in both], dim=1)
+
+
+def concatenated(parts: Sequence[Condition], dim: int) -> Condition:
+    """Concatenate conditions (n, g, ...) along an axis; tokens that others lack are filled with zeros."""
+    return {name: _concatenated([part[name] for part in parts], dim) for name in parts[0]}
+
+
+def _concatenated(parts: list[Tensor], dim: int) -> Tensor:
+    if parts[0].ndim > 2:
+        longest = max(part.shape[2] for part in parts)
+        missing = [0, 0] * (parts[0].ndim - 3)
+        parts = [torch.nn.functional.pad(part, (*missing, 0, longest - part.shape[2])) for part in parts]
+    return torch.cat(parts, dim)
 
 
 def joined(condition: Condition) -> Condition:
@@ -55,19 +67,19 @@ def block_conditions(
         sizes = [len(block) for block in some]
         parts = {name: torch.split(values, sizes) for name, values in rows.items()}
         merged += [merge({name: parts[name][i] for name in parts}, medoid) for i in range(len(some))]
-    return joined({name: torch.cat([block[name] for block in merged]) for name in merged[0]})
+    return joined(concatenated(merged, dim=0))
 
 
 def merge(members: Condition, medoid: bool = False) -> Condition:
     """Return one condition, (1, ...), for the members (n, ...): their mean, or with `medoid` the member nearest to it.
 
-    Equal members give exactly their own condition. With a "mask", each token's state is the mean over the members whose
-    mask includes the token, and the merged mask is the union.
+    Equal members give exactly their own condition. With a "mask" (for all) or an "x_mask" (for condition x), each
+    token's state is the mean over the members whose mask includes the token, and the merged mask is the union.
     """
-    mask = members.get("mask")
     mean = {}
     for name, rows in members.items():
-        if name == "mask":
+        mask = members.get(f"{name}_mask", members.get("mask"))
+        if name == "mask" or name.endswith("_mask"):
             mean[name] = rows.amax(0, keepdim=True)
             continue
         # Average the differences to the first member: they are exactly 0 for equal members, so nothing is rounded.

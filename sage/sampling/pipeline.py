@@ -26,10 +26,10 @@ import sage.torchvision_ops  # noqa: F401
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 from torch import Generator, Tensor
 
@@ -42,7 +42,7 @@ from sage.sampling.hooks import check_hooks
 from sage.sampling.partition import as_groups, check_keys, share_keys
 from sage.sampling.plan import Plan, shared_steps
 from sage.sampling.seeds import prompt_seed as prompt_seed
-from sage.sampling.stream import Cost, Stream, bad_rows
+from sage.sampling.stream import Cost, Stream
 
 if TYPE_CHECKING:
     from sage.grouping.auto import Grouping
@@ -60,7 +60,6 @@ BATCH_SIZE = 8
 # The methods of stock classes that shared sampling does without.
 _NOT_CALLED = ("__call__", "check_inputs", "prepare_latents", "prepare_extra_step_kwargs", "decode_latents")
 # The arguments of `from_pretrained` that say where a pipeline is.
-_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 @dataclass
@@ -150,11 +149,7 @@ class SharedSamplingPipeline:
         Raises UnsupportedError for an unsupported pipeline class before the weights are read, and DataError if it
         cannot be loaded.
         """
-        try:
-            index = DiffusionPipeline.load_config(path, **{name: kwargs[name] for name in _HUB if name in kwargs})
-        except OSError:
-            index = {}  # loading says what is wrong
-        stock = getattr(diffusers, str(index.get("_class_name")), None)
+        stock = getattr(diffusers, str(saved.index(path, **kwargs).get("_class_name")), None)
         if stock is not None and "custom_pipeline" not in kwargs:
             _family(stock)
         return SharedSamplingPipeline.from_pipe(saved.load(path, **kwargs))
@@ -316,12 +311,11 @@ class SharedSamplingPipeline:
                 "a network without it"
             )
         options = {**self._options, **options}
-        height, width = options["size"] = self._size(height, width, options)
-        call._set_timesteps(num_inference_steps, height, width)
-        diffusion.check_start(call.scheduler)
-
+        options["size"] = self._size(height, width, options)
         count = len(prompts) if prompts is not None else len(given["prompt_embeds"])
         negatives = _negatives(negative_prompt, count)
+        call._prepare_call(prompts, negatives, given, num_inference_steps, scale, options)
+        diffusion.check_start(call.scheduler)
         steps = len(call.scheduler.timesteps)
         if plan is None:
             keys = share_keys(share_key, negatives if scale > 1 else None, given, count)
@@ -373,6 +367,8 @@ class SharedSamplingPipeline:
     _callback_conditions: ClassVar[Mapping[str, str]] = {"prompt_embeds": "states"}
 
     _default_guidance: ClassVar = 7.5
+    # Whether conditions without and with text are rows of one tensor (g = 2), or conditions of different names (g = 1).
+    _joins_texts: ClassVar = True
     # Options for the encoder, scheduler, network or decoder, with the stock pipeline's defaults.
     _options: ClassVar[Mapping[str, Any]] = {}
     # Tensors that can be given instead of prompts.
@@ -396,6 +392,45 @@ class SharedSamplingPipeline:
     def _decode(self, latents: Tensor, output_type: str, options: dict[str, Any]) -> tuple[Any, list[bool] | None]:
         """Return the images in this output type, and whether the safety checker blanked each (None: no checker)."""
         raise NotImplementedError
+
+    def _finish(self, latents: Tensor, output_type: str, options: dict[str, Any]) -> tuple[Any, list[bool] | None]:
+        """Return the output for finished latents, and whether the safety checker blanked each (None: no checker)."""
+        if output_type == "latent":
+            self._finite = [True] * len(latents)
+            return latents, None
+        return self._decode(latents, output_type, options)
+
+    def _prepare_call(
+        self,
+        prompts: list[str] | None,
+        negatives: list[str] | None,
+        given: dict[str, Tensor],
+        steps: int,
+        scale: float,
+        options: dict[str, Any],
+    ) -> None:
+        """Set the timesteps; called once, on the call's own copy of the pipeline."""
+        self._set_timesteps(steps, *options["size"])
+
+    def _is_guided(self, scale: float, negatives: list[str] | None, given: Mapping[str, Tensor]) -> bool:
+        """Return whether each latent takes two evaluations, without and with text."""
+        return self._guides(scale)
+
+    def _guides(self, scale: float) -> bool:
+        """Return whether this is a guidance scale with which the stock pipeline guides."""
+        return scale > 1
+
+    def _noise(self, generators: Generator | Sequence[Generator], count: int, options: dict[str, Any]) -> Tensor:
+        """Return standard normal initial latents, (count, ...), from one generator or one for each row."""
+        shape = (count, *self._latents_shape(options))
+        latents: Tensor = randn_tensor(
+            shape, generator=generators, device=self._execution_device, dtype=self._network.dtype
+        )
+        return latents
+
+    def _latents_shape(self, options: dict[str, Any]) -> tuple[int, ...]:
+        """Return the shape of the latents of one image."""
+        return self._network.config.in_channels, *(side // self.vae_scale_factor for side in options["size"])
 
     def _set_timesteps(self, steps: int, height: int, width: int) -> None:
         self.scheduler.set_timesteps(steps, device=self._execution_device)
@@ -495,8 +530,9 @@ class SharedSamplingPipeline:
         if (prompt is None) == ("prompt_embeds" not in given):
             raise ConfigurationError("give either prompts or prompt_embeds, and not both")
         for name, rows in given.items():
-            if not torch.isfinite(rows).all():
-                raise DataError(f"{name} holds values that are not finite, in rows {bad_rows(rows)}; leave those out")
+            bad = [number for number, row in enumerate(rows) if not torch.isfinite(row).all()]
+            if bad:
+                raise DataError(f"{name} holds values that are not finite, in rows {bad}; leave those out")
         if prompt is None:
             return None
         if all(getattr(self, name, None) is None for name in ("text_encoder", "text_encoder_2", "text_encoder_3")):
@@ -560,9 +596,13 @@ def _stock(family: type) -> Any:
 
 
 @functools.cache
-def _family(stock: type) -> Any:
+def _family(stock: Any) -> Any:
     """Return the shared-sampling class for a stock class, or for a subclass of one with what it overrides."""
+    from sage.sampling.families.table import TABLE, shared_class
+
     for base in stock.__mro__:
+        if base.__name__ in TABLE:
+            return stock if issubclass(stock, SharedSamplingPipeline) else shared_class(stock)
         if base.__name__ not in FAMILIES:
             continue
         family = getattr(importlib.import_module(FAMILIES[base.__name__]), f"Shared{base.__name__}")
@@ -574,7 +614,8 @@ def _family(stock: type) -> Any:
                 f"{base.__name__}, or override encode_prompt only"
             )
         return type(f"Shared{stock.__name__}", (family, stock), {})
-    raise UnsupportedError(f"{stock.__name__} cannot share sampling; supported are {', '.join(sorted(FAMILIES))}")
+    known = ", ".join(sorted((*FAMILIES, *TABLE)))
+    raise UnsupportedError(f"{stock.__name__} cannot share sampling; supported are {known}")
 
 
 def _callback_inputs(callback: Any, names: Sequence[str]) -> Sequence[str]:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import nn
 from sage.errors import DataError
 from sage.sampling import base
 
+_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # diffusion_pytorch_model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, ...
 _WEIGHTS = re.compile(r"[^.]+?(-\d+-of-\d+)?(\.(?P<variant>[^.]+?))?(-\d+-of-\d+)?\.safetensors")
 
@@ -35,16 +38,38 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     try:
         if base.is_own(folder):
             return base.load(folder, **kwargs)
+        if missing := _missing(folder, kwargs):
+            raise DataError(
+                f"{path} cannot be loaded: it lacks {', '.join(missing)}, which its model_index.json names; restore it, "
+                "or leave it out "
+                f"({missing[0]}=None), which needs prompt_embeds if it is the text encoder"
+            )
         known = {"use_safetensors": True, "dtype": torch.float32, "variant": _variant(folder), **_left_out(folder)}
         if "torch_dtype" in kwargs:
             del known["dtype"]
         pipeline = DiffusionPipeline.from_pretrained(str(path), **known | kwargs)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
-        where = path if folder.exists() else f"{path} is no folder and"
-        raise DataError(f"{where} cannot be loaded: {reason}") from error
+        where = "" if folder.exists() else "there is no such folder; as a name on the hub: "
+        raise DataError(
+            f"{path} cannot be loaded ({where}{reason}); give a folder or hub name of diffusers' form, with weights as "
+            "safetensors"
+        ) from error
     _check_complete(path, pipeline)
     return pipeline
+
+
+def index(path: str | Path, **kwargs: Any) -> dict[str, Any]:
+    """Return the `model_index.json` of a folder or hub name; {} if there is none, as loading says what is wrong."""
+    file = Path(path) / "model_index.json"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers 0.42 passes huggingface_hub an argument that it deprecates
+        try:
+            if Path(path).is_dir():
+                return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+            return dict(DiffusionPipeline.load_config(path, **{name: kwargs[name] for name in _HUB if name in kwargs}))
+        except (OSError, ValueError):
+            return {}
 
 
 def _variant(folder: Path) -> str | None:
@@ -64,9 +89,15 @@ def _variant(folder: Path) -> str | None:
 
 def _left_out(folder: Path) -> dict[str, None]:
     """Return the parts that a folder was saved without: diffusers asks for some of them although its index says so."""
-    index = folder / "model_index.json"
-    parts = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
+    parts = index(folder) if folder.is_dir() else {}
     return {name: None for name, value in parts.items() if value == [None, None]}
+
+
+def _missing(folder: Path, given: Mapping[str, Any]) -> list[str]:
+    """Return the parts that a folder's index names, that have no folder, and that are not given instead."""
+    parts = index(folder) if folder.is_dir() else {}
+    named = [name for name, part in parts.items() if isinstance(part, list) and part and isinstance(part[0], str)]
+    return [name for name in named if name not in given and name[0] != "_" and not (folder / name).exists()]
 
 
 def _check_complete(path: str | Path, pipeline: Any) -> None:

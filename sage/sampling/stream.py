@@ -11,13 +11,12 @@ from typing import Any
 import sage.torchvision_ops  # noqa: F401
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from sage.errors import ConfigurationError, DataError, DivergedError, PlanError, UnsupportedError
 from sage.numbers import single, whole
 from sage.sampling import loop
-from sage.sampling.conditions import Condition, select
+from sage.sampling.conditions import Condition, concatenated, select
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import image_seeds
 
@@ -114,11 +113,12 @@ class Stream:
         self._medoid, self._branch_noise = medoid, branch_noise
         self._output_type, self._options = output_type, options
         self._callback, self._callback_inputs = callback, callback_inputs
-        self._guided = guidance_scale > 1
+        self._guided = pipe._is_guided(guidance_scale, negatives, given)
         self._device, self._dtype = pipe._execution_device, pipe._network.dtype
-        self._given = {name: rows.to(self._device) for name, rows in given.items()}
-        factor = pipe.vae_scale_factor
-        self._shape = (pipe._network.config.in_channels, *(side // factor for side in options["size"]))
+        self._given = {
+            name: [row.to(self._device) for row in rows] if isinstance(rows, list) else rows.to(self._device)
+            for name, rows in given.items()
+        }
         self._latents = latents
         self._keys = [_key(prompts, given, number) for number in range(plan.prompts // images) for _ in range(images)]
         self._generators: list[Generator] | None = None
@@ -127,7 +127,11 @@ class Stream:
         self._encoded: dict[int, Condition] = {}
         self._undone = [images] * (plan.prompts // images)
         # A negative prompt common to all images is encoded once, together with the first batch as in diffusers.
-        self._one_negative = not any(name.startswith("negative") for name in given) and len(set(negatives or [""])) == 1
+        self._one_negative = (
+            pipe._joins_texts
+            and not any(name.startswith("negative") for name in given)
+            and len(set(negatives or [""])) == 1
+        )
         self._without: Condition = {}
         # Latents and rows of the network's batches that the steps so far needed.
         self._steps, self._rows, self._seconds = 0, 0, 0.0
@@ -198,11 +202,11 @@ class Stream:
                 self._encoded.pop(image // self._images, None)
         rows = [row for row, step in enumerate(part.diverged) if step is None]
         self._diverged |= {part.prompts[row]: step for row, step in enumerate(part.diverged) if step is not None}
-        images, nsfw = part.latents if len(rows) == len(part.prompts) else part.latents[rows], None
-        finite = [True] * len(rows)
-        if rows and self._output_type != "latent":
+        latents = part.latents if len(rows) == len(part.prompts) else part.latents[rows]
+        images, nsfw, finite = latents, None, [True] * len(rows)
+        if rows:
             with _ONE_AT_A_TIME:
-                images, nsfw = self._pipe._decode(images, self._output_type, self._options)
+                images, nsfw = self._pipe._finish(latents, self._output_type, self._options)
             finite = self._pipe._finite
         for place, row in enumerate(rows):
             index = part.prompts[row]
@@ -240,8 +244,9 @@ class Stream:
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition, guidance: float) -> Tensor:
         self._steps += len(x)
-        self._rows += (2 if guidance > 1 else 1) * len(x)
-        if self._guided and guidance <= 1:
+        guided = self._guided and self._pipe._guides(guidance)
+        self._rows += (2 if guided else 1) * len(x)
+        if self._guided and not guided and self._pipe._joins_texts:
             # A callback turned guidance off: the rows with text are the last ones.
             condition = select(condition, slice(-len(x), None))
         return self._pipe._predict(x, t, condition, guidance, self._options)  # type: ignore[no-any-return]
@@ -253,11 +258,11 @@ class Stream:
         named = {name: pack.condition[part] for name, part in self._pipe._callback_conditions.items()}
         given = {name: named[name].clone() for name in self._callback_inputs if name != "latents"}
         # As in diffusers, the callback may set the guidance scale on the pipeline that it gets.
-        self._pipe._guidance_scale = pack.guidance
+        self._pipe._guidance_scale = before = pack.guidance
         changed = self._callback(self._pipe, step, t, given | {"latents": pack.latents})
         pack.latents = changed.get("latents", pack.latents)
         pack.guidance = self._pipe._guidance_scale
-        if pack.guidance > 1 and not self._guided:
+        if pack.guidance != before and self._pipe._guides(pack.guidance) and not self._guided:
             raise ConfigurationError(
                 f"the callback set the guidance scale to {pack.guidance}, but the call began without guidance (scale "
                 f"{self._scale}); begin with a scale above 1"
@@ -286,27 +291,29 @@ class Stream:
                 for number, tokens in zip(numbers, self._pipe._count_truncated(texts, self._options), strict=True):
                     self.truncated_tokens[number] = tokens
             negatives = None if self._negatives is None else [self._negatives[number] for number in numbers]
-            given = {name: rows[numbers] for name, rows in self._given.items()}
+            given = {
+                name: [rows[number] for number in numbers] if isinstance(rows, list) else rows[numbers]
+                for name, rows in self._given.items()
+            }
             rows = self._pipe._encode(texts, negatives, self._guided and not self._without, given, self._options)
             if self._without:
-                both = (
-                    (name, self._without[name].expand(len(values), *[-1] * (values.ndim - 1)), values)
-                    for name, values in rows.items()
-                )
-                rows = {name: torch.cat([without, values], dim=1) for name, without, values in both}
+                without = {
+                    name: values.expand(len(numbers), *[-1] * (values.ndim - 1))
+                    for name, values in self._without.items()
+                }
+                rows = concatenated([without, rows], dim=1)
             elif self._guided and self._one_negative:
                 self._without = {name: values[:1, :1] for name, values in rows.items()}
             for place, number in enumerate(numbers):
                 self._encoded[number] = {name: values[place : place + 1] for name, values in rows.items()}
         found = [self._encoded[image // self._images] for image in images]
-        return {name: torch.cat([row[name] for row in found]) for name in found[0]}
+        return concatenated(found, dim=0)
 
     def _noise(self, images: list[int], generators: list[Generator]) -> Tensor:
         if self._latents is not None:
             latents = self._latents[images].to(self._device, self._dtype)
         else:
-            shape = (len(images), *self._shape)
-            latents = randn_tensor(shape, generator=generators, device=self._device, dtype=self._dtype)
+            latents = self._pipe._noise(generators, len(images), self._options)
         return latents * getattr(self._pipe.scheduler, "init_noise_sigma", 1.0)
 
     def _check_latents(self, latents: Tensor) -> None:
@@ -314,8 +321,9 @@ class Stream:
             raise ConfigurationError(
                 f"{len(latents)} latents were given for {self.plan.prompts} images; give one for each"
             )
-        if latents.shape[1:] != self._shape:
-            raise ConfigurationError(f"latents have shape {tuple(latents.shape[1:])} each; give {self._shape}")
+        shape = self._pipe._latents_shape(self._options)
+        if latents.shape[1:] != shape:
+            raise ConfigurationError(f"latents have shape {tuple(latents.shape[1:])} each; give {tuple(shape)}")
         if not latents.isfinite().all():
             raise DataError(f"latents hold values that are not finite, in rows {bad_rows(latents)}; leave those out")
 
@@ -356,8 +364,7 @@ class Stream:
     def _draw_from_one(self, generator: Generator) -> list[int]:
         """Draw all initial noise from one generator as in diffusers, then a seed for the later draws of each image."""
         if self._latents is None:
-            shape = (self.plan.prompts, *self._shape)
-            self._latents = randn_tensor(shape, generator=generator, device=self._device, dtype=self._dtype)
+            self._latents = self._pipe._noise(generator, self.plan.prompts, self._options)
         draws = torch.randint(2**62, (self.plan.prompts,), generator=generator, device=generator.device)
         return [int(draw) for draw in draws.tolist()]
 

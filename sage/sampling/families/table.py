@@ -1,0 +1,81 @@
+"""The families that the segment driver knows, one row each (`sage.sampling.segments.Family`)."""
+
+import functools
+from collections.abc import Hashable
+from typing import Any, cast
+
+from sage.sampling.segments import Family, segmented
+
+_STATES = {"prompt_embeds": "prompt_embeds"}
+_MASKED = _STATES | {"prompt_embeds_mask": "prompt_attention_mask"}
+_MASKED_FIRST = (
+    ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"),
+)
+_PLAIN_PAIR = (("prompt_embeds", "negative_prompt_embeds"),)
+
+TABLE = {
+    family.stock: family
+    for family in (
+        Family(
+            "FluxPipeline",
+            _STATES | {"pooled_prompt_embeds": "pooled_prompt_embeds"},
+            (("prompt_embeds", "pooled_prompt_embeds", None),),
+            embedded=True,
+            fixed=("true_cfg_scale",),
+        ),
+        Family("Flux2Pipeline", _STATES, (("prompt_embeds", None),), embedded=True),
+        Family("Flux2KleinPipeline", _STATES, (("prompt_embeds", None), ("negative_prompt_embeds", None))),
+        Family(
+            "QwenImagePipeline",
+            _STATES | {"prompt_embeds_mask": "prompt_embeds_mask"},
+            (("prompt_embeds", "prompt_embeds_mask"), ("negative_prompt_embeds", "negative_prompt_embeds_mask")),
+            guidance="true_cfg_scale",
+            asks=True,
+        ),
+        Family("ZImagePipeline", _STATES, _PLAIN_PAIR, lists=True),
+        Family(
+            "ChromaPipeline",
+            _MASKED,
+            (
+                (
+                    "prompt_embeds",
+                    None,
+                    "prompt_attention_mask",
+                    "negative_prompt_embeds",
+                    None,
+                    "negative_prompt_attention_mask",
+                ),
+            ),
+        ),
+        Family("Lumina2Pipeline", _MASKED, _MASKED_FIRST, fixed=("cfg_trunc_ratio",)),
+        Family("SanaPipeline", _MASKED, _MASKED_FIRST),
+        Family("PixArtSigmaPipeline", _MASKED, _MASKED_FIRST),
+        Family("AuraFlowPipeline", _MASKED, _MASKED_FIRST),
+        Family("CogView4Pipeline", _STATES, _PLAIN_PAIR),
+        Family(
+            "HunyuanDiTPipeline",
+            _MASKED | {"prompt_embeds_2": "prompt_embeds_2", "prompt_embeds_2_mask": "prompt_attention_mask_2"},
+            tuple(
+                tuple(
+                    name + end
+                    for name in (
+                        "prompt_embeds",
+                        "negative_prompt_embeds",
+                        "prompt_attention_mask",
+                        "negative_prompt_attention_mask",
+                    )
+                )
+                for end in ("", "_2")
+            ),
+        ),
+        Family("WanPipeline", _STATES, _PLAIN_PAIR, output="frames"),
+        Family("LTXPipeline", _MASKED, _MASKED_FIRST, output="frames"),
+    )
+}
+
+
+@functools.cache
+def shared_class(stock: Hashable) -> type:
+    """Return the shared-sampling class of a stock class in the table, or of a subclass of one."""
+    cls = cast(Any, stock)
+    return segmented(next(TABLE[base.__name__] for base in cls.__mro__ if base.__name__ in TABLE), cls)

@@ -1,0 +1,425 @@
+"""The segment driver: any stock pipeline of diffusers whose loop calls `scheduler.step` once in each step.
+
+The stock `__call__` is not written again for a family; it is run in segments. A segment's scheduler is a copy whose
+`set_timesteps` sets one timestep of the whole schedule, or none. The call gets the latents at that step and the
+conditions, and stops at `scheduler.step`: what it hands over there is the guided prediction. A segment without
+timesteps decodes. So embeddings, guidance, positions and decoding are the stock pipeline's own, and the denoising loop
+(`sage.sampling.loop`) is the same for every family.
+"""
+
+import copy
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import sage.torchvision_ops  # noqa: F401
+
+import torch
+from torch import Generator, Tensor
+
+from sage.errors import ConfigurationError, UnsupportedError
+from sage.sampling.conditions import Condition, stacked
+from sage.sampling.pipeline import SharedSamplingPipeline
+
+# Arguments of the stock call that the driver gives itself; the others are options of the shared call.
+_DRIVEN = {
+    "self", "prompt", "negative_prompt", "height", "width", "num_inference_steps", "num_images_per_prompt",
+    "num_videos_per_prompt", "generator", "latents", "output_type", "return_dict", "callback", "callback_steps",
+    "callback_on_step_end", "callback_on_step_end_tensor_inputs",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the driver must know of a stock pipeline.
+
+    stock       name of its class
+    inputs      name of each condition, and the argument of the call that takes it; the argument without text is the
+                same with "negative_" before it. The mask of condition x is called x_mask.
+    encoded     for each call of `encode_prompt`: the arguments that its results become, in order; None: not an argument
+    guidance    the argument that takes the guidance scale
+    embedded    the guidance scale is an input of the network, which is evaluated once, unless `true_guidance` is set
+    asks        guidance needs a negative prompt: without one the stock pipeline does not guide
+    lists       embeddings are lists of tensors of different length, without a mask
+    fixed       options that only their default is right for, because the stock loop counts its steps with them
+    output      the attribute of the stock output: images, frames
+    """
+
+    stock: str
+    inputs: Mapping[str, str]
+    encoded: tuple[tuple[str | None, ...], ...]
+    guidance: str = "guidance_scale"
+    embedded: bool = False
+    asks: bool = False
+    lists: bool = False
+    fixed: tuple[str, ...] = ()
+    output: str = "images"
+
+
+class _Stopped(Exception):
+    """A stock call has reached the point that it was run for; `value` is what it had there."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+
+@dataclass
+class _Call:
+    """What a call of the shared pipeline keeps: arguments of its stock calls, and how the stock one draws noise."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    example: Condition = field(default_factory=dict)
+    guided: bool = False
+    noise: dict[str, Any] = field(default_factory=dict)
+    # What `prepare_latents` returns beside the latents, by number of rows.
+    positions: dict[int, Any] = field(default_factory=dict)
+    # The arguments for a pack's conditions, made once for all of its steps.
+    latest: tuple[Condition, dict[str, Any]] | None = None
+
+
+class SegmentedPipeline(SharedSamplingPipeline):
+    """A shared-sampling pipeline that drives its stock pipeline in segments; `family` says what it must know of it."""
+
+    # Of the base class; that of a family gets the parameters of its stock call.
+    __call__ = SharedSamplingPipeline.__call__
+
+    family: ClassVar[Family]
+    _stock: ClassVar[Any]
+    _callback_conditions: ClassVar[Mapping[str, str]] = {}
+    _joins_texts: ClassVar = False
+    _segmented: _Call
+
+    @property
+    def _execution_device(self) -> torch.device:  # type: ignore[override]
+        """The device of the networks: looked for once in a call, because diffusers looks at every module."""
+        found = vars(self).get("_device") or self._stock._execution_device.fget(self)
+        return found  # type: ignore[no-any-return]
+
+    def _prepare_call(
+        self,
+        prompts: list[str] | None,
+        negatives: list[str] | None,
+        given: dict[str, Tensor],
+        steps: int,
+        scale: float,
+        options: dict[str, Any],
+    ) -> None:
+        """Set the timesteps as the stock pipeline does for this size, and learn how it draws its noise."""
+        for name in self.family.fixed:
+            if options[name] != self._options[name]:
+                raise UnsupportedError(
+                    f"{name}={options[name]!r} of {self.family.stock} depends on the number of the step, which a "
+                    f"segment does not know; leave it at {self._options[name]!r}"
+                )
+        height, width = options["size"]
+        arguments = {name: value for name, value in options.items() if name != "size"}
+        arguments |= {"num_inference_steps": steps, self.family.guidance: scale}
+        arguments |= {name: side for name, side in (("height", height), ("width", width)) if side is not None}
+        vars(self)["_device"] = self._execution_device
+        if "negative_prompt" in inspect.signature(self._stock.__call__).parameters:
+            arguments["negative_prompt"] = None
+        self._segmented = _Call(arguments)
+        self._segmented.guided = self._is_guided(scale, negatives, given)
+        one = None if prompts is None else prompts[:1], None if negatives is None else negatives[:1]
+        rows = {name: values[:1] for name, values in given.items()}
+        self._segmented.example = self._encode(*one, self._segmented.guided, rows, options)
+        conditions = self._example(1)
+        self.scheduler = self._reach("set_timesteps", conditions)
+        self._segmented.noise = self._reach("prepare_latents", conditions)
+
+    def _is_guided(self, scale: float, negatives: Any, given: Mapping[str, Any]) -> bool:
+        asked = negatives is not None or any(name.startswith("negative_") for name in given)
+        return self._guides(scale) and (asked or not self.family.asks)
+
+    def _guides(self, scale: float) -> bool:
+        if self.family.embedded:
+            return False
+        own = getattr(self._stock, "do_classifier_free_guidance", None)
+        if own is None:
+            return scale > 1
+        inner = copy.copy(self)
+        vars(inner)["_guidance_scale"] = scale
+        return bool(own.fget(inner))
+
+    def _size(self, height: int | None, width: int | None, options: dict[str, Any]) -> Any:
+        return height, width
+
+    def _encode(
+        self,
+        prompts: list[str] | None,
+        negatives: list[str] | None,
+        guided: bool,
+        given: dict[str, Any],
+        options: dict[str, Any],
+    ) -> Condition:
+        if prompts is not None:
+            arguments: dict[str, Any] = {"prompt": list(prompts)}  # some stock pipelines write into the list
+            if not guided and not self.family.embedded:
+                arguments[self.family.guidance] = 0.0
+            elif negatives is not None:
+                arguments["negative_prompt"] = negatives
+            given = self._reach("encode_prompt", arguments)
+        found: dict[str, Tensor] = {}
+        for prefix in ("negative_", "") if guided else ("",):
+            found |= {prefix + name: rows for name, rows in self._condition(given, prefix).items()}
+        return stacked(None, found)
+
+    def _condition(self, given: Mapping[str, Any], prefix: str) -> Condition:
+        """Return the conditions among embeddings by argument; lists of tensors become rows with a mask."""
+        found: dict[str, Tensor] = {}
+        for name, argument in self.family.inputs.items():
+            rows = given.get(prefix + argument)
+            if isinstance(rows, list):
+                lengths = torch.tensor([len(row) for row in rows])
+                rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+                found[f"{name}_mask"] = (torch.arange(rows.shape[1]) < lengths[:, None]).to(rows.device)
+            elif rows is None and name.endswith("_mask"):
+                states = found[name.removesuffix("_mask")]
+                rows = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+            elif rows is None:
+                raise ConfigurationError(
+                    f"{self.family.stock} needs {prefix + argument} beside the other embeddings; give it, or prompts"
+                )
+            found[name] = rows
+        return found
+
+    def _arguments(self, condition: Condition, guided: bool) -> dict[str, Any]:
+        """Return the arguments of the stock call for conditions (n, ...)."""
+        found: dict[str, Any] = {}
+        for prefix in ("negative_", "") if guided else ("",):
+            for name, argument in self.family.inputs.items():
+                rows: Any = condition[prefix + name]
+                if self.family.lists:
+                    masks = condition[f"{prefix}{name}_mask"]
+                    rows = [row[mask] for row, mask in zip(rows, masks, strict=True)]
+                found[prefix + argument] = rows
+        return found
+
+    def _predict(self, x: Tensor, t: Tensor, condition: Condition, scale: float, options: dict[str, Any]) -> Tensor:
+        latest = self._segmented.latest
+        if latest is None or latest[0] is not condition:
+            latest = self._segmented.latest = (
+                condition,
+                self._arguments(condition, self._segmented.guided and self._guides(scale)),
+            )
+        output: Tensor = self._reach("step", latest[1] | {self.family.guidance: scale}, timesteps=t[None], latents=x)
+        return output
+
+    def _finish(self, latents: Tensor, output_type: str, options: dict[str, Any]) -> tuple[Any, None]:
+        scheduler = _segment(self.scheduler, self.scheduler.timesteps[:0], None)
+        self._finite = [True] * len(latents)
+        processors = {
+            name: self._watched(name) for name in ("image_processor", "video_processor") if hasattr(self, name)
+        }
+        inner = self._inner(scheduler, prepare_latents=lambda *args, **kwargs: self._placed(latents), **processors)
+        arguments = self._segmented.arguments | self._example(len(latents)) | {"output_type": output_type}
+        out = self._stock.__call__(inner, **arguments)
+        return getattr(out, self.family.output), None
+
+    def _watched(self, name: str) -> Any:
+        """Return a copy of a processor that notes which images it gets are finite."""
+        processor = copy.copy(getattr(self, name))
+
+        def watched(original: Callable[..., Any]) -> Callable[..., Any]:
+            def postprocess(images: Tensor, *args: Any, **kwargs: Any) -> Any:
+                finite = images.isfinite().flatten(1).all(1)
+                self._finite = finite.tolist()
+                return original(images.where(finite.reshape(-1, *[1] * (images.ndim - 1)), 0), *args, **kwargs)
+
+            return postprocess
+
+        for method in ("postprocess", "postprocess_video"):
+            if hasattr(processor, method):
+                setattr(processor, method, watched(getattr(processor, method)))
+        return processor
+
+    def _example(self, rows: int) -> dict[str, Any]:
+        """Return arguments of the stock call for this many rows, all with the conditions of the first prompt."""
+        example = self._segmented.example
+        repeated = {name: values[:, 0].expand(rows, *values.shape[2:]) for name, values in example.items()}
+        return self._arguments(repeated, self._segmented.guided)
+
+    def _noise(self, generators: Generator | Sequence[Generator], count: int, options: dict[str, Any]) -> Tensor:
+        drawn = self._drawn(generators, count)
+        latents: Tensor = drawn[0] if isinstance(drawn, tuple) else drawn
+        return latents
+
+    def _latents_shape(self, options: dict[str, Any]) -> tuple[int, ...]:
+        return tuple(self._noise(Generator(), 1, options).shape[1:])
+
+    def evaluations(self, num_inference_steps: int, height: int | None = None, width: int | None = None) -> int:
+        """Return how often the network is evaluated for one image alone, without guidance: the steps of a plan."""
+        scheduler = copy.copy(self.scheduler)
+        # The shift depends on the size, the number of steps does not.
+        scheduler.set_timesteps(
+            num_inference_steps, **({"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {})
+        )
+        return len(scheduler.timesteps)
+
+    def _drawn(self, generators: Any, count: int) -> Any:
+        """Return what the stock `prepare_latents` returns for fresh noise: latents, or latents and their positions."""
+        inner = self._inner(_segment(self.scheduler, self.scheduler.timesteps, None))
+        changed = {"batch_size": count, "generator": generators, "latents": None}
+        return self._stock.prepare_latents(inner, **(self._segmented.noise | changed))
+
+    def _placed(self, latents: Tensor) -> Any:
+        """Return latents as `prepare_latents` returns them: with their positions, if it returns these, too."""
+        count, known = len(latents), self._segmented.positions
+        if count not in known:
+            drawn = self._drawn(Generator(), count)
+            known[count] = drawn[1:] if isinstance(drawn, tuple) else None
+        positions = known[count]
+        return latents if positions is None else (latents, *positions)
+
+    def _count_truncated(self, texts: list[str], options: dict[str, Any]) -> list[int]:
+        return [0] * len(texts)  # several encoders, each with its own limit, which the stock pipeline warns of
+
+    # Stock calls.
+
+    def _inner(self, scheduler: Any, **replaced: Any) -> Any:
+        """Return a copy of this pipeline for one stock call, with this scheduler and these methods."""
+        inner = copy.copy(self)
+        vars(inner).update(scheduler=scheduler, maybe_free_model_hooks=lambda: None, **replaced)
+        vars(inner)["_progress_bar_config"] = {"disable": True}
+        return inner
+
+    def _reach(
+        self,
+        point: str,
+        arguments: Mapping[str, Any],
+        *,
+        timesteps: Tensor | None = None,
+        latents: Tensor | None = None,
+    ) -> Any:
+        """Run the stock call until a point and return what it has there.
+
+        encode_prompt    the embeddings, by argument
+        set_timesteps    a scheduler with the timesteps of the whole schedule
+        prepare_latents  the arguments of `prepare_latents`
+        step             the prediction for `latents`, from one evaluation at the one timestep in `timesteps`
+        """
+        found: dict[str, Any] = {}
+        calls = iter(self.family.encoded)
+
+        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+            results = self._stock.encode_prompt(self, *args, **kwargs)
+            found.update((name, value) for name, value in zip(next(calls), results, strict=True) if name)
+            return results
+
+        def stop(value: Any) -> Any:
+            raise _Stopped(value)
+
+        def prepare_latents(*args: Any, **kwargs: Any) -> Any:
+            bound = inspect.signature(self._stock.prepare_latents).bind(self, *args, **kwargs).arguments
+            stop({name: value for name, value in bound.items() if name != "self"})
+
+        replaced: dict[str, Any] = {}
+        scheduler = self.scheduler
+        if timesteps is not None and latents is not None:
+            scheduler = _segment(scheduler, timesteps, stop)
+            replaced = {"prepare_latents": lambda *args, **kwargs: self._placed(latents)}
+        elif point == "encode_prompt":
+            replaced = {"encode_prompt": encode_prompt, "prepare_latents": lambda *args, **kwargs: stop(None)}
+            scheduler = _recorder(scheduler, stop)
+        elif point == "set_timesteps":
+            scheduler = _recorder(scheduler, stop)
+        else:
+            replaced = {"prepare_latents": prepare_latents}
+            scheduler = _segment(scheduler, scheduler.timesteps, None)
+        inner = self._inner(scheduler, **replaced)
+        try:
+            with self._counted():
+                self._stock.__call__(inner, **(self._segmented.arguments | dict(arguments)))
+        except _Stopped as stopped:
+            return found if point == "encode_prompt" else stopped.value
+        raise UnsupportedError(f"{self.family.stock} ended before {point}; its loop is not one that segments can drive")
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count the rows of the networks' batches as evaluations of this call."""
+        thread = threading.get_ident()
+
+        def count(module: Any, args: Any, kwargs: Any) -> None:
+            if threading.get_ident() == thread:  # another call may use the same network
+                self._evaluations += len(args[0] if args else kwargs["hidden_states"])
+
+        networks = (getattr(self, name, None) for name in ("unet", "transformer", "transformer_2"))
+        handles = [network.register_forward_pre_hook(count, with_kwargs=True) for network in networks if network]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def segmented(family: Family, stock: type) -> type:
+    """Return the shared-sampling class of a stock pipeline class."""
+    parameters = inspect.signature(stock.__call__).parameters.values()
+    conditions = {prefix + argument for argument in family.inputs.values() for prefix in ("", "negative_")}
+    names = {parameter.name for parameter in parameters}
+    given = _DRIVEN | conditions | {family.guidance}
+    body = {
+        "__doc__": f"A {stock.__name__} whose similar prompts share their early steps.",
+        "family": family,
+        "_stock": stock,
+        "_default_guidance": next(p.default for p in parameters if p.name == family.guidance),
+        "_embeddings": tuple(sorted(conditions & names)),
+        "_options": {p.name: p.default for p in parameters if p.name not in given},
+    }
+    return type(f"Shared{stock.__name__}", (SegmentedPipeline, stock), body)
+
+
+def _segment(scheduler: Any, timesteps: Tensor, step: Callable[[Any], Any] | None) -> Any:
+    """Return a copy of a scheduler that has these timesteps, whatever it is told to set, and calls `step` instead."""
+    child = copy.copy(scheduler)
+    child.__class__ = _segment_class(scheduler.__class__)
+
+    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+        child.timesteps, child.num_inference_steps = timesteps, len(timesteps)
+
+    vars(child).update(_on_set=set_timesteps, _on_step=step)
+    return child
+
+
+def _recorder(scheduler: Any, stop: Callable[[Any], Any]) -> Any:
+    """Return a copy of a scheduler that hands over another copy as soon as that one's timesteps are set."""
+    child, real = copy.copy(scheduler), copy.copy(scheduler)
+    child.__class__ = _segment_class(scheduler.__class__)
+
+    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+        real.set_timesteps(*args, **kwargs)
+        stop(real)
+
+    vars(child).update(_on_set=set_timesteps, _on_step=None)
+    return child
+
+
+@functools.cache
+def _segment_class(scheduler: Hashable) -> Any:
+    """Return a subclass of a scheduler class whose instances ask `_on_set` and `_on_step`."""
+    base: Any = scheduler
+
+    class Segment(base):  # type: ignore[misc]
+        # The loop has scaled the latents.
+        init_noise_sigma = property(lambda self: 1.0)
+
+        @functools.wraps(base.set_timesteps)
+        def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+            self._on_set(*args, **kwargs)
+
+        @functools.wraps(base.step)
+        def step(self, model_output: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._on_step(model_output)
+
+        def scale_model_input(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return sample
+
+        def set_begin_index(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+    return Segment

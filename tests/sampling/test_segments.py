@@ -1,0 +1,258 @@
+"""Every family that the segment driver runs, against its stock pipeline on the same random weights."""
+
+import ast
+import inspect
+import json
+import textwrap
+
+import numpy as np
+import pytest
+import tiny_families
+import torch
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from tiny_families import FAMILIES, Tiny, generators, latents, rows
+
+from sage.errors import ConfigurationError, UnsupportedError
+from sage.sampling.families.table import TABLE
+from sage.sampling.pipeline import SharedSamplingPipeline
+from sage.sampling.plan import Plan
+
+# diffusers 0.42's Chroma imports a name that it deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
+STEPS = 4
+# Batches of another size round differently; latents are of the order of 1.
+CLOSE = 3e-5
+# These default to an empty negative prompt and then refuse embeddings of one.
+ASKING = ("SanaPipeline", "PixArtSigmaPipeline")
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> Tiny:
+    return tiny_families.tiny(request.param)
+
+
+def name_of(family: Tiny) -> str:
+    return type(family.pipe).__name__
+
+
+def stock(family: Tiny, embeddings, seeds, guided=True, output="latent", **changes):
+    call = family.call | {"num_inference_steps": STEPS, "output_type": output} | changes
+    if family.guidance:
+        name, scale = family.guidance
+        call[name] = scale if guided else family.unguided
+    if name_of(family) in ASKING:
+        call["negative_prompt"] = None
+    return latents(family.pipe(**embeddings, **call, generator=generators(seeds)))
+
+
+def shared(family: Tiny, embeddings, seeds, guided=True, output="latent", **changes):
+    pipe = SharedSamplingPipeline.from_pipe(family.pipe)
+    call = family.call | {"num_inference_steps": STEPS, "output_type": output, "share_ratio": 0} | changes
+    if family.guidance:
+        call["guidance_scale"] = family.guidance[1] if guided else family.unguided
+    return pipe(**embeddings, **call, seed=seeds)
+
+
+def drift(a, b) -> float:
+    return (a.double() - b.double()).abs().max().item()
+
+
+def test_the_table_and_the_tests_know_the_same_families():
+    assert TABLE.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_share_ratio_0_is_the_stock_pipeline_bit_for_bit(family, guided):
+    embeddings = family.embed(2, guided=guided)
+    found = shared(family, embeddings, [5, 6], guided)
+    assert torch.equal(found.images, stock(family, embeddings, [5, 6], guided))
+    assert found.cost.network_evaluations == (2 if guided and family.guidance else 1) * 2 * STEPS
+
+
+def test_decoded_images_are_the_stock_pipelines_bit_for_bit(family):
+    embeddings = family.embed(1)
+    found = shared(family, embeddings, [5], output="np").images
+    assert np.array_equal(np.asarray(found), np.asarray(stock(family, embeddings, [5], output="np")))
+
+
+def test_shared_steps_are_evaluated_once_and_counted(family):
+    calls = []
+    for name in ("unet", "transformer", "transformer_2"):
+        if network := getattr(family.pipe, name, None):
+            network.register_forward_pre_hook(
+                lambda module, args, kwargs: calls.append(len(args[0] if args else kwargs["hidden_states"])),
+                with_kwargs=True,
+            )
+    found = shared(family, family.embed(3), [5, 6, 7], groups=[[0, 2], [1]], share_ratio=0.5)
+    each = 2 if family.guidance else 1
+    assert found.cost.network_evaluations == found.cost.formula == sum(calls) == each * (3 * STEPS - 2)
+    assert found.cost.saving == pytest.approx(1 / 6)
+
+
+def test_a_group_of_one_and_equal_prompts_are_the_independent_image(family):
+    embeddings = family.embed(2)
+    alone = shared(family, embeddings, [5, 6]).images
+    twice = rows(embeddings, [0, 0, 1])
+    found = shared(family, twice, [5, 5, 6], groups=[[0, 1], [2]], share_ratio=0.5).images
+    assert max(drift(found[0], alone[0]), drift(found[1], alone[0]), drift(found[2], alone[1])) < scale(alone)
+
+
+def scale(images) -> float:
+    return CLOSE * max(1.0, images.abs().max().item())
+
+
+def test_members_start_as_one_and_differ_after_their_branch(family):
+    embeddings = family.embed(2)
+    found = shared(family, embeddings, [5, 6], groups=[[0, 1]], share_ratio=0.5).images
+    alone = shared(family, embeddings, [5, 6]).images
+    assert not torch.equal(found[0], found[1]) and not torch.equal(found[0], alone[0])
+
+
+def test_images_do_not_depend_on_order_batch_size_or_company(family):
+    embeddings, groups = family.embed(4), [[0, 1], [2, 3]]
+    first = shared(family, embeddings, [1, 2, 3, 4], groups=groups, share_ratio=0.5, batch_size=2).images
+    turned = rows(embeddings, [3, 2, 1, 0])
+    again = shared(family, turned, [4, 3, 2, 1], groups=groups, share_ratio=0.5, batch_size=8).images.flip(0)
+    alone = shared(family, rows(embeddings, [2, 3]), [3, 4], groups=[[0, 1]], share_ratio=0.5).images
+    assert max(drift(first, again), drift(first[2:], alone)) < scale(first)
+
+
+def test_two_streams_of_one_pipeline_do_not_meet(family):
+    embeddings = family.embed(2)
+    pipe = SharedSamplingPipeline.from_pipe(family.pipe)
+    call = family.call | {"num_inference_steps": STEPS, "output_type": "latent", "batch_size": 1, "share_ratio": 0}
+    if family.guidance:
+        call["guidance_scale"] = family.guidance[1]
+    streams = [pipe.stream(**embeddings, **call, seed=seeds) for seeds in ([5, 6], [7, 8])]
+    found = [result.image for pair in zip(*streams, strict=True) for result in pair]
+    alone = [shared(family, embeddings, seeds, batch_size=1).images for seeds in ([5, 6], [7, 8])]
+    assert all(torch.equal(one, other[k]) for k in (0, 1) for one, other in zip(found[2 * k :][:2], alone, strict=True))
+
+
+def test_branch_noise_moves_members_apart(family):
+    if name_of(family) == "PixArtSigmaPipeline":
+        family.pipe.scheduler = DPMSolverMultistepScheduler(solver_order=1)
+    embeddings = family.embed(2)
+    call = {"groups": [[0, 1]], "share_ratio": 0.5}
+    plain = shared(family, embeddings, [5, 6], **call).images
+    noisy = shared(family, embeddings, [5, 6], **call, branch_noise=1.0).images
+    assert drift(noisy[0], noisy[1]) > drift(plain[0], plain[1])
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_row_of_the_table_says_what_the_stock_source_says(name):
+    """The results of `encode_prompt` are assigned to variables, which have the names of the call's arguments."""
+    family, cls = TABLE[name], type(tiny_families.tiny(name).pipe)
+    source = ast.parse(textwrap.dedent(inspect.getsource(cls.__call__)))
+    calls = [
+        [ast.unparse(target) for target in node.targets[0].elts]
+        for node in sorted((n for n in ast.walk(source) if isinstance(n, ast.Assign)), key=lambda node: node.lineno)
+        if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "self.encode_prompt"
+    ]
+    arguments = inspect.signature(cls.__call__).parameters
+    assert [tuple(name if name in arguments else None for name in names) for names in calls][: len(family.encoded)] == (
+        list(family.encoded)
+    )
+    steps = [n for n in ast.walk(source) if isinstance(n, ast.Call) and ast.unparse(n.func) == "self.scheduler.step"]
+    assert len(steps) == 1
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_prompts_are_encoded_by_the_stock_pipeline(name, monkeypatch):
+    """With an encoder that gives a text always the same embeddings, prompts and those embeddings are one call."""
+    family, texts = tiny_families.tiny(name), ["red cat", "blue house"]
+    embeddings = family.embed(2)
+    expected = shared(family, embeddings, [5, 6]).images
+    original = type(family.pipe).encode_prompt
+    signature = inspect.signature(original)
+
+    def encode_prompt(self, *args, **kwargs):
+        said = signature.bind(self, *args, **kwargs).arguments
+        prompt = said.pop("prompt", None)
+        if prompt is not None and said.get("prompt_embeds") is None:
+            known = [text for text in prompt if text in texts]
+            end = "_2" if said.get("text_encoder_index") == 1 else ""
+            numbers = [texts.index(text) for text in known] or list(range(len(prompt)))
+            for prefix in ("", "negative_"):
+                source = "negative_" if prefix == "" and not known else prefix  # one call for each
+                for argument in signature.parameters.keys() & {*TABLE[name].inputs.values()}:
+                    if (rows_of := embeddings.get(source + argument + end)) is not None:
+                        said[prefix + argument] = rows({"rows": rows_of}, numbers)["rows"]
+        known_arguments = {key: value for key, value in said.items() if key in signature.parameters}
+        return original(**known_arguments | {"prompt": prompt if family.lists else None})
+
+    monkeypatch.setattr(type(family.pipe), "encode_prompt", encode_prompt)
+    encoder = torch.nn.Identity()
+    encoder.device, encoder.dtype = torch.device("cpu"), torch.float32
+    vars(family.pipe)["text_encoder"] = encoder
+    negatives = {"negative_prompt": ["ugly"] * 2} if TABLE[name].asks else {}
+    assert torch.equal(shared(family, {"prompt": texts} | negatives, [5, 6]).images, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "words"),
+    [
+        ("FluxPipeline", {"true_cfg_scale": 4.0}, "true_cfg_scale=4.0 of FluxPipeline depends"),
+        ("Lumina2Pipeline", {"cfg_trunc_ratio": 0.5}, "cfg_trunc_ratio=0.5 of Lumina2Pipeline depends"),
+    ],
+)
+def test_an_option_that_counts_steps_is_refused(name, option, words):
+    family = tiny_families.tiny(name)
+    with pytest.raises(UnsupportedError, match=words):
+        shared(family, family.embed(1), [5], **option)
+
+
+def test_bad_input_is_named():
+    family = tiny_families.tiny("QwenImagePipeline")
+    with pytest.raises(ConfigurationError, match="takes no image"):
+        shared(family, family.embed(1), [5], image=1)
+    flux = tiny_families.tiny("FluxPipeline")
+    with pytest.raises(ConfigurationError, match="needs pooled_prompt_embeds beside the other embeddings"):
+        shared(flux, {"prompt_embeds": flux.embed(1)["prompt_embeds"]}, [5])
+
+
+def test_own_sigmas_and_solvers_with_history_are_the_stock_pipelines():
+    family = tiny_families.tiny("FluxPipeline")
+    embeddings, own = family.embed(1), {"sigmas": [1.0, 0.7, 0.2]}
+    found = shared(family, embeddings, [5], num_inference_steps=3, **own).images
+    assert torch.equal(found, stock(family, embeddings, [5], num_inference_steps=3, **own))
+    wan = tiny_families.tiny("WanPipeline")
+    wan.pipe.scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+    )
+    assert torch.equal(shared(wan, wan.embed(1), [5]).images, stock(wan, wan.embed(1), [5]))
+
+
+def test_a_plan_of_a_tree_and_a_callback_see_every_step():
+    family = tiny_families.tiny("ZImagePipeline")
+    seen = []
+
+    def watch(pipe, step, t, tensors):
+        seen.append((step, len(tensors["latents"])))
+        return {}
+
+    plan = Plan.shared([[0, 1, 2]], STEPS, 0.5)
+    shared(family, family.embed(3), [5, 6, 7], plan=plan, callback_on_step_end=watch)
+    assert seen == [(0, 1), (1, 1), (2, 3), (3, 3)]
+
+
+def test_an_interrupted_call_marks_what_is_not_finished():
+    family = tiny_families.tiny("FluxPipeline")
+
+    def stop(pipe, step, t, tensors):
+        pipe._interrupt = step == 1
+        return {}
+
+    out = shared(family, family.embed(2), [5, 6], callback_on_step_end=stop)
+    assert out.finished == [False, False]
+
+
+def test_a_saved_pipeline_is_the_stock_one(tmp_path):
+    family = tiny_families.tiny("SanaPipeline")
+    SharedSamplingPipeline.from_pipe(family.pipe).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "SanaPipeline"
+
+
+def test_one_class_for_each_stock_class():
+    one, other = (SharedSamplingPipeline.from_pipe(tiny_families.tiny("FluxPipeline").pipe) for _ in range(2))
+    assert type(one) is type(other)

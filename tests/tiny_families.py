@@ -1,0 +1,457 @@
+"""Tiny random pipelines of the families that the segment driver runs, and embeddings in place of text encoders."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import sage.torchvision_ops  # noqa: F401
+
+import diffusers
+import torch
+from torch import Tensor
+
+FLOW = diffusers.FlowMatchEulerDiscreteScheduler
+
+
+@dataclass
+class Tiny:
+    """A pipeline; shapes of the embeddings of one prompt by argument; arguments of a call.
+
+    `embeddings` with "negative_" before them are given only under guidance. A length of None is drawn for each prompt.
+    """
+
+    pipe: Any
+    embeddings: dict[str, tuple[int | None, ...]]
+    call: dict[str, Any]
+    masks: dict[str, int | None] = field(default_factory=dict)
+    guidance: tuple[str, float] | None = None
+    unguided: float = 1.0  # the guidance scale that turns guidance off
+    lists: bool = False
+    mask_type: torch.dtype = torch.int64  # as tokenizers give it
+
+    def embed(self, prompts: int, seed: int = 0, guided: bool = True) -> dict[str, Any]:
+        """Return embeddings of this many prompts, without text too under guidance, which differ in length."""
+        random = torch.Generator().manual_seed(seed)
+        found: dict[str, Any] = {}
+        for prefix in ("", "negative_") if guided and self.guidance else ("",):
+            lengths = [4 + (number + len(prefix)) % 3 for number in range(prompts)]
+            for name, shape in self.embeddings.items():
+                sides = [side or max(lengths) for side in shape]
+                rows = torch.randn(prompts, *sides, generator=random)
+                if self.lists:
+                    found[prefix + name] = [row[:length] for row, length in zip(rows, lengths, strict=True)]
+                else:
+                    found[prefix + name] = rows
+            for name, side in self.masks.items():
+                mask = torch.arange(side or max(lengths)) < torch.tensor(lengths)[:, None]
+                found[prefix + name] = mask.to(self.mask_type)
+        return found
+
+
+def _vae(channels: int = 4, **changes: Any) -> Any:
+    settings = {
+        "sample_size": 32,
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (4,),
+        "layers_per_block": 1,
+        "latent_channels": channels,
+        "norm_num_groups": 1,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "shift_factor": 0.1,
+        "scaling_factor": 1.5,
+    }
+    return diffusers.AutoencoderKL(**(settings | changes))
+
+
+def flux() -> Tiny:
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+        guidance_embeds=True,
+    )
+    pipe = diffusers.FluxPipeline(FLOW(use_dynamic_shifting=True), _vae(1), None, None, None, None, transformer)
+    shapes = {"prompt_embeds": (8, 32), "pooled_prompt_embeds": (32,)}
+    return Tiny(pipe, shapes, {"height": 8, "width": 8})
+
+
+def qwen_image() -> Tiny:
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=24,
+        z_dim=4,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=3,
+        joint_attention_dim=16,
+        guidance_embeds=False,
+        axes_dims_rope=(8, 4, 4),
+    )
+    pipe = diffusers.QwenImagePipeline(FLOW(use_dynamic_shifting=True), vae, None, None, transformer)
+    size = {"height": 32, "width": 32}
+    return Tiny(pipe, {"prompt_embeds": (None, 16)}, size, {"prompt_embeds_mask": None}, ("true_cfg_scale", 4.0))
+
+
+def z_image() -> Tiny:
+    transformer = diffusers.ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=16,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    )
+    with torch.no_grad():
+        transformer.x_pad_token.fill_(1)
+        transformer.cap_pad_token.fill_(1)
+    vae = _vae(
+        16,
+        block_out_channels=(8, 8),
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        norm_num_groups=8,
+    )
+    pipe = diffusers.ZImagePipeline(FLOW(), vae, None, None, transformer)
+    size = {"height": 16, "width": 16}
+    return Tiny(pipe, {"prompt_embeds": (None, 16)}, size, guidance=("guidance_scale", 3.0), unguided=0.0, lists=True)
+
+
+def chroma() -> Tiny:
+    transformer = diffusers.ChromaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=[4, 4, 8],
+        approximator_hidden_dim=32,
+        approximator_layers=1,
+        approximator_num_channels=16,
+    )
+    pipe = diffusers.ChromaPipeline(FLOW(), _vae(1), None, None, transformer)
+    call, guidance = {"height": 8, "width": 8}, ("guidance_scale", 3.0)
+    return Tiny(
+        pipe, {"prompt_embeds": (None, 32)}, call, {"prompt_attention_mask": None}, guidance, mask_type=torch.bool
+    )
+
+
+def lumina2() -> Tiny:
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=8,
+        num_layers=1,
+        num_attention_heads=1,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=[4, 2, 2],
+        cap_feat_dim=8,
+    )
+    pipe = diffusers.Lumina2Pipeline(transformer, FLOW(), _vae(), None, None)
+    size = {"height": 32, "width": 32}
+    return Tiny(pipe, {"prompt_embeds": (None, 8)}, size, {"prompt_attention_mask": None}, ("guidance_scale", 3.0))
+
+
+def sana() -> Tiny:
+    transformer = diffusers.SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=8,
+        sample_size=32,
+    )
+    vae = diffusers.AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=[1, 1],
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41,
+    )
+    pipe = diffusers.SanaPipeline(None, None, vae, transformer, FLOW(shift=7.0))
+    call = {"height": 32, "width": 32, "use_resolution_binning": False}
+    return Tiny(pipe, {"prompt_embeds": (None, 8)}, call, {"prompt_attention_mask": None}, ("guidance_scale", 3.0))
+
+
+def wan() -> Tiny:
+    """Two transformers, the second for the late steps."""
+
+    def transformer() -> Any:
+        return diffusers.WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=16,
+            out_channels=16,
+            text_dim=32,
+            freq_dim=256,
+            ffn_dim=32,
+            num_layers=1,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            rope_max_seq_len=32,
+        )
+
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    pipe = diffusers.WanPipeline(
+        None, None, vae, FLOW(shift=7.0), transformer(), transformer_2=transformer(), boundary_ratio=0.875
+    )
+    call = {"height": 16, "width": 16, "num_frames": 9}
+    return Tiny(pipe, {"prompt_embeds": (6, 32)}, call, guidance=("guidance_scale", 5.0))
+
+
+def ltx() -> Tiny:
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        patch_size=1,
+        patch_size_t=1,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        cross_attention_dim=32,
+        num_layers=1,
+        caption_channels=32,
+    )
+    vae = diffusers.AutoencoderKLLTXVideo(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4,
+        upsample_factor=(1,) * 4,
+        timestep_conditioning=False,
+        patch_size=1,
+        patch_size_t=1,
+        encoder_causal=True,
+        decoder_causal=False,
+    )
+    pipe = diffusers.LTXPipeline(FLOW(), vae, None, None, transformer)
+    call = {"height": 32, "width": 32, "num_frames": 9}
+    return Tiny(pipe, {"prompt_embeds": (None, 32)}, call, {"prompt_attention_mask": None}, ("guidance_scale", 3.0))
+
+
+def flux2(klein: bool = False) -> Tiny:
+    transformer = diffusers.Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        timestep_guidance_channels=256,
+        axes_dims_rope=[4, 4, 4, 4],
+        guidance_embeds=not klein,
+    )
+    vae = diffusers.AutoencoderKLFlux2(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(4,),
+        layers_per_block=1,
+        latent_channels=1,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    size = {"height": 8, "width": 8}
+    if klein:
+        pipe = diffusers.Flux2KleinPipeline(FLOW(), vae, None, None, transformer, is_distilled=False)
+        return Tiny(pipe, {"prompt_embeds": (6, 16)}, size, guidance=("guidance_scale", 3.0))
+    pipe = diffusers.Flux2Pipeline(FLOW(), vae, None, None, transformer)
+    return Tiny(pipe, {"prompt_embeds": (6, 16)}, size)
+
+
+def flux2_klein() -> Tiny:
+    return flux2(klein=True)
+
+
+def aura_flow() -> Tiny:
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=32,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=32,
+        out_channels=4,
+        pos_embed_max_size=256,
+    )
+    pipe = diffusers.AuraFlowPipeline(
+        None, None, _vae(use_quant_conv=True, use_post_quant_conv=True), transformer, FLOW()
+    )
+    size = {"height": 32, "width": 32}
+    return Tiny(pipe, {"prompt_embeds": (None, 32)}, size, {"prompt_attention_mask": None}, ("guidance_scale", 3.0))
+
+
+def cogview4() -> Tiny:
+    transformer = diffusers.CogView4Transformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=4,
+        num_attention_heads=4,
+        out_channels=4,
+        text_embed_dim=32,
+        time_embed_dim=8,
+        condition_dim=4,
+    )
+    scheduler = FLOW(
+        base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True, time_shift_type="linear"
+    )
+    pipe = diffusers.CogView4Pipeline(None, None, _vae(shift_factor=None), transformer, scheduler)
+    size = {"height": 32, "width": 32}
+    return Tiny(pipe, {"prompt_embeds": (16, 32)}, size, guidance=("guidance_scale", 3.0))
+
+
+def hunyuan_dit() -> Tiny:
+    """Two encoders, each with its own mask, and a scheduler of epsilon or v that draws noise."""
+    transformer = diffusers.HunyuanDiT2DModel(
+        sample_size=16,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        in_channels=4,
+        cross_attention_dim=32,
+        cross_attention_dim_t5=32,
+        pooled_projection_dim=16,
+        hidden_size=24,
+        text_len=7,
+        text_len_t5=9,
+        activation_fn="gelu-approximate",
+    )
+    vae = _vae(use_quant_conv=True, use_post_quant_conv=True, shift_factor=None)
+    pipe = diffusers.HunyuanDiTPipeline(
+        vae, None, None, transformer, diffusers.DDPMScheduler(), None, None, requires_safety_checker=False
+    )
+    call = {"height": 16, "width": 16, "use_resolution_binning": False}
+    shapes = {"prompt_embeds": (7, 32), "prompt_embeds_2": (9, 32)}
+    masks = {"prompt_attention_mask": 7, "prompt_attention_mask_2": 9}
+    return Tiny(pipe, shapes, call, masks, ("guidance_scale", 3.0))
+
+
+def pixart_sigma() -> Tiny:
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        caption_channels=32,
+        in_channels=4,
+        cross_attention_dim=24,
+        out_channels=8,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+    )
+    vae = _vae(use_quant_conv=True, use_post_quant_conv=True, shift_factor=None)
+    pipe = diffusers.PixArtSigmaPipeline(None, None, vae, transformer, diffusers.DPMSolverMultistepScheduler())
+    call = {"height": 8, "width": 8, "use_resolution_binning": False}
+    return Tiny(pipe, {"prompt_embeds": (None, 32)}, call, {"prompt_attention_mask": None}, ("guidance_scale", 3.0))
+
+
+FAMILIES: dict[str, Callable[[], Tiny]] = {
+    "FluxPipeline": flux,
+    "QwenImagePipeline": qwen_image,
+    "ZImagePipeline": z_image,
+    "ChromaPipeline": chroma,
+    "Lumina2Pipeline": lumina2,
+    "SanaPipeline": sana,
+    "WanPipeline": wan,
+    "LTXPipeline": ltx,
+    "Flux2Pipeline": flux2,
+    "Flux2KleinPipeline": flux2_klein,
+    "AuraFlowPipeline": aura_flow,
+    "CogView4Pipeline": cogview4,
+    "HunyuanDiTPipeline": hunyuan_dit,
+    "PixArtSigmaPipeline": pixart_sigma,
+}
+
+
+def tiny(family: str) -> Tiny:
+    """Return the tiny pipeline of a family; the same weights each time."""
+    torch.manual_seed(0)
+    made = FAMILIES[family]()
+    for component in made.pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+    made.pipe.set_progress_bar_config(disable=True)
+    return made
+
+
+def rows(values: dict[str, Any], chosen: list[int]) -> dict[str, Any]:
+    """Return these rows of embeddings."""
+    return {
+        name: [rows[number] for number in chosen] if isinstance(rows, list) else rows[chosen]
+        for name, rows in values.items()
+    }
+
+
+def generators(seeds: list[int]) -> list[torch.Generator]:
+    """Return a generator for each seed."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def latents(output: Any) -> Tensor:
+    """Return the latents of a stock output."""
+    found = output.images if hasattr(output, "images") else output.frames
+    return found  # type: ignore[no-any-return]
