@@ -222,9 +222,9 @@ def _some(combinations: Combinations, split: str, draws: random.Random, id: str)
     figure = _drawn(combinations, split, draws, id)
     words = figure.attributes
     if split == "train":
-        asked = [_asked(words, (), draws) for _ in range(CAPTIONS)]
-        texts = tuple(dict.fromkeys(sentence(figure, names, draws) for names in asked))
-        return [Captioned(id, figure, texts, asked[0])]
+        named = [_asked(words, (), draws) for _ in range(CAPTIONS)]
+        texts = tuple(dict.fromkeys(sentence(figure, names, draws) for names in named))
+        return [Captioned(id, figure, texts, named[0])]
     pair = combinations.held_out_pair(figure)
     kind = draws.choice(("grid", "free", "short"))
     if kind != "grid":

@@ -74,9 +74,8 @@ def test_sentences_read_like_prompts():
     words = {"style": "moods", "seed": "0"}
     choices = {"face": "circle", "cheeks": "", "eyes": "wink", "mouth": "frown"}
     figure = Figure(choices=choices | {"face color": "#fdba74", "background color": "#fdba74"}, **words)
-    found = {sentence(figure, (*choices, "face color", "background color"), random.Random(k)) for k in range(400)}
-    assert len(found) > 30
-    assert "a round orange face with a wink, frowning, on an orange background" in found
+    found = {sentence(figure, ("cheeks", "mouth", "face color"), random.Random(k)) for k in range(400)}
+    assert {"orange face frowning", "an orange face, frowning", "drawing of an orange emoji face frowning"} <= found
     assert not [text for text in found if "  " in text or " ," in text or "blushing" in text or text != text.strip()]
 
 
