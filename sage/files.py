@@ -114,7 +114,9 @@ def _sweep(path: Path) -> None:
     """Remove what killed writers of the same path left behind."""
     for use in ("tmp", "old"):
         for left in path.parent.glob(f".{glob.escape(path.name)}.{use}-*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            # A file `a.tmp-b` of the user has temporary names that begin as those of a file `a`.
+            if left.name.removeprefix(f".{path.name}.{use}-").isdecimal():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 @contextmanager

@@ -25,14 +25,29 @@ def drawing() -> Image.Image:
     return image
 
 
-def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
-    """Return a PNG written by hand: of kinds that Pillow reads but does not write."""
+def png(width: int, height: int, depth: int, colour: int, rows: bytes, clear: bytes = b"") -> bytes:
+    """Return a PNG written by hand: of kinds that Pillow reads but does not write; `clear` names its clear colour."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    before = chunk(b"IHDR", header) + (chunk(b"tRNS", clear) if clear else b"")
+    return b"\x89PNG\r\n\x1a\n" + before + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def grey_tiff(samples: np.ndarray, bits: int, white_is_zero: bool) -> bytes:
+    """Return a grey TIFF written by hand; `samples` are of `bits` bits, 12-bit ones are packed in pairs."""
+    height, width = samples.shape
+    if bits == 12:
+        first, second = samples.reshape(-1, 2).T
+        data = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+    else:
+        data = samples.astype(f"<u{bits // 8}").tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: int(not white_is_zero), 273: 8, 277: 1, 278: height}
+    tags[279] = len(data)
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, n) for tag, n in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory + bytes(4)
 
 
 def text_bomb() -> bytes:

@@ -38,13 +38,15 @@ def test_a_folder_is_whole_or_as_before(tmp_path):
 
 def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
     (tmp_path / ".a[1].txt.tmp-99").write_text("left")
-    (tmp_path / ".a1.txt.tmp-99").write_text("another's")
+    others = [".a1.txt.tmp-99", ".a[1].txt.tmp-b.txt.tmp-99"]  # of the files a1.txt and a[1].txt.tmp-b.txt
+    for name in others:
+        (tmp_path / name).write_text("another's")
     files.write_text(tmp_path / "a[1].txt", "x")
     (tmp_path / ".b.tmp-99").mkdir()
     (tmp_path / ".b.old-99").mkdir()
     with files.new_folder(tmp_path / "b"):
         pass
-    assert sorted(item.name for item in tmp_path.iterdir()) == [".a1.txt.tmp-99", "a[1].txt", "b"]
+    assert sorted(item.name for item in tmp_path.iterdir()) == [*others, "a[1].txt", "b"]
 
 
 def test_json_refuses_what_is_not_a_number(tmp_path):

@@ -4,8 +4,6 @@ Every row of a list becomes one item, in order: a prompt, or an error that says 
 exception is raised only if the list cannot be read at all.
 """
 
-import csv
-import io
 import itertools
 import json
 import re
@@ -18,6 +16,7 @@ import charset_normalizer
 
 from sage.data.captions import clean_caption
 from sage.data.rows import Rejected
+from sage.data.tables import read_table, split_lines
 from sage.errors import DataError
 
 _MARKS = {  # byte order marks; UTF-32 before UTF-16, whose mark it begins with
@@ -117,13 +116,8 @@ def _guess(data: bytes) -> str:
     return f" (the list looks like {' or '.join(found)})" if found else ""
 
 
-def _split(text: str) -> list[str]:
-    """Return the lines with their ends: LF, CR LF or CR. str.splitlines would also split at a form feed or U+2028."""
-    return list(io.StringIO(text, newline=""))
-
-
 def _lines(text: str, source: str) -> Iterator[_Row]:
-    return (_Row(prompt=line) for line in _split(text) if line.strip())
+    return (_Row(prompt=line) for line in split_lines(text) if line.strip())
 
 
 def _json_rows(text: str, source: str) -> Iterator[_Row]:
@@ -132,7 +126,7 @@ def _json_rows(text: str, source: str) -> Iterator[_Row]:
             return map(_json_row, json.loads(text, object_pairs_hook=_json_object))
         except (ValueError, RecursionError):
             pass  # lines of lists, each of which is a row that is no prompt
-    return (_json_line(line) for line in _split(text) if line.strip())
+    return (_json_line(line) for line in split_lines(text) if line.strip())
 
 
 def _json_line(line: str) -> _Row:
@@ -161,65 +155,21 @@ def _json_row(value: object) -> _Row:
 
 
 def _table(text: str, source: str) -> Iterator[_Row]:
-    lines = _split(text)
-    first = next((number for number, line in enumerate(lines) if line.strip()), 0)
-    declared = re.fullmatch(r"sep=(.)\s*", lines[first] if lines else "")  # written by Excel
-    start = first + 1 if declared else first
-    header_line = lines[start] if start < len(lines) else ""
-    # The most frequent one, unless only another one makes a column of prompts.
-    delimiters = declared[1] if declared else sorted(",;\t", key=header_line.count, reverse=True)
-    firsts = {delimiter: next(_records(lines, start, delimiter), ([], None))[0] for delimiter in delimiters}
-    named = (delimiter for delimiter, cells in firsts.items() if set(_COLUMNS) & set(_names(cells)))
-    records = _records(lines, start, next(named, delimiters[0]))
-    cells, problem = next(records, ([], None))
-    header = _names(cells)
-    found = [name for name in _COLUMNS if name in header]
-    if problem or not found:
+    table = read_table(text, _COLUMNS)
+    found = [name for name in _COLUMNS if name in table.columns]
+    if table.problem or not found:
         raise DataError(
-            f"{source}: the table has columns {cells}, but none is named prompt or text; "
-            f"give it a header{f' ({problem})' if problem else ''}"
+            f"{source}: the table has columns {table.header}, but none is named prompt or text; "
+            f"give it a header{f' ({table.problem})' if table.problem else ''}"
         )
-    if header.count(found[0]) > 1:
-        raise DataError(f"{source}: {header.count(found[0])} columns are named {found[0]}; leave one")
-    return (_record(header, found[0], cells, problem) for cells, problem in records)
-
-
-def _names(cells: list[str]) -> list[str]:
-    return [cell.strip().lower() for cell in cells]
-
-
-def _record(header: list[str], column: str, cells: list[str], problem: str | None) -> _Row:
-    if problem is not None:
-        return _Row(problem=f"bad_row: {problem}")
-    if any(cell.strip() for cell in cells[len(header) :]):
-        return _Row(
-            problem=f"bad_row: {len(cells)} cells, but the table has {len(header)} columns; "
-            "put a prompt with separators in quotes"
-        )
-    row = dict(zip(header, cells, strict=False))
-    return _Row(row.get("id"), row.get(column))
-
-
-def _records(lines: list[str], start: int, delimiter: str) -> Iterator[tuple[list[str], str | None]]:
-    """Yield cells and None for each record that is not empty, or no cells and the problem of a bad record.
-
-    After a problem, such as a quote that is never closed, reading continues after the first line of the bad
-    record.
-    """
-    while start < len(lines):
-        # By number: to skip the lines before would take longer from fault to fault.
-        rest = (lines[number] for number in range(start, len(lines)))
-        reader = csv.reader(rest, delimiter=delimiter, skipinitialspace=delimiter != "\t", strict=True)
-        begin = 0
-        try:
-            for cells in reader:
-                begin = reader.line_num
-                if any(cell.strip() for cell in cells):
-                    yield cells, None
-            return
-        except csv.Error as error:
-            yield [], f"{error} (a quote begins a cell and must end it)" if "limit" not in str(error) else str(error)
-            start += begin + 1
+    if table.columns.count(found[0]) > 1:
+        raise DataError(f"{source}: {table.columns.count(found[0])} columns are named {found[0]}; leave one")
+    return (
+        _Row(problem=f"bad_row: {record.problem}")
+        if record.problem is not None
+        else _Row(record.cells.get("id"), record.cells.get(found[0]))
+        for record in table.records
+    )
 
 
 _READERS: dict[str, Callable[[str, str], Iterator[_Row]]] = {

@@ -4,8 +4,9 @@
     sage generate prompts.txt --out images --plan   only print the cost
 
 The metadata of each PNG holds prompt, seed, group and plan; `manifest.jsonl` has a line for every prompt, with its
-image or its error, and `contact.jpg` is a sheet of the first images. A killed run continues when it is started again
-and gives the same bytes, because batches of whole groups do not depend on which images exist already.
+image or its error, and marks images of a single colour as `blank`. `contact.jpg` is a sheet of the first images. A
+killed run continues when it is started again and gives the same bytes, because batches of whole groups do not depend on
+which images exist already.
 """
 
 import json
@@ -27,6 +28,7 @@ from flows.prompts.files import Item, read_prompts
 from flows.report.sheet import in_rows, opened, sheet
 from flows.terminal import progress, run
 from sage.config import Group, load_params
+from sage.data.images import is_blank
 from sage.errors import ConfigurationError, DataError
 from sage.files import digest, new_file, sha256, sha256_tree, write_json, write_text
 from sage.grouping.embedding import embed
@@ -98,7 +100,7 @@ def main(
     begin(out, job.identity)
     for _ in drawn(job.pipe, job.drawn, job.groups, job.plan.steps, job.settings, job.model, out):
         pass
-    manifest(out, job.items)
+    report_blank(manifest(out, job.items))
     contact_sheet(out, [item.id for item in job.drawn], job.groups)
     typer.echo(f"{len(job.drawn)} images in {out}" + (f"; {len(refused)} prompts were not drawn" if refused else ""))
 
@@ -223,9 +225,12 @@ def save(image: Image.Image, facts: dict[str, Any], path: Path) -> None:
         image.save(temporary, format="PNG", pnginfo=info)
 
 
-def manifest(out: Path, items: Sequence[Item]) -> None:
-    """Write manifest.jsonl, a line for each prompt: file, hash and metadata of its image, or its error."""
-    lines = []
+def manifest(out: Path, items: Sequence[Item]) -> list[str]:
+    """Write manifest.jsonl, a line for each prompt: file, hash and metadata of its image, or its error.
+
+    A blank image has the key `blank`. Returns the ids of these.
+    """
+    lines, blank = [], []
     for item in items:
         if item.error is not None:
             lines.append({"id": item.id, "error": item.error})
@@ -233,8 +238,22 @@ def manifest(out: Path, items: Sequence[Item]) -> None:
         path = out / f"{item.id}.png"
         with Image.open(path) as image:
             facts = json.loads(image.text[KEY])  # type: ignore[attr-defined]
+            if is_blank(image):
+                blank.append(item.id)
+                facts["blank"] = True
         lines.append({"file": path.name, "sha256": sha256(path), **facts})
     write_text(out / "manifest.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return blank
+
+
+def report_blank(ids: Sequence[str]) -> None:
+    """Say on standard error how many images are blank, and which are the first."""
+    if ids:
+        typer.echo(
+            f"blank: {len(ids)} images are a single colour, first {', '.join(ids[:3])}: the model overflowed, or its "
+            "safety checker removed them. manifest.jsonl marks them.",
+            err=True,
+        )
 
 
 def contact_sheet(out: Path, ids: Sequence[str], groups: Sequence[Sequence[int]]) -> None:

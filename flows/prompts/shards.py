@@ -27,8 +27,10 @@ from flows import drawing
 from flows.machine import device
 from flows.prompts import generate as prompts
 from flows.prompts.files import Item
+from flows.report.sheet import opened
 from flows.terminal import exit_on_error
 from sage.config import load_params
+from sage.data.images import is_blank
 from sage.errors import ConfigurationError, DataError
 from sage.evaluation.alignment import load_alignment, text_image_cosines
 from sage.evaluation.extractors import EfficientNetLite0, read_images
@@ -121,19 +123,25 @@ def _draw(out: str, found: dict[str, Any], wanted: set[int]) -> None:
 
 
 def _judge(out: str, items: Sequence[Item], batches: list[list[tuple[int, list[int]]]], name: str) -> None:
-    """Write the sums of a shard's groups, batch by batch as generated: batch composition changes rounding."""
+    """Write the sums of a shard's groups, without blank images.
+
+    Batch by batch as generated: batch composition changes rounding.
+    """
     extract, encoder = EfficientNetLite0(device()), load_alignment(ALIGNMENT)
     rows: list[Sums] = []
     for batch in batches:
         mine = [member for _, group in batch for member in group]
-        place = {member: i for i, member in enumerate(mine)}
         with tempfile.TemporaryDirectory() as temporary:
-            paths = [Path(temporary) / f"{items[member].id}.png" for member in mine]
-            for path in paths:
+            paths = {member: Path(temporary) / f"{items[member].id}.png" for member in mine}
+            for path in paths.values():
                 _get(f"{out}/{path.name}", path)
-            features = extract(read_images(paths))
+            mine = [member for member in mine if not is_blank(opened(paths[member]))]
+            if not mine:
+                raise DataError(f"all images of a batch are blank, first {items[batch[0][1][0]].id}; mend the model")
+            features = extract(read_images(paths[member] for member in mine))
+        place = {member: i for i, member in enumerate(mine)}
         fit = text_image_cosines(encoder, features[:, None], embed([items[member].prompt for member in mine]))[:, 0]
-        groups = [[place[member] for member in group] for _, group in batch]
+        groups = [[place[member] for member in group if member in place] for _, group in batch]
         rows += sums([number for number, _ in batch], groups, features, fit)
     with tempfile.TemporaryDirectory() as temporary:
         write_json(Path(temporary) / name, [asdict(row) for row in rows])
@@ -157,7 +165,7 @@ def finish(
         folder = Path(temporary)
         for item in items:
             _get(f"{out}/{item.id}.png", folder / f"{item.id}.png")
-        prompts.manifest(folder, found["items"])
+        prompts.report_blank(prompts.manifest(folder, found["items"]))
         prompts.contact_sheet(folder, [item.id for item in items], found["groups"])
         for name in (prompts.CONTACT, "manifest.jsonl"):
             _put(folder / name, f"{out}/{name}")
@@ -187,8 +195,9 @@ def _evaluation(out: str, found: dict[str, Any], shards: int) -> dict[str, Any]:
     measured = figures(rows, len(groups), draws=params.resamples, confidence=params.confidence, seed=params.seed)
     cost = {"nfe_per_image": plan.nfe(settings["guidance_scale"] > 1) / plan.prompts, "saving": plan.saving}
     errors = len(found["items"]) - plan.prompts
+    blank = plan.prompts - sum(row.prompts for row in rows)
     return (
-        {"model": found["model"], "prompts": plan.prompts, "errors": errors, "groups": len(groups)}
+        {"model": found["model"], "prompts": plan.prompts, "errors": errors, "blank": blank, "groups": len(groups)}
         | cost
         | {name: figure.model_dump() for name, figure in measured.items()}
     )

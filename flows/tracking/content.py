@@ -4,18 +4,22 @@ A version contains no pickle. The hash of its files is a tag in the registry, so
 files cannot make them match. The hash is compared before any file is parsed.
 """
 
+import base64
 import logging
 import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import requires
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
 from sage.config import Group, Params
+from sage.data.images import is_blank
 from sage.errors import RegistryError
 from sage.files import digest, sha256
 
@@ -149,9 +153,10 @@ def check_loaded(folder: Path) -> None:
 
 
 def draws(version: Version) -> bool:
-    """Return whether a version generates an image for a test prompt."""
+    """Return whether a version generates an image for a test prompt, and not one of a single colour."""
     (answer,) = pyfunc().load_model(str(version.folder)).predict(["red heart"])
-    return "png" in answer
+    # A version keeps the code that it was registered with, which may not look for blank images itself.
+    return "png" in answer and not is_blank(Image.open(BytesIO(base64.b64decode(answer["png"]))))
 
 
 def _compare(files: Path, version: Any) -> None:

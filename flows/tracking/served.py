@@ -20,6 +20,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from flows.drawing import draw, open_pipeline
 from flows.tracking.content import check_loaded
 from sage.data.captions import clean_caption
+from sage.data.images import is_blank
 from sage.data.rows import Rejected
 from sage.errors import RegistryError
 from sage.files import sha256_tree
@@ -50,7 +51,7 @@ class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow
     def predict(
         self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
     ) -> list[Answer]:
-        """Return an item for each prompt; an invalid prompt has only the key `error`, the others have these:
+        """Return an item for each prompt; an invalid prompt or a blank image has only the key `error`, others these:
 
         prompt               the cleaned prompt
         png                  the image in base64
@@ -78,6 +79,9 @@ class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow
             groups = Policy(**config["group"]).form(texts, embed(texts), config["group"]["threshold"])
             of = {member: place for place, members in enumerate(groups) for member in members}
             for member, result, truncated in draw(self._pipeline, texts, seeds, groups, settings):
+                if is_blank(result.image):
+                    items[drawn[member]] = {"error": "blank: the model gave an image of a single colour"}
+                    continue
                 items[drawn[member]] |= {
                     "png": _png(result.image),
                     "seed": result.seed,

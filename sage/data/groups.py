@@ -32,10 +32,10 @@ def write_groups(
     """Write groups, given as places in `examples`, with the similarity of each group's worst pair."""
     # Rounded: the encoder's last bits depend on which prompts it met together.
     rows = [
-        {"ids": [examples[member].id for member in members], "similarity": round(worst, 4)}
+        {"ids": [examples[member].id for member in members], "similarity": round(float(worst), 4)}
         for members, worst in zip(groups, similarity, strict=True)
     ]
-    write_json(path, {"encoder": encoder, "threshold": threshold, "max_size": max_size, "groups": rows})
+    write_json(path, {"encoder": encoder, "threshold": float(threshold), "max_size": int(max_size), "groups": rows})
 
 
 def read_groups(path: Path, examples: Sequence[Example]) -> tuple[list[list[int]], list[float]]:

@@ -1,7 +1,8 @@
 """Reads a user's folder of captioned images and never opens a file outside it.
 
-Two layouts, which may be mixed and nested: `metadata.jsonl` beside or above the images that it names (Hugging Face's
-ImageFolder), and `name.png` beside `name.txt`. Hidden files and folders are ignored.
+Two layouts, which may be mixed and nested: `metadata.jsonl`, `.csv` or `.parquet` beside or above the images that it
+names (Hugging Face's ImageFolder), and `name.png` beside `name.txt` or `name.caption`, one caption a line. Hidden files
+and folders are ignored. Folders `train` and `test` or `validation` at the top are the user's own split.
 """
 
 import json
@@ -9,52 +10,77 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from PIL import Image
+
+from sage.data import metadata
 from sage.data.captions import clean_caption
+from sage.data.images import is_image
 from sage.data.rows import Rejected, Row, read_below
+from sage.data.tables import split_lines
 from sage.errors import DataError
 
-METADATA = "metadata.jsonl"
-_ACCEPTED = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-# Image formats that are rejected with a reason instead of being ignored.
-_FOREIGN = (".svg", ".eps", ".psd", ".heic", ".avif", ".jp2", ".ico", ".ppm")
+_CAPTIONS = (".caption", ".txt")
+# Suffixes of images that Pillow does not know. Content decides what is accepted, but a damaged image has only a suffix.
+_FOREIGN = {".svg", ".heic", ".heif", ".jxl"}
+_SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 _MAX_METADATA = 1_000_000_000  # bytes
 _MAX_CAPTION = 100_000  # bytes
+_MAX_CAPTIONS = 100  # of an image
 _MAX_NAME = 255  # bytes of one part of a path, as on most file systems
 _MAX_PATH = 1000  # bytes
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 def read_folder(root: Path) -> list[Row]:
-    """Return the rows of an image folder: images listed in a metadata.jsonl, other images, captions without an image.
+    """Return the rows of an image folder: images listed in a metadata file, other images, captions without an image.
 
-    Each part is in the order of the file names. A row that cannot be used carries its reason in `rejected`. Raises
-    DataError if the folder does not exist or has no row.
+    Each part is in the order of the file names. A file is an image if its suffix or its first bytes are those of one,
+    or if a caption lies beside it. A row that cannot be used carries its reason in `rejected`. Raises DataError if the
+    folder does not exist, has no row, or is split into train and test only in part.
     """
     if not root.is_dir():
         raise DataError(
             f"{root} is no folder. Put images with captions there, or set prepare.source to twemoji in params.yaml."
         )
     names = sorted(_walk(root), key=str)
-    rows = [row for name in names if name.name == METADATA for row in _listed(root, name)]
+    rows = [row for name in names if _is_metadata(name) for row in _listed(root, name)]
     listed = {row.file for row in rows}
-    captions = {_stem(str(name)): name for name in names if name.suffix.lower() == ".txt"}
-    images = [name for name in names if _is_image(root, name)]
-    rows += [_beside(root, name, captions.get(_stem(str(name)))) for name in images if str(name) not in listed]
-    with_image = {_stem(file) for file in [*map(str, images), *listed]}
+    captions: dict[str, list[PurePosixPath]] = defaultdict(list)
+    for name in filter(_is_caption, names):
+        captions[_stem(str(name))].append(name)
+    images = list(_images(root, names, captions.keys()))
+    for name in images:
+        if str(name) not in listed:
+            rows.append(_beside(root, name, [file for base in _bases(name) for file in captions.get(base, [])]))
+    with_image = {base for name in [*images, *map(PurePosixPath, listed)] for base in _bases(name)}
     lone = Rejected("missing_file", "a caption without an image")
-    rows += [_row(root, str(name), None, rejected=lone) for stem, name in captions.items() if stem not in with_image]
+    for base in sorted(captions.keys() - with_image):
+        rows += [_row(root, str(name), [None], rejected=lone) for name in captions[base]]
     if not rows:
         raise DataError(
-            f"{root} holds no images. Put some there, with a {METADATA} (file_name, text) or a .txt beside each, "
+            f"{root} holds no images. Put some there, with a metadata.jsonl (file_name, text) or a .txt beside each, "
             "or set prepare.source to twemoji in params.yaml."
         )
-    return _with_distinct_ids(_without_collisions(rows))
+    return _with_splits(root, _with_distinct_ids(_without_collisions(rows)))
+
+
+def _is_metadata(name: PurePosixPath) -> bool:
+    return name.name.lower() in metadata.NAMES
+
+
+def _is_caption(name: PurePosixPath) -> bool:
+    return name.suffix.lower() in _CAPTIONS
+
+
+def _bases(image: PurePosixPath) -> tuple[str, ...]:
+    """Return what an image's caption is named before its suffix: `a.jpg` is described by `a.txt` or `a.jpg.txt`."""
+    return tuple(dict.fromkeys((_stem(str(image)), str(image))))
 
 
 def _stem(file: str) -> str:
@@ -72,63 +98,79 @@ def _walk(root: Path) -> Iterator[PurePosixPath]:
                 yield PurePosixPath((here / name).relative_to(root))
 
 
-def _is_image(root: Path, name: PurePosixPath) -> bool:
-    """Return whether a file becomes a row; links of any extension do, so that their rejection is reported."""
-    if name.suffix.lower() in _ACCEPTED + _FOREIGN:
+def _images(root: Path, names: Sequence[PurePosixPath], captions: Collection[str]) -> Iterator[PurePosixPath]:
+    """Yield the files with the suffix of an image, with a caption beside them, or that begin as an image."""
+    suffixes = {*Image.registered_extensions(), *_FOREIGN}
+    for name in names:
+        if _is_caption(name) or _is_metadata(name):
+            continue
+        if name.suffix.lower() in suffixes or any(base in captions for base in _bases(name)) or _begins(root, name):
+            yield name
+
+
+def _begins(root: Path, name: PurePosixPath) -> bool:
+    """Return whether a file begins as an image; for a link True, so that its rejection is reported."""
+    if (root / name).is_symlink():
         return True
-    return name.name != METADATA and name.suffix.lower() != ".txt" and (root / name).is_symlink()
-
-
-def _listed(root: Path, metadata: PurePosixPath) -> Iterator[Row]:
     try:
-        lines = read_below(root, metadata, _MAX_METADATA).removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except Rejected as rejected:
-        yield _row(root, str(metadata), None, rejected=rejected)
-        return
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
+        return is_image(read_below(root, name, None, 32))
+    except Rejected:
+        return False
+
+
+def _listed(root: Path, name: PurePosixPath) -> Iterator[Row]:
+    try:
+        for number, record in metadata.records(name.name.lower(), read_below(root, name, _MAX_METADATA)):
             try:
-                yield _from_line(root, metadata.parent, line)
+                if isinstance(record, Rejected):
+                    raise record
+                yield _from_record(root, name.parent, record)
             except Rejected as rejected:
-                yield _row(root, f"{metadata}:{number}", None, rejected=rejected)
-
-
-def _from_line(root: Path, folder: PurePosixPath, line: bytes) -> Row:
-    try:
-        values: Any = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise Rejected("bad_text", f"the line is not UTF-8 at byte {error.start}") from error
-    except (ValueError, RecursionError) as error:
-        raise Rejected("bad_row", f"the line is not JSON: {error}") from error
-    if not isinstance(values, dict) or not isinstance(values.get("file_name"), str) or not values["file_name"]:
-        raise Rejected("bad_row", "the line is not a JSON object with a text `file_name`")
-    if not isinstance(values.get("family"), str | None):
-        raise Rejected("bad_row", f"`family` is {type(values['family']).__name__}, not text")
-    try:
-        _check_name(values["file_name"])
-        family = clean_caption(values["family"]) if values.get("family") else None
+                yield _row(root, f"{name}:{number}", [None], rejected=rejected)
     except Rejected as rejected:
-        return _row(root, values["file_name"], values.get("text"), rejected=rejected)
-    return _row(root, str(folder / values["file_name"]), values.get("text"), family=family, sha256=values.get("sha256"))
+        yield _row(root, str(name), [None], rejected=rejected)
 
 
-def _beside(root: Path, name: PurePosixPath, caption: PurePosixPath | None) -> Row:
+def _from_record(root: Path, folder: PurePosixPath, record: metadata.Record) -> Row:
+    if not isinstance(record.get("family"), str | None):
+        raise Rejected("bad_row", f"`family` is {type(record['family']).__name__}, not text")
+    file: str = record["file_name"]
+    texts: list[object] = [None]
+    try:
+        _check_name(file)
+        file = str(folder / file)
+        texts = metadata.captions(record)
+        family = clean_caption(record["family"]) if record.get("family") else None
+    except Rejected as rejected:
+        return _row(root, file, texts, rejected=rejected)
+    return _row(root, file, texts, family=family, sha256=record.get("sha256") or None)
+
+
+def _beside(root: Path, name: PurePosixPath, captions: Sequence[PurePosixPath]) -> Row:
+    """Return the row of an image whose captions are the lines of the files beside it that are not blank."""
     try:
         _check_name(str(name))
-        if caption is None:
-            return _row(root, str(name), None)
-        return _row(root, str(name), read_below(root, caption, _MAX_CAPTION).decode("utf-8-sig"))
+        texts = [line.strip() for file in captions for line in split_lines(_text(root, file)) if line.strip()]
+        return _row(root, str(name), texts or ["" if captions else None])
+    except Rejected as rejected:
+        return _row(root, str(name), [None], rejected=rejected)
+
+
+def _text(root: Path, caption: PurePosixPath) -> str:
+    try:
+        return read_below(root, caption, _MAX_CAPTION).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        rejected = Rejected("bad_text", f"{caption} is not UTF-8 at byte {error.start}")
-    except Rejected as caught:
-        rejected = caught
-    return _row(root, str(name), None, rejected=rejected)
+        raise Rejected("bad_text", f"{caption} is not UTF-8 at byte {error.start}") from error
 
 
-def _row(root: Path, file: str, text: object, **more: Any) -> Row:
+def _row(root: Path, file: str, texts: Sequence[object], rejected: Rejected | None = None, **more: Any) -> Row:
+    if rejected is None and len(texts) > _MAX_CAPTIONS:
+        rejected = Rejected("bad_row", f"{len(texts)} captions, more than {_MAX_CAPTIONS}")
     slug = re.sub("[^a-z0-9]+", "-", PurePosixPath(file).stem.lower())[:40].strip("-") or "picture"
-    mark = sha256(json.dumps([file, text]).encode()).hexdigest()[:12]
-    return Row(f"{slug}-{mark}", root / file, text, file=file, root=root, **more)
+    mark = sha256(json.dumps([file, *texts], default=str).encode()).hexdigest()[:12]
+    text, *others = texts
+    path, id = root / file, f"{slug}-{mark}"
+    return Row(id, path, text, file=file, root=root, other_texts=tuple(others), rejected=rejected, **more)
 
 
 def _check_name(name: str) -> None:
@@ -170,3 +212,24 @@ def _with_distinct_ids(rows: list[Row]) -> list[Row]:
         seen[row.id] += 1
         distinct.append(row if seen[row.id] == 1 else replace(row, id=f"{row.id}-{seen[row.id]}"))
     return distinct
+
+
+def _with_splits(root: Path, rows: list[Row]) -> list[Row]:
+    """Return the rows with the user's own split; without a folder for held-out images, there is none.
+
+    `train` alone, or among others, is a folder like any other.
+    """
+    tops = {row.id: PurePosixPath(row.file).parts[0] for row in rows if row.rejected is None}
+    found = {top: _SPLITS[top.lower()] for top in sorted({*tops.values()}) if top.lower() in _SPLITS}
+    if not {"validation", "test"} & {*found.values()}:
+        return rows
+    outside = [row.file for row in rows if row.id in tops and tops[row.id] not in found]
+    if outside or "train" not in found.values():
+        lies = f"{len(outside)} images lie outside of them, first {outside[0]!a}" if outside else "there is no train"
+        raise DataError(
+            f"{root} holds {', '.join(found)}, but {lies}. To keep your split, put every image into train, validation "
+            "or test; for a split by chance, give these folders other names."
+        )
+    rows = [replace(row, split=found[tops[row.id]]) if row.id in tops else row for row in rows]
+    # Held-out images first: of duplicates the first is kept.
+    return sorted(rows, key=lambda row: ("test", "validation", "train", None).index(row.split))

@@ -44,17 +44,21 @@ _FOREIGN = (
             b"PK\3\4",
         )
     ),
-    *((0, b"P%d%s" % (kind, space)) for kind in range(1, 8) for space in (b"\n", b" ")),
+    *((0, b"P%d%s" % (kind, space)) for kind in range(1, 8) for space in (b"\n", b" ", b"\r", b"\t", b"#")),
+    *((0, b"P%s\n" % kind) for kind in (b"F", b"f")),
+    *((0, magic) for magic in (b"\0\0\0\x0cJXL ", b"\xff\x0a", b"#?RADIANCE", b"v/1\1", b"gimp xcf", b"AT&TFORM")),
     (0, b"II+\0"),
     (0, b"MM\0+"),
     (4, b"ftyp"),
 )
+_TGA = b"TRUEVISION-XFILE.\0"  # at the end of a Targa image, whose beginning has no mark
+_BITS, _PHOTOMETRIC = 258, 262  # tags of a TIFF
 _DIRECT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A decoded image, upright, the Pillow mode of its file, and whether it is the first frame of an animation."""
+    """A decoded image, upright, of 8-bit samples; the mode of its file; whether it is the first frame of several."""
 
     image: Image.Image
     mode: str
@@ -78,24 +82,40 @@ def decode(data: bytes) -> Decoded:
                 raise Rejected("format_not_allowed", f"pixels of mode {mode} have no defined white level")
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            return Decoded(image, mode, animated)
+            depth = data[24] if kind == "PNG" else 8
+            return Decoded(_eight_bit(image, depth), mode, animated)
         except Rejected:
             raise
         except Image.DecompressionBombError as error:
             raise Rejected("too_large", str(error)) from error
         except UnidentifiedImageError as error:
             # Pillow's message holds a memory address, which differs from run to run.
-            raise Rejected("decode_error", f"the {kind} header cannot be read") from error
+            raise Rejected("decode_error", f"the {kind} header is damaged, or of a kind that is not read") from error
         except Exception as error:
             # On damaged bytes Pillow's decoders raise many types, from struct.error to SyntaxError.
             raise Rejected("decode_error", f"{type(error).__name__}: {error}") from error
 
 
-def _format(data: bytes) -> str:
+def is_image(first: bytes) -> bool:
+    """Return whether the first bytes of a file, 12 or more, are those of a known format, also of one not allowed."""
+    return _accepted(first) is not None or _is_foreign(first)
+
+
+def _accepted(data: bytes) -> str | None:
     for magic, kind in _ACCEPTED.items():
         if data.startswith(magic) and (kind != "WEBP" or data[8:12] == b"WEBP"):
             return kind
-    if any(data.startswith(magic, offset) for offset, magic in _FOREIGN):
+    return None
+
+
+def _is_foreign(data: bytes) -> bool:
+    return any(data.startswith(magic, offset) for offset, magic in _FOREIGN) or data.endswith(_TGA)
+
+
+def _format(data: bytes) -> str:
+    if kind := _accepted(data):
+        return kind
+    if _is_foreign(data):
         raise Rejected(
             "format_not_allowed",
             f"it begins with {data[:12]!r}; allowed are {', '.join(sorted({*_ACCEPTED.values()}))}",
@@ -116,10 +136,9 @@ def _check_size(width: int, height: int) -> None:
 def compose(image: Image.Image, size: int) -> Image.Image:
     """Return the image as RGB, its larger side scaled to `size` (Lanczos), centred on a white square of that size.
 
-    Transparency is composited over white. 16-bit grey is scaled by 1 / 257, not clipped; Pillow reads 16-bit colour as
-    its upper byte.
+    Transparency is composited over white.
     """
-    rgba = _eight_bit(image).convert("RGBA")
+    rgba = image.convert("RGBA")
     scale = size / max(rgba.size)
     sides = (max(1, round(rgba.width * scale)), max(1, round(rgba.height * scale)))
     rgba = rgba.resize(sides, Image.Resampling.LANCZOS, reducing_gap=2.0)
@@ -128,11 +147,38 @@ def compose(image: Image.Image, size: int) -> Image.Image:
     return square.convert("RGB")
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    if not image.mode.startswith("I;16"):
-        return image
-    samples = np.asarray(image).astype(np.uint32)
-    return Image.fromarray(((samples + 128) // 257).astype(np.uint8))
+def _eight_bit(image: Image.Image, depth: int) -> Image.Image:
+    """Return a loaded image with 8-bit samples, in which white is the largest; `depth` is a PNG's bits per sample.
+
+    16-bit grey is scaled by 1 / 257, not clipped; Pillow reads 16-bit colour as its upper byte.
+    """
+    clear = image.info.get("transparency")
+    if image.mode.startswith("I;16"):
+        return _grey_of_16_bits(image, clear)
+    # The file names its transparent colour in samples of its own depth, and Pillow leaves it so.
+    if depth == 16 and isinstance(clear, tuple):
+        image.info["transparency"] = tuple(sample >> 8 for sample in clear)
+    elif depth in (2, 4) and isinstance(clear, int) and image.mode == "L":
+        image.info["transparency"] = clear * 255 // (2**depth - 1)
+    return image
+
+
+def _grey_of_16_bits(image: Image.Image, clear: object) -> Image.Image:
+    samples, tags = np.asarray(image).astype(np.uint32), getattr(image, "tag_v2", {})
+    if tags.get(_BITS) == (12,):
+        samples = (samples * 65535 + 2047) // 4095
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero; Pillow inverts the samples of up to 8 bits only
+        samples = 65535 - samples
+    grey = Image.fromarray(((samples + 128) // 257).astype(np.uint8))
+    if clear is not None:
+        grey.putalpha(Image.fromarray(np.where(samples == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def is_blank(image: Image.Image) -> bool:
+    """Return whether all pixels are equal, as in images of an overflow and those that a safety checker removed."""
+    pixels = np.asarray(image.convert("RGB"))
+    return bool((pixels == pixels[0, 0]).all())
 
 
 def pixel_hash(image: Image.Image) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,20 +35,19 @@ def prepare(
     rows              input rows, unchecked
     folder            folder to write; an existing one is replaced
     size              side of the square images in pixels
-    validation, test  fractions of each family to hold out, see `assign_splits`
+    validation, test  fractions of each family to hold out, see `assign_splits`; unused for a split that rows name
     seed              seed of that choice
     advance           called with the number of rows finished since its last call
 
-    A duplicate has the same pixels and the same caption as an earlier row. Raises DataError if no row can be used or a
-    split would be empty.
+    A duplicate has the same pixels and the same caption as an earlier row. If rows name their splits, an image in
+    several of them stays in the held-out one. Raises DataError if no row can be used or a split would be empty.
     """
     with new_folder(folder) as temporary:
-        entries = _screen(rows, temporary, size, advance)
+        entries = _without_overlap(_screen(rows, temporary, size, advance), temporary)
         kept = [entry for entry in entries if entry["status"] == "kept"]
         if not kept:
             raise DataError(_nothing_kept(rows, entries))
-        pixels = [entry["pixels"] for entry in kept]
-        splits = assign_splits([entry["family"] for entry in kept], pixels, validation, test, seed)
+        splits = _splits(kept, validation, test, seed)
         counts = {split: splits.count(split) for split in SPLITS}
         if not all(counts.values()):
             raise DataError(_empty_split(counts, validation, test))
@@ -84,11 +83,47 @@ def _screen(rows: Sequence[Row], folder: Path, size: int, advance: Callable[[int
     return entries
 
 
+def _without_overlap(entries: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Reject rows whose image the user put into several splits, except in the one that is held out most strictly."""
+    splits: dict[str, set[str]] = defaultdict(set)
+    for entry in entries:
+        if "split" in entry:
+            splits[entry["pixels"]].add(entry["split"])
+    strictest = {pixels: max(found, key=SPLITS.index) for pixels, found in splits.items()}
+    result = []
+    for entry in entries:
+        other = strictest[entry["pixels"]] if "split" in entry else None
+        if other not in (None, entry.get("split")):
+            (folder / f"{entry['id']}.png").unlink()
+            detail = f"the same image is in {other}, and this row is in {entry['split']}"
+            entry = {"id": entry["id"], "file": entry["file"], "status": "rejected"}
+            entry |= {"reason": "split_overlap", "detail": detail}
+        result.append(entry)
+    return result
+
+
+def _splits(kept: Sequence[dict[str, Any]], validation: float, test: float, seed: int) -> list[str]:
+    """Return the split of each kept entry: the user's, with a split that it lacks held out of its training images."""
+    named = {entry.get("split") for entry in kept}
+    free = [entry for entry in kept if entry.get("split", "train") == "train"]
+    chosen = assign_splits(
+        [entry["family"] for entry in free],
+        [entry["pixels"] for entry in free],
+        0.0 if "validation" in named else validation,
+        0.0 if "test" in named else test,
+        seed,
+    )
+    split_of = dict(zip((entry["id"] for entry in free), chosen, strict=True))
+    return [split_of.get(entry["id"]) or entry["split"] for entry in kept]
+
+
 def _check(row: Row, size: int) -> tuple[Image.Image, dict[str, Any]]:
     """Return a row's square image and its accounting fields; raise Rejected if the row cannot be used."""
     if row.rejected is not None:
         raise row.rejected
     data = row.read(MAX_BYTES)
+    if row.text is None:
+        raise Rejected("no_caption", "there is no .txt or .caption beside it, and no metadata file names it")
     text = clean_caption(row.text)
     # Hash the bytes that are decoded: the file could change between two reads.
     if row.sha256 is not None and row.sha256 != (digest := hashlib.sha256(data).hexdigest()):
@@ -98,8 +133,10 @@ def _check(row: Row, size: int) -> tuple[Image.Image, dict[str, Any]]:
     found: dict[str, Any] = {"text": text, "family": row.family, "pixels": pixel_hash(square), "mode": decoded.mode}
     if decoded.animated:
         found["animated"] = True
-    if row.other_texts:
-        found["other_texts"] = [clean_caption(other) for other in row.other_texts]
+    if others := [other for other in dict.fromkeys(map(clean_caption, row.other_texts)) if other != text]:
+        found["other_texts"] = others
+    if row.split is not None:
+        found["split"] = row.split
     if text != row.text:
         found["original_text"] = row.text
     return square, found

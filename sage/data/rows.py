@@ -27,7 +27,8 @@ class Row:
     root         folder outside of which nothing may be read; None: `path` is trusted
     sha256       expected hash of the image file; None: not checked
     rejected     reason for rejection, if the row is already known to be unusable
-    other_texts  further captions
+    other_texts  further captions, as found
+    split        split that the user chose; None: any
     """
 
     id: str
@@ -38,7 +39,8 @@ class Row:
     root: Path | None = None
     sha256: object = None
     rejected: Rejected | None = None
-    other_texts: tuple[str, ...] = ()
+    other_texts: tuple[object, ...] = ()
+    split: str | None = None
 
     def read(self, limit: int) -> bytes:
         """Return the bytes of the image file; below a `root`, raise Rejected as `read_below` does."""
@@ -47,11 +49,11 @@ class Row:
         return read_below(self.root, PurePosixPath(self.path.relative_to(self.root)), limit)
 
 
-def read_below(root: Path, name: PurePosixPath, limit: int) -> bytes:
+def read_below(root: Path, name: PurePosixPath, limit: int | None, first: int | None = None) -> bytes:
     """Return the bytes of a regular file below `root`; links are not followed, other kinds of file are not opened.
 
-    Raises Rejected with `unsafe_path`, `missing_file`, `unreadable` or `too_large` (more than `limit` bytes). Disk
-    errors stay OSError.
+    `first` asks for its first bytes only. Raises Rejected with `unsafe_path`, `missing_file`, `unreadable` or
+    `too_large` (more than `limit` bytes). Disk errors stay OSError.
     """
     path = root
     try:
@@ -62,11 +64,11 @@ def read_below(root: Path, name: PurePosixPath, limit: int) -> bytes:
                 raise Rejected("unsafe_path", f"{path.relative_to(root)} is a link")
         if not stat.S_ISREG(found.st_mode):
             raise Rejected("unsafe_path", f"{name} is not a regular file")
-        if found.st_size > limit:
+        if limit is not None and found.st_size > limit:
             raise Rejected("too_large", f"{name} has {found.st_size} bytes, more than {limit}")
         # If the file became a link or a pipe since lstat, O_NOFOLLOW does not follow it and O_NONBLOCK does not wait.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            return file.read(limit)
+            return file.read(limit if first is None else first)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Rejected("missing_file", f"{name} does not exist") from error
     except PermissionError as error:

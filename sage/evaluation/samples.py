@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from sage.data.dataset import Example, read_split
 from sage.data.groups import read_groups
+from sage.data.images import is_blank
 from sage.errors import MetricError
 from sage.evaluation.manifest import MANIFEST, Line, image_path, read_manifest
 from sage.evaluation.results import JudgedSet
@@ -36,7 +39,7 @@ class Judged:
 def read_judged(data: Path, groups: Path, generated: Path, split: str, seeds: Sequence[int]) -> Judged:
     """Return the images to evaluate, after comparing the SHA-256 of every generated image with the manifest.
 
-    Raises MetricError if the split is empty, or if images are missing, duplicated, unexpected, altered, or were
+    Raises MetricError if the split is empty, or if images are missing, duplicated, unexpected, altered, blank, or were
     generated with other groups; raises DataError if the groups are not a partition of the split. `data`, `groups` and
     `generated` are the output folders of the stages.
     """
@@ -100,6 +103,11 @@ def _read_arms(
             f"{folder} does not agree with its manifest: {_some('missing or altered', altered)}, "
             f"{_some('not listed', extra)}. Run `dvc repro --force generate`."
         )
+    if blank := sorted(str(path.relative_to(folder)) for path in listed if _blank(path)):
+        raise MetricError(
+            f"{folder} holds images of a single colour: {_some('blank', blank)}. The model overflowed, or a safety "
+            "checker removed them; they are not judged. Mend the model, or choose another."
+        )
     return paths
 
 
@@ -120,6 +128,11 @@ def _check_groups(lines: Sequence[Line], groups: Sequence[Sequence[str]], manife
 
 def _intact(path: Path, expected: str) -> bool:
     return path.is_file() and sha256(path) == expected
+
+
+def _blank(path: Path) -> bool:
+    with Image.open(path) as image:
+        return is_blank(image)
 
 
 def _some(what: str, items: Sequence[object]) -> str:

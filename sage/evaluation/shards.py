@@ -24,7 +24,7 @@ class Sums:
     """The sums of one group.
 
     group: its number.
-    prompts: how many it has.
+    prompts: how many it has whose images are not blank.
     alignment: sum of alignment over its images.
     distances: sum over its images of the mean distance to the others.
     differing: number of images that have others in the group; 0 for a group of one.

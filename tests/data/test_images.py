@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from image_files import GREEN, RED, REJECTED, drawing, encoded, noise, png, rejected_file
+from image_files import GREEN, RED, REJECTED, drawing, encoded, grey_tiff, noise, png, rejected_file
 from PIL import Image
 
-from sage.data.images import compose, decode, pixel_hash
+from sage.data.images import compose, decode, is_blank, pixel_hash
 from sage.data.rows import Rejected
 
 
@@ -84,6 +84,34 @@ def test_16_bit_colour_keeps_its_upper_byte() -> None:
     assert np.abs(square - values / 257).max() <= 1
 
 
+@pytest.mark.parametrize("white_is_zero", [False, True])
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_a_grey_tiff_is_the_same_in_every_depth_and_polarity(bits: int, white_is_zero: bool) -> None:
+    ramp, top = np.tile(np.arange(0, 256, 4), (64, 1)), 2**bits - 1
+    samples = ramp * top // 255
+    data = grey_tiff(top - samples if white_is_zero else samples, bits, white_is_zero)
+    if bits == 12 and white_is_zero:
+        with pytest.raises(Rejected, match="decode_error"):  # Pillow does not read it
+            decode(data)
+        return
+    square = np.asarray(compose(decode(data).image, 64))[..., 0].astype(int)
+    assert np.abs(square - ramp).max() <= 1
+
+
+@pytest.mark.parametrize("level", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("depth", "colour"), [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2)])
+def test_the_clear_colour_of_a_png_is_white_in_every_depth(depth: int, colour: int, level: float) -> None:
+    top = 2**depth - 1
+    clear, other = round(level * top), round((1 - level) * top) if depth > 1 else 1 - round(level)
+    samples = np.repeat(np.where(np.arange(16) < 8, clear, other), 3 if colour else 1)
+    bits = "".join(f"{sample:0{depth}b}" for sample in samples)
+    row = b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
+    data = png(16, 16, depth, colour, row * 16, clear.to_bytes(2, "big") * (3 if colour else 1))
+    square = np.asarray(compose(decode(data).image, 16)).astype(int)
+    assert (square[8, 2] == 255).all()
+    assert np.abs(square[8, 13] - other / top * 255).max() <= 1
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 def test_exif_orientation_is_applied_once(kind: str) -> None:
     exif = Image.Exif()
@@ -132,6 +160,14 @@ def test_compose_fills_the_square_and_centres(size: tuple[int, int], inner: tupl
     (top, left), (bottom, right) = dark.min(0), dark.max(0)
     assert (right - left + 1, bottom - top + 1) == inner
     assert (left, top) == ((32 - inner[0]) // 2, (32 - inner[1]) // 2)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "1"])
+def test_an_image_of_one_colour_is_blank_and_one_other_pixel_is_enough(mode: str) -> None:
+    image = Image.new(mode, (16, 16), 0)
+    assert is_blank(image)
+    image.putpixel((15, 15), (0, 0, 1, 0) if mode == "RGBA" else (0, 0, 1) if mode == "RGB" else 255)
+    assert not is_blank(image)
 
 
 def test_pixel_hash_sees_pixels_only() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 from waiting import wait_for
 
@@ -178,6 +179,18 @@ def test_another_runs_folder_is_not_mixed_with_this_one(generate, tmp_path):
     with pytest.raises(ConfigurationError, match="is not empty and holds no run"):
         generate(source, full)
     assert (full / "mine").read_text() == "x"
+
+
+def test_images_of_one_colour_are_counted_and_marked(generate, tmp_path, model, capsys):
+    pipe = SharedSamplingPipeline.from_pretrained(model)
+    torch.nn.init.zeros_(pipe.vae.decoder.conv_out.weight)
+    pipe.save_pretrained(tmp_path / "flat")
+    lines = lines_of(generate(write(tmp_path), model=str(tmp_path / "flat")))
+    assert all(line["blank"] is True for line in lines)
+    assert "blank: 7 images are a single colour, first 000001, 000002, 000003" in capsys.readouterr().err
+    lines = lines_of(generate(write(tmp_path), tmp_path / "good"))
+    assert not any("blank" in line for line in lines)
+    assert "blank" not in capsys.readouterr().err
 
 
 def test_no_name_of_a_prompt_meets_a_name_of_ours(generate, tmp_path):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from flows.prompts.files import _records, read_prompts
+from flows.prompts.files import read_prompts
 from sage.errors import DataError
 
 
@@ -128,22 +128,6 @@ def test_a_bad_line_of_json_is_an_error_and_costs_no_other_line(tmp_path):
 def test_json_that_cannot_be_taken_at_its_word_is_an_error(tmp_path, line, says):
     wrong, cat = prompts(tmp_path, line + '\n{"prompt": "a cat"}\n', "p.jsonl")
     assert wrong.startswith(says) and cat == "a cat"
-
-
-def test_bad_rows_cost_no_more_time_the_further_down_they_are(tmp_path):
-    class Counted(list):
-        reads = 0
-
-        def __getitem__(self, index):
-            self.reads += 1
-            return super().__getitem__(index)
-
-        def __iter__(self):
-            return (self[number] for number in range(len(self)))
-
-    lines = Counted(f'"a" {number}\n' for number in range(1000))
-    assert [problem is None for _, problem in _records(lines, 0, ",")] == [False] * 1000
-    assert lines.reads < 3 * 1000
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import fsspec
 import operated
 import pytest
 import tiny
+from PIL import Image
 from waiting import wait_for
 
 from flows import leash
@@ -117,12 +118,26 @@ def test_judged_shards_give_the_figures_of_all_pictures(source, model, tmp_path,
     assert values["group_diversity"]["value"] == pytest.approx(distances.sum() / n.sum(), rel=1e-4)
     fit = text_image_cosines(load_alignment(shards.ALIGNMENT), features[:, None], embed(TEXTS))
     assert values["alignment"]["value"] == pytest.approx(fit.mean(), abs=1e-4)
-    assert (values["prompts"], values["errors"], values["alignment"]["n"]) == (12, 0, 12)
+    assert (values["prompts"], values["errors"], values["blank"], values["alignment"]["n"]) == (12, 0, 0, 12)
     # Half of four steps under guidance is shared: a group of m costs 2 * (2 + 2 m).
     assert values["nfe_per_image"] == sum(4 + 4 * len(group) for group in groups) / 12
     (tmp_path / "of-3/judged-2-of-3.json").unlink()
     with pytest.raises(DataError, match=r"1 of 3 shards are not judged, first judged-2-of-3.json"):
         shards.finish(out, judged=3)
+
+
+@pytest.mark.slow
+def test_a_blank_image_is_marked_and_not_judged(source, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(operated.ROOT)
+    draw_all(source, model, str(tmp_path / "out"), 1)
+    path = tmp_path / "out/000005.png"
+    with Image.open(path) as image:
+        generate.save(Image.new("RGB", image.size), json.loads(image.text[generate.KEY]), path)
+    shards.draw(str(tmp_path / "out"), judge=True)
+    shards.finish(str(tmp_path / "out"), judged=1)
+    assert "blank: 1 images are a single colour, first 000005" in capsys.readouterr().err
+    values = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert (values["prompts"], values["blank"], values["alignment"]["n"]) == (12, 1, 11)
 
 
 def test_a_folder_of_another_run_is_refused(source, model, tmp_path):

@@ -145,6 +145,16 @@ def altered(folder):
     Image.new("RGB", (24, 24)).save(folder / "generated" / "sage" / "seed-1" / "p3.png")
 
 
+def blank(folder):
+    altered(folder)
+    lines = read_manifest(folder)
+    path = folder / "generated" / "sage" / "seed-1" / "p3.png"
+    for line in lines:
+        if (line["arm"], line["seed"], line["id"]) == ("sage", 1, "p3"):
+            line["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    write_manifest(folder, lines)
+
+
 def removed(folder):
     (folder / "generated" / "sage" / "seed-1" / "p3.png").unlink()
 
@@ -182,6 +192,7 @@ def uncounted(folder):
         (double, r"1 foreign or double \(\('independent', 0, 'p0'\)\)"),
         (foreign, r"1 foreign or double \(\('independent', 0, 'p99'\)\)"),
         (altered, r"1 missing or altered \(sage/seed-1/p3\)"),
+        (blank, r"images of a single colour: 1 blank \(sage/seed-1/p3.png\)"),
         (removed, r"1 missing or altered \(sage/seed-1/p3\)"),
         (unlisted, r"1 not listed \(sage/seed-1/p9.png\)"),
         (regrouped, "other groups than the ones at hand"),

@@ -2,10 +2,11 @@
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import closing
 from dataclasses import replace
 from hashlib import sha256
@@ -79,7 +80,7 @@ def bad(good: Path) -> tuple[Path, dict[str, str]]:
         ({"file_name": f"file://{secret}", "text": "out"}, "unsafe_path"),
         ({"file_name": "gone.png", "text": "gone"}, "missing_file"),
         ({"file_name": "wrong.jpg", "text": "not what was meant", "sha256": "0" * 64}, "hash_mismatch"),
-        ({"file_name": "list.png", "text": ["a", "list"]}, "no_caption"),
+        ({"file_name": "list.png", "text": ["a", 3]}, "no_caption"),
         ({"file_name": "nan.png", "text": float("nan")}, "no_caption"),
         ({"file_name": "half.png", "text": "half \ud83d"}, "bad_text"),
     ]
@@ -176,6 +177,75 @@ def test_a_duplicate_is_dropped_and_a_repeated_picture_stays_in_one_split(tmp_pa
     }
     for place in range(20):
         assert entries[f"{place:02}.png"]["split"] == entries[f"{place + 20}.png"]["split"]
+
+
+def put_splits(folder: Path, **places: range) -> Path:
+    """Write images into a folder for each split; equal places are equal images, with a caption for each folder."""
+    for split, numbers in places.items():
+        (folder / split).mkdir(parents=True)
+        for place in numbers:
+            put(folder / split, f"{place:02}.png", encoded(noise(place), "PNG"), f"number {place} of {split}")
+    return folder
+
+
+def found_splits(out: Path) -> dict[str, set[str]]:
+    """Return the splits that the rows of each folder went to."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for entry in accounting(out):
+        found[entry["file"].partition("/")[0]].add(entry.get("split", entry.get("reason", "duplicate")))
+    return found
+
+
+def test_a_users_split_is_kept_whole(tmp_path: Path) -> None:
+    folder = put_splits(tmp_path / "raw", train=range(12), Val=range(12, 15), test=range(15, 20))
+    found = prepare(read_folder(folder), tmp_path / "out", **SETTINGS)
+    assert found_splits(tmp_path / "out") == {"train": {"train"}, "Val": {"validation"}, "test": {"test"}}
+    # What was prepared is such a folder itself.
+    folder = tmp_path / "again"
+    shutil.copytree(tmp_path / "out", folder)
+    again = prepare(read_folder(folder), tmp_path / "again-out", **SETTINGS)
+    assert found["splits"] == again["splits"] == {"train": 12, "validation": 3, "test": 5}
+
+
+@pytest.mark.parametrize(("held_out", "missing"), [("test", "validation"), ("validation", "test")])
+def test_a_split_that_the_user_has_not_is_held_out_of_train(tmp_path: Path, held_out: str, missing: str) -> None:
+    folder = put_splits(tmp_path / "raw", train=range(20), **{held_out: range(20, 25)})
+    prepare(read_folder(folder), tmp_path / "out", **SETTINGS)
+    assert found_splits(tmp_path / "out") == {"train": {"train", missing}, held_out: {held_out}}
+
+
+def test_an_image_in_two_of_the_users_splits_stays_in_the_held_out_one(tmp_path: Path) -> None:
+    folder = put_splits(tmp_path / "raw", train=range(12), validation=range(10, 16), test=range(15, 20))
+    for split in ("train", "validation"):
+        put(folder / split, "same.png", encoded(noise(99), "PNG"), "the same caption, too")
+    found = prepare(read_folder(folder), tmp_path / "out", **SETTINGS)
+    assert (found["splits"], found["reasons"]) == ({"train": 10, "validation": 6, "test": 5}, {"split_overlap": 3})
+    status = {entry["file"]: entry["status"] for entry in accounting(tmp_path / "out")}
+    rejected = {"train/10.png", "train/11.png", "validation/15.png"}
+    assert {file for file, found in status.items() if found == "rejected"} == rejected
+    assert {file for file, found in status.items() if found == "duplicate"} == {"train/same.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*SPLITS, ACCOUNTING, SUMS}
+
+
+@pytest.mark.parametrize("folders", [{"train": 20}, {"train": 10, "cars": 10}, {"trains": 10, "tests": 10}])
+def test_a_folder_that_is_no_split_is_one_like_others(tmp_path: Path, folders: dict[str, int]) -> None:
+    starts = dict(zip(folders, (0, 20), strict=False))
+    places = {name: range(starts[name], starts[name] + count) for name, count in folders.items()}
+    assert {row.split for row in read_folder(put_splits(tmp_path / "raw", **places))} == {None}
+
+
+@pytest.mark.parametrize(
+    ("folders", "says"),
+    [
+        (("train", "test", "cars"), r"holds test, train, but 4 images lie outside of them, first 'cars/00.png'"),
+        (("test", "validation"), r"holds test, validation, but there is no train"),
+        (("test", "cars"), r"holds test, but 4 images lie outside"),
+    ],
+)
+def test_half_a_split_is_refused(tmp_path: Path, folders: tuple[str, ...], says: str) -> None:
+    folder = put_splits(tmp_path / "raw", **dict.fromkeys(folders, range(4)))
+    with pytest.raises(DataError, match=says):
+        read_folder(folder)
 
 
 def test_what_was_changed_is_counted_and_its_original_kept(good: Path, tmp_path: Path) -> None:

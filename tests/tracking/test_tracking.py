@@ -1,3 +1,5 @@
+import base64
+import io
 import itertools
 import json
 import os
@@ -40,9 +42,10 @@ from tracked import (  # noqa: F401
 from waiting import wait_for
 
 from flows import leash
-from flows.tracking import promotion, registry, runs
+from flows.tracking import content, promotion, registry, runs
 from sage.errors import RegistryError, SageError
 from sage.files import sha256, sha256_tree
+from sage.sampling import base
 from sage.training import lora
 
 # What a version must carry the moment that anybody can see it.
@@ -362,6 +365,34 @@ def test_a_version_that_was_altered_is_refused_before_it_is_loaded(project, weig
             attempt()
     assert not (project / "executed").exists()
     assert "champion" not in aliases()
+
+
+@pytest.mark.slow
+def test_a_version_that_draws_one_colour_serves_errors_and_is_not_promoted(project, weights, monkeypatch):
+    pipe = base.load(weights)
+    torch.nn.init.zeros_(pipe.vae.decoder.conv_out.weight)
+    base.save(pipe, project / "flat")
+    register(project / "flat")
+    version = content.download(client(), client().get_model_version("sage", "1"), project / "files")
+    answers = content.pyfunc().load_model(str(version.folder)).predict(["red heart", ""])
+    assert answers[0] == {"error": "blank: the model gave an image of a single colour"}
+    with pytest.raises(RegistryError, match="version 1 could not draw"):
+        promotion.promote()
+    # The code of an older version gives the image.
+    monkeypatch.setattr("flows.tracking.content.pyfunc", lambda: FlatModel())
+    assert not content.draws(version)
+
+
+class FlatModel:
+    """Stands for MLflow and a version whose code does not look at its images."""
+
+    def load_model(self, folder: str) -> "FlatModel":
+        return self
+
+    def predict(self, prompts: list[str]) -> list[dict[str, str]]:
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(file, "PNG")
+        return [{"png": base64.b64encode(file.getvalue()).decode()}]
 
 
 @pytest.mark.slow
