@@ -1,5 +1,6 @@
 """The figures of docs/grouping.md: `python -m benchmarks.grouping COMMAND`; embeddings are kept and runs resume."""
 
+import csv
 import json
 import resource
 import subprocess
@@ -168,6 +169,17 @@ def guarded(data: Annotated[Path, typer.Option(help="Prepared data.")], threshol
         parts = ambiguity.guard(texts, groups, kinds)
         saving, without = _saving(parts, len(texts)), _saving(groups, len(texts))
         _row({"guard": ", ".join(kinds), "saving": saving, "without": without})
+
+
+@app.command()
+def judged(pairs: Path = Path("tests/grouping/guard_pairs.tsv")) -> None:
+    """Say how often the guard errs on pairs with a human's verdict: different but missed, or alike but split."""
+    with pairs.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    for name, share, about in sorted({(row["set"], row["share"], row["about"]) for row in rows}):
+        found = [row for row in rows if (row["set"], row["share"], row["about"]) == (name, share, about)]
+        wrong = sum(bool(ambiguity.differences(row["first"], row["second"])) == (share == "yes") for row in found)
+        _row({"set": name, "may share": share, "about": about, "pairs": len(found), "wrong": wrong})
 
 
 @app.command()

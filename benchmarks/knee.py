@@ -28,7 +28,6 @@ from sage.evaluation.registry import METRICS
 from sage.files import new_file
 from sage.grouping.cost import model_digest
 from sage.grouping.embedding import embed
-from sage.sampling.plan import Plan
 from sage.sampling.seeds import prompt_seed
 from sage.training.pretraining import restored
 
@@ -90,7 +89,7 @@ def sample(model: Path, examples: list[Example], steps: int, guidance_scale: flo
         for seed in SEEDS:
             stream = pipe.stream(
                 [example.text for example in examples],
-                plan=Plan.independent(len(examples), steps),
+                share_ratio=0,
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
                 seed=[prompt_seed(seed, example.id) for example in examples],

@@ -4,6 +4,7 @@ Similar prompts form a group; a group runs its first denoising steps as one samp
 
     SharedSamplingPipeline   diffusers pipeline that takes a list of prompts and shares their early steps
     embed, group             prompts -> sentence embeddings -> groups of similar prompts
+    Grouping                 how a call of the pipeline forms its groups
     StreamingGrouper         groups for prompts that arrive one by one
     Plan, plan_for_budget    which prompts share which steps; a plan that saves a given fraction of the evaluations
     SageError                base class of all errors that this library raises
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sage.errors import SageError as SageError
+    from sage.grouping.auto import Grouping as Grouping
     from sage.grouping.embedding import embed as embed
     from sage.grouping.groups import group as group
     from sage.grouping.online import StreamingGrouper as StreamingGrouper
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from sage.sampling.plan import Plan as Plan
 
 _HOME = {
+    "Grouping": "sage.grouping.auto",
     "Plan": "sage.sampling.plan",
     "SageError": "sage.errors",
     "SharedSamplingPipeline": "sage.sampling.pipeline",

@@ -6,6 +6,7 @@ import sage
 
 def test_the_public_names_are_these_and_each_is_there():
     assert sage.__all__ == [
+        "Grouping",
         "Plan",
         "SageError",
         "SharedSamplingPipeline",

@@ -28,7 +28,6 @@ from sage.grouping.cost import FILE, Damage, kept_form, model_digest
 from sage.grouping.embedding import embed
 from sage.grouping.groups import Groups, group, worst_similarity
 from sage.grouping.policy import ENCODER
-from sage.sampling.plan import Plan
 from sage.sampling.seeds import prompt_seed
 
 SPLIT = "validation"
@@ -125,7 +124,8 @@ def _images(pipe: Any, examples: Sequence[Example], groups: Groups, settings: An
     for seed in SEEDS:
         stream = pipe.stream(
             [example.text for example in members],
-            plan=Plan.shared(blocks, settings.steps, settings.share_ratio),
+            groups=blocks,
+            share_ratio=settings.share_ratio,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance_scale,
             branch_noise=settings.branch_noise,

@@ -27,6 +27,7 @@ _MARKS = {  # byte order marks; UTF-32 before UTF-16, whose mark it begins with
     b"\xfe\xff": "utf-16",
 }
 _COLUMNS = ("prompt", "text")
+_KEY = "share_key"
 # Bytes that are not UTF-8, as Python's surrogateescape decodes them.
 _ESCAPED = re.compile("[\udc80-\udcff]")
 # How ISO-2022 changes its alphabet. All its bytes are ASCII, so its Japanese would be drawn as those letters.
@@ -35,19 +36,24 @@ _ISO_2022 = re.compile(r"\x1b[$(]")
 
 @dataclass(frozen=True)
 class Item:
-    """One row of a list of prompts: its name (by default its number) and its prompt, or the error of a bad row."""
+    """One row of a list of prompts: its name (by default its number) and its prompt, or the error of a bad row.
+
+    Rows share only with rows of the same `share_key`, their text in the column of that name (default: empty).
+    """
 
     id: str
     prompt: str
     error: str | None = None
+    share_key: str = ""
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row as a reader found it, not yet checked: name (if it has one) and prompt, or a problem."""
+    """A row as a reader found it, not yet checked: name and share key (if it has them) and prompt, or a problem."""
 
     id: object = None
     prompt: object = None
+    share_key: object = None
     problem: str | None = None
 
 
@@ -88,7 +94,7 @@ def _item(number: int, row: _Row, guess: str) -> Item:
     if problem is not None:
         return Item(id, "", problem)
     try:
-        return Item(id, clean_caption(row.prompt))
+        return Item(id, clean_caption(row.prompt), share_key="" if row.share_key is None else str(row.share_key))
     except Rejected as error:
         return Item(id, "", f"{error.reason}: {error.detail}")
 
@@ -139,7 +145,7 @@ def _json_line(line: str) -> _Row:
 def _json_object(pairs: list[tuple[str, object]]) -> dict[str, object] | _Row:
     """Return an object with its keys in lower case, or a problem if it says something twice that is read."""
     names = [key.strip().lower() for key, _ in pairs]
-    if twice := next((name for name in ("id", *_COLUMNS) if names.count(name) > 1), None):
+    if twice := next((name for name in ("id", _KEY, *_COLUMNS) if names.count(name) > 1), None):
         return _Row(problem=f"bad_row: two values for {twice}; leave one")
     return dict(zip(names, (value for _, value in pairs), strict=True))
 
@@ -151,7 +157,7 @@ def _json_row(value: object) -> _Row:
         return _Row(prompt=value)
     if not isinstance(value, dict):
         return _Row(problem=f"bad_row: {type(value).__name__} is neither a text nor an object with a prompt")
-    return _Row(value.get("id"), value.get("prompt", value.get("text")))
+    return _Row(value.get("id"), value.get("prompt", value.get("text")), value.get(_KEY))
 
 
 def _table(text: str, source: str) -> Iterator[_Row]:
@@ -162,12 +168,12 @@ def _table(text: str, source: str) -> Iterator[_Row]:
             f"{source}: the table has columns {table.header}, but none is named prompt or text; "
             f"give it a header{f' ({table.problem})' if table.problem else ''}"
         )
-    if table.columns.count(found[0]) > 1:
-        raise DataError(f"{source}: {table.columns.count(found[0])} columns are named {found[0]}; leave one")
+    if twice := next((name for name in (found[0], _KEY) if table.columns.count(name) > 1), None):
+        raise DataError(f"{source}: {table.columns.count(twice)} columns are named {twice}; leave one")
     return (
         _Row(problem=f"bad_row: {record.problem}")
         if record.problem is not None
-        else _Row(record.cells.get("id"), record.cells.get(found[0]))
+        else _Row(record.cells.get("id"), record.cells.get(found[0]), record.cells.get(_KEY))
         for record in table.records
     )
 

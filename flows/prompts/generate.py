@@ -112,6 +112,7 @@ def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: 
     """
     items = read_prompts(source)
     texts = [item.prompt for item in items if item.error is None]
+    keys = [item.share_key for item in items if item.error is None]
     if not texts:
         raise DataError(f"{source} has no prompt that can be drawn" + (f": {items[0].error}" if items else ""))
     pipe, name, settings, grouping = open_model(model)
@@ -120,7 +121,8 @@ def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: 
     with progress(len(texts), "embedding") as advance:
         embeddings = embed(texts, ENCODER, cache=embedding_cache(), progress=advance)
     policy = Policy(**grouping.model_dump())
-    groups = policy.form(texts, embeddings, policy.choose_threshold(embeddings, settings["share_ratio"], Path(model)))
+    threshold = policy.choose_threshold(embeddings, settings["share_ratio"], Path(model), keys)
+    groups = policy.form(texts, embeddings, threshold, keys)
     pipe.scheduler.set_timesteps(settings["steps"])
     whole = Plan.shared(groups, len(pipe.scheduler.timesteps), settings["share_ratio"])
     return Job(items, groups, whole, settings, name, pipe)

@@ -47,6 +47,7 @@ def main(
         if item.error is not None:
             typer.echo(f"not grouped: {item.id}: {item.error}", err=True)
     texts = [item.prompt for item in items if item.error is None]
+    keys = [item.share_key for item in items if item.error is None]
     if not texts:
         raise DataError(
             f"{prompts} has no prompt" + (f": {items[0].error}" if items else "; write one prompt per line")
@@ -57,8 +58,8 @@ def main(
     settings = params.group.model_copy(update={name: value for name, value in given.items() if value is not None})
     policy = Policy(**settings.model_dump())
     if threshold is None:
-        threshold = policy.choose_threshold(embeddings, params.generate.share_ratio, model)
-    groups = policy.form(texts, embeddings, threshold)
+        threshold = policy.choose_threshold(embeddings, params.generate.share_ratio, model, keys)
+    groups = policy.form(texts, embeddings, threshold, keys)
     worst = worst_similarity(embeddings, groups)
     values = figures(groups, worst)
     summary = (

@@ -1,23 +1,73 @@
-"""The default grouping of a pipeline that is called without groups; its policy has the values of `params.yaml`."""
+"""The groups that a call of the pipeline forms; by default as `params.yaml` does."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from sage.errors import ConfigurationError
+import numpy as np
+
+from sage.errors import ConfigurationError, DataError
 from sage.grouping.embedding import embed
 from sage.grouping.groups import Groups
 from sage.grouping.policy import ENCODER, Policy
+from sage.grouping.share_key import Keys
 
 DEFAULT = Policy(max_size=6, near_duplicate=0.999, threshold=0.5)
 
 
-def group_prompts(prompts: Sequence[str] | None) -> Groups:
-    """Return groups of similar prompts, a partition of their indices; copies of a prompt never share a group.
+@dataclass(frozen=True, eq=False)
+class Grouping(Policy):
+    """How a call of the pipeline groups its prompts: a policy, and what the similarity of prompts is measured on.
 
-    Raises ConfigurationError if `prompts` is None: the pipeline was given prompt embeddings only.
+        pipe(prompts, groups=Grouping(threshold=0.8, guard=["number"]))
+
+    Of `threshold`, `saving` and `max_damage` at most one is given; without them the threshold is that of `params.yaml`.
+
+    encoder     "minilm", or a name or folder that SentenceTransformer loads
+    embeddings  instead of `encoder`: one row for each prompt, shape (n, d), an array or a tensor on any device
+    model       folder with the measured damage of the model; `max_damage` needs it
     """
-    if prompts is None:
-        raise ConfigurationError(
-            "prompt_embeds cannot be grouped; give groups=[[0, 1], ...], a plan, or share_ratio=0 for none"
-        )
-    embeddings = embed(prompts, ENCODER)
-    return DEFAULT.form(prompts, embeddings, DEFAULT.choose_threshold(embeddings, share_ratio=0.0))
+
+    max_size: int = DEFAULT.max_size
+    near_duplicate: float = DEFAULT.near_duplicate
+    encoder: str = ENCODER
+    embeddings: np.ndarray | None = None
+    model: Path | str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ConfigurationError if more than one of threshold, saving and max_damage is given."""
+        given = {name: getattr(self, name) for name in ("threshold", "saving", "max_damage")}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) > 1:
+            raise ConfigurationError(f"give one of threshold, saving and max_damage, not all of {given}")
+        if not given:
+            object.__setattr__(self, "threshold", DEFAULT.threshold)
+
+    def groups(self, prompts: Sequence[str] | None, keys: Keys, share_ratio: float) -> Groups:
+        """Return groups of similar prompts, a partition of their indices.
+
+        prompts      the prompts, or None if the pipeline was given prompt embeddings only
+        keys         one share key for each prompt (`sage.grouping.share_key`)
+        share_ratio  what `saving` and `max_damage` refer to
+
+        Raises ConfigurationError if prompts are needed and None, DataError if `embeddings` has another number of rows.
+        """
+        if prompts is None and (self.embeddings is None or self.guard):
+            raise ConfigurationError(
+                "prompt_embeds cannot be grouped; give groups=[[0, 1], ...], groups=Grouping(embeddings=...) without a "
+                "guard, a plan, or share_ratio=0 for none"
+            )
+        if self.embeddings is None:
+            assert prompts is not None
+            rows = embed(prompts, self.encoder)
+        else:
+            tensor: Any = self.embeddings
+            rows = tensor.detach().float().cpu().numpy() if hasattr(tensor, "detach") else np.asarray(tensor)
+            if rows.ndim != 2 or len(rows) != len(keys):
+                raise DataError(
+                    f"the embeddings have shape {rows.shape}, but there are {len(keys)} prompts; give one row for each"
+                )
+        model = None if self.model is None else Path(self.model)
+        threshold = self.choose_threshold(rows, share_ratio, model, keys)
+        return self.form(prompts or [""] * len(keys), rows, threshold, keys)

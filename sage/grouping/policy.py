@@ -10,6 +10,7 @@ from sage.errors import ConfigurationError
 from sage.grouping.cost import read_damage
 from sage.grouping.groups import Groups, group, tree
 from sage.grouping.guard import Kind, guard
+from sage.grouping.share_key import Keys, group_apart, tree_apart
 from sage.grouping.thresholds import threshold_for_saving
 
 ENCODER = "minilm"
@@ -36,17 +37,18 @@ class Policy:
     max_damage: float | None = None
     guard: Sequence[Kind] | None = None
 
-    def choose_threshold(self, embeddings: np.ndarray, share_ratio: float, model: Path | None = None) -> float:
+    def choose_threshold(
+        self, embeddings: np.ndarray, share_ratio: float, model: Path | None = None, keys: Keys | None = None
+    ) -> float:
         """Return the cosine threshold for prompts with these embeddings, shape (n, d).
 
         `saving` and `max_damage` refer to sampling at `share_ratio`; `max_damage` also needs `model`, the folder with
-        its measured damage. Raises ConfigurationError if the prompts do not allow the saving, if the model has no valid
-        measurement or exceeds the damage everywhere, or if the policy is empty.
+        its measured damage; `keys` are as for `form`. Raises ConfigurationError if the prompts do not allow the
+        saving, if the model has no valid measurement or exceeds the damage everywhere, or if the policy is empty.
         """
         if self.saving is not None:
-            return threshold_for_saving(
-                tree(embeddings, FLOOR, self.max_size, self.near_duplicate), self.saving, share_ratio
-            )
+            whole = tree_apart(embeddings, keys, lambda rows: tree(rows, FLOOR, self.max_size, self.near_duplicate))
+            return threshold_for_saving(whole, self.saving, share_ratio)
         if self.max_damage is not None:
             if model is None or not model.is_dir():
                 raise ConfigurationError(
@@ -58,9 +60,12 @@ class Policy:
             raise ConfigurationError("the grouping policy is empty; give one of threshold, saving and max_damage")
         return self.threshold
 
-    def form(self, texts: Sequence[str], embeddings: np.ndarray, threshold: float) -> Groups:
-        """Return the groups of prompts at a threshold, with this policy's max_size, near_duplicate and guard."""
-        groups = group(embeddings, threshold, self.max_size, self.near_duplicate)
+    def form(self, texts: Sequence[str], embeddings: np.ndarray, threshold: float, keys: Keys | None = None) -> Groups:
+        """Return the groups of prompts at a threshold, with this policy's max_size, near_duplicate and guard.
+
+        `keys` holds one share key for each prompt; prompts whose keys differ never share (`sage.grouping.share_key`).
+        """
+        groups = group_apart(embeddings, keys, lambda rows: group(rows, threshold, self.max_size, self.near_duplicate))
         return guard(texts, groups, self.guard) if self.guard else groups
 
 

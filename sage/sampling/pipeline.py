@@ -12,10 +12,10 @@ loads as the stock class.
 import importlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import sage.torchvision_ops  # noqa: F401
 
@@ -29,9 +29,13 @@ from torch import Generator, Tensor
 from sage.errors import ConfigurationError, DataError, PlanError, UnsupportedError
 from sage.sampling import loop
 from sage.sampling.conditions import Condition
+from sage.sampling.partition import as_groups, check_keys, share_keys
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import prompt_seed as prompt_seed
 from sage.sampling.stream import Cost, Stream
+
+if TYPE_CHECKING:
+    from sage.grouping.auto import Grouping
 
 # Each supported stock class and the module with its subclass.
 FAMILIES = {
@@ -144,7 +148,8 @@ class SharedSamplingPipeline:
         self,
         prompt: str | Sequence[str] | None = None,
         *,
-        groups: Sequence[Sequence[int]] | None = None,
+        groups: "Sequence[Sequence[int]] | Sequence[int | str] | np.ndarray | Tensor | Grouping | None" = None,
+        share_key: Sequence[Hashable] | None = None,
         plan: Plan | None = None,
         share_ratio: float | Sequence[float] = SHARE_RATIO,
         num_inference_steps: int = 50,
@@ -167,8 +172,11 @@ class SharedSamplingPipeline:
         """Return an iterator of `Result`s in the order in which images finish; memory holds a few batches.
 
         prompt                 one prompt or several
-        groups                 partition of the prompt numbers; None: groups of MiniLM embeddings (English), with cosine
-                               0.5 or more between all pairs and at most 6 prompts (`sage.grouping.auto`)
+        groups                 lists of prompt numbers, or a label (text or integer) for each prompt, also as arrays or
+                               tensors; or how to form groups, a `sage.Grouping`; None: `Grouping()`, groups of MiniLM
+                               embeddings (English), with cosine 0.5 or more between all pairs and at most 6 prompts
+        share_key              one key for each prompt, such as the tenant of a server: prompts whose keys differ never
+                               share; nor do prompts whose negative prompts differ, in groups that are formed here
         plan                   a plan to use instead of `groups` and `share_ratio`
         share_ratio            fraction of the steps that a group shares, in [0, 1), or one for each group
         num_inference_steps    sampler steps
@@ -197,7 +205,8 @@ class SharedSamplingPipeline:
         if unknown := sorted(set(options) - set(self._options)):
             allowed = ", ".join(sorted((*self._options, *self._embeddings)))
             raise ConfigurationError(
-                f"{type(self).__name__} takes no {', '.join(unknown)}; further options are {allowed}"
+                f"{type(self).__name__} takes no {', '.join(unknown)}; further options are {allowed}, and "
+                "groups=sage.Grouping(...) for how groups are formed"
             )
         scale = self._default_guidance if guidance_scale is None else guidance_scale
         if not math.isfinite(scale):
@@ -220,11 +229,13 @@ class SharedSamplingPipeline:
         self._set_timesteps(num_inference_steps, height, width)
 
         count = len(prompts) if prompts is not None else len(given["prompt_embeds"])
+        negatives = _negatives(negative_prompt, count)
         steps = len(self.scheduler.timesteps)
         if plan is None:
-            if groups is None:
-                groups = [[i] for i in range(count)] if share_ratio == 0 or count == 1 else _group(prompts)
-            plan = Plan.shared(groups, steps, share_ratio)
+            keys = share_keys(share_key, negatives if scale > 1 else None, given, count)
+            plan = Plan.shared(_groups(groups, prompts, keys, share_ratio), steps, share_ratio)
+        elif groups is not None:
+            raise ConfigurationError("give either groups or a plan, and not both")
         if plan.prompts != count:
             raise PlanError(f"the plan is for {plan.prompts} prompts, but {count} were given; build a plan for these")
         if plan.steps != steps:
@@ -232,12 +243,14 @@ class SharedSamplingPipeline:
                 f"the plan has {plan.steps} steps, but {type(self.scheduler).__name__} evaluates the network {steps} "
                 f"times at num_inference_steps={num_inference_steps}; build the plan for {steps} steps"
             )
+        if share_key is not None:
+            check_keys(plan, share_key)
         return Stream(
             self,
             plan.repeat(num_images_per_prompt),
             prompts=prompts,
             given=given,
-            negatives=_negatives(negative_prompt, count),
+            negatives=negatives,
             images=num_images_per_prompt,
             guidance_scale=scale,
             seed=seed,
@@ -332,11 +345,25 @@ class SharedSamplingPipeline:
         return prompts
 
 
-def _group(prompts: list[str] | None) -> Sequence[Sequence[int]]:
-    # Imported late: the encoder takes seconds to load, and most callers give groups.
-    from sage.grouping.auto import group_prompts
+def _groups(
+    groups: Any, prompts: list[str] | None, keys: Sequence[Hashable], share_ratio: float | Sequence[float]
+) -> list[list[int]]:
+    """Return the groups that are given, or form them."""
+    if isinstance(groups, (Iterable, Tensor)):
+        return as_groups(groups, len(keys))
+    if np.ndim(share_ratio):
+        raise ConfigurationError(f"share_ratio {share_ratio} is for given groups; give groups=, or one share ratio")
+    # Imported late: most callers give groups.
+    from sage.grouping.auto import Grouping
 
-    return group_prompts(prompts)
+    grouping = Grouping() if groups is None else groups
+    if not isinstance(grouping, Grouping):
+        raise ConfigurationError(
+            f"groups is {groups!r}; give lists of prompt numbers, a label for each prompt, or sage.Grouping(...)"
+        )
+    if share_ratio == 0 or len(keys) == 1:
+        return [[number] for number in range(len(keys))]
+    return grouping.groups(prompts, keys, float(share_ratio))  # type: ignore[arg-type]
 
 
 def _family(pipeline: Any) -> Any:

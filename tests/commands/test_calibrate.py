@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import yaml
+from diffusers import HeunDiscreteScheduler, PNDMScheduler
 
 from flows.commands import calibrate
 from sage.errors import DataError
@@ -54,14 +55,14 @@ def test_a_measurement_is_read_back_and_a_killed_run_goes_on_to_the_same_bytes(p
             raise KeyboardInterrupt
         return draw(*arguments)
 
-    monkeypatch.setattr(calibrate, "_pictures", dies)
+    monkeypatch.setattr(calibrate, "_images", dies)
     with pytest.raises(KeyboardInterrupt):
         measure(project)
     assert not (project / "model" / FILE).exists()
     first = measure(project)
     pieces = len(list((project / "work").rglob("*.npy")))
     assert len(calls) == pieces + 1, "what was kept was drawn again"
-    monkeypatch.setattr(calibrate, "_pictures", lambda *arguments: pytest.fail("everything was kept"))
+    monkeypatch.setattr(calibrate, "_images", lambda *arguments: pytest.fail("everything was kept"))
     assert measure(project) == first
     found = read_damage(project / "model", 0.4, 6)
     assert len(found.points) == 8 and found.share_ratio == 0.4
@@ -90,6 +91,23 @@ def test_independent_pictures_have_no_damage(project):
     features = alone.reshape(4, 2, -1).astype(float)
     above, below = distances(features, features)
     assert (above == below).all() and (below > 0).all()
+
+
+@pytest.mark.parametrize("kind", [PNDMScheduler, HeunDiscreteScheduler])
+def test_a_scheduler_that_evaluates_the_network_more_often_than_it_steps_is_measured(project, kind):
+    from sage.config import load_params
+    from sage.data.dataset import read_split
+
+    examples, settings = read_split(project / "prepared", "validation")[:3], load_params().generate
+    settings = settings.model_copy(update={"branch_noise": 0.0, "steps": 4, "share_ratio": 0.5})
+    pipe = calibrate.open_pipeline(project / "model")
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    alone, shared = ({}, {})
+    for images, groups in ((alone, [[0], [1], [2]]), (shared, [[0, 1], [2]])):
+        images |= enumerate(calibrate._images(pipe, examples, groups, settings))
+    assert len(pipe.scheduler.timesteps) > settings.steps
+    # Members of a group differ from their independent images, an image alone in its group does not.
+    assert [bool((alone[place] != shared[place]).any()) for place in range(6)] == [True] * 4 + [False] * 2
 
 
 def test_too_few_groups_are_refused(project):

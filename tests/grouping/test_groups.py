@@ -19,7 +19,6 @@ from sage.grouping import linkage as sage_linkage
 from sage.grouping import neighbours
 from sage.grouping.embedding import embed
 from sage.grouping.groups import cut, group, tree, usable, worst_similarity
-from sage.grouping.guard import KINDS, differences, guard
 from sage.grouping.thresholds import (
     damage_curve,
     share_reaching,
@@ -284,44 +283,6 @@ def test_a_calibrated_threshold_is_as_strict_for_another_encoder_on_real_prompts
     calibrated = threshold_for_share(words, wanted)
     assert calibrated < 0.6 and share_reaching(words, 0.72) < wanted / 3
     assert share_reaching(words, calibrated) == pytest.approx(wanted, rel=0.1)
-
-
-@pytest.mark.parametrize(
-    "first, second, kinds",
-    [
-        ("a red cube on a blue ball", "a blue cube on a red ball", {"order"}),
-        ("a dog chases a cat", "a cat chases a dog", {"order"}),
-        ("two dogs", "three dogs", {"number"}),
-        ("2 dogs", "two dogs", set()),
-        ("a street with no cars", "a street with cars", {"negation"}),
-        ("a red car", "a green car", {"colour"}),
-        ("a portrait of Anna", "a portrait of Maria", {"name"}),
-        ("a dog in the park", "a dog at the park", set()),
-        ("", "", set()),
-        ("\u72d7", "\u732b", set()),
-    ],
-)
-def test_the_second_view_tells_what_an_encoder_confuses(first, second, kinds):
-    assert differences(first, second) == differences(second, first) == kinds
-
-
-@settings(deadline=None, max_examples=100)
-@given(
-    prompts=st.lists(
-        st.text(max_size=20) | st.sampled_from(["two dogs", "three dogs", "2 dogs", "no dogs"]), max_size=12
-    )
-)
-def test_the_guard_keeps_a_partition_and_leaves_no_such_pair(prompts):
-    groups = guard(prompts, [list(range(len(prompts)))])
-    assert sorted(itertools.chain(*groups)) == list(range(len(prompts)))
-    for members in groups:
-        assert all(not differences(prompts[a], prompts[b]) for a, b in itertools.combinations(members, 2))
-
-
-def test_the_guard_looks_only_at_the_kinds_asked_for():
-    prompts = ["two red dogs", "two green dogs", "three red dogs"]
-    assert guard(prompts, [[0, 1, 2]], ["number"]) == [[0, 1], [2]]
-    assert guard(prompts, [[0, 1, 2]], KINDS) == [[0], [1], [2]]
 
 
 def test_worst_similarity_is_the_least_cosine_of_each_group():

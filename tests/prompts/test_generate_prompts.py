@@ -51,6 +51,13 @@ def lines_of(out):
     return [json.loads(line) for line in (out / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def test_rows_of_different_share_keys_are_kept_apart(model, generate, tmp_path):
+    rows = [{"prompt": text, "share_key": key} for text, key in zip(TEXTS, "abaabab", strict=True)]
+    job = prompts.prepare(write(tmp_path, map(json.dumps, rows), "p.jsonl"), model, {}, "", 0)
+    shared = [{rows[member]["share_key"] for member in members} for members in job.groups if len(members) > 1]
+    assert shared == [{"a"}, {"b"}]
+
+
 def test_each_prompt_becomes_one_picture_that_says_how_it_was_made(generate, tmp_path, model):
     lines = lines_of(generate(write(tmp_path)))
     assert [line["prompt"] for line in lines] == TEXTS

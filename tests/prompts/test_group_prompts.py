@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flows.prompts.files import read_prompts
 from flows.prompts.group import main
 from flows.report.groups_page import groups_page, positions
 from sage.errors import DataError
@@ -42,6 +43,25 @@ def test_the_command_prints_savings_sizes_and_the_widest_groups(prompts, tmp_pat
     assert "10.0%" in said  # share ratio 0.4: 0.4 * (1 - 3 / 4)
     assert "a red fox" in said and "the fox is red" in said and "stock" not in said
     assert "a red fox" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("p.csv", "share_key,prompt\nann,{0}\nbob,{0}s\nann,the {0}\n"),
+        (
+            "p.jsonl",
+            '{{"prompt": "{0}", "share_key": "1"}}\n{{"prompt": "{0}s"}}\n{{"prompt": "the {0}", "share_key": 1}}\n',
+        ),
+    ],
+)
+def test_rows_of_different_share_keys_are_kept_apart(prompts, tmp_path, capsys, name, rows):
+    path = tmp_path / name
+    path.write_text(rows.format("dog in a park"), encoding="utf-8")
+    main(str(path), page=tmp_path / "page.html", threshold=0.7)
+    assert "3 prompts in 2 groups" in capsys.readouterr().out
+    job_rows = [(item.prompt, item.share_key) for item in read_prompts(str(path))]
+    assert job_rows[0][1] == job_rows[2][1] != job_rows[1][1]
 
 
 def test_the_guard_of_the_command_line_parts_what_the_encoder_takes_for_alike(prompts, tmp_path, capsys):

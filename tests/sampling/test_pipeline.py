@@ -23,6 +23,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from sage.errors import ConfigurationError, DataError, PlanError, SageError, UnsupportedError
+from sage.grouping.auto import Grouping
 from sage.sampling import base
 from sage.sampling.families import stable_diffusion
 from sage.sampling.pipeline import SharedSamplingPipeline
@@ -91,6 +92,83 @@ def test_a_repeated_prompt_is_grouped_with_others_and_not_with_itself(pipe):
     assert out.plan.partition(0) in ([[0, 2], [1], [3]], [[0], [1], [2, 3]])
     sixtyfour = pipe(["red cat"] * 64, share_ratio=0.5, seed=1, **CALL | {"num_inference_steps": 2})
     assert len({image.tobytes() for image in sixtyfour.images}) == 64
+
+
+LABELS = {
+    "lists": [[0, 2], [1], [3]],
+    "sets": [{0, 2}, {1}, {3}],
+    "numbers": [np.array([0, 2]), torch.tensor([1]), (np.int64(3),)],
+    "texts": ["fox", "cat", "fox", "dog"],
+    "integers": [7, 0, 7, 1],
+    "numpy": np.array([7, 0, 7, 1]),
+    "numpy texts": np.array(["fox", "cat", "fox", "dog"]),
+    "torch": torch.tensor([7, 0, 7, 1]),
+    "scikit-learn": np.array([4, -1, 4, -1]),
+}
+
+
+@pytest.mark.parametrize("groups", LABELS.values(), ids=LABELS.keys())
+def test_groups_are_lists_of_prompts_or_labels(pipe, groups):
+    stream = pipe.stream(["red fox", "cat", "the fox", "dog"], groups=groups, share_ratio=0.5, seed=1, **CALL)
+    assert stream.plan == Plan.shared([[0, 2], [1], [3]], 4, 0.5)
+
+
+def test_a_grouping_says_how_groups_are_formed(pipe, monkeypatch):
+    prompts = ["two red cats", "two red cat", "three red cats", "tree"]
+
+    def parts(**how):
+        ratio = how.pop("share_ratio", 0.5)
+        return pipe.stream(prompts, groups=Grouping(**how), share_ratio=ratio, seed=1, **CALL).plan.partition(0)
+
+    assert parts() == pipe.stream(prompts, share_ratio=0.5, seed=1, **CALL).plan.partition(0) == [[0, 1, 2], [3]]
+    assert parts(max_size=2) == [[0, 1], [2], [3]]
+    assert parts(guard=["number"]) == [[0, 1], [2], [3]]
+    assert parts(threshold=0.99) == [[0], [1], [2], [3]]
+    assert parts(threshold=0.3, near_duplicate=0.5) != [[0, 1, 2], [3]]
+    assert parts(saving=0.12) == [[0, 1], [2], [3]]
+    monkeypatch.setattr("sage.grouping.auto.embed", lambda *arguments: pytest.fail("the encoder was used"))
+    for rows in (np.eye(3)[[0, 1, 2, 0]] + 0.1, torch.eye(3, requires_grad=True)[[0, 1, 2, 0]].bfloat16() + 0.1):
+        assert parts(embeddings=rows, near_duplicate=np.inf) == [[0, 3], [1], [2]]
+    assert parts(share_ratio=0) == [[0], [1], [2], [3]]
+    with pytest.raises(ConfigurationError, match="give one of threshold, saving and max_damage, not all"):
+        Grouping(threshold=0.5, saving=0.1)
+
+
+def test_another_encoder_is_used_for_grouping(pipe, monkeypatch):
+    told = []
+    monkeypatch.setattr("sage.grouping.auto.embed", lambda texts, encoder: told.append(encoder) or np.eye(len(texts)))
+    pipe.stream(["a", "b"], groups=Grouping(encoder="mine"), share_ratio=0.5, seed=1, **CALL)
+    assert told == ["mine"]
+
+
+def test_embeddings_are_grouped_by_rows_that_are_given(pipe):
+    with torch.no_grad():
+        given = pipe.encode_prompt(["red cat", "red dog", "tree"], "cpu", 1, True)
+    how = {"prompt_embeds": given[0], "negative_prompt_embeds": given[1], "share_ratio": 0.5, "seed": 1, **CALL}
+    rows = np.array([[1, 0.1], [1, 0], [0, 1]])
+    assert pipe.stream(groups=Grouping(embeddings=rows), **how).plan.partition(0) == [[0, 1], [2]]
+    with pytest.raises(ConfigurationError, match="cannot be grouped"):
+        pipe.stream(groups=Grouping(embeddings=rows, guard=["colour"]), **how)
+
+
+def test_only_prompts_with_the_same_negative_and_key_share(pipe):
+    prompts = ["tall tree", "tall trees", "a tall tree", "the tall tree"]
+
+    def parts(**more):
+        return pipe(prompts, share_ratio=0.5, seed=1, **more, **CALL).plan.partition(0)
+
+    assert parts() == [[0, 1, 2, 3]] == parts(negative_prompt="dog") == parts(share_key=["a"] * 4)
+    assert parts(negative_prompt=["dog", "cat", "dog", "cat"]) == [[0, 2], [1, 3]]
+    assert parts(share_key=["a", "a", ("b", 1), ("b", 1)]) == [[0, 1], [2, 3]]
+    assert parts(share_key=["a", "a", "b", "b"], negative_prompt=["dog", "cat", "dog", "dog"]) == [[0], [1], [2, 3]]
+    # Given groups are taken as they are, unless they contradict a given key.
+    assert parts(groups=[[0, 1], [2, 3]], negative_prompt=["dog", "cat", "dog", "cat"]) == [[0, 1], [2, 3]]
+    with pytest.raises(PlanError, match="prompts 0 and 1 share steps, but their share keys are 'a' and 'b'"):
+        parts(groups=[[0, 1], [2, 3]], share_key=["a", "b", "b", "b"])
+    with pytest.raises(PlanError, match="prompts 1 and 2 share"):
+        parts(plan=Plan(4, (Block(1, (0, Block(2, (1, 2)), 3)),)), share_key=[1, 1, 2, 2])
+    with pytest.raises(ConfigurationError, match="3 share keys were given for 4 prompts"):
+        parts(share_key=["a", "b", "c"])
 
 
 def test_the_order_of_equal_seeds_is_that_of_their_prompts(pipe):
@@ -311,6 +389,17 @@ BAD = [
     ({"share_ratio": math.nan}, PlanError, "share ratio nan"),
     ({"groups": [[0]]}, PlanError, "the plan is for 1 prompts, but 2 were given"),
     ({"groups": [[0, 5]]}, PlanError, r"names every prompt from 0 on once; this one has \[0, 5\]"),
+    ({"groups": [0, 0, 1]}, PlanError, "3 labels were given for 2 prompts"),
+    ({"groups": [0, [1]]}, PlanError, "groups holds 0 in place 0"),
+    ({"groups": [0.0, 1.0]}, PlanError, "groups holds 0.0 in place 0"),
+    ({"groups": [["a"], ["b"]]}, PlanError, r"groups holds \['a'\] in place 0"),
+    ({"groups": 3}, ConfigurationError, "groups is 3; give lists of prompt numbers"),
+    ({"groups": [[0], [1]], "plan": Plan.independent(2, 4)}, ConfigurationError, "either groups or a plan"),
+    ({"share_ratio": [0.5]}, ConfigurationError, r"share_ratio \[0.5\] is for given groups"),
+    ({"groups": Grouping(embeddings=np.eye(3))}, DataError, r"shape \(3, 3\), but there are 2 prompts"),
+    ({"groups": Grouping(threshold=2.0, embeddings=np.eye(2))}, ConfigurationError, "threshold is 2.0"),
+    ({"groups": Grouping(guard=["colours"], embeddings=np.eye(2))}, ConfigurationError, "no kind 'colours'"),
+    ({"groups": Grouping(max_damage=0.1, embeddings=np.eye(2))}, ConfigurationError, "max_damage 0.1 needs the damage"),
     ({"plan": Plan.independent(3, 4)}, PlanError, "for 3 prompts, but 2 were given"),
     ({"plan": Plan.independent(2, 30)}, PlanError, "has 30 steps, but DDIMScheduler evaluates the network 4 times"),
     ({"seed": [1]}, ConfigurationError, "1 seeds were given for 2 images"),
