@@ -14,14 +14,16 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import yaml
 from PIL import Image
 
 from sage.data.colors import color_name
+from sage.data.rows import Row
 from sage.errors import DataError
 
 LICENCE = "CC0 1.0"
@@ -101,6 +103,10 @@ class Figure:
 
     def image(self, size: int) -> Image.Image:
         """Return the figure as an RGB image of size x size pixels."""
+        return Image.open(io.BytesIO(self.png(size))).convert("RGB")
+
+    def png(self, size: int) -> bytes:
+        """Return the figure as a PNG of size x size pixels."""
         import dicebear
         import resvg_py
 
@@ -117,8 +123,7 @@ class Figure:
                 if choice:
                     options[f"{name}Variant"] = choice
         drawing = dicebear.Avatar(style.dicebear, options).to_string()
-        png = bytes(resvg_py.svg_to_bytes(svg_string=drawing, width=size, height=size))
-        return Image.open(io.BytesIO(png)).convert("RGB")
+        return bytes(resvg_py.svg_to_bytes(svg_string=drawing, width=size, height=size))
 
 
 @dataclass(frozen=True)
@@ -171,6 +176,35 @@ def figures(styles: Sequence[str], split: str, number: int, seed: int, held_out:
                 return
             yield captioned
             made += 1
+
+
+def rows(styles: Sequence[str], numbers: Mapping[str, int], *, size: int, seed: int, held_out: float) -> list[Row]:
+    """Return the figures of all splits as input rows; an image is drawn when it is read.
+
+    styles    names of styles
+    numbers   number of figures of each split
+    size      side of the images in pixels
+    seed      seed of everything random
+    held_out  as in `figures`
+
+    Raises DataError as `figures` does.
+    """
+    return [
+        Row(
+            id=captioned.id,
+            path=Path(f"{captioned.id}.png"),
+            text=captioned.texts[0],
+            family=captioned.figure.style,
+            file=f"{captioned.id}.png",
+            other_texts=captioned.texts[1:],
+            split=split,
+            draw=partial(captioned.figure.png, size),
+            attributes=captioned.figure.attributes,
+            asked=captioned.asked,
+        )
+        for split, number in numbers.items()
+        for captioned in figures(styles, split, number, seed, held_out)
+    ]
 
 
 class Combinations:

@@ -1,13 +1,16 @@
 """Composed figures: captions are true, what is held out is never drawn in training, and words that differ look it."""
 
+import json
 import random
 from collections import defaultdict
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sage.data import figures as source
 from sage.data.figures import GRID, Captioned, Combinations, Figure, figures, load_style, sentence
+from sage.data.preparation import prepare
 from sage.errors import DataError
 
 STYLES = tuple(source._glossary())
@@ -163,3 +166,19 @@ def test_words_that_differ_look_different(name):
         images = list(drawn.values())
         for place, image in enumerate(images):
             assert all(np.abs(image - other).max() > 10 for other in images[:place]), (attribute.name, list(drawn))
+
+
+def test_prepared_figures_keep_their_split_their_attributes_and_what_was_asked(tmp_path):
+    numbers = {"train": 12, "validation": 5, "test": 7}
+    rows = source.rows(["critters", "moods"], numbers, size=32, seed=0, held_out=0.1)
+    found = prepare(rows, tmp_path / "out", size=32, validation=0.1, test=0.2, seed=0)
+    assert found["splits"] == numbers and not found["rejected"] and not found["duplicates"]
+    for split, number in numbers.items():
+        drawn = list(figures(["critters", "moods"], split, number, 0, 0.1))
+        lines = (tmp_path / "out" / split / "metadata.jsonl").read_text().splitlines()
+        for line, captioned in zip(map(json.loads, lines), drawn, strict=True):
+            assert [line["text"], *line["other_texts"]] == list(captioned.texts) if split == "train" else True
+            assert {own["name"]: own["words"] for own in line["attributes"]} == captioned.figure.attributes
+            assert {own["name"] for own in line["attributes"] if own["asked"]} == set(captioned.asked)
+            image = np.asarray(Image.open(tmp_path / "out" / split / line["file_name"])).astype(int)
+            assert np.array_equal(image, pixels(captioned.figure, 32))
