@@ -59,11 +59,22 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class Figures(Section):
+    """Composed figures (`sage.data.figures`): styles, figures in each split, and combinations held out for each."""
+
+    styles: Annotated[list[str], Field(min_length=1)]
+    train: Count
+    validation: Count
+    test: Count
+    held_out: HeldOut
+
+
 class Prepare(Section):
     """Source of the images, their size, and the fractions held out for validation and test."""
 
-    source: Literal["twemoji", "folder"]
+    source: Literal["twemoji", "figures", "folder"]
     words: Annotated[float, Field(gt=0, le=1)]
+    figures: Figures
     image_size: Annotated[int, Field(ge=8, le=2048)]
     validation: HeldOut
     test: HeldOut

@@ -11,11 +11,12 @@ from rich.table import Column, Table
 from flows.report.sheet import in_rows, sheet
 from flows.terminal import progress, run
 from flows.tracking.runs import stage_run
-from sage.config import load_params
-from sage.data import twemoji
+from sage.config import Prepare, load_params
+from sage.data import figures, twemoji
 from sage.data.dataset import load_pixels, read_split
 from sage.data.imagefolder import read_folder
 from sage.data.preparation import prepare
+from sage.data.rows import Row
 from sage.files import write_json
 
 _SHEET_COLUMNS = 8
@@ -28,7 +29,7 @@ def main(
 ) -> None:
     """Check every image and caption, assign the splits, and count kept, rejected and duplicate rows."""
     params = load_params().prepare
-    rows = twemoji.rows(params.words) if params.source == "twemoji" else read_folder(raw)
+    rows = _rows(params, raw)
     with stage_run("prepare", params.model_dump()) as record:
         with progress(len(rows), "prepare") as advance:
             found = prepare(
@@ -40,13 +41,25 @@ def main(
                 seed=params.seed,
                 advance=advance,
             )
-        licence = {"licence": twemoji.LICENCE} if params.source == "twemoji" else {}
+        licences = {"twemoji": twemoji.LICENCE, "figures": figures.LICENCE}
+        licence = {"licence": licences[params.source]} if params.source in licences else {}
         write_json(metrics, {"source": params.source} | licence | found)
         record.result(metrics)
         record.metrics(_figures(found))
         record.dataset("prepared", found["digest"], params.source)
         record.image(_sheet(out), "training_samples")
     Console().print(_table(found))
+
+
+def _rows(params: Prepare, raw: Path) -> list[Row]:
+    """Return the input rows of the source that is set."""
+    if params.source == "twemoji":
+        return twemoji.rows(params.words)
+    if params.source == "folder":
+        return read_folder(raw)
+    drawn = params.figures
+    numbers = {"train": drawn.train, "validation": drawn.validation, "test": drawn.test}
+    return figures.rows(drawn.styles, numbers, size=params.image_size, seed=params.seed, held_out=drawn.held_out)
 
 
 def _figures(found: dict[str, Any]) -> dict[str, float]:

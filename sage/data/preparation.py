@@ -139,6 +139,10 @@ def _check(row: Row, size: int) -> tuple[Image.Image, dict[str, Any]]:
         found["split"] = row.split
     if text != row.text:
         found["original_text"] = row.text
+    if row.attributes is not None:
+        found["attributes"] = [
+            {"name": name, "words": words, "asked": name in row.asked} for name, words in row.attributes.items()
+        ]
     return square, found
 
 
@@ -151,7 +155,8 @@ def _write_split(folder: Path, split: str, entries: Sequence[dict[str, Any]]) ->
         (folder / name).rename(folder / split / name)
         line = {"file_name": name, "text": entry["text"], "id": entry["id"], "family": entry["family"] or ""}
         # All lines or none have `other_texts`, because datasets reads the file as a table.
-        lines.append(line | ({"other_texts": entry.get("other_texts", [])} if several else {}))
+        known = {"attributes": entry["attributes"]} if "attributes" in entry else {}
+        lines.append(line | known | ({"other_texts": entry.get("other_texts", [])} if several else {}))
     _write_lines(folder / split / "metadata.jsonl", lines)
 
 

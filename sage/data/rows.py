@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -28,7 +29,9 @@ class Row:
     sha256       expected hash of the image file; None: not checked
     rejected     reason for rejection, if the row is already known to be unusable
     other_texts  further captions, as found
-    split        split that the user chose; None: any
+    split        split that the row belongs to; None: any
+    draw         returns the bytes of the image file, for an image that is drawn and not read; None: `path` is read
+    attributes   what is known of the image: the words of each attribute; asked: the attributes that `text` names
     """
 
     id: str
@@ -41,9 +44,14 @@ class Row:
     rejected: Rejected | None = None
     other_texts: tuple[object, ...] = ()
     split: str | None = None
+    draw: Callable[[], bytes] | None = None
+    attributes: Mapping[str, str] | None = None
+    asked: tuple[str, ...] = ()
 
     def read(self, limit: int) -> bytes:
         """Return the bytes of the image file; below a `root`, raise Rejected as `read_below` does."""
+        if self.draw is not None:
+            return self.draw()
         if self.root is None:
             return self.path.read_bytes()
         return read_below(self.root, PurePosixPath(self.path.relative_to(self.root)), limit)

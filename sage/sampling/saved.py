@@ -40,7 +40,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
             return base.load(folder, **kwargs)
         if missing := _missing(folder, kwargs):
             raise DataError(
-                f"{path} cannot be loaded: it lacks {', '.join(missing)}, which its model_index.json names; restore it, "
+                f"{path} cannot be loaded: it lacks {', '.join(missing)}, which model_index.json names; restore it, "
                 "or leave it out "
                 f"({missing[0]}=None), which needs prompt_embeds if it is the text encoder"
             )

@@ -82,7 +82,7 @@ def test_a_folder_without_its_text_encoder_says_so_and_loads_for_embeddings(fami
     stock = tiny.pipeline(family, tmp_path)
     stock.save_pretrained(tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / "text_encoder")
-    with pytest.raises(DataError, match=r"it lacks text_encoder, which its model_index.json names; restore it, or"):
+    with pytest.raises(DataError, match=r"it lacks text_encoder, which model_index.json names; restore it, or"):
         SharedSamplingPipeline.from_pretrained(tmp_path / "model")
     assert SharedSamplingPipeline.from_pretrained(tmp_path / "model", text_encoder=None).text_encoder is None
 
