@@ -1,5 +1,6 @@
 """Sentence embeddings of prompts, with a cache on disk keyed by encoder and text."""
 
+import functools
 import hashlib
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -60,6 +61,7 @@ def _clean(prompt: str) -> str:
     return prompt[:MAX_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
 
 
+@functools.lru_cache(maxsize=1)
 def _load(encoder: str):  # type: ignore[no-untyped-def]
     # Imported here because it takes seconds, and cached prompts need no model.
     import sage.torchvision_ops  # noqa: F401
