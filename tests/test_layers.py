@@ -17,7 +17,7 @@ ONLY_IN = {
     "mlflow": ("flows/tracking/",),
     "dvc": ("flows/versioning/objects.py",),
     "fastapi": ("flows/serving/",),
-    "starlette": ("flows/serving/",),
+    "starlette": ("flows/serving/", "flows/orchestration/local.py"),
     "uvicorn": ("flows/serving/", "flows/orchestration/local.py"),
     "prometheus_client": ("flows/serving/",),
 }
