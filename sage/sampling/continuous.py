@@ -15,7 +15,7 @@ even that: the images are then bit for bit those of the pipeline with `batch_siz
 import copy
 import inspect
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from torch import Generator, Tensor
 
 from sage.errors import ConfigurationError
-from sage.sampling.branch_noise import predicted_x_0, recentred, rotated
+from sage.sampling.branch_noise import SCHEDULERS, levels, predicted_x_0, recentred, rotated
 from sage.sampling.conditions import Condition, block_conditions, joined
 from sage.sampling.loop import HISTORY, branched
 from sage.sampling.plan import Block, Node, leaves_of
@@ -32,13 +32,19 @@ from sage.sampling.stream import Stream
 
 @dataclass(eq=False)
 class Call:
-    """One admitted stream; `evaluations` are those spent on it so far, of the `planned` ones."""
+    """One admitted stream; `evaluations` are those spent on it so far, of the `planned` ones.
+
+    `kept` has the prefixes of its blocks at the steps `keep`, with the images of each block; the reader clears it.
+    """
 
     stream: Stream
     key: tuple[Any, ...]
     order: int
+    keep: Collection[int] = ()
     evaluations: int = 0
+    skipped: int = 0
     cancelled: set[int] = field(default_factory=set)
+    kept: list[tuple[list[int], "Prefix"]] = field(default_factory=list)
 
     def alive(self, node: Node) -> list[int]:
         """Return the images of a node that were not cancelled."""
@@ -46,8 +52,8 @@ class Call:
 
     @property
     def planned(self) -> int:
-        """The evaluations of the whole plan."""
-        return self.stream.cost.formula
+        """The evaluations of the whole plan, without those that prefixes save."""
+        return self.stream.cost.formula - self.skipped
 
     def rank(self, image: int) -> tuple[int, str, int]:
         """Return the sort key by which a block's leader is chosen; it does not depend on the image's place."""
@@ -64,6 +70,49 @@ class Finished:
     seed: int
     nsfw: bool | None
     evaluations: float
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What a block has after its first steps, from which images of other calls may go on.
+
+    step       number of steps that were run
+    latents    shape (1, ...)
+    clean      the x_0 that the block predicted at its last step, shape (...)
+    scheduler  scheduler with the state of this block
+    """
+
+    step: int
+    latents: Tensor
+    clean: Tensor
+    scheduler: Any
+
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors."""
+        state = [getattr(self.scheduler, name, None) for name in HISTORY[type(self.scheduler).__name__]]
+        return sum(tensor.nbytes for tensor in _tensors([self.latents, self.clean, state]))
+
+
+@dataclass(frozen=True)
+class Start:
+    """How an image begins from a prefix.
+
+    With `own_noise` it takes only the prediction, and the noise that the image alone begins with. This is exact if the
+    prediction is for the same condition and does not depend on the noise: after the first step from pure noise
+    (`begins_as_noise`). Otherwise it branches off as a child of the block, which needs branch noise.
+    """
+
+    prefix: Prefix
+    own_noise: bool
+
+
+def begins_as_noise(scheduler: Any) -> bool:
+    """Return whether the first step's latents are noise alone, so that its prediction depends on the condition only."""
+    if type(scheduler).__name__ not in SCHEDULERS:
+        return False
+    alpha, sigma = levels(scheduler, 0)
+    return float(alpha) <= 0.01 * float(sigma)
 
 
 @dataclass
@@ -112,8 +161,13 @@ class Continuous:
         return len(self._tracks)
 
     @torch.no_grad()
-    def admit(self, stream: Stream) -> Call:
-        """Take a stream of this pipeline that was not iterated; its first step is part of a later `step`."""
+    def admit(self, stream: Stream, keep: Collection[int] = (), starts: Mapping[int, Start] | None = None) -> Call:
+        """Take a stream of this pipeline that was not iterated; its first step is part of a later `step`.
+
+        keep    numbers of steps after which the blocks' prefixes are kept in `Call.kept`; for schedulers that support
+                branch noise
+        starts  prefixes from which images begin, by number; each image must be in no block
+        """
         scheduler = stream._scheduler
         key = (
             type(scheduler).__name__,
@@ -123,7 +177,7 @@ class Continuous:
             stream._output_type,
             repr(sorted(stream._options.items())),
         )
-        call = Call(stream, key, next(self._orders))
+        call = Call(stream, key, next(self._orders), keep if type(scheduler).__name__ in SCHEDULERS else ())
         nodes = stream.plan.roots
         for node, condition in zip(nodes, _conditions(call, nodes), strict=True):
             leader = min(leaves_of((node,)), key=call.rank)
@@ -131,8 +185,12 @@ class Continuous:
             fresh = branched(scheduler, None)
             if hasattr(fresh, "set_begin_index"):
                 fresh.set_begin_index(0)
-            rows = _Rows(stream._noise([leader], [generator]), fresh, joined(condition))
-            self._tracks.append(_Track(call, node, leader, generator, condition, 0, rows))
+            start = (starts or {}).get(leader)
+            if start is None:
+                rows = _Rows(stream._noise([leader], [generator]), fresh, joined(condition))
+                self._tracks.append(_Track(call, node, leader, generator, condition, 0, rows))
+            else:
+                self._tracks.append(_begun(call, leader, generator, condition, start))
         return call
 
     def cancel(self, call: Call, images: Collection[int] | None = None) -> None:
@@ -155,7 +213,8 @@ class Continuous:
         output = self._pipe._predict(x, t, rows.condition, stream._scale, stream._options)
         self._count(tracks, 2 if stream._guided else 1)
         ends = [isinstance(track.node, Block) and track.node.until == step + 1 for track in tracks]
-        clean = predicted_x_0(scheduler, step, rows.latents, output) if s and any(ends) else None
+        kept = step + 1 in {kept for track in tracks for kept in track.call.keep}
+        clean = predicted_x_0(scheduler, step, rows.latents, output) if kept or (s and any(ends)) else None
         if moved := [(row, track.inherited) for row, track in enumerate(tracks) if track.inherited is not None]:
             x_0 = torch.stack([parent for _, parent in moved])
             rows.latents, output = recentred(scheduler, step, rows.latents, output, [row for row, _ in moved], x_0, s)
@@ -163,8 +222,10 @@ class Continuous:
         finished = []
         for row, track in enumerate(tracks):
             track.step, track.rows, track.row, track.inherited = step + 1, rows, row, None
+            if clean is not None and track.step in track.call.keep:
+                track.call.kept.append((track.call.alive(track.node), _prefix(track, clean[row])))
             if ends[row]:
-                self._branch(track, None if clean is None else clean[row])
+                self._branch(track, clean[row] if s and clean is not None else None)
             elif track.step == stream.plan.steps:
                 self._tracks.remove(track)
                 finished.append(track)
@@ -230,6 +291,36 @@ class Continuous:
             flagged = None if nsfw is None else nsfw[row]
             found.append(Finished(track.call, index, images[row], seed, flagged, track.evaluations))
         return found
+
+
+def _begun(call: Call, image: int, generator: Generator, condition: Condition, start: Start) -> _Track:
+    """Return the track of an image at the end of a prefix."""
+    prefix, stream = start.prefix, call.stream
+    scheduler, s = branched(prefix.scheduler, None), stream._branch_noise
+    if start.own_noise:
+        # The scheduler scales initial noise to the deviation sigma of the first step.
+        xi, s = stream._noise([image], [generator])[0] / levels(stream._scheduler, 0)[1], 1.0
+    else:
+        xi = torch.randn(prefix.clean.shape, generator=generator, device=generator.device)
+    latents = prefix.latents[0]
+    latents = rotated(scheduler, prefix.step, latents, prefix.clean, xi.to(latents), s)
+    call.skipped += prefix.step * (2 if stream._guided else 1)
+    rows = _Rows(latents[None], scheduler, joined(condition))
+    inherited = None if start.own_noise else prefix.clean
+    return _Track(call, image, image, generator, condition, prefix.step, rows, inherited=inherited)
+
+
+def _prefix(track: _Track, clean: Tensor) -> Prefix:
+    index = torch.tensor([track.row], device=clean.device)
+    return Prefix(track.step, track.rows.latents[index], clean.clone(), branched(track.rows.scheduler, index))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _tensors(item)
 
 
 def _conditions(call: Call, nodes: Sequence[Node]) -> list[Condition]:

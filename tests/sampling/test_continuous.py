@@ -4,16 +4,18 @@ import pytest
 import tiny
 import torch
 from diffusers import (
+    DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
 
 from sage.errors import ConfigurationError
-from sage.sampling.continuous import Continuous
+from sage.sampling.continuous import Continuous, Start, begins_as_noise
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Block, Plan
 
@@ -191,3 +193,79 @@ def test_a_cancelled_call_costs_nothing_more(pipe):
 def test_a_batch_needs_a_row(pipe):
     with pytest.raises(ConfigurationError, match="batch_size is 0"):
         Continuous(pipe, 0)
+
+
+def zero_snr(pipe, monkeypatch):
+    """Give the pipeline a schedule that begins with noise alone."""
+    settings = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    monkeypatch.setattr(pipe, "scheduler", DDIMScheduler.from_config(pipe.scheduler.config, **settings))
+
+
+def prefixes(pipe, call, keep):
+    running = Continuous(pipe, 4)
+    admitted = running.admit(pipe.stream(**call), keep=keep)
+    finish(running)
+    return {(prefix.step, *members): prefix for members, prefix in admitted.kept}
+
+
+def test_a_first_prediction_that_does_not_depend_on_the_noise_gives_exactly_the_image_alone(pipe, monkeypatch):
+    zero_snr(pipe, monkeypatch)
+    predict = pipe._predict
+
+    def blind(x, t, condition, scale, options):
+        """At the first step, v = -x_0 for an x_0 that depends on the condition alone: the ideal network."""
+        return predict(torch.ones_like(x) if int(t) == 999 else x, t, condition, scale, options)
+
+    monkeypatch.setattr(pipe, "_predict", blind)
+    one = Plan.independent(1, 6)
+    kept = prefixes(pipe, arguments(one, 1), keep=[1])[1, 0]
+    wanted = pipe(**arguments(one, 2)).images
+    running = Continuous(pipe, 4)
+    call = running.admit(pipe.stream(**arguments(one, 2)), starts={0: Start(kept, own_noise=True)})
+    found = finish(running)
+    torch.testing.assert_close(images(found, call), wanted, rtol=1e-3, atol=5e-3)
+    assert call.evaluations == call.planned == found[0].evaluations == 10
+
+
+def test_an_image_begins_from_a_prefix_as_the_child_of_its_block_would(pipe):
+    pair = Plan(6, (Block(3, (0, 1)),))
+    call = arguments(pair, branch_noise=0.8)
+    wanted = pipe(**call).images[1]
+    alone = arguments(Plan.independent(1, 6), branch_noise=0.8, prompt=call["prompt"][1:2], seed=call["seed"][1:2])
+    kept = prefixes(pipe, call, keep=[3])[3, 0, 1]
+    running = Continuous(pipe, 4)
+    admitted = running.admit(pipe.stream(**alone), starts={0: Start(kept, own_noise=False)})
+    found = finish(running)
+    torch.testing.assert_close(images(found, admitted)[0], wanted, **TOLERANCE)
+    assert admitted.evaluations == 6
+
+
+def test_keeping_prefixes_changes_no_image_and_counts_their_bytes(pipe):
+    call = arguments(Plan.shared([[0, 1], [2]], 6, 0.5))
+    running = Continuous(pipe, 4)
+    admitted = running.admit(pipe.stream(**call), keep=[1, 3])
+    found = finish(running)
+    torch.testing.assert_close(images(found, admitted), pipe(**call).images, **TOLERANCE)
+    assert sorted((prefix.step, members) for members, prefix in admitted.kept) == [
+        (1, [0, 1]),
+        (1, [2]),
+        (3, [0, 1]),
+        (3, [2]),
+    ]
+    assert {prefix.bytes for _, prefix in admitted.kept} == {2 * 4 * 8 * 8 * 4}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "noise"),
+    [
+        (DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"), True),
+        (DDIMScheduler(), False),
+        (EulerAncestralDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), False),
+        (FlowMatchEulerDiscreteScheduler(), True),
+        (UniPCMultistepScheduler(), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_which_schedules_begin_as_noise(scheduler, noise):
+    scheduler.set_timesteps(6)
+    assert begins_as_noise(scheduler) is noise
