@@ -207,7 +207,10 @@ def main(connection: Connection, source: Source) -> None:
     outbox.put(_Ready(model))
     while True:
         while not engine.busy or not inbox.empty():
-            message = inbox.get()
+            try:
+                message = inbox.get(timeout=engine.wait)
+            except queue.Empty:
+                break
             if message is None:
                 return
             name, content = message

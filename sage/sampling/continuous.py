@@ -178,7 +178,7 @@ class Continuous:
             repr(sorted(stream._options.items())),
         )
         call = Call(stream, key, next(self._orders), keep if type(scheduler).__name__ in SCHEDULERS else ())
-        nodes = stream.plan.roots
+        nodes, tracks = stream.plan.roots, []
         for node, condition in zip(nodes, _conditions(call, nodes), strict=True):
             leader = min(leaves_of((node,)), key=call.rank)
             generator = stream._generator(leader)
@@ -188,9 +188,10 @@ class Continuous:
             start = (starts or {}).get(leader)
             if start is None:
                 rows = _Rows(stream._noise([leader], [generator]), fresh, joined(condition))
-                self._tracks.append(_Track(call, node, leader, generator, condition, 0, rows))
+                tracks.append(_Track(call, node, leader, generator, condition, 0, rows))
             else:
-                self._tracks.append(_begun(call, leader, generator, condition, start))
+                tracks.append(_begun(call, leader, generator, condition, start))
+        self._tracks += tracks
         return call
 
     def cancel(self, call: Call, images: Collection[int] | None = None) -> None:

@@ -1,8 +1,11 @@
 """The engine: jobs of several clients in one running batch, one event for each image."""
 
+import time
+
 import numpy as np
 import pytest
 import tiny
+from diffusers import DDIMScheduler
 
 from flows.serving.engine import Engine
 from flows.serving.requests import Drawn, Failed, Job
@@ -27,9 +30,9 @@ def pipe(tmp_path_factory):
     return SharedSamplingPipeline.from_pipe(tiny.pipeline("stable_diffusion", tmp_path_factory.mktemp("pipe")))
 
 
-def job(name, prompts, first=0, share="none", **changes):
+def job(name, prompts, first=0, share="none", tenant=None, seeded=True, **changes):
     seeds = [first + number for number in range(len(prompts))]
-    return Job(name, name, prompts, seeds, SETTINGS | changes, share, seeded=True)
+    return Job(name, tenant or name, prompts, seeds, SETTINGS | changes, share, seeded)
 
 
 def run(engine, jobs, between=1):
@@ -39,7 +42,7 @@ def run(engine, jobs, between=1):
         events += engine.submit(one)
         for _ in range(between):
             events += engine.step()
-    while engine.busy:
+    while engine.busy or engine.wait is not None:
         events += engine.step()
     found = {}
     for event in events:
@@ -127,3 +130,83 @@ def test_a_job_larger_than_the_batch_waits_for_room(pipe):
     engine.step()
     assert engine._running.tracks == 2
     assert len(run(engine, [])) == 5
+
+
+CATS = ["a red cat on a mat", "a red cat on a rug", "a red cat on a sofa"]
+
+
+def tenants(first="t", second="t", **changes):
+    """Two jobs of one similar prompt each."""
+    changes = {"share": "tenant", "branch_noise": 1.0, **changes}
+    return job("a", CATS[:1], tenant=first, **changes), job("b", CATS[1:2], 9, tenant=second, **changes)
+
+
+def test_requests_of_a_tenant_that_arrive_together_share(pipe, monkeypatch):
+    monkeypatch.setattr("flows.serving.engine._HOLD", 0.5)
+    engine = Engine(pipe, POLICY, 4, deterministic=True)
+    engine._pace = 1.0
+    found = run(engine, tenants(), between=0)
+    assert [found[name, 0].others for name in "ab"] == [1, 1]
+    assert [found[name, 0].evaluations for name in "ab"] == [6.0, 6.0]
+    wanted = alone(pipe, CATS[:2], [0, 9], Plan.shared([[0, 1]], 4, 0.5), branch_noise=1.0)
+    for name, image in zip("ab", wanted, strict=True):
+        assert np.array_equal(pixels(found[name, 0]), np.asarray(image))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"second": "u"}, {"share": "request"}, {"share": "none"}, {"branch_noise": 0.0}], ids=str
+)
+def test_nothing_is_shared_across_tenants_or_where_nobody_asked(pipe, changes):
+    jobs = tenants(**changes)
+    engine = Engine(pipe, POLICY, 4, deterministic=True)
+    for together in (jobs, jobs[:1], jobs[1:]):
+        found = run(engine, together, between=0)
+        for one in together:
+            event = found[one.id, 0]
+            assert (event.others, event.prefix, event.evaluations) == (0, None, 8.0)
+            (image,) = alone(pipe, one.prompts, one.seeds)
+            assert np.array_equal(pixels(event), np.asarray(image))
+
+
+def test_a_similar_prompt_begins_where_its_neighbour_branched(pipe):
+    engine = Engine(pipe, POLICY, 4, deterministic=True)
+    found = {name: event for one in tenants() for name, event in run(engine, [one]).items()}
+    assert (found["a", 0].prefix, found["a", 0].evaluations) == (None, 8.0)
+    assert (found["b", 0].prefix, found["b", 0].evaluations, found["b", 0].alone) == ("similar", 4.0, 8)
+    third = run(engine, [job("c", ["the stock market fell"], tenant="t", share="tenant", branch_noise=1.0)])
+    assert third["c", 0].prefix is None
+
+
+def test_the_same_prompt_again_begins_after_its_first_step_unless_it_has_a_seed(pipe, monkeypatch):
+    settings = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    monkeypatch.setattr(pipe, "scheduler", DDIMScheduler.from_config(pipe.scheduler.config, **settings))
+    engine = Engine(pipe, POLICY, 4, deterministic=True)
+
+    def ask(name, **changes):
+        return run(engine, [job(name, ["red cat"], 5, **{"tenant": "t", "share": "request", **changes})])[name, 0]
+
+    assert ask("a").prefix is None
+    assert (ask("b", seeded=False).prefix, ask("c", seeded=False).evaluations) == ("exact", 6.0)
+    assert ask("d").prefix is None
+    assert ask("e", seeded=False, share="none").prefix is None
+    assert ask("f", seeded=False, tenant="u").prefix is None
+    assert ask("g", seeded=False, guidance_scale=3.0).prefix is None
+
+
+def test_a_waiting_image_is_released_after_its_deadline_even_if_nothing_else_happens(pipe):
+    engine = Engine(pipe, POLICY, 4)
+    engine.submit(tenants()[0])
+    assert not engine.busy and 0 <= engine.wait <= 0.05
+    time.sleep(engine.wait + 0.01)
+    engine.step()
+    assert engine.busy and engine.wait is None
+
+
+def test_a_cancelled_image_is_not_waited_for(pipe):
+    engine = Engine(pipe, POLICY, 4)
+    first, second = tenants()
+    engine.submit(first)
+    engine.submit(second)
+    engine.cancel("a")
+    found = run(engine, [])
+    assert list(found) == [("b", 0)] and found["b", 0].others == 0
