@@ -33,6 +33,8 @@ class Metrics:
         )
         self.open = Gauge("sage_images_open", "Accepted images that are not finished", registry=registry)
         self.ready = Gauge("sage_ready", "1 if the model process can draw", registry=registry)
+        self.kept = Gauge("sage_prefixes_kept", "Prefixes of earlier requests that are kept", registry=registry)
+        self.bytes = Gauge("sage_prefixes_bytes", "Bytes of these prefixes", registry=registry)
         self.restarts = Gauge("sage_worker_restarts", "Restarts of the model process", registry=registry)
 
     def text(self) -> bytes:

@@ -28,6 +28,10 @@ class Prefixes:
         self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
         self._of_kind: dict[Hashable, list[Hashable]] = {}
 
+    def __len__(self) -> int:
+        """Return the number of prefixes."""
+        return len(self._kept)
+
     def put(self, kind: Hashable, prompts: Sequence[str], prefix: Prefix, embedding: np.ndarray | None = None) -> None:
         """Keep a prefix; an earlier one of the same kind, prompts and step is replaced."""
         key = (kind, tuple(prompts), prefix.step)

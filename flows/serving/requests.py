@@ -126,6 +126,14 @@ class Progress:
     planned: int
 
 
+@dataclass(frozen=True)
+class Kept:
+    """How many prefixes the model process keeps, and their bytes."""
+
+    prefixes: int
+    bytes: int
+
+
 class RequestError(Exception):
     """A request that is refused: HTTP status, machine-readable code, message, and the field that is wrong."""
 

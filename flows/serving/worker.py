@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from flows.serving.requests import Drawn, Failed, Job, Model, Progress, RequestError
+from flows.serving.requests import Drawn, Failed, Job, Kept, Model, Progress, RequestError
 
 _BEAT = 0.5  # seconds between signs of life
 _SILENT = 1.5  # seconds without one until the server is not ready
@@ -61,6 +61,7 @@ class Worker:
         self.source, self.model = source, None
         self.reason = "the model process is starting"
         self.restarts = 0
+        self.kept = Kept(0, 0)
         self._gave_up, self._target = gave_up, target
         self._jobs: dict[str, asyncio.Queue[Event]] = {}
         self._ends: deque[float] = deque(maxlen=_CRASHES)
@@ -154,6 +155,8 @@ class Worker:
                 if self.model is None:
                     self._stopping = True
                     self._gave_up(message.message)
+            elif isinstance(message, Kept):
+                self.kept = message
             elif message.job in self._jobs:
                 self._jobs[message.job].put_nowait(message)
 
@@ -162,6 +165,7 @@ class Worker:
             return
         self.reason = f"the model process ended with code {process.exitcode} and is starting again"
         self._outbox.put(None)
+        self.kept = Kept(0, 0)
         self.fail_all("worker_lost", "the model process ended before the image was finished; try again")
         now = time.monotonic()
         self._ends.append(now)
@@ -205,6 +209,7 @@ def main(connection: Connection, source: Source) -> None:
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
     outbox.put(_Ready(model))
+    kept = Kept(0, 0)
     while True:
         while not engine.busy or not inbox.empty():
             try:
@@ -218,6 +223,9 @@ def main(connection: Connection, source: Source) -> None:
                 outbox.put(event)
         for event in engine.step():
             outbox.put(event)
+        now = Kept(len(engine.prefixes), engine.prefixes.bytes)
+        if now != kept:
+            outbox.put(kept := now)
 
 
 def _load(source: Source) -> tuple[Any, Model]:

@@ -86,6 +86,17 @@ def test_prompts_of_one_request_share_and_say_with_whom(server):
     assert answer["usage"]["saved"] == 0
 
 
+def test_a_tenants_reworded_prompt_begins_where_the_first_branched(server):
+    settings = {"share": "tenant", "user": "u", "steps": 4, "share_ratio": 0.5, "branch_noise": 1.0}
+    first = server.ask("a red cat on a mat", **settings).json()["data"][0]
+    again = server.ask("a red cat on a rug", **settings).json()["data"][0]
+    other = server.ask("a red cat on a rug", **{**settings, "user": "v"}).json()["data"][0]
+    assert [item["prefix"] for item in (first, again, other)] == [None, "similar", None]
+    assert again["evaluations"] == first["evaluations"] / 2
+    assert server.metric('sage_prefixes_total{start="similar"}') == 1
+    assert server.metric("sage_prefixes_bytes") > 0
+
+
 def test_what_cannot_be_drawn_is_the_clients_error(server):
     assert server.ask("a", size="16x16", branch_noise=1.0, steps=1).status_code == 200
     assert server.ready()["ready"]
