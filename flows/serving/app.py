@@ -62,6 +62,10 @@ class Server:
         """Take the model process and how to answer."""
         self.worker, self.options, self.metrics = worker, options, metrics
         self.draining = False
+        self.refused_version: str | None = None  # why the version that the alias names is not served
+        self._others: set[Worker] = set()  # one that is tried, and those that finish their last jobs
+        self._swaps: set[asyncio.Task[None]] = set()
+        worker.moved = self.swap
         self.open = 0
         self._pace: float | None = None  # seconds for each image, at the last rate
         self._last = time.monotonic()
@@ -99,6 +103,45 @@ class Server:
             self._last = now
         self._change(-count)
 
+    def swap(self, version: str) -> None:
+        """Try another version of the model in a second process, and serve it if it draws the test image."""
+        task = asyncio.create_task(self._swap(version))
+        self._swaps.add(task)
+        task.add_done_callback(self._swaps.discard)
+
+    async def _swap(self, version: str) -> None:
+        old, refusals = self.worker, list[str]()
+        new = old.successor(version, refusals.append)
+        self._others.add(new)
+        new.start()
+        while new.problem is not None and not refusals:
+            await asyncio.sleep(0.05)
+        if refusals or self.draining or self.worker is not old:
+            self.refused_version = f"version {version}: {refusals[0]}" if refusals else None
+            log(event="version refused", version=version, reason=self.refused_version)
+            retired = new
+        else:
+            self.worker, new.gave_up, new.moved, self.refused_version = new, old.gave_up, self.swap, None
+            self._others = self._others - {new} | {old}
+            log(event="version served", version=version)
+            retired = old
+        retired.moved = lambda version: None
+        while retired.jobs:
+            await asyncio.sleep(0.05)
+        await retired.stop()
+        self._others.discard(retired)
+
+    def fail_all(self, code: str, message: str) -> None:
+        """Answer everything that is open with an error."""
+        for worker in (self.worker, *self._others):
+            worker.fail_all(code, message)
+
+    async def stop(self) -> None:
+        """End the model processes."""
+        for task in self._swaps:
+            task.cancel()
+        await asyncio.gather(*(worker.stop() for worker in (self.worker, *self._others)))
+
     def link(self, png: bytes) -> str:
         """Keep an image for a while; return the name under which it can be fetched."""
         name = secrets.token_urlsafe(24)
@@ -123,7 +166,7 @@ def create_app(server: Server) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         server.worker.start()
         yield
-        await server.worker.stop()
+        await server.stop()
 
     app = FastAPI(title="SAGE", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Watch, server=server)
@@ -139,6 +182,7 @@ def create_app(server: Server) -> FastAPI:
     async def readyz() -> JSONResponse:
         problem = "the server is shutting down" if server.draining else server.worker.problem
         facts = {"ready": problem is None, "reason": problem, "worker_pid": server.worker.pid}
+        facts["refused_version"] = server.refused_version
         return JSONResponse(facts, 200 if problem is None else 503)
 
     @app.get("/metrics", include_in_schema=False)
@@ -159,7 +203,12 @@ def create_app(server: Server) -> FastAPI:
         model = server.worker.model
         if model is None:
             raise RequestError(503, "not_ready", f"{server.worker.problem}; try again", retry_after=5)
-        own = {"sha256": model.sha256, "settings": model.settings, "size": f"{model.size[1]}x{model.size[0]}"}
+        own = {
+            "version": model.version,
+            "sha256": model.sha256,
+            "settings": model.settings,
+            "size": f"{model.size[1]}x{model.size[0]}",
+        }
         listed = {"id": model.name, "object": "model", "created": model.created, "owned_by": "sage", **own}
         return {"object": "list", "data": [listed]}
 
@@ -202,6 +251,7 @@ class _Answer:
         tenant = None if key is None and asked.user is None else json.dumps([key, asked.user])
         self.job, failed = requests.job(asked, tenant, server.options.limits, model)
         self._server, self._request, self._asked = server, request, asked
+        self._worker = server.worker
         self._count = len(self.job.prompts) + len(failed)
         # The image of the answer that each image of the job is.
         self._places = [place for place in range(self._count) if place not in failed]
@@ -211,7 +261,7 @@ class _Answer:
         self._open = len(self.job.prompts)
         server.take(self._open)
         try:
-            self._events = server.worker.submit(self.job)
+            self._events = self._worker.submit(self.job)
         except RequestError:
             server.give(self._open)
             raise
@@ -319,7 +369,7 @@ class _Answer:
 
     def _end(self) -> None:
         """Give back what is left of the room; what was not drawn for a client that left is cancelled."""
-        self._server.worker.close(self.job.id, cancel=self._open > 0)
+        self._worker.close(self.job.id, cancel=self._open > 0)
         if self._open:
             self._server.metrics.images.labels("cancelled").inc(self._open)
             self._server.give(self._open)

@@ -75,6 +75,7 @@ class Model:
     multiple: int
     batch_size: int
     created: int = 0
+    version: str | None = None  # of a registered model
 
 
 @dataclass(frozen=True)

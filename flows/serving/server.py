@@ -29,12 +29,12 @@ class _Uvicorn(uvicorn.Server):
         """Stop taking requests and answer those that were accepted; after a second signal, with 503 at once."""
         code, later = "draining", self._loop.call_later
         if self.should_exit:
-            self._loop.call_soon_threadsafe(self._sage.worker.fail_all, code, "the server was told to end at once")
+            self._loop.call_soon_threadsafe(self._sage.fail_all, code, "the server was told to end at once")
             self._loop.call_soon_threadsafe(later, _FORCED, setattr, self, "force_exit", True)
             return
         self.should_exit = self._sage.draining = True
         message = f"not finished within {_DRAIN:.0f} s of the shutdown; ask another server"
-        self._loop.call_soon_threadsafe(later, _DRAIN, self._sage.worker.fail_all, code, message)
+        self._loop.call_soon_threadsafe(later, _DRAIN, self._sage.fail_all, code, message)
 
     async def serve(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
         """Serve until a signal."""
@@ -71,7 +71,7 @@ def serve(
         nonlocal code
         code = 1
         log(event="gave up", reason=reason)
-        server.worker.fail_all("worker_lost", reason)
+        server.fail_all("worker_lost", reason)
         running.should_exit = True
 
     server = Server(Worker(source, gave_up, target), options, Metrics())

@@ -13,6 +13,7 @@ import queue
 import signal
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ _BEAT = 0.5  # seconds between signs of life
 _SILENT = 1.5  # seconds without one until the server is not ready
 _DEAD = 5.0  # until the process is killed; while it loads, imports may block for long
 _DEAD_LOADING = 120.0
+_LOOK = 10.0  # seconds between looks at the alias of a registered model
 _CRASHES, _WITHIN = 5, 60.0  # so many ends within so many seconds, and the server gives up
 
 Event = Drawn | Failed | Progress
@@ -37,6 +39,14 @@ class Source:
     model: str
     batch_size: int = 8
     deterministic: bool = False
+    version: str | None = None  # of a registered model; None: the one that the alias names now
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """The alias of the model names another version now."""
+
+    version: str
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,8 @@ class Worker:
         self.reason = "the model process is starting"
         self.restarts = 0
         self.kept = Kept(0, 0)
-        self._gave_up, self._target = gave_up, target
+        self.gave_up, self._target = gave_up, target
+        self.moved: Callable[[str], None] = lambda version: None  # called if the alias names another version
         self._jobs: dict[str, asyncio.Queue[Event]] = {}
         self._ends: deque[float] = deque(maxlen=_CRASHES)
         self._heard = time.monotonic()
@@ -79,12 +90,21 @@ class Worker:
         return self._process.pid if self._process is not None else None
 
     @property
+    def jobs(self) -> int:
+        """Number of open jobs."""
+        return len(self._jobs)
+
+    @property
     def problem(self) -> str | None:
         """Why the process cannot draw now, or None if it can."""
         if self.reason:
             return self.reason
         silent = time.monotonic() - self._heard
         return f"the model process is silent for {silent:.1f} s" if silent > _SILENT else None
+
+    def successor(self, version: str, gave_up: Callable[[str], None]) -> "Worker":
+        """Return a process, not started, for another version of the same model."""
+        return Worker(replace(self.source, version=version), gave_up, self._target)
 
     def start(self) -> None:
         """Start the process; `problem` is None when it is ready."""
@@ -150,11 +170,15 @@ class Worker:
         for message in messages:
             if isinstance(message, _Ready):
                 self.model, self.reason = message.model, ""
+                # After a crash the same version is loaded again, even if the alias has moved to one that cannot be.
+                self.source = replace(self.source, version=message.model.version)
+            elif isinstance(message, _Moved):
+                self.moved(message.version)
             elif isinstance(message, _Refused):
                 self.reason = message.message
                 if self.model is None:
                     self._stopping = True
-                    self._gave_up(message.message)
+                    self.gave_up(message.message)
             elif isinstance(message, Kept):
                 self.kept = message
             elif message.job in self._jobs:
@@ -171,7 +195,7 @@ class Worker:
         self._ends.append(now)
         self.restarts += 1
         if len(self._ends) == _CRASHES and now - self._ends[0] < _WITHIN:
-            self._gave_up(f"the model process ended {_CRASHES} times within {_WITHIN:.0f} s")
+            self.gave_up(f"the model process ended {_CRASHES} times within {_WITHIN:.0f} s")
             return
         self._start()
 
@@ -209,6 +233,8 @@ def main(connection: Connection, source: Source) -> None:
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
     outbox.put(_Ready(model))
+    if model.version is not None:
+        threading.Thread(target=_watch_alias, args=(source.model, model.version, outbox), daemon=True).start()
     kept = Kept(0, 0)
     while True:
         while not engine.busy or not inbox.empty():
@@ -240,12 +266,18 @@ def _load(source: Source) -> tuple[Any, Model]:
     from sage.grouping.policy import Policy
 
     quiet()
-    pipe, sha256, settings, grouping = open_model(source.model)
+    opened, version = source.model, None
+    if opened.startswith("models:/"):
+        from flows.tracking import registry
+
+        version = source.version or registry.current(opened)
+        opened = f"models:/{registry.split(opened)[0]}/{version}"
+    pipe, sha256, settings, grouping = open_model(opened)
     policy = Policy(**grouping.model_dump())
     engine = Engine(pipe, policy, source.batch_size, source.deterministic, Path(source.model))
     size = pipe._size(None, None, dict(pipe._options))
     multiple = pipe.vae_scale_factor * pipe._network.config.get("patch_size", 1)
-    model = Model(source.model, sha256, settings, size, multiple, source.batch_size, int(time.time()))
+    model = Model(source.model, sha256, settings, size, multiple, source.batch_size, int(time.time()), version)
     smoke = settings | {"negative_prompt": "", "height": size[0], "width": size[1], "share_ratio": 0.0}
     events = engine.submit(Job("smoke", "smoke", ["red heart"], [0], smoke, "none", seeded=True))
     while engine.busy:
@@ -253,6 +285,22 @@ def _load(source: Source) -> tuple[Any, Model]:
     if not any(isinstance(event, Drawn) for event in events):
         raise RuntimeError(f"the test prompt cannot be drawn: {events}")
     return engine, model
+
+
+def _watch_alias(address: str, version: str, outbox: "queue.SimpleQueue[Any]") -> None:
+    """Say when the alias names another version; a registry that does not answer changes nothing."""
+    from flows.tracking import registry
+
+    while True:
+        time.sleep(_LOOK)
+        try:
+            found = registry.current(address)
+        except Exception:
+            traceback.print_exc()
+            continue
+        if found != version:
+            version = found
+            outbox.put(_Moved(version))
 
 
 def _receive(connection: Connection, inbox: "queue.SimpleQueue[Any]") -> None:

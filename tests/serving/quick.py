@@ -19,7 +19,10 @@ SETTINGS = {"steps": 6, "guidance_scale": 1.0, "share_ratio": 0.34, "branch_nois
 
 
 def draw(seconds, connection, source):
-    """Answer jobs in order, one image in `seconds`; a prompt "poison" fails, "crash" ends the process."""
+    """Answer jobs in order, one image in `seconds`; a prompt "poison" fails, "crash" ends the process.
+
+    A model that is a file stands for an alias: it holds the version, of which "bad" cannot be loaded.
+    """
     lock = threading.Lock()
 
     def send(*events):
@@ -39,7 +42,24 @@ def draw(seconds, connection, source):
         send(worker._Refused("broken cannot be served"))
         time.sleep(1)
         return
-    model = Model(source.model, "0" * 64, SETTINGS, (64, 64), 8, source.batch_size)
+    file, version = Path(source.model), source.version
+    if file.is_file():
+        version = version or file.read_text()
+        if version == "bad":
+            send(worker._Refused("bad cannot be served"))
+            time.sleep(1)
+            return
+
+        def look():
+            seen = version
+            while True:
+                time.sleep(0.1)
+                if file.read_text() != seen:
+                    seen = file.read_text()
+                    send(worker._Moved(seen))
+
+        threading.Thread(target=look, daemon=True).start()
+    model = Model(source.model, "0" * 64, SETTINGS, (64, 64), 8, source.batch_size, version=version)
     send(worker._Ready(model))
     inbox, cancelled = queue.SimpleQueue(), set()
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -288,3 +289,38 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason(tmp_path)
     with without_model(tmp_path, "--model", "broken") as server:
         assert server.process.wait(20) == 1
         assert "broken cannot be served" in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_another_version_is_served_without_a_failed_request_and_a_bad_one_not_at_all(tmp_path):
+    alias = tmp_path / "alias"
+    alias.write_text("1")
+
+    def version():
+        return server.client.get("/v1/models").json()["data"][0]["version"]
+
+    with without_model(tmp_path, "--model", str(alias), "--seconds", "0.02") as server, ThreadPoolExecutor(4) as pool:
+        server.wait()
+        first, going, statuses = server.ready()["worker_pid"], [True], []
+
+        def load():
+            while going:
+                statuses.append(server.ask(["a"] * 3).status_code)
+
+        loads = [pool.submit(load) for _ in range(4)]
+        alias.write_text("2")
+        wait_for(lambda: version() == "2", 20)
+        wait_for(lambda: not Path(f"/proc/{first}").exists(), 10)
+        alias.write_text("bad")
+        wait_for(lambda: server.ready()["refused_version"] is not None, 20)
+        assert version() == "2" and server.ready()["ready"]
+        going.clear()
+        [one.result() for one in loads]
+        assert len(statuses) > 20 and set(statuses) == {200}
+        os.kill(server.ready()["worker_pid"], signal.SIGKILL)
+        wait_for(lambda: server.metric("sage_worker_restarts") == 1, 10)
+        server.wait()
+        assert version() == "2"
+        alias.write_text("3")
+        wait_for(lambda: version() == "3", 20)
+        assert server.ready()["refused_version"] is None
