@@ -221,7 +221,6 @@ def main(connection: Connection, source: Source) -> None:
     """Run the model process until the pipe closes."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the server decides when to end
-    os.nice(5)  # the server must answer while the model computes
     outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_send_events, args=(connection, outbox), daemon=True).start()
     try:
