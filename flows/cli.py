@@ -140,6 +140,32 @@ def group(context: typer.Context) -> None:
     _delegate("flows.prompts.group", context)
 
 
+@app.command(rich_help_panel="Pictures for your own prompts")
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="Pipeline folder, hub name or registered model.")
+    ] = "models:/sage@champion",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Maximum images in a network call.")] = 8,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="One image per network call: bits independent of other requests.")
+    ] = False,
+    queue: Annotated[int, typer.Option(min=0, help="Images that may wait; above it, 429.")] = 64,
+    tokens: Annotated[Path | None, typer.Option(help="File of bearer tokens, lines of tenant:token.")] = None,
+    allowed_host: Annotated[list[str] | None, typer.Option(help="Further host name of this server.")] = None,
+) -> None:
+    """Serve images over HTTP with OpenAI's images API; requests run in one batch and may share early steps.
+
+    On SIGTERM, accepted requests are answered first. Exits with code 1 if the model process cannot run.
+    """
+    from flows.serving import server
+    from flows.serving.worker import Source
+
+    if code := server.serve(Source(model, batch_size, deterministic), host, port, queue, tokens, allowed_host or []):
+        raise typer.Exit(code)
+
+
 @app.command(context_settings=_DELEGATE, rich_help_panel="Models")
 def pretrain(context: typer.Context) -> None:
     """Train the base model (autoencoder, denoiser) and the dual encoder that measures text-image alignment."""

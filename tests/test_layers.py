@@ -16,6 +16,10 @@ ONLY_IN = {
     "prefect": ("flows/orchestration/",),
     "mlflow": ("flows/tracking/",),
     "dvc": ("flows/versioning/objects.py",),
+    "fastapi": ("flows/serving/",),
+    "starlette": ("flows/serving/", "flows/orchestration/local.py"),
+    "uvicorn": ("flows/serving/", "flows/orchestration/local.py"),
+    "prometheus_client": ("flows/serving/",),
 }
 STAGES = repository.stages(ROOT / "dvc.yaml")
 # The five rooms of the library, one for each stage, and the rooms that each may import besides the files of `sage/`.
@@ -119,6 +123,7 @@ def test_a_stage_imports_the_library_and_what_records_and_shows(stage):
         ("flows.orchestration.graph", {"torch", "mlflow", "diffusers"}),
         ("flows.cli", {"torch", "mlflow", "prefect", "dvc", "diffusers", "transformers", "pydantic", "numpy"}),
         ("flows.tracking.registry", {"torch", "mlflow", "prefect"}),
+        ("flows.serving.server", {"torch", "mlflow", "prefect", "diffusers", "transformers"}),
         ("sage", {"torch", "diffusers"}),
     ],
 )

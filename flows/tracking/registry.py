@@ -88,6 +88,13 @@ def fetch(name: str, folder: Path) -> content.Version:
     return content.download(tracker, find(tracker, aliases(tracker, model).get(version, version), model), folder)
 
 
+def current(address: str) -> str:
+    """Return the number of the version that a models:/ URI names now; raise RegistryError if there is none."""
+    tracker, _ = connect()
+    model, version = split(address)
+    return str(find(tracker, aliases(tracker, model).get(version, version), model).version)
+
+
 def split(address: str) -> tuple[str, str]:
     """Split a models:/ URI into model name and version or alias; raise RegistryError if it has another form."""
     match = re.fullmatch(r"models:/([^/@]+)[/@]([^/@]+)", address)

@@ -47,7 +47,7 @@ def check_branch_noise(scheduler: Any, s: float) -> None:
 
 def rotated(scheduler: Any, step: int, x: Tensor, x_0: Tensor, xi: Tensor, s: float) -> Tensor:
     """Return the input latents x of a step with their noise rotated towards xi; x, x_0 and xi have one shape."""
-    alpha, sigma = (float(level) for level in _levels(scheduler, step))
+    alpha, sigma = (float(level) for level in levels(scheduler, step))
     eps = (x - alpha * x_0) / sigma
     x_rotated: Tensor = alpha * x_0 + sigma * ((1 - s**2) ** 0.5 * eps + s * xi)
     return x_rotated.to(x.dtype)
@@ -68,7 +68,7 @@ def recentred(
     """
     x, output = x.clone(), output.clone()
     own = predicted_x_0(scheduler, step, x[rows], output[rows])
-    alpha = float(_levels(scheduler, step)[0])
+    alpha = float(levels(scheduler, step)[0])
     x[rows] += (s**2 * alpha * (own - x_0)).to(x.dtype)
     kind, level, x_t = _normalised(scheduler, step, x[rows])
     eps = diffusion.implied_noise(x_t, own, *level)
@@ -88,12 +88,12 @@ def _normalised(scheduler: Any, step: int, x: Tensor) -> tuple[diffusion.Predict
     Euler schedulers keep latents divided by alpha, so variance-preserving ones are scaled to alpha^2 + sigma^2 = 1.
     """
     kind = diffusion.prediction_type(scheduler)
-    alpha, sigma = (torch.as_tensor(level, dtype=torch.float32) for level in _levels(scheduler, step))
+    alpha, sigma = (torch.as_tensor(level, dtype=torch.float32) for level in levels(scheduler, step))
     norm = torch.ones(()) if kind == "flow_prediction" else torch.hypot(alpha, sigma)
     return kind, (alpha / norm, sigma / norm), x.float() / norm.to(x.device)
 
 
-def _levels(scheduler: Any, step: int) -> tuple[Any, Any]:
+def levels(scheduler: Any, step: int) -> tuple[Any, Any]:
     """Return alpha and sigma of a step's input latents, in the scheduler's own scaling."""
     name = type(scheduler).__name__
     if name in ("DDIMScheduler", "DDPMScheduler"):

@@ -253,11 +253,12 @@ def test_the_four_doors_of_a_team(stack, project):
     assert weights, "the model is in the object store"
 
     stack.up("serving")
-    body = json.dumps({"inputs": ["red circle", "blue square"], "params": {"steps": 2}}).encode()
-    ask = urllib.request.Request(f"{stack.url('serving')}/invocations", body, {"Content-Type": "application/json"})
+    body = json.dumps({"prompt": ["red circle", "blue square"], "steps": 2}).encode()
+    path = f"{stack.url('serving')}/v1/images/generations"
+    ask = urllib.request.Request(path, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(ask, timeout=120) as answer:
-        items = json.load(answer)["predictions"]
-    assert [item["prompt"] for item in items] == ["red circle", "blue square"]
+        items = json.load(answer)["data"]
+    assert [item["revised_prompt"] for item in items] == ["red circle", "blue square"]
     for item in items:
-        with Image.open(io.BytesIO(base64.b64decode(item["png"]))) as image:
+        with Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))) as image:
             assert image.size == (64, 64)

@@ -1,0 +1,357 @@
+"""The engine of the model process: a queue of jobs, drawn together by continuous batching.
+
+A *unit* is what is admitted at once: one image, or a group of images of one request that share their early steps.
+Units are admitted in order of arrival as rows of the running batch become free.
+"""
+
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flows.serving.prefixes import Prefixes
+from flows.serving.requests import Drawn, Failed, Job, Progress
+from sage.grouping.auto import DEFAULT
+from sage.grouping.embedding import embed
+from sage.grouping.online import StreamingGrouper
+from sage.grouping.policy import Policy
+from sage.sampling.continuous import Call, Continuous, Finished, Prefix, Start, begins_as_noise
+from sage.sampling.plan import Block, Node, Plan, shared_steps
+
+_HOLD = 0.05  # seconds that an image waits at most for others of its tenant to share with
+_WINDOW = 1024  # images of one kind that wait so
+
+
+@dataclass(eq=False)
+class _Member:
+    """One image of a job."""
+
+    job: Job
+    index: int
+    done: bool = False  # finished, failed or cancelled
+
+    @property
+    def prompt(self) -> str:
+        """Its prompt."""
+        return self.job.prompts[self.index]
+
+
+@dataclass(eq=False)
+class _Unit:
+    """Images that share early steps until step `until`; a single image shares none.
+
+    With the mean `embedding` of its prompts it may begin from a similar prefix, or leave one at step `until`.
+    """
+
+    members: tuple[_Member, ...]
+    until: int
+    steps: int
+    embedding: np.ndarray | None = None
+    start: Start | None = None
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What units must have in common to share anything: the tenant and all settings."""
+        job = self.members[0].job
+        return (job.tenant, *sorted(job.settings.items()))
+
+
+@dataclass
+class _Forming:
+    """Images of one kind that wait for others to share with."""
+
+    grouper: StreamingGrouper[int]
+    members: list[tuple[_Member, np.ndarray]] = field(default_factory=list)
+
+
+Event = Drawn | Failed | Progress
+
+
+class Engine:
+    """Draws the images of jobs; every image of an accepted job ends as one `Drawn` or one `Failed`, or is cancelled.
+
+    The images in `Drawn` are not encoded yet: `png` holds the PIL image, for the sender to encode.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        policy: Policy,
+        batch_size: int,
+        deterministic: bool = False,
+        model: Path = Path(),
+        prefix_bytes: int = 64 << 20,
+    ) -> None:
+        """Take what draws and what groups.
+
+        pipe           pipeline for shared sampling
+        policy         how the prompts of a request are grouped
+        batch_size     blocks that run at a time
+        deterministic  whether a network call evaluates one block, so that images do not depend on their company at all
+        model          folder of the model, for a policy with `max_damage`
+        prefix_bytes   bytes of prefixes kept for later requests
+        """
+        self._pipe, self._policy, self._model = pipe, policy, model
+        self.batch_size = batch_size
+        self._rows = 1 if deterministic else batch_size
+        self._running = Continuous(pipe, self._rows)
+        self._queue: deque[_Unit] = deque()
+        self._members: dict[str, list[_Member]] = {}
+        self._calls: dict[Call, list[tuple[_Member, _Unit]]] = {}
+        self.prefixes = Prefixes(prefix_bytes)
+        self._forming: dict[tuple[Any, ...], _Forming] = {}
+        self._pace = _HOLD  # seconds of a step
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has something to do, besides releasing images that wait for others to share with."""
+        return bool(self._queue) or self._running.tracks > 0
+
+    @property
+    def wait(self) -> float | None:
+        """Seconds until `step` must be called for images that wait for others; None if there are none."""
+        due = [one.grouper.deadline for one in self._forming.values() if one.grouper.deadline is not None]
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    def submit(self, job: Job) -> list[Event]:
+        """Queue the images of a job; return errors of those that cannot be drawn at all."""
+        members = [_Member(job, index) for index in range(len(job.prompts))]
+        self._members[job.id] = list(members)
+        try:
+            if self._shares(job):
+                self._form(job, members)
+            else:
+                self._queue.extend(list(self._units(job, members)))
+        except Exception as error:
+            return [self._failed(member, error) for member in members]
+        return []
+
+    def cancel(self, job: str) -> None:
+        """Forget a job: its images are not drawn further, and nothing more is said about them."""
+        for member in self._members.pop(job, []):
+            member.done = True
+        self._queue = deque(unit for unit in self._queue if not all(member.done for member in unit.members))
+        for call in self._calls:
+            self._drop_done(call)
+        self._forget()
+
+    def step(self) -> list[Event]:
+        """Admit what there is room for, run one step of one batch, and return what finished."""
+        self._release()
+        events = self._admit()
+        before = {call: call.evaluations for call in self._calls}
+        began = time.monotonic()
+        try:
+            finished = self._running.step()
+        except Exception as error:
+            return events + self._abandon(error)
+        self._pace = 0.9 * self._pace + 0.1 * (time.monotonic() - began)
+        self._keep()
+        events += [self._drawn(one) for one in finished]
+        self._forget()
+        changed = {call for call, evaluations in before.items() if call.evaluations != evaluations}
+        return events + list(self._progress(changed))
+
+    def _steps(self, job: Job) -> tuple[int, int]:
+        """Return the number of steps of a job's images, and at which of them a group branches."""
+        settings = job.settings
+        self._pipe._set_timesteps(settings["steps"], settings["height"], settings["width"])
+        steps = len(self._pipe.scheduler.timesteps)
+        return steps, shared_steps(settings["share_ratio"], steps)
+
+    def _shares(self, job: Job) -> bool:
+        """Whether a job's images may share with other requests of its tenant; it takes branch noise to differ."""
+        return job.share == "tenant" and bool(self._steps(job)[1]) and job.settings.get("branch_noise", 0.0) > 0
+
+    def _units(self, job: Job, members: Sequence[_Member]) -> Iterator[_Unit]:
+        steps, until = self._steps(job)
+        groups: Sequence[Sequence[int]] = [[index] for index in range(len(members))]
+        if job.share != "none" and until and len(set(job.prompts)) > 1:
+            embeddings = embed(job.prompts)
+            threshold = self._policy.choose_threshold(embeddings, job.settings["share_ratio"], self._model)
+            groups = self._policy.form(job.prompts, embeddings, threshold)
+        for group in groups:
+            yield _Unit(tuple(members[index] for index in group), until if len(group) > 1 else 0, steps)
+
+    def _threshold(self, job: Job) -> float:
+        """Return the cosine that prompts of different requests need to share."""
+        if self._policy.saving is not None:  # it follows from a set of prompts, which nobody has here
+            return float(DEFAULT.threshold or 0)
+        return self._policy.choose_threshold(np.zeros((0, 0)), job.settings["share_ratio"], self._model)
+
+    def _form(self, job: Job, members: Sequence[_Member]) -> None:
+        """Queue images that can begin from a prefix; let the others wait for company, no longer than it can gain."""
+        steps, until = self._steps(job)
+        for member, embedding in zip(members, embed(job.prompts), strict=True):
+            unit = _Unit((member,), until, steps, embedding)
+            if self._similar(unit) is not None:
+                self._queue.append(unit)
+                continue
+            if unit.kind not in self._forming:
+                grouper: StreamingGrouper[int] = StreamingGrouper(
+                    self._threshold(job), self._policy.max_size, wait=_HOLD, window=_WINDOW
+                )
+                self._forming[unit.kind] = _Forming(grouper)
+            forming = self._forming[unit.kind]
+            forming.grouper.wait = min(_HOLD, until * self._pace)
+            forming.grouper.add(len(forming.members), embedding, time.monotonic())
+            forming.members.append((member, embedding))
+
+    def _release(self) -> None:
+        """Queue the images that have waited enough, as groups by the same policy as those of one request."""
+        now = time.monotonic()
+        for kind, forming in list(self._forming.items()):
+            for numbers in forming.grouper.release(now):
+                found = [forming.members[number] for number in numbers if not forming.members[number][0].done]
+                if not found:
+                    continue
+                steps, until = self._steps(found[0][0].job)
+                embeddings = np.stack([embedding for _, embedding in found])
+                prompts = [member.prompt for member, _ in found]
+                for group in self._policy.form(prompts, embeddings, forming.grouper.threshold):
+                    mean = embeddings[group].mean(0)
+                    members = tuple(found[index][0] for index in group)
+                    self._queue.append(_Unit(members, until, steps, mean / np.linalg.norm(mean)))
+            if not forming.grouper.waiting:
+                del self._forming[kind]
+
+    def _similar(self, unit: _Unit) -> Prefix | None:
+        if unit.embedding is None or len(unit.members) > 1:
+            return None
+        member, policy = unit.members[0], self._policy
+        low, high = self._threshold(member.job), policy.near_duplicate
+        guard = policy.guard or ()
+        return self.prefixes.similar(unit.kind, member.prompt, unit.embedding, low, high, guard)
+
+    def _begin(self, unit: _Unit) -> Start | None:
+        """Return how a unit begins from an earlier request's prefix, if it may and there is one."""
+        job = unit.members[0].job
+        if len(unit.members) > 1 or job.share == "none":
+            return None
+        if similar := self._similar(unit):
+            return Start(similar, own_noise=False)
+        if not job.seeded and (first := self.prefixes.first(unit.kind, unit.members[0].prompt)):
+            return Start(first, own_noise=True)
+        return None
+
+    def _keep(self) -> None:
+        """Keep the prefixes that the last step left, for the tenant of each."""
+        for call, places in self._calls.items():
+            for images, prefix in call.kept:
+                unit = places[images[0]][1]
+                prompts = [member.prompt for member in unit.members]
+                job = unit.members[0].job
+                if job.tenant == job.id or unit.start is not None:
+                    continue
+                if unit.embedding is not None and prefix.step == unit.until:
+                    self.prefixes.put(unit.kind, prompts, prefix, unit.embedding)
+                elif prefix.step == 1 and len(prompts) == 1:
+                    self.prefixes.put(unit.kind, prompts, prefix)
+            call.kept.clear()
+
+    def _admit(self) -> list[Event]:
+        """Move units from the queue into the running batch, those of equal settings as one call."""
+        events: list[Event] = []
+        while self._queue and (room := self.batch_size - self._running.tracks) > 0:
+            units = [self._queue.popleft()]
+            settings = units[0].members[0].job.settings
+            while self._queue and len(units) < room and self._queue[0].members[0].job.settings == settings:
+                units.append(self._queue.popleft())
+            try:
+                self._start(units)
+            except Exception:
+                # One of them is at fault: it alone fails.
+                singles = [_Unit((member,), 0, unit.steps) for unit in units for member in unit.members]
+                for single in singles:
+                    try:
+                        self._start([single])
+                    except Exception as error:
+                        events += [self._failed(member, error) for member in single.members if not member.done]
+        return events
+
+    def _start(self, units: Sequence[_Unit]) -> None:
+        places = [(member, unit) for unit in units for member in unit.members]
+        settings = units[0].members[0].job.settings
+        roots: list[Node] = []
+        starts = {}
+        number = 0
+        for unit in units:
+            unit.start = self._begin(unit)
+            if unit.start is not None:
+                starts[number] = unit.start
+            numbers = tuple(range(number, number + len(unit.members)))
+            roots.append(Block(unit.until, numbers) if len(numbers) > 1 else number)
+            number += len(numbers)
+        stream = self._pipe.stream(
+            [member.prompt for member, _ in places],
+            plan=Plan(units[0].steps, tuple(roots)),
+            num_inference_steps=settings["steps"],
+            guidance_scale=settings["guidance_scale"],
+            branch_noise=settings.get("branch_noise", 0.0),
+            negative_prompt=settings["negative_prompt"] or None,
+            height=settings["height"],
+            width=settings["width"],
+            seed=[member.job.seeds[member.index] for member, _ in places],
+            batch_size=self._rows,
+        )
+        first = [1] if begins_as_noise(stream._pipe.scheduler) else []
+        call = self._running.admit(stream, {*first, *(unit.until for unit in units)} - {0}, starts)
+        self._calls[call] = places
+        self._drop_done(call)
+
+    def _drawn(self, one: Finished) -> Drawn:
+        member, unit = self._calls[one.call][one.index]
+        self._finish(member)
+        stream, job = one.call.stream, member.job
+        mates = [other for other in unit.members if other is not member]
+        return Drawn(
+            job.id,
+            member.index,
+            one.image,
+            one.seed,
+            evaluations=round(one.evaluations, 6),
+            alone=unit.steps * (2 if job.settings["guidance_scale"] > 1 else 1),
+            shared_with=[other.index for other in mates if other.job is job],
+            others=sum(other.job is not job for other in mates),
+            prefix=None if unit.start is None else "exact" if unit.start.own_noise else "similar",
+            truncated_tokens=stream.truncated_tokens[one.index],
+        )
+
+    def _progress(self, calls: set[Call]) -> Iterator[Progress]:
+        for call in calls:
+            for job in {
+                member.job.id for member, _ in self._calls.get(call, []) if member.job.progress and not member.done
+            }:
+                yield Progress(job, call.evaluations, call.planned)
+
+    def _abandon(self, error: Exception) -> list[Event]:
+        """Give up everything that runs, after an error that no single image can be blamed for."""
+        for call in self._calls:
+            self._running.cancel(call)
+        left = [member for places in self._calls.values() for member, _ in places if not member.done]
+        self._calls.clear()
+        return [self._failed(member, error) for member in left]
+
+    def _failed(self, member: _Member, error: Exception) -> Failed:
+        traceback.print_exception(error)
+        self._finish(member)
+        return Failed(member.job.id, member.index, "generation_failed", f"{type(error).__name__}: {error}"[:500])
+
+    def _finish(self, member: _Member) -> None:
+        member.done = True
+        if all(other.done for other in self._members.get(member.job.id, [])):
+            self._members.pop(member.job.id, None)
+
+    def _drop_done(self, call: Call) -> None:
+        self._running.cancel(call, [place for place, (member, _) in enumerate(self._calls[call]) if member.done])
+
+    def _forget(self) -> None:
+        """Drop the calls that nobody waits for."""
+        self._calls = {
+            call: places for call, places in self._calls.items() if not all(member.done for member, _ in places)
+        }

@@ -1,0 +1,47 @@
+"""Figures of the server for Prometheus, and one line of log for each request."""
+
+import json
+import sys
+import time
+from typing import IO, Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 60)
+
+
+class Metrics:
+    """Counters of one server; labels have few values, none of them chosen by clients."""
+
+    def __init__(self) -> None:
+        """Begin with everything at 0."""
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "sage_requests", "Answered requests, probes excluded", ["route", "status"], registry=registry
+        )
+        self.rejected = Counter(
+            "sage_rejected", "Refused requests for images, by reason", ["reason"], registry=registry
+        )
+        self.images = Counter("sage_images", "Images of accepted requests", ["outcome"], registry=registry)
+        self.evaluations = Counter("sage_evaluations", "Network evaluations of finished images", registry=registry)
+        self.alone = Counter(
+            "sage_evaluations_alone", "What the finished images would have cost alone", registry=registry
+        )
+        self.prefixes = Counter("sage_prefixes", "Images by how they began", ["start"], registry=registry)
+        self.seconds = Histogram(
+            "sage_request_seconds", "Time to answer", ["route"], buckets=_SECONDS, registry=registry
+        )
+        self.open = Gauge("sage_images_open", "Accepted images that are not finished", registry=registry)
+        self.ready = Gauge("sage_ready", "1 if the model process can draw", registry=registry)
+        self.kept = Gauge("sage_prefixes_kept", "Prefixes of earlier requests that are kept", registry=registry)
+        self.bytes = Gauge("sage_prefixes_bytes", "Bytes of these prefixes", registry=registry)
+        self.restarts = Gauge("sage_worker_restarts", "Restarts of the model process", registry=registry)
+
+    def text(self) -> bytes:
+        """Return all figures in Prometheus's text format."""
+        return generate_latest(self.registry)
+
+
+def log(output: IO[str] | None = None, **facts: Any) -> None:
+    """Write one line of JSON in ASCII, so that no client can put control characters into it."""
+    print(json.dumps({"time": round(time.time(), 3), **facts}), file=output or sys.stderr, flush=True)

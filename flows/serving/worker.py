@@ -1,0 +1,333 @@
+"""The model process: started, watched and restarted by the server, which speaks to it over a pipe.
+
+The process holds the pipeline and its engine. It ends when the pipe closes, so it never outlives the server. It sends a
+sign of life twice a second; if it is silent, the server is not ready, and if it stays silent, it is killed. What it had
+not answered then fails; nothing is kept for its successor.
+"""
+
+import asyncio
+import io
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+from flows.serving.requests import Drawn, Failed, Job, Kept, Model, Progress, RequestError
+
+_BEAT = 0.5  # seconds between signs of life
+_SILENT = 1.5  # seconds without one until the server is not ready
+_DEAD = 5.0  # until the process is killed; while it loads, imports may block for long
+_DEAD_LOADING = 120.0
+_LOOK = 10.0  # seconds between looks at the alias of a registered model
+_CRASHES, _WITHIN = 5, 60.0  # so many ends within so many seconds, and the server gives up
+
+Event = Drawn | Failed | Progress
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the process opens and how it draws: a model as `sage generate --model` takes it, rows of a network call."""
+
+    model: str
+    batch_size: int = 8
+    deterministic: bool = False
+    version: str | None = None  # of a registered model; None: the one that the alias names now
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """The alias of the model names another version now."""
+
+    version: str
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """The process can draw."""
+
+    model: Model
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """The process cannot load its model."""
+
+    message: str
+
+
+class Worker:
+    """The model process as the server sees it; all methods belong to the server's event loop."""
+
+    def __init__(self, source: Source, gave_up: Callable[[str], None], target: Callable[..., None]) -> None:
+        """`gave_up` gets the reason if there is no use in another restart; the process runs `target`."""
+        self.source, self.model = source, None
+        self.reason = "the model process is starting"
+        self.restarts = 0
+        self.kept = Kept(0, 0)
+        self.gave_up, self._target = gave_up, target
+        self.moved: Callable[[str], None] = lambda version: None  # called if the alias names another version
+        self._jobs: dict[str, asyncio.Queue[Event]] = {}
+        self._ends: deque[float] = deque(maxlen=_CRASHES)
+        self._heard = time.monotonic()
+        self._stopping = False
+        self._process: Any = None
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._watching: asyncio.Task[None] | None = None
+
+    model: Model | None
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id."""
+        return self._process.pid if self._process is not None else None
+
+    @property
+    def jobs(self) -> int:
+        """Number of open jobs."""
+        return len(self._jobs)
+
+    @property
+    def problem(self) -> str | None:
+        """Why the process cannot draw now, or None if it can."""
+        if self.reason:
+            return self.reason
+        silent = time.monotonic() - self._heard
+        return f"the model process is silent for {silent:.1f} s" if silent > _SILENT else None
+
+    def successor(self, version: str, gave_up: Callable[[str], None]) -> "Worker":
+        """Return a process, not started, for another version of the same model."""
+        return Worker(replace(self.source, version=version), gave_up, self._target)
+
+    def start(self) -> None:
+        """Start the process; `problem` is None when it is ready."""
+        self._start()
+        self._watching = asyncio.create_task(self._watch())
+
+    async def stop(self) -> None:
+        """End the process."""
+        self._stopping = True
+        if self._watching is not None:
+            self._watching.cancel()
+        self._outbox.put(None)
+        if self._process is not None:
+            await asyncio.to_thread(self._process.join, 2.0)
+            self._process.kill()
+            await asyncio.to_thread(self._process.join)
+
+    def submit(self, job: Job) -> "asyncio.Queue[Event]":
+        """Send a job; return the queue of its events. Raises RequestError with status 503 if it cannot be drawn."""
+        if problem := self.problem:
+            raise RequestError(503, "not_ready", f"{problem}; try again", retry_after=5)
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        self._jobs[job.id] = events
+        self._outbox.put(("submit", job))
+        return events
+
+    def close(self, job: str, *, cancel: bool) -> None:
+        """Forget a job; `cancel` if it is not finished."""
+        if self._jobs.pop(job, None) is not None and cancel:
+            self._outbox.put(("cancel", job))
+
+    def fail_all(self, code: str, message: str) -> None:
+        """Answer everything that is open with an error."""
+        for job, events in self._jobs.items():
+            events.put_nowait(Failed(job, None, code, message))
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        self._heard = time.monotonic()
+        self._process = context.Process(target=self._target, args=(theirs, self.source), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._outbox = queue.SimpleQueue()
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=_send_all, args=(ours, self._outbox), daemon=True).start()
+        threading.Thread(target=self._listen, args=(ours, loop, self._process), daemon=True).start()
+
+    def _listen(self, connection: Connection, loop: asyncio.AbstractEventLoop, process: Any) -> None:
+        try:
+            while True:
+                loop.call_soon_threadsafe(self._hear, connection.recv())
+        except (EOFError, OSError):
+            pass
+        except RuntimeError:
+            return  # the loop is closed
+        process.join(5.0)
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(self._ended, process)
+
+    def _hear(self, messages: list[Any]) -> None:
+        self._heard = time.monotonic()
+        for message in messages:
+            if isinstance(message, _Ready):
+                self.model, self.reason = message.model, ""
+                # After a crash the same version is loaded again, even if the alias has moved to one that cannot be.
+                self.source = replace(self.source, version=message.model.version)
+            elif isinstance(message, _Moved):
+                self.moved(message.version)
+            elif isinstance(message, _Refused):
+                self.reason = message.message
+                if self.model is None:
+                    self._stopping = True
+                    self.gave_up(message.message)
+            elif isinstance(message, Kept):
+                self.kept = message
+            elif message.job in self._jobs:
+                self._jobs[message.job].put_nowait(message)
+
+    def _ended(self, process: Any) -> None:
+        if self._stopping or process is not self._process:
+            return
+        self.reason = f"the model process ended with code {process.exitcode} and is starting again"
+        self._outbox.put(None)
+        self.kept = Kept(0, 0)
+        self.fail_all("worker_lost", "the model process ended before the image was finished; try again")
+        now = time.monotonic()
+        self._ends.append(now)
+        self.restarts += 1
+        if len(self._ends) == _CRASHES and now - self._ends[0] < _WITHIN:
+            self.gave_up(f"the model process ended {_CRASHES} times within {_WITHIN:.0f} s")
+            return
+        self._start()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_BEAT / 2)
+            silent = time.monotonic() - self._heard
+            if silent > (_DEAD_LOADING if self.reason else _DEAD) and self._process.is_alive():
+                self._process.kill()  # the listener then sees the pipe close
+
+
+def _send_all(connection: Connection, outbox: "queue.SimpleQueue[Any]") -> None:
+    """Send what is in the outbox, until None: a stopped process must block this thread, not the server."""
+    while (message := outbox.get()) is not None:
+        try:
+            connection.send(message)
+        except OSError:
+            return
+    connection.close()
+
+
+def main(connection: Connection, source: Source) -> None:
+    """Run the model process until the pipe closes."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the server decides when to end
+    outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_send_events, args=(connection, outbox), daemon=True).start()
+    try:
+        engine, model = _load(source)
+    except Exception as error:
+        outbox.put(_Refused(f"{source.model} cannot be served: {type(error).__name__}: {error}"[:1000]))
+        time.sleep(2 * _BEAT)
+        return
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+    outbox.put(_Ready(model))
+    if model.version is not None:
+        threading.Thread(target=_watch_alias, args=(source.model, model.version, outbox), daemon=True).start()
+    kept = Kept(0, 0)
+    while True:
+        while not engine.busy or not inbox.empty():
+            try:
+                message = inbox.get(timeout=engine.wait)
+            except queue.Empty:
+                break
+            if message is None:
+                return
+            name, content = message
+            for event in engine.submit(content) if name == "submit" else engine.cancel(content) or ():
+                outbox.put(event)
+        for event in engine.step():
+            outbox.put(event)
+        now = Kept(len(engine.prefixes), engine.prefixes.bytes)
+        if now != kept:
+            outbox.put(kept := now)
+
+
+def _load(source: Source) -> tuple[Any, Model]:
+    """Return an engine that has drawn a test image, and the description of its model."""
+    from pathlib import Path
+
+    import sage.torchvision_ops  # noqa: F401
+
+    from flows.prompts.generate import open_model
+    from flows.serving.engine import Engine
+    from flows.terminal import quiet
+    from sage.grouping.policy import Policy
+
+    quiet()
+    opened, version = source.model, None
+    if opened.startswith("models:/"):
+        from flows.tracking import registry
+
+        version = source.version or registry.current(opened)
+        opened = f"models:/{registry.split(opened)[0]}/{version}"
+    pipe, sha256, settings, grouping = open_model(opened)
+    policy = Policy(**grouping.model_dump())
+    engine = Engine(pipe, policy, source.batch_size, source.deterministic, Path(source.model))
+    size = pipe._size(None, None, dict(pipe._options))
+    multiple = pipe.vae_scale_factor * pipe._network.config.get("patch_size", 1)
+    model = Model(source.model, sha256, settings, size, multiple, source.batch_size, int(time.time()), version)
+    smoke = settings | {"negative_prompt": "", "height": size[0], "width": size[1], "share_ratio": 0.0}
+    events = engine.submit(Job("smoke", "smoke", ["red heart"], [0], smoke, "none", seeded=True))
+    while engine.busy:
+        events += engine.step()
+    if not any(isinstance(event, Drawn) for event in events):
+        raise RuntimeError(f"the test prompt cannot be drawn: {events}")
+    return engine, model
+
+
+def _watch_alias(address: str, version: str, outbox: "queue.SimpleQueue[Any]") -> None:
+    """Say when the alias names another version; a registry that does not answer changes nothing."""
+    from flows.tracking import registry
+
+    while True:
+        time.sleep(_LOOK)
+        try:
+            found = registry.current(address)
+        except Exception:
+            traceback.print_exc()
+            continue
+        if found != version:
+            version = found
+            outbox.put(_Moved(version))
+
+
+def _receive(connection: Connection, inbox: "queue.SimpleQueue[Any]") -> None:
+    try:
+        while True:
+            inbox.put(connection.recv())
+    except (EOFError, OSError):
+        inbox.put(None)
+
+
+def _send_events(connection: Connection, outbox: "queue.SimpleQueue[Any]") -> None:
+    """Send events as they come, images encoded as PNG, and a sign of life if there are none."""
+    while True:
+        try:
+            events = [outbox.get(timeout=_BEAT)]
+            while not outbox.empty():
+                events.append(outbox.get())
+        except queue.Empty:
+            events = []
+        try:
+            connection.send([_encoded(event) for event in events])
+        except OSError:
+            os._exit(0)  # the server is gone
+
+
+def _encoded(event: Any) -> Any:
+    if not isinstance(event, Drawn):
+        return event
+    buffer = io.BytesIO()
+    event.png.save(buffer, "PNG", compress_level=1)
+    return replace(event, png=buffer.getvalue())
