@@ -210,13 +210,13 @@ def prefixes(pipe, call, keep):
 
 def test_a_first_prediction_that_does_not_depend_on_the_noise_gives_exactly_the_image_alone(pipe, monkeypatch):
     zero_snr(pipe, monkeypatch)
-    predict = pipe._predict
+    predict = type(pipe)._predict
 
-    def blind(x, t, condition, scale, options):
+    def blind(self, x, t, condition, scale, options):
         """At the first step, v = -x_0 for an x_0 that depends on the condition alone: the ideal network."""
-        return predict(torch.ones_like(x) if int(t) == 999 else x, t, condition, scale, options)
+        return predict(self, torch.ones_like(x) if int(t) == 999 else x, t, condition, scale, options)
 
-    monkeypatch.setattr(pipe, "_predict", blind)
+    monkeypatch.setattr(type(pipe), "_predict", blind)
     one = Plan.independent(1, 6)
     kept = prefixes(pipe, arguments(one, 1), keep=[1])[1, 0]
     wanted = pipe(**arguments(one, 2)).images
