@@ -16,6 +16,8 @@ import numpy as np
 
 from flows.serving.prefixes import Prefixes
 from flows.serving.requests import Drawn, Failed, Job, Progress
+from sage.data.images import is_blank
+from sage.errors import DivergedError
 from sage.grouping.auto import DEFAULT
 from sage.grouping.embedding import embed
 from sage.grouping.online import StreamingGrouper
@@ -304,8 +306,12 @@ class Engine:
         self._calls[call] = places
         self._drop_done(call)
 
-    def _drawn(self, one: Finished) -> Drawn:
+    def _drawn(self, one: Finished) -> Drawn | Failed:
         member, unit = self._calls[one.call][one.index]
+        if one.image is None:
+            return self._failed(member, DivergedError("the image holds values that are not finite"))
+        if is_blank(one.image):
+            return self._failed(member, DivergedError("the image is a single colour, as an overflow leaves it"))
         self._finish(member)
         stream, job = one.call.stream, member.job
         mates = [other for other in unit.members if other is not member]

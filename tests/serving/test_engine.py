@@ -113,6 +113,21 @@ def test_an_error_of_the_network_fails_what_runs_and_the_engine_goes_on(pipe, mo
     assert isinstance(run(engine, [job("b", ["red cat"])])["b", 0], Drawn)
 
 
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_an_image_that_is_broken_or_blank_is_an_error_and_no_image(pipe, monkeypatch, value):
+    decode = type(pipe.vae).decode
+
+    def broken(self, latents, *args, **kwargs):
+        images = decode(self, latents, *args, **kwargs)[0]
+        images[0] = value
+        return (images,)
+
+    monkeypatch.setattr(type(pipe.vae), "decode", broken)
+    found = run(Engine(pipe, POLICY, 4), [job("a", ["red cat", "tall tree"])])
+    assert isinstance(found["a", 0], Failed) and "DivergedError" in found["a", 0].message
+    assert isinstance(found["a", 1], Drawn)
+
+
 def test_a_cancelled_job_is_drawn_no_further(pipe):
     engine = Engine(pipe, POLICY, 2)
     engine.submit(job("a", ["red cat", "red dog", "blue cat"]))
