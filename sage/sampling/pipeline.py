@@ -59,7 +59,6 @@ SHARE_RATIO = 0.34
 BATCH_SIZE = 8
 # The methods of stock classes that shared sampling does without.
 _NOT_CALLED = ("__call__", "check_inputs", "prepare_latents", "prepare_extra_step_kwargs", "decode_latents")
-# The arguments of `from_pretrained` that say where a pipeline is.
 
 
 @dataclass

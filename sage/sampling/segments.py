@@ -33,6 +33,13 @@ _DRIVEN = {
 }  # fmt: skip
 
 
+# Arguments of the stock call that are not supported: they belong to single prompts, or bring an image.
+_UNSUPPORTED = {
+    "prompt_2", "negative_prompt_2", "image", "ip_adapter_image", "ip_adapter_image_embeds",
+    "negative_ip_adapter_image", "negative_ip_adapter_image_embeds",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Family:
     """What the driver must know of a stock pipeline.
@@ -42,7 +49,7 @@ class Family:
                 same with "negative_" before it. The mask of condition x is called x_mask.
     encoded     for each call of `encode_prompt`: the arguments that its results become, in order; None: not an argument
     guidance    the argument that takes the guidance scale
-    embedded    the guidance scale is an input of the network, which is evaluated once, unless `true_guidance` is set
+    embedded    the guidance scale is an input of the network, which is evaluated once
     asks        guidance needs a negative prompt: without one the stock pipeline does not guide
     lists       embeddings are lists of tensors of different length, without a mask
     fixed       options that only their default is right for, because the stock loop counts its steps with them
@@ -362,7 +369,7 @@ def segmented(family: Family, stock: type) -> type:
     parameters = inspect.signature(stock.__call__).parameters.values()
     conditions = {prefix + argument for argument in family.inputs.values() for prefix in ("", "negative_")}
     names = {parameter.name for parameter in parameters}
-    given = _DRIVEN | conditions | {family.guidance}
+    given = _DRIVEN | _UNSUPPORTED | conditions | {family.guidance}
     body = {
         "__doc__": f"A {stock.__name__} whose similar prompts share their early steps.",
         "family": family,

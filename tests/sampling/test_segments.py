@@ -207,6 +207,8 @@ def test_bad_input_is_named():
     with pytest.raises(ConfigurationError, match="takes no image"):
         shared(family, family.embed(1), [5], image=1)
     flux = tiny_families.tiny("FluxPipeline")
+    with pytest.raises(ConfigurationError, match="takes no prompt_2"):
+        shared(flux, flux.embed(1), [5], prompt_2="a cat")
     with pytest.raises(ConfigurationError, match="needs pooled_prompt_embeds beside the other embeddings"):
         shared(flux, {"prompt_embeds": flux.embed(1)["prompt_embeds"]}, [5])
 
