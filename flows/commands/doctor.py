@@ -177,14 +177,14 @@ def _dvc() -> Iterator[Finding]:
 
 
 def _dvc_remedy(message: str) -> str:
-    if not Path(".dvc").is_dir() or "not inside of a DVC repository" in message:
+    if "not inside of a DVC repository" in message or "does not exist" in message:
         return "run in the project's top folder; `dvc init` makes .dvc"
     if "dvc.lock" in message:  # DVC writes it in place, so a kill can cut it off
         return "git restore dvc.lock; without the file `sage run` takes from DVC's cache what is there"
     for name in ("dvc.yaml", "params.yaml"):
         if name in message:
             return f"correct {name}, or git restore {name}"
-    return "do what DVC says"
+    return "do what DVC says" if Path(".dvc").is_dir() else "run in the project's top folder"
 
 
 def _tracking() -> Iterator[Finding]:

@@ -101,12 +101,12 @@ def test_a_scheduler_that_evaluates_the_network_more_often_than_it_steps_is_meas
 
     examples, settings = read_split(project / "prepared", "validation")[:3], load_params().generate
     settings = settings.model_copy(update={"branch_noise": 0.0, "steps": 4, "share_ratio": 0.5})
-    pipe = calibrate.open_pipeline(project / "model")
+    pipe = open_pipeline(project / "model")
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
     alone, shared = ({}, {})
     for images, groups in ((alone, [[0], [1], [2]]), (shared, [[0, 1], [2]])):
         images |= enumerate(calibrate._images(pipe, examples, groups, settings))
-    assert len(pipe.scheduler.timesteps) > settings.steps
+    assert pipe.evaluations(settings.steps) > settings.steps
     # Members of a group differ from their independent images, an image alone in its group does not.
     assert [bool((alone[place] != shared[place]).any()) for place in range(6)] == [True] * 4 + [False] * 2
 
