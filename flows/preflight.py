@@ -4,7 +4,7 @@ Nothing here changes a result: a run is refused, or a warning names both values.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,23 @@ def doubts(params: Params, evaluations: int, groups: Sequence[Sequence[int]]) ->
     for gate in params.evaluate.gates:
         if METRICS[gate.metric].cost and gate.reference == INDEPENDENT:
             yield from _out_of_reach(gate, plan, drawing.guidance_scale > 1)
+
+
+def cost_doubts(params: Params, saving: Mapping[str, float]) -> Iterator[str]:
+    """Yield a sentence for each cost gate that no model can pass with the groups of the split that is judged.
+
+    params  the whole configuration
+    saving  saving of each split's groups at share ratio 1
+    """
+    drawing = params.generate
+    saved = saving[drawing.split] * shared_steps(drawing.share_ratio, drawing.steps) / drawing.steps
+    for gate in params.evaluate.gates:
+        asked = -gate.worse_by_at_most
+        if METRICS[gate.metric].cost and gate.reference == INDEPENDENT and gate.relative and saved < asked:
+            yield (
+                f"the {drawing.split} prompts save {saved:.1%}, but a gate asks for {asked:.1%}, so no model can pass "
+                "it; lower group.threshold, raise generate.share_ratio, or change the gate"
+            )
 
 
 def _too_few(gates: Sequence[Gate], groups: Sequence[Sequence[int]]) -> Iterator[str]:

@@ -7,10 +7,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows import preflight
 from flows.machine import embedding_cache
 from flows.terminal import progress, run
 from flows.tracking.runs import stage_run
-from sage.config import Gate, load_params
+from sage.config import load_params
 from sage.data.dataset import SPLITS, read_split
 from sage.data.groups import write_groups
 from sage.files import new_folder, sha256_tree, write_json
@@ -54,20 +55,9 @@ def main(
         record.metrics(flat)
         write_json(metrics, results)
         _table(results, shared, steps)
-        judged = params.generate.split
-        saving = results[judged]["saving"] * shared / steps
-        for limit in (gate.worse_by_at_most for gate in params.evaluate.gates if _asks_saving(gate)):
-            if saving < -limit:
-                typer.echo(
-                    f"warning: the {judged} prompts save {saving:.1%}, but a gate asks for {-limit:.1%}, so no "
-                    "model can pass it; lower group.threshold, raise generate.share_ratio, or change the gate",
-                    err=True,
-                )
+        for doubt in preflight.cost_doubts(params, {split: found["saving"] for split, found in results.items()}):
+            typer.echo(f"warning: {doubt}", err=True)
         record.result(metrics)
-
-
-def _asks_saving(gate: Gate) -> bool:
-    return gate.metric == "nfe_per_image" and gate.reference == "independent" and gate.relative
 
 
 def _table(results: dict[str, dict[str, float]], shared: int, steps: int) -> None:

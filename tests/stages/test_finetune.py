@@ -241,7 +241,7 @@ def test_damaged_data_is_never_trained_on(fault, project, tune, tmp_path):
 
 
 def test_a_missing_base_is_named(tune, tmp_path):
-    with pytest.raises(DataError, match="nothing is no folder and cannot be loaded"):
+    with pytest.raises(DataError, match="nothing cannot be loaded"):
         tune(base_folder=tmp_path / "nothing")
 
 
