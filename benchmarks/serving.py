@@ -70,8 +70,7 @@ def in_process(model: str, batch_size: int, seconds: float) -> float:
     from sage.sampling.plan import Plan
 
     pipe, _, settings, _ = open_model(model)
-    pipe.scheduler.set_timesteps(settings["steps"])
-    plan = Plan.independent(batch_size, len(pipe.scheduler.timesteps))
+    plan = Plan.independent(batch_size, pipe.evaluations(settings["steps"]))
 
     def once(number: int) -> None:
         prompts = [prompt(number * batch_size + place) for place in range(batch_size)]

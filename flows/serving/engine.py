@@ -162,8 +162,7 @@ class Engine:
     def _steps(self, job: Job) -> tuple[int, int]:
         """Return the number of steps of a job's images, and at which of them a group branches."""
         settings = job.settings
-        self._pipe._set_timesteps(settings["steps"], settings["height"], settings["width"])
-        steps = len(self._pipe.scheduler.timesteps)
+        steps = self._pipe.evaluations(settings["steps"], settings["height"], settings["width"])
         return steps, shared_steps(settings["share_ratio"], steps)
 
     def _shares(self, job: Job) -> bool:

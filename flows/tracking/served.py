@@ -78,6 +78,7 @@ class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow
         if settings["seeds"]:
             seeds = [settings["seeds"][number] for number in drawn]
         with self._alone:
+            steps = self._pipeline.evaluations(settings["steps"])
             groups = Policy(**config["group"]).form(texts, embed(distinct(texts)), config["group"]["threshold"])
             of = {member: place for place, members in enumerate(groups) for member in members}
             for member, result, truncated in draw(self._pipeline, texts, seeds, groups, settings):
@@ -90,7 +91,7 @@ class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow
                     "group": of[member],
                     "shared_with": [drawn[other] for other in groups[of[member]] if other != member],
                     "truncated_tokens": truncated,
-                    **_cost(len(self._pipeline.scheduler.timesteps), len(groups[of[member]]), settings),
+                    **_cost(steps, len(groups[of[member]]), settings),
                 }
         return items
 
