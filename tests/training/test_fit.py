@@ -147,7 +147,7 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
         from pathlib import Path
         import torch
         folder, here, threads = sys.argv[1:]
-        sys.path.insert(0, here)
+        sys.path[:0] = [here, str(Path(here).parent)]
         from test_fit import train
         torch.set_num_threads(int(threads))
         def on_step(step, values):

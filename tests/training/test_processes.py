@@ -14,7 +14,7 @@ SCRIPT = textwrap.dedent("""
     import sys
     from pathlib import Path
     work, here, accumulate, rank = sys.argv[1:]
-    sys.path.insert(0, here)
+    sys.path[:0] = [here, str(Path(here) / "training")]
     import tempfile
     import tiny
     from accelerate import Accelerator
