@@ -145,7 +145,7 @@ def test_branch_time_is_where_the_sampler_stands(name, steps):
     if name == "PNDM":
         return  # its sigmas are others
     for k, t in enumerate(visited):
-        alpha, sigma = (float(level) for level in branch_noise._levels(scheduler, k))
+        alpha, sigma = (float(level) for level in branch_noise.levels(scheduler, k))
         level = sigma if name == "flow" else sigma / (alpha**2 + sigma**2) ** 0.5
         assert float(sigmas[t]) == pytest.approx(level, abs=6e-3)  # half a timestep
 
