@@ -26,8 +26,9 @@ _ADDRESSES = {
 
 def database() -> str:
     """Return the address of the database in the working directory."""
-    # Not sqlite:///, because MLflow makes the folder that it reads there, without decoding %20.
-    return f"sqlite+pysqlite:///{quote(str(Path.cwd() / 'mlflow.db'))}"
+    # As an address that SQLite itself decodes: SQLAlchemy 2.0 takes a path as it stands, and a ? in it for a query. Not
+    # sqlite:///, because MLflow makes the folder that it reads there.
+    return f"sqlite+pysqlite:///file:{quote(str(Path.cwd() / 'mlflow.db'))}?uri=true"
 
 
 def artifacts(uri: str) -> Path | None:
@@ -66,7 +67,8 @@ def _file(uri: str) -> Path | None:
     parts = urlsplit(uri)
     if parts.scheme.partition("+")[0] != "sqlite" or parts.path in ("", "/"):
         return None
-    return Path(unquote(parts.path)[1:]).resolve()
+    path = parts.path[1:]
+    return Path(unquote(path.removeprefix("file:")) if path.startswith("file:") else path).resolve()
 
 
 def _location(records: sqlite3.Connection) -> Path | None:
