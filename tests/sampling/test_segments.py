@@ -18,7 +18,7 @@ from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
 
 # diffusers 0.42's Chroma imports a name that it deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")]
 STEPS = 4
 # Batches of another size round differently; latents are of the order of 1.
 CLOSE = 3e-5
