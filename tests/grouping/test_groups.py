@@ -27,6 +27,8 @@ from sage.grouping.thresholds import (
     threshold_for_share,
 )
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-5
 VALUES = st.floats(-4, 4, width=32) | st.sampled_from([0.0, -0.0, 1.0, np.nan, np.inf, -np.inf, 1e-40, 3e38])
 

@@ -10,6 +10,8 @@ import torch
 from sage.errors import ConfigurationError
 from sage.sampling.pipeline import SharedSamplingPipeline
 
+pytestmark = pytest.mark.slow
+
 CALL = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "np"}
 
 

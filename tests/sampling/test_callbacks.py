@@ -18,6 +18,8 @@ from sage.errors import ConfigurationError, UnsupportedError
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Block, Plan
 
+pytestmark = pytest.mark.slow
+
 CALL = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}
 TOLERANCE = {"rtol": 0, "atol": 2e-3}
 CUTOFFS = {

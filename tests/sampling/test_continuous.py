@@ -19,6 +19,8 @@ from sage.sampling.continuous import Continuous, Start, begins_as_noise
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Block, Plan
 
+pytestmark = pytest.mark.slow
+
 # A batch of another size rounds differently.
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}
 TREE = Plan(6, (Block(2, (Block(4, (0, 1)), 2)), Block(3, (3, 4))))

@@ -10,6 +10,8 @@ import torch
 from sage.errors import ConfigurationError, DataError, DivergedError
 from sage.sampling.pipeline import SharedSamplingPipeline
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 PROMPTS = ["red cat", "red dog", "blue cat", "a tall tree"]
 GROUPS = [[0, 1], [2], [3]]

@@ -17,6 +17,8 @@ from diffusers import (
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Block, Plan
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 # A batch of another size rounds differently; pictures are in [0, 1].
 TOLERANCE = {"rtol": 0, "atol": 2e-3}

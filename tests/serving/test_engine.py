@@ -13,6 +13,8 @@ from sage.grouping.policy import Policy
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "steps": 4,
     "guidance_scale": 2.0,

@@ -28,6 +28,8 @@ from sage.errors import ConfigurationError, UnsupportedError
 from sage.files import write_json
 from sage.sampling.pipeline import SharedSamplingPipeline
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["red cat", "red dog", "blue cat", "tall tree", "big tree"]
 GROUPS = [["p0", "p1", "p2"], ["p3", "p4"]]
 FINETUNE = {"steps": 1, "warmup": 0, "decay": 0, "batch_size": 3, "precision": "fp32"}
