@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import yaml
 from PIL import Image
 from waiting import wait_for
 
 from flows.prompts import generate as prompts
 from sage.errors import ConfigurationError, DataError, DivergedError
-from sage.files import sha256, sha256_tree
+from sage.files import sha256, sha256_tree, write_json
+from sage.grouping.cost import FILE, Damage, Point, kept_form
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.seeds import image_seeds
 
@@ -168,6 +171,29 @@ def test_a_list_that_cannot_be_read_says_why(generate, tmp_path, name, lines, sa
     with pytest.raises(DataError, match=says):
         generate(write(tmp_path, lines, name))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bound_on_damage_is_kept_by_what_was_measured_on_the_model_that_draws(model, generate, tmp_path, monkeypatch):
+    source = write(tmp_path, ["red cat", "a red cat", "blue house"])
+    values = yaml.safe_load(Path("params.yaml").read_text())
+    del values["group"]["threshold"]
+    values["group"]["max_damage"] = 0.2
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    shutil.copytree(model, tmp_path / "model")
+    shutil.copytree(model, tmp_path / "models/base")
+    monkeypatch.chdir(tmp_path)
+
+    def measure(folder, high):
+        points = [Point(0.0, 0.0, 0.0, high, 9, 20), Point(1.0, 0.0, 0.0, high, 9, 20)]
+        write_json(folder / FILE, kept_form(Damage(0.5, 6, points), folder, {}))
+
+    measure(Path("models/base"), 0.0)
+    with pytest.raises(ConfigurationError, match=r"model/damage.json does not exist, so the damage of sharing is unkn"):
+        prompts.prepare(source, "model", {}, "", 0)
+    measure(Path("model"), 0.5)
+    with pytest.raises(ConfigurationError, match=r"least measured is 0\.5"):
+        prompts.prepare(source, "model", {}, "", 0)
+    assert len(prompts.prepare(source, "models/base", {}, "", 0).groups) < 3
 
 
 def test_a_model_that_is_not_the_one_that_the_graph_made_is_not_drawn_with(generate, model, tmp_path, monkeypatch):
