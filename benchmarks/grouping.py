@@ -135,17 +135,18 @@ def recall(sizes: Sizes = "20000", threshold: Threshold = 0.8, prompts: Prompts 
 @app.command()
 def algorithms(
     data: Annotated[Path | None, typer.Option(help="Prepared data: its validation and training captions.")] = None,
-    size: Annotated[int, typer.Option(help="How many composed captions.")] = 4000,
+    size: Annotated[int, typer.Option(min=0, help="How many composed captions; 0: none.")] = 4000,
     prompts: Prompts = None,
+    thresholds: Annotated[str, typer.Option(help="Cosines, with commas.")] = "0.5,0.6,0.7,0.8",
 ) -> None:
     """Compare ways to group: saving at the same worst pair, and how alike groups stay."""
-    sets = {"composed": embeddings(size, prompts)}
+    sets = {"composed": embeddings(size, prompts)} if size else {}
     for split in ("validation", "train") if data else ():
         assert data is not None
         texts = [example.text for example in read_split(data, split)]
         sets[split] = embed(texts, cache=WORK / "cache.sqlite")
     for name, x in sets.items():
-        for threshold in (0.6, 0.7, 0.8):
+        for threshold in map(float, thresholds.split(",")):
             _compare(name, x, threshold)
 
 
@@ -245,7 +246,7 @@ def _pairs(x: np.ndarray) -> np.ndarray:
 
 @app.command()
 def encoders(
-    data: Annotated[Path, typer.Option(help="Prepared data.")], split: str = "validation", threshold: Threshold = 0.72
+    data: Annotated[Path, typer.Option(help="Prepared data.")], split: str = "validation", threshold: Threshold = 0.5
 ) -> None:
     """Say what a threshold of MiniLM is worth for another encoder, and what calibration makes of it.
 

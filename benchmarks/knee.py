@@ -19,6 +19,7 @@ from rich.table import Table
 
 from flows.drawing import open_pipeline
 from flows.terminal import progress, run
+from sage.config import load_params
 from sage.data.dataset import Example, load_pixels, read_split
 from sage.evaluation.alignment import load_alignment, text_image_cosines
 from sage.evaluation.bootstrap import value
@@ -51,7 +52,8 @@ def main(
     each = [[place] for place in range(len(examples))]
     names = [METRICS[name].label for name in ("kernel_distance", "frechet_distance", "alignment")]
     table = Table("steps", *names, title=f"n = {len(examples)}")
-    digest = model_digest(model)[:16]
+    scheduler = load_params().generate.scheduler
+    digest = f"{model_digest(model)[:16]}-{scheduler or 'own'}"
 
     def row(name: str, features: np.ndarray) -> None:
         features = features.reshape(len(examples), -1, features.shape[-1])
@@ -67,7 +69,7 @@ def main(
     for count in map(int, steps.split(",")):
         kept = work / f"{digest}-{guidance_scale}-{count}.npy"
         if not kept.exists():
-            features = extract(sample(model, examples, count, guidance_scale))
+            features = extract(sample(model, examples, count, guidance_scale, scheduler))
             with new_file(kept) as temporary, temporary.open("wb") as file:
                 np.save(file, features)
         row(str(count), np.load(kept))
@@ -81,9 +83,11 @@ def through_autoencoder(model: Path, examples: list[Example]) -> list[np.ndarray
     return list(((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
 
 
-def sample(model: Path, examples: list[Example], steps: int, guidance_scale: float) -> list[np.ndarray]:
+def sample(
+    model: Path, examples: list[Example], steps: int, guidance_scale: float, scheduler: str | None
+) -> list[np.ndarray]:
     """Return pictures of shape (height, width, 3), prompt by prompt, every prompt's seeds together."""
-    pipe = open_pipeline(model)
+    pipe = open_pipeline(model, scheduler=scheduler)
     images: dict[tuple[int, int], np.ndarray] = {}
     with progress(len(examples) * len(SEEDS), f"{steps} steps") as advance:
         for seed in SEEDS:

@@ -17,7 +17,6 @@ import sage.torchvision_ops
 
 import numpy as np
 import yaml
-from diffusers import DDIMScheduler
 
 import sage
 from flows.drawing import open_pipeline
@@ -38,6 +37,9 @@ from sage.sampling.plan import Plan
 from sage.sampling.seeds import prompt_seed
 
 BASE = "base"
+# The modules of sage that decide what is learned, and what is drawn and seen.
+TRAINS = ("training/finetuning", "training/loss", "training/loop", "training/denoiser", "sampling/loop", "diffusion")
+DRAWS = ("sampling/plan", "sampling/loop", "sampling/stream", "sampling/pipeline", "diffusion", "evaluation/extractors")
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Point:
     """One way to draw a split's pictures: a model, a number of steps, what is shared, and a solver.
 
     `share`: a share ratio for all groups; or "adaptive" or "tree", plans that cost what the shipped ratio does.
-    `solver`: "dpm++", the base's own, or "ddim".
+    `solver`: "dpm++", that of section generate (the shipped base's own), or "ddim".
     """
 
     model: Recipe | None
@@ -125,7 +127,8 @@ class Trials:
         sources = {"base": model_digest(self.base), "data": sha256_tree(self.data / "train")}
         sources |= {"groups": sha256(self.group_files / "train.json")}
         identity = settings.model_dump() | sources
-        name = digest(identity | {"code": _code("finetuning", "loss", "training", "diffusion", "denoiser")})[:16]
+        identity |= {"drawing": [self.params.generate.steps, self.params.generate.scheduler]}
+        name = digest(identity | {"code": _code(*TRAINS)})[:16]
         folder = self.work / "models" / name
         if not folder.exists():
             self._train(settings, self.work / "training" / name, folder)
@@ -144,8 +147,8 @@ class Trials:
             "solver": point.solver,
             "plan": repr(self.plan(point)),
             "split": [self.split, sha256_tree(self.data / self.split)],
-            "settings": [settings.guidance_scale, settings.branch_noise, seed],
-            "code": _code("plan", "sampling", "diffusion", "stream", "pipeline", "metrics/extractors"),
+            "settings": [settings.scheduler, settings.guidance_scale, settings.branch_noise, seed],
+            "code": _code(*DRAWS),
         }
         kept = self.work / "features" / f"{digest(identity)[:16]}.npy"
         if not kept.exists():
@@ -158,9 +161,8 @@ class Trials:
     def draw(self, point: Point, seed: int) -> list[np.ndarray]:
         """Return a picture (height, width, 3) of every prompt."""
         settings = self.params.generate
-        pipe = open_pipeline(self.model(point.model))
-        if point.solver == "ddim":
-            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+        scheduler = "DDIMScheduler" if point.solver == "ddim" else settings.scheduler
+        pipe = open_pipeline(self.model(point.model), scheduler=scheduler)
         drawn: dict[int, np.ndarray] = {}
         stream = pipe.stream(
             self.texts,

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from flows.machine import device
+from sage.errors import DivergedError
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
 from sage.sampling.schedulers import exchanged
-from sage.sampling.stream import Result
+from sage.sampling.stream import Result, Stream
 
 
 def open_pipeline(model: str | Path, on: Any = None, scheduler: str | None = None) -> Any:
@@ -33,8 +34,10 @@ def draw(
     groups: Sequence[Sequence[int]],
     settings: Mapping[str, Any],
     wanted: Callable[[int], bool] = lambda number: True,
-) -> Iterator[tuple[int, Result, int]]:
+) -> Iterator[tuple[int, Result | str, int]]:
     """Yield the index of each wanted prompt, its result, and how many of its tokens the text encoder cut off.
+
+    An image that is not finite has an error, a text, instead of its result; the others are drawn.
 
     Batch composition changes floating-point rounding, so batches never depend on which images are wanted: a batch with
     at least one wanted image is sampled whole.
@@ -63,9 +66,19 @@ def draw(
             seed=[seeds[member] for member in members],
             batch_size=settings["batch_size"],
         )
+        for number, result in _results(stream):
+            if wanted(members[number]):
+                yield members[number], result, stream.truncated_tokens[number]
+
+
+def _results(stream: Stream) -> Iterator[tuple[int, Result | str]]:
+    """Yield the results of a stream by index, then the errors of the images that are not finite."""
+    try:
         for result in stream:
-            if wanted(members[result.index]):
-                yield members[result.index], result, stream.truncated_tokens[result.index]
+            yield result.index, result
+    except DivergedError as error:
+        for number, reason in error.images.items():
+            yield number, f"not_finite: {reason}"
 
 
 def batches(groups: Sequence[Sequence[int]], size: int) -> Iterator[list[Sequence[int]]]:

@@ -1,5 +1,7 @@
 """The exceptions of this library; all derive from SageError."""
 
+from collections.abc import Mapping
+
 
 class SageError(Exception):
     """Base of all errors of this library; the message says what is wrong and what to do about it."""
@@ -26,7 +28,15 @@ class CheckpointError(SageError):
 
 
 class DivergedError(SageError):
-    """Training or sampling produced values that are not finite: a loss, a gradient, weights, latents or images."""
+    """Training or sampling produced values that are not finite: a loss, a gradient, weights, latents or images.
+
+    `images` says for each such image, by its index in the call, what is not finite and what to do.
+    """
+
+    def __init__(self, message: str, images: Mapping[int, str] | None = None) -> None:
+        """Take the message; `images` if the error is of single images."""
+        super().__init__(message)
+        self.images = dict(images or {})
 
 
 class MetricError(SageError):

@@ -212,6 +212,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def overflow_at(letter: str, pipe: Any) -> None:
+    """Let the text encoder of a Stable Diffusion pipeline overflow at prompts with this letter."""
+    token = pipe.tokenizer(letter, add_special_tokens=False).input_ids[0]
+    pipe.text_encoder.get_input_embeddings().weight.data[token] = torch.inf
+
+
 def pipeline(family: str, folder: Path) -> DiffusionPipeline:
     pipe = FAMILIES[family](folder)
     pipe.set_progress_bar_config(disable=True)

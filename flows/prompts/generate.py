@@ -6,13 +6,14 @@
 The metadata of each PNG holds prompt, seed, group and plan, and `parameters` as web UIs do; `manifest.jsonl` has
 a line for every prompt, with its image or its error, and marks images of a single colour as `blank`. `contact.jpg` is a
 sheet of the first images. A killed run continues when it is started again and gives the same bytes, because batches of
-whole groups do not depend on which images exist already.
+whole groups do not depend on which images exist already. An image that is not finite is the error of its prompt, kept
+in `ID.error`; the others are drawn. Without this file it is drawn again.
 """
 
 import json
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,7 @@ from flows.terminal import finite, progress, run
 from flows.versioning import integrity
 from sage.config import Group, load_params
 from sage.data.images import is_blank
-from sage.errors import ConfigurationError, DataError
+from sage.errors import ConfigurationError, DataError, DivergedError
 from sage.files import digest, new_file, sha256, sha256_tree, write_json, write_text
 from sage.grouping.boilerplate import distinct
 from sage.grouping.doubts import doubts
@@ -39,6 +40,7 @@ from sage.sampling.seeds import image_seeds
 
 KEY = "sage"  # text chunk of a PNG that holds its metadata
 CONTACT = "contact.jpg"  # never the image of a prompt, which ends in .png
+ERROR = ".error"  # suffix of the file with the reason why a prompt has no image
 TILE, TILES, COLUMNS = 128, 240, 12
 
 
@@ -96,18 +98,14 @@ def main(
     given["guidance_scale"] = guidance_scale
     job = prepare(prompts, model, given, negative_prompt, seed)
     typer.echo(cost_line(job.plan, len(job.groups), job.settings["guidance_scale"] > 1))
-    refused = [item for item in job.items if item.error is not None]
-    for item in refused:
-        typer.echo(f"not drawn: {item.id}: {item.error}", err=True)
+    report_errors(job.items)
     if plan:
         return
 
     begin(out, job.identity)
     for _ in drawn(job.pipe, job.drawn, job.groups, job.plan.steps, job.settings, job.model, out):
         pass
-    report_blank(manifest(out, job.items))
-    contact_sheet(out, [item.id for item in job.drawn], job.groups)
-    typer.echo(f"{len(job.drawn)} images in {out}" + (f"; {len(refused)} prompts were not drawn" if refused else ""))
+    say_count(out, conclude(out, job.items, job.groups))
 
 
 def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: str, seed: int) -> Job:
@@ -192,7 +190,7 @@ def drawn(
     out: Path,
     wanted: Collection[int] | None = None,
 ) -> Iterator[Path]:
-    """Draw the wanted images; yield the file of each.
+    """Draw the wanted images; yield the file of each, or that of its error.
 
     pipe      pipeline for shared sampling
     items     prompts without errors
@@ -201,7 +199,7 @@ def drawn(
     settings  sampling settings (`Job.settings`)
     model     hash or name of the weights, for the metadata
     out       folder for the images
-    wanted    indices of `items`; default: those that have no file yet
+    wanted    indices of `items`; default: those that have neither image nor error yet
     """
     from flows import drawing
 
@@ -209,12 +207,19 @@ def drawn(
     number = {member: place for place, group in enumerate(groups) for member in group}
     total = len(items) if wanted is None else len(wanted)
     if wanted is None:
-        wanted = {place for place, item in enumerate(items) if not (out / f"{item.id}.png").exists()}
+        there = {path.name for path in out.iterdir()}
+        wanted = {place for place, item in enumerate(items) if not made(item.id, there)}
     with progress(total, "generating") as advance:
         advance(total - len(wanted))
         texts = [item.prompt for item in items]
         for member, result, truncated in drawing.draw(pipe, texts, seeds, groups, settings, wanted.__contains__):
             item, group_members = items[member], groups[number[member]]
+            advance(1)
+            if isinstance(result, str):
+                path = out / f"{item.id}{ERROR}"
+                write_text(path, result)
+                yield path
+                continue
             facts = {
                 "id": item.id,
                 "prompt": item.prompt,
@@ -230,8 +235,43 @@ def drawn(
             }
             path = out / f"{item.id}.png"
             save(result.image, facts, path)
-            advance(1)
             yield path
+
+
+def made(id: str, there: Collection[str]) -> bool:
+    """Return whether a prompt has its image or its error among the names of a folder's files."""
+    return f"{id}.png" in there or f"{id}{ERROR}" in there
+
+
+def with_errors(out: Path, items: Sequence[Item]) -> list[Item]:
+    """Return the items of a folder; those whose image is not finite have its error."""
+    paths = [out / f"{item.id}{ERROR}" for item in items]
+    return [
+        replace(item, error=path.read_text(encoding="utf-8")) if path.exists() else item
+        for item, path in zip(items, paths, strict=True)
+    ]
+
+
+def conclude(out: Path, items: Sequence[Item], groups: Sequence[Sequence[int]]) -> list[Item]:
+    """Write manifest and contact sheet of a folder whose prompts were all drawn; report images that are not good.
+
+    `groups` partition the items without an error. Returns the items with the errors of their images.
+    """
+    drawable = [item for item in items if item.error is None]
+    report_errors(with_errors(out, drawable))
+    found = with_errors(out, items)
+    report_blank(manifest(out, found))
+    if any(item.error is None for item in found):
+        contact_sheet(out, [item.id for item in drawable], groups)
+    return found
+
+
+def say_count(out: Path | str, items: Sequence[Item]) -> None:
+    """Print how many images there are; raise DivergedError if there are none."""
+    lost = sum(item.error is not None for item in items)
+    if lost == len(items):
+        raise DivergedError(f"no image is finite; {out}/manifest.jsonl has the reason for each of {lost} prompts")
+    typer.echo(f"{len(items) - lost} images in {out}" + (f"; {lost} prompts were not drawn" if lost else ""))
 
 
 def save(image: Image.Image, facts: dict[str, Any], path: Path) -> None:
@@ -264,6 +304,13 @@ def manifest(out: Path, items: Sequence[Item]) -> list[str]:
     return blank
 
 
+def report_errors(items: Sequence[Item]) -> None:
+    """Say on standard error which prompts have no image, and why."""
+    for item in items:
+        if item.error is not None:
+            typer.echo(f"not drawn: {item.id}: {item.error}", err=True)
+
+
 def report_blank(ids: Sequence[str]) -> None:
     """Say on standard error how many images are blank, and which are the first."""
     if ids:
@@ -276,8 +323,8 @@ def report_blank(ids: Sequence[str]) -> None:
 
 def contact_sheet(out: Path, ids: Sequence[str], groups: Sequence[Sequence[int]]) -> None:
     """Write a sheet of at most TILES images with their names, ordered by group, largest group first."""
-    order = [ids[member] for group in sorted(groups, key=len, reverse=True) for member in group][:TILES]
-    names = in_rows(order, COLUMNS)
+    order = [ids[member] for group in sorted(groups, key=len, reverse=True) for member in group]
+    names = in_rows([id for id in order if (out / f"{id}.png").exists()][:TILES], COLUMNS)
     images = [[opened(out / f"{id}.png") for id in row] for row in names]
     found = sheet(images, size=(TILE, TILE), names=[[id[:20] for id in row] for row in names])
     with new_file(out / CONTACT) as temporary:

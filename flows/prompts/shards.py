@@ -100,7 +100,7 @@ def draw(
     there = set(_names(out))
     mine = [member for batch in batches for _, group in batch for member in group]
     items = _drawable(found)
-    wanted = {place for place in mine if f"{items[place].id}.png" not in there}
+    wanted = {place for place in mine if not prompts.made(items[place].id, there)}
     typer.echo(f"shard {shard}: {len(mine)} prompts, {len(wanted)} to draw")
     if wanted:
         _draw(out, found, wanted)
@@ -123,21 +123,23 @@ def _draw(out: str, found: dict[str, Any], wanted: set[int]) -> None:
 
 
 def _judge(out: str, items: Sequence[Item], batches: list[list[tuple[int, list[int]]]], name: str) -> None:
-    """Write the sums of a shard's groups, without blank images.
+    """Write the sums of a shard's groups, without images that are blank or not finite.
 
     Batch by batch as generated: batch composition changes rounding.
     """
     extract, encoder = EfficientNetLite0(device()), load_alignment(ALIGNMENT)
     rows: list[Sums] = []
+    there = set(_names(out))
     for batch in batches:
-        mine = [member for _, group in batch for member in group]
+        mine = [member for _, group in batch for member in group if f"{items[member].id}.png" in there]
         with tempfile.TemporaryDirectory() as temporary:
             paths = {member: Path(temporary) / f"{items[member].id}.png" for member in mine}
             for path in paths.values():
                 _get(f"{out}/{path.name}", path)
             mine = [member for member in mine if not is_blank(opened(paths[member]))]
             if not mine:
-                raise DataError(f"all images of a batch are blank, first {items[batch[0][1][0]].id}; mend the model")
+                rows += [Sums(number, 0, 0.0, 0.0, 0) for number, _ in batch]
+                continue
             features = extract(read_images(paths[member] for member in mine))
         place = {member: i for i, member in enumerate(mine)}
         fit = text_image_cosines(encoder, features[:, None], embed([items[member].prompt for member in mine]))[:, 0]
@@ -157,24 +159,25 @@ def finish(
     found = _read_plan(out)
     items = _drawable(found)
     there = set(_names(out))
-    if missing := [item.id for item in items if f"{item.id}.png" not in there]:
+    if missing := [item.id for item in items if not prompts.made(item.id, there)]:
         raise DataError(
             f"{len(missing)} of {len(items)} pictures are missing, first {missing[0]}; draw their shards again"
         )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for item in items:
-            _get(f"{out}/{item.id}.png", folder / f"{item.id}.png")
-        prompts.report_blank(prompts.manifest(folder, found["items"]))
-        prompts.contact_sheet(folder, [item.id for item in items], found["groups"])
+            name = f"{item.id}.png" if f"{item.id}.png" in there else f"{item.id}{prompts.ERROR}"
+            _get(f"{out}/{name}", folder / name)
+        concluded = prompts.conclude(folder, found["items"], found["groups"])
         for name in (prompts.CONTACT, "manifest.jsonl"):
-            _put(folder / name, f"{out}/{name}")
+            if (folder / name).exists():
+                _put(folder / name, f"{out}/{name}")
         if judged:
-            values = _evaluation(out, found, judged)
+            values = _evaluation(out, found | {"items": concluded}, judged)
             write_json(folder / EVALUATION, values)
             _put(folder / EVALUATION, f"{out}/{EVALUATION}")
             typer.echo(", ".join(f"{name} {_written(values[name]['value'])}" for name in MEASURES))
-    typer.echo(f"{len(items)} images in {out}")
+    prompts.say_count(out, concluded)
 
 
 def _written(value: float | None) -> str:
@@ -194,8 +197,8 @@ def _evaluation(out: str, found: dict[str, Any], shards: int) -> dict[str, Any]:
     plan = Plan.shared(groups, found["steps"], settings["share_ratio"])
     measured = figures(rows, len(groups), draws=params.resamples, confidence=params.confidence, seed=params.seed)
     cost = {"nfe_per_image": plan.nfe(settings["guidance_scale"] > 1) / plan.prompts, "saving": plan.saving}
-    errors = len(found["items"]) - plan.prompts
-    blank = plan.prompts - sum(row.prompts for row in rows)
+    errors = sum(item.error is not None for item in found["items"])
+    blank = len(found["items"]) - errors - sum(row.prompts for row in rows)
     return (
         {"model": found["model"], "prompts": plan.prompts, "errors": errors, "blank": blank, "groups": len(groups)}
         | cost

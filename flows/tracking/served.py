@@ -53,7 +53,7 @@ class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow
     def predict(
         self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
     ) -> list[Answer]:
-        """Return an item for each prompt; an invalid prompt or a blank image has only the key `error`, others these:
+        """Return an item for each prompt; one without a good image has only the key `error`, others these:
 
         prompt               the cleaned prompt
         png                  the image in base64
@@ -82,6 +82,9 @@ class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow
             groups = Policy(**config["group"]).form(texts, embed(distinct(texts)), config["group"]["threshold"])
             of = {member: place for place, members in enumerate(groups) for member in members}
             for member, result, truncated in draw(self._pipeline, texts, seeds, groups, settings):
+                if isinstance(result, str):
+                    items[drawn[member]] = {"error": result}
+                    continue
                 if is_blank(result.image):
                     items[drawn[member]] = {"error": "blank: the model gave an image of a single colour"}
                     continue

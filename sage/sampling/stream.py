@@ -225,21 +225,28 @@ class Stream:
             for index, _ in failed[:3]
         )
         more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+        network = (
+            f"check the weights of {type(pipe._network).__name__} ({self._dtype}) and the settings of "
+            f"{type(pipe.scheduler).__name__}, or use bfloat16 or float32"
+        )
+        autoencoder = (
+            f"the autoencoder ({pipe.vae.dtype}) overflows, use bfloat16 or float32, or an autoencoder made for float16"
+        )
         causes = []
         if steps:
-            causes.append(
-                f"the latents of {len(steps)} from step {min(steps)} of {self.plan.steps} on; check the weights of "
-                f"{type(pipe._network).__name__} ({self._dtype}) and the settings of "
-                f"{type(pipe.scheduler).__name__}, or use bfloat16 or float32"
-            )
+            causes.append(f"the latents of {len(steps)} from step {min(steps)} of {self.plan.steps} on; {network}")
         if len(steps) < len(failed):
-            causes.append(
-                f"the decoded pixels of {len(failed) - len(steps)}; the autoencoder ({pipe.vae.dtype}) overflows, use "
-                "bfloat16 or float32, or an autoencoder made for float16"
-            )
+            causes.append(f"the decoded pixels of {len(failed) - len(steps)}; {autoencoder}")
+        images = {
+            index: f"the decoded pixels; {autoencoder}"
+            if step is None
+            else f"the latents from step {step} of {self.plan.steps} on; {network}"
+            for index, step in failed
+        }
         return DivergedError(
             f"{len(failed)} of {self.plan.prompts} images are not finite and were left out, image {named}{more}: "
-            f"{'; '.join(causes)}. `stream` yields the other images before this error."
+            f"{'; '.join(causes)}. `stream` yields the other images before this error.",
+            images,
         )
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition, guidance: float) -> Tensor:

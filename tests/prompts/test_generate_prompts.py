@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import yaml
 from PIL import Image
 from waiting import wait_for
 
 from flows.prompts import generate as prompts
-from sage.errors import ConfigurationError, DataError
-from sage.files import sha256, sha256_tree
+from sage.errors import ConfigurationError, DataError, DivergedError
+from sage.files import sha256, sha256_tree, write_json
+from sage.grouping.cost import FILE, Damage, Point, kept_form
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.seeds import image_seeds
 
@@ -170,6 +173,29 @@ def test_a_list_that_cannot_be_read_says_why(generate, tmp_path, name, lines, sa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_bound_on_damage_is_kept_by_what_was_measured_on_the_model_that_draws(model, generate, tmp_path, monkeypatch):
+    source = write(tmp_path, ["red cat", "a red cat", "blue house"])
+    values = yaml.safe_load(Path("params.yaml").read_text())
+    del values["group"]["threshold"]
+    values["group"]["max_damage"] = 0.2
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    shutil.copytree(model, tmp_path / "model")
+    shutil.copytree(model, tmp_path / "models/base")
+    monkeypatch.chdir(tmp_path)
+
+    def measure(folder, high):
+        points = [Point(0.0, 0.0, 0.0, high, 9, 20), Point(1.0, 0.0, 0.0, high, 9, 20)]
+        write_json(folder / FILE, kept_form(Damage(0.5, 6, points), folder, {}))
+
+    measure(Path("models/base"), 0.0)
+    with pytest.raises(ConfigurationError, match=r"model/damage.json does not exist, so the damage of sharing is unkn"):
+        prompts.prepare(source, "model", {}, "", 0)
+    measure(Path("model"), 0.5)
+    with pytest.raises(ConfigurationError, match=r"least measured is 0\.5"):
+        prompts.prepare(source, "model", {}, "", 0)
+    assert len(prompts.prepare(source, "models/base", {}, "", 0).groups) < 3
+
+
 def test_a_model_that_is_not_the_one_that_the_graph_made_is_not_drawn_with(generate, model, tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_text(Path("params.yaml").read_text())
     monkeypatch.chdir(tmp_path)
@@ -210,8 +236,50 @@ def test_images_of_one_colour_are_counted_and_marked(generate, tmp_path, model, 
     assert "blank" not in capsys.readouterr().err
 
 
+def poisoned(model, folder):
+    """Save a model whose text encoder overflows at the letter q."""
+    pipe = SharedSamplingPipeline.from_pretrained(model)
+    tiny.overflow_at("q", pipe)
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+def test_an_image_that_is_not_finite_is_the_error_of_its_prompt_and_the_others_are_drawn(
+    generate, tmp_path, model, capsys
+):
+    texts = [*TEXTS, "q", "q"]
+    good = lines_of(generate(write(tmp_path), tmp_path / "good"))
+    capsys.readouterr()
+    bad = poisoned(model, tmp_path / "bad")
+    lines = lines_of(generate(write(tmp_path, texts), model=bad))
+    assert [line.get("prompt") for line in lines] == [*TEXTS, None, None]
+    assert not any("blank" in line for line in lines)
+    for line in lines[7:]:
+        assert line["error"].startswith("not_finite: the latents from step 0 of 4 on; check the weights of UNet2DCond")
+    for line in good:
+        assert np.array_equal(*(np.asarray(Image.open(tmp_path / n / line["file"])) for n in ("out", "good")))
+    shown = capsys.readouterr()
+    assert "not drawn: 000008: not_finite: the latents" in shown.err
+    assert f"7 images in {tmp_path / 'out'}; 2 prompts were not drawn" in shown.out
+    whole = sha256_tree(tmp_path / "out")
+    (tmp_path / "out/000008.error").unlink()
+    (tmp_path / "out/manifest.jsonl").unlink()
+    assert sha256_tree(generate(write(tmp_path, texts), model=bad)) == whole
+
+
+def test_a_run_without_a_finite_image_ends_with_the_reasons_in_the_manifest(generate, tmp_path, model):
+    with pytest.raises(
+        DivergedError, match=r"no image is finite; .*manifest.jsonl has the reason for each of 2 prompts"
+    ):
+        generate(write(tmp_path, ["q", "quiet q"]), model=poisoned(model, tmp_path / "bad"))
+    assert [line["id"] for line in lines_of(tmp_path / "out") if "not_finite" in line["error"]] == ["000001", "000002"]
+
+
 def test_no_name_of_a_prompt_meets_a_name_of_ours(generate, tmp_path):
-    rows = [{"id": name, "prompt": "red cat"} for name in ("contact", "contact.jpg", "run.json", "manifest.jsonl")]
+    rows = [
+        {"id": name, "prompt": "red cat"}
+        for name in ("contact", "contact.jpg", "run.json", "manifest.jsonl", "a.error")
+    ]
     source = write(tmp_path, map(json.dumps, rows), "prompts.jsonl")
     whole = sha256_tree(generate(source))
     for line in lines_of(tmp_path / "out"):

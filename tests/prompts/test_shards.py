@@ -21,6 +21,7 @@ from sage.evaluation.diversity import group_diversity
 from sage.evaluation.extractors import EfficientNetLite0, read_images
 from sage.files import sha256, sha256_tree
 from sage.grouping.embedding import embed
+from sage.sampling.pipeline import SharedSamplingPipeline
 
 TEXTS = [f"{colour} {thing}" for thing in ("cat", "dog", "tree", "house") for colour in ("red", "blue", "big")]
 OPTIONS = {"steps": 4, "share_ratio": 0.5, "guidance_scale": 3.0, "batch_size": 1, "seed": 0}
@@ -138,6 +139,28 @@ def test_a_blank_image_is_marked_and_not_judged(source, model, tmp_path, monkeyp
     assert "blank: 1 images are a single colour, first 000005" in capsys.readouterr().err
     values = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert (values["prompts"], values["blank"], values["alignment"]["n"]) == (12, 1, 11)
+
+
+@pytest.mark.slow
+def test_an_image_that_is_not_finite_is_an_error_of_its_shard_and_not_judged(source, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(operated.ROOT)
+    pipe = SharedSamplingPipeline.from_pretrained(model)
+    tiny.overflow_at("q", pipe)
+    pipe.save_pretrained(tmp_path / "bad")
+    Path(source).write_text("\n".join([*TEXTS, "q", ""]))
+    out = tmp_path / "out"
+    shards.plan(source, str(out), str(tmp_path / "bad"), **OPTIONS)
+    for number in (1, 2, 3):
+        shards.draw(str(out), f"{number}/3", judge=True)
+    made = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    shards.draw(str(out), "3/3")
+    shards.draw(str(out), "1/3")
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == made
+    shards.finish(str(out), judged=3)
+    lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines if "not_finite" in line.get("error", "")] == ["000013"]
+    values = json.loads((out / "evaluation.json").read_text())
+    assert (values["prompts"], values["errors"], values["blank"], values["alignment"]["n"]) == (13, 1, 0, 12)
 
 
 def test_a_folder_of_another_run_is_refused(source, model, tmp_path):

@@ -110,6 +110,22 @@ def test_the_cutoff_callbacks_of_diffusers_turn_guidance_off(family, tmp_path):
     assert grouped.cost.network_evaluations == 2 * 2 * 2 + 2 * 5
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_callback_gets_every_tensor_that_its_family_names(family, tmp_path):
+    pipe = SharedSamplingPipeline.from_pipe(tiny.pipeline(family, tmp_path))
+    seen = []
+
+    def look(pipeline, step, timestep, tensors):
+        seen.append((set(tensors), pipeline.guidance_scale, pipeline.num_timesteps))
+        return tensors
+
+    names = pipe._callback_tensor_inputs
+    call = CALL | tiny.OPTIONS.get(family, {}) | {"callback_on_step_end_tensor_inputs": names}
+    pipe("red cat", seed=0, callback_on_step_end=look, **call)
+    assert seen == [({*names}, 4.0, 4)] * 4
+    assert (pipe.guidance_scale, pipe.num_timesteps) == (4.0, 4)
+
+
 def test_the_cutoff_of_the_documentation_is_the_stock_pipelines(pipe, stock):
     def cut(pipeline, step, timestep, tensors):
         if step == int(pipeline.num_timesteps * 0.5):

@@ -65,6 +65,8 @@ def test_a_network_that_overflows_makes_no_image(pipe, options, value, output_ty
     assert "the latents of 2 from step 1 of 4 on" in str(error.value)
     assert type(pipe._network).__name__ in str(error.value)
     assert "float32" in str(error.value)
+    assert sorted(error.value.images) == [0, 1]
+    assert error.value.images[0].startswith("the latents from step 1 of 4 on; check the weights of ")
     assert sorted(result.index for result in results) == [2, 3]
     for result in results:
         assert np.array_equal(np.asarray(result.image), np.asarray(good[result.index]))
@@ -91,8 +93,12 @@ def test_an_autoencoder_that_overflows_makes_no_image(pipe, options, output_type
 
     monkeypatch.setattr(pipe.vae, "decode", overflowing)
     results = []
-    with pytest.raises(DivergedError, match=r"image 1 \('red dog'\): the decoded pixels of 1; the autoenc.*float32"):
+    with pytest.raises(
+        DivergedError, match=r"image 1 \('red dog'\): the decoded pixels of 1; the autoenc.*float32"
+    ) as error:
         collect(pipe.stream(PROMPTS, **call), results)
+    assert list(error.value.images) == [1]
+    assert error.value.images[1].startswith("the decoded pixels; the autoencoder")
     assert [result.index for result in results] == [0, 2, 3]
     assert all(np.array_equal(np.asarray(result.image), np.asarray(good[result.index])) for result in results)
 

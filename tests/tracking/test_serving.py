@@ -12,9 +12,11 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import sage.torchvision_ops  # noqa: F401
 
@@ -31,6 +33,7 @@ from flows.prompts import generate
 from flows.tracking import content, promotion, registry, runs
 from sage.errors import RegistryError
 from sage.sampling import base
+from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.seeds import image_seeds
 
 pytestmark = pytest.mark.slow
@@ -319,3 +322,22 @@ def test_bytecode_that_somebody_left_in_the_store_is_never_run(project, tmp_path
     finally:
         for path in planted:
             Path(path).unlink()
+
+
+@pytest.mark.filterwarnings("ignore:.*type hint is inferred as AnyType:UserWarning")  # of mlflow's own classes
+def test_an_image_that_is_not_finite_is_the_error_of_its_prompt(tmp_path, monkeypatch):
+    from flows.tracking import served
+
+    monkeypatch.setenv("SAGE_CACHE", str(tmp_path))
+    pipe = SharedSamplingPipeline.from_pipe(tiny.stable_diffusion(tmp_path))
+    pipe.set_progress_bar_config(disable=True)
+    tiny.overflow_at("q", pipe)
+    model = served.SharedSampling()
+    model._pipeline, model._alone = pipe, threading.Lock()
+    settings = {"steps": 2, "share_ratio": 0.5, "guidance_scale": 1.0, "branch_noise": 0.0, "batch_size": 4}
+    limits = {"prompts": 9, "characters": 99, "steps": 99}
+    group = {"threshold": 0.5, "max_size": 6, "near_duplicate": 0.999}
+    config = {"sampling": settings, "limits": limits, "group": group}
+    items = model.predict(SimpleNamespace(model_config=config), ["red cat", "q", "blue house"])
+    assert [set(item) == {"error"} for item in items] == [False, True, False]
+    assert items[1]["error"].startswith("not_finite: the latents from step 0 of 2 on; check the weights")

@@ -20,6 +20,7 @@ _SHAPES = {128: stock.ASPECT_RATIO_1024_BIN, 64: stock.ASPECT_RATIO_512_BIN, 32:
 class SharedPixArtAlphaPipeline(pipeline.SharedSamplingPipeline, PixArtAlphaPipeline):  # type: ignore[misc]
     """A PixArt-alpha pipeline whose similar prompts share their early steps."""
 
+    _callback_tensor_inputs: ClassVar = ["latents", "prompt_embeds"]
     _default_guidance: ClassVar = 4.5
     _options: ClassVar = {
         "eta": 0.0,
@@ -33,6 +34,16 @@ class SharedPixArtAlphaPipeline(pipeline.SharedSamplingPipeline, PixArtAlphaPipe
         "prompt_attention_mask",
         "negative_prompt_attention_mask",
     )
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of the last step, which callbacks may set; the stock class takes none of these."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of steps of the last call."""
+        return self._num_timesteps
 
     def _size(self, height: int | None, width: int | None, options: dict[str, Any]) -> tuple[int, int]:
         size = super()._size(height, width, options)
