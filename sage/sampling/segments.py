@@ -355,8 +355,7 @@ class SegmentedPipeline(SharedSamplingPipeline):
             if threading.get_ident() == thread:  # another call may use the same network
                 self._evaluations += len(args[0] if args else kwargs["hidden_states"])
 
-        networks = (getattr(self, name, None) for name in ("unet", "transformer", "transformer_2"))
-        handles = [network.register_forward_pre_hook(count, with_kwargs=True) for network in networks if network]
+        handles = [network.register_forward_pre_hook(count, with_kwargs=True) for network in self._networks]
         try:
             yield
         finally:
