@@ -161,10 +161,12 @@ def test_share_ratio_0_is_the_stock_pipeline_with_the_cache_and_so_is_a_second_c
     assert torch.equal(case.sample([0, 1], [5, 6]), plain)
 
 
-def test_batches_of_different_sizes_are_each_the_stock_pipeline(case):
+def test_batches_of_equal_and_different_sizes_are_each_the_stock_pipeline(case):
     case.enable()
     found = case.sample([0, 1, 2], [5, 6, 7], batch_size=2)
     assert torch.equal(found, torch.cat([case.stock([0], [5]), case.stock([1, 2], [6, 7])]))
+    found = case.sample([0, 1], [5, 6], batch_size=1)
+    assert torch.equal(found, torch.cat([case.stock([0], [5]), case.stock([1], [6])]))
 
 
 def test_a_branch_is_the_stock_pipeline_with_the_cache_begun_clean_there(case):
