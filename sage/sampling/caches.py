@@ -112,11 +112,6 @@ class StepCaches:
             self.begin(self._step)  # a callback turned guidance off
         self._check_guidance(times > 1)
         clean, self._rows = self._rows == (0, 0), (rows, times)
-        handles = [
-            network.register_forward_pre_hook(partial(_check_call, hooks, rows * times), with_kwargs=True)
-            for network, hooks in self._hooks.items()
-            if hooks
-        ]
         others = self._exchange(self._kept)
         vars(pipe)["_current_timestep"] = t
         try:
@@ -126,8 +121,26 @@ class StepCaches:
             vars(pipe)["_current_timestep"] = None
             self._kept = self._exchange(others)
             self._step += 1
-            for handle in handles:
-                handle.remove()
+
+    def check_call(self, network: nn.Module, found: int) -> None:
+        """Raise UnsupportedError if the step's rows come in several network calls that a cache cannot tell apart.
+
+        `found`: rows of the call of `network` that comes next.
+        """
+        rows, times = self._rows
+        for hook in self._hooks.get(network, ()):
+            cache, context = CACHES[type(hook)], None if isinstance(hook, _TIMED) else hook.state_manager._context
+            named = context is not None and context.name != "inference"  # as MagCache calls what has no name
+            if cache in ("FirstBlockCache", "TaylorSeer") and not named:
+                raise UnsupportedError(
+                    f"{cache} needs a stock pipeline that names its network calls (cache_context); disable it, or use "
+                    "another cache"
+                )
+            if not named and found != rows * times:
+                raise UnsupportedError(
+                    f"{cache} would mix the network calls of a step: this one has {found} of the step's {rows * times} "
+                    "rows; disable it, or use a cache that keeps them apart, such as FirstBlockCache"
+                )
 
     def _exchange(self, values: list[Any]) -> list[Any]:
         """Put values into the slots and return what was there."""
@@ -183,21 +196,3 @@ def _mag_cache_state(step: int) -> Any:
     state = MagCacheState()
     state.step_index = step
     return state
-
-
-def _check_call(hooks: list[Any], rows: int, network: nn.Module, args: Any, kwargs: Any) -> None:
-    """Raise UnsupportedError if a step's rows come in several network calls that a cache cannot tell apart."""
-    found = len(args[0] if args else kwargs["hidden_states"])
-    for hook in hooks:
-        cache, context = CACHES[type(hook)], None if isinstance(hook, _TIMED) else hook.state_manager._context
-        named = context is not None and context.name != "inference"  # as MagCache calls what has no name
-        if cache in ("FirstBlockCache", "TaylorSeer") and not named:
-            raise UnsupportedError(
-                f"{cache} needs a stock pipeline that names its network calls (cache_context); disable it, or "
-                "use another cache"
-            )
-        if not named and found != rows:
-            raise UnsupportedError(
-                f"{cache} would mix the network calls of a step: this one has {found} of the step's {rows} "
-                "rows; disable it, or use a cache that keeps them apart, such as FirstBlockCache"
-            )

@@ -176,6 +176,11 @@ class Continuous:
                 "a step cache keeps features for the rows of a batch, which change here from step to step; call "
                 "disable_cache() of the transformer"
             )
+        if stream._padded_sizes:
+            raise UnsupportedError(
+                f"batches are not padded to {tuple(stream._padded_sizes)} here: they have the size of what is under way; "
+                "give one batch_size"
+            )
         scheduler = stream._pipe.scheduler
         key = (
             type(scheduler).__name__,

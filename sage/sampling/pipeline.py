@@ -331,7 +331,7 @@ class SharedSamplingPipeline:
             )
         if share_key is not None:
             check_keys(plan, share_key)
-        caches = StepCaches(self._networks)
+        caches = vars(call)["_caches"] = StepCaches(self._networks)
         caches.check(plan, call._is_guided(scale, negatives, given))
         call._guidance_scale, call._num_timesteps = scale, steps
         return Stream(
@@ -456,6 +456,7 @@ class SharedSamplingPipeline:
     # The state of a call is in a copy of the pipeline, so that calls in several threads or streams do not meet.
 
     _evaluations = 0
+    _caches = StepCaches(())
     _interrupts = 0
     _interrupts_before = 0
     _called: Any = None
@@ -507,9 +508,15 @@ class SharedSamplingPipeline:
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Tensor:
         """Call the network and add the rows of its batch to the count of evaluations."""
+        self._count(self._network, args, kwargs)
         output: Tensor = self._network(*args, **kwargs, return_dict=False)[0]
-        self._evaluations += len(output)
         return output
+
+    def _count(self, network: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Add the rows of a network call to the count of evaluations; raise UnsupportedError if a cache mixes them."""
+        rows = len(args[0] if args else kwargs["hidden_states"])
+        self._caches.check_call(network, rows)
+        self._evaluations += rows
 
     def _decoded(self, latents: Tensor) -> Tensor:
         """Return the autoencoder's images of scaled latents, zeros where not finite, and note which are finite."""

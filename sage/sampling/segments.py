@@ -10,9 +10,7 @@ timesteps decodes. So embeddings, guidance, positions and decoding are the stock
 import copy
 import functools
 import inspect
-import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -330,6 +328,9 @@ class SegmentedPipeline(SharedSamplingPipeline):
         if timesteps is not None and latents is not None:
             scheduler = _segment(scheduler, timesteps, stop)
             replaced = {"prepare_latents": lambda *args, **kwargs: self._placed(latents)}
+            for name in ("transformer", "transformer_2"):
+                if (network := getattr(self, name, None)) is not None:
+                    replaced[name] = _Counted(network, self._count)
         elif point == "encode_prompt":
             replaced = {"encode_prompt": encode_prompt, "prepare_latents": lambda *args, **kwargs: stop(None)}
             scheduler = _recorder(scheduler, stop)
@@ -340,27 +341,24 @@ class SegmentedPipeline(SharedSamplingPipeline):
             scheduler = _segment(scheduler, scheduler.timesteps, None)
         inner = self._inner(scheduler, **replaced)
         try:
-            with self._counted():
-                self._stock.__call__(inner, **(self._segmented.arguments | dict(arguments)))
+            self._stock.__call__(inner, **(self._segmented.arguments | dict(arguments)))
         except _Stopped as stopped:
             return found if point == "encode_prompt" else stopped.value
         raise UnsupportedError(f"{self.family.stock} ended before {point}; its loop is not one that segments can drive")
 
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Count the rows of the networks' batches as evaluations of this call."""
-        thread = threading.get_ident()
 
-        def count(module: Any, args: Any, kwargs: Any) -> None:
-            if threading.get_ident() == thread:  # another call may use the same network
-                self._evaluations += len(args[0] if args else kwargs["hidden_states"])
+class _Counted:
+    """A network, each call of which is counted first; not by a hook, which torch.compile would compile with it."""
 
-        handles = [network.register_forward_pre_hook(count, with_kwargs=True) for network in self._networks]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def __init__(self, network: Any, count: Callable[[Any, Any, Any], None]) -> None:
+        self._network, self._count = network, count
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._count(self._network, args, kwargs)
+        return self._network(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
 
 
 def segmented(family: Family, stock: type) -> type:
