@@ -22,7 +22,15 @@ from typing import Any
 import sage.torchvision_ops  # noqa: F401
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from flows.terminal import progress, quiet
@@ -84,6 +92,49 @@ def stable_diffusion_15(device: str) -> StableDiffusionPipeline:
         requires_safety_checker=False,
     )
     return pipe.to(device, torch.float16)
+
+
+def tiny_stable_diffusion(prompts: int = 6) -> tuple[Any, dict[str, Any]]:
+    """Return Stable Diffusion with a tiny random U-Net and nothing else, and the embeddings of some prompts."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+    )
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipe = StableDiffusionPipeline(**parts, unet=unet, scheduler=scheduler, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    rows = torch.randn(2, prompts, 8, 16)
+    return pipe, {"prompt_embeds": rows[0], "negative_prompt_embeds": rows[1], "guidance_scale": 3.0}
+
+
+def tiny_flux(prompts: int = 6) -> tuple[Any, dict[str, Any]]:
+    """Return FLUX.1 with a tiny random transformer and nothing else, and the embeddings of some prompts."""
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = FluxPipeline(**parts, transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    embeddings = {"prompt_embeds": torch.randn(prompts, 8, 32), "pooled_prompt_embeds": torch.randn(prompts, 32)}
+    return pipe, embeddings | {"height": 64, "width": 64, "guidance_scale": 3.0}
 
 
 def conditions(stock: Any, count: int, data: Path) -> tuple[list[str] | None, dict[str, torch.Tensor]]:

@@ -178,7 +178,7 @@ class Continuous:
             )
         if stream._padded_sizes:
             raise UnsupportedError(
-                f"batches are not padded to {tuple(stream._padded_sizes)} here: they have the size of what is under way; "
+                f"batches are not padded to {tuple(stream._padded_sizes)} here: they have the rows that are under way; "
                 "give one batch_size"
             )
         scheduler = stream._pipe.scheduler

@@ -20,6 +20,7 @@ from diffusers.hooks.hooks import HookRegistry
 from diffusers.hooks.mag_cache import MagCacheHeadHook
 from tiny_families import generators, latents, rows
 
+from benchmarks import caches
 from sage.errors import UnsupportedError
 from sage.sampling.continuous import Continuous
 from sage.sampling.pipeline import SharedSamplingPipeline
@@ -439,3 +440,11 @@ def test_the_caches_of_stock_calls_are_left_as_they_were():
     with pytest.raises(KeyboardInterrupt):
         case.stock([2], [7], callback_on_step_end=fail)
     assert torch.equal(case.sample([0, 1], [5, 6]), alone)
+
+
+def test_a_late_cache_saves_beside_sharing_what_it_saves_alone_and_an_early_one_does_not():
+    """The table of `python -m benchmarks.caches`."""
+    for row in caches.measure():
+        assert row["sharing"] == pytest.approx(0.4 * 2 / 3) and row["caching"] > 0.1
+        late = row["cached_steps"] == "late"
+        assert (row["both"] == pytest.approx(row["sharing"] + row["caching"])) is late
