@@ -43,13 +43,15 @@ def groups_on_the_cpu(pipe):
     "offload",
     [
         lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
-        lambda pipe: pipe.enable_sequential_cpu_offload(device="cpu"),
         groups_on_the_cpu,
     ],
-    ids=["model", "sequential", "group"],
+    ids=["model", "group"],
 )
 def test_offloading_changes_no_image(stock, offload):
-    """The CPU stands for the accelerator: the hooks are those that would move weights to it."""
+    """The CPU stands for the accelerator: the hooks are those that would move weights to it.
+
+    Not sequential offloading, for which it cannot stand: accelerate then fails in the stock pipeline, too.
+    """
     pipe = SharedSamplingPipeline.from_pipe(stock[0])
     expected = shared(pipe, stock[1])
     offload(pipe)
