@@ -83,6 +83,7 @@ class _Call:
     noise: dict[str, Any] = field(default_factory=dict)
     # What `prepare_latents` returns beside the latents, by number of rows.
     positions: dict[int, Any] = field(default_factory=dict)
+    networks: dict[str, Any] = field(default_factory=dict)
     # The arguments for a pack's conditions, made once for all of its steps.
     latest: tuple[Condition, dict[str, Any]] | None = None
 
@@ -129,6 +130,9 @@ class SegmentedPipeline(SharedSamplingPipeline):
         if "negative_prompt" in inspect.signature(self._stock.__call__).parameters:
             arguments["negative_prompt"] = None
         self._segmented = _Call(arguments)
+        for name in ("transformer", "transformer_2"):
+            if (network := getattr(self, name, None)) is not None:
+                self._segmented.networks[name] = _Counted(network, self._count)
         self._segmented.guided = self._is_guided(scale, negatives, given)
         one = None if prompts is None else prompts[:1], None if negatives is None else negatives[:1]
         rows = {name: values[:1] for name, values in given.items()}
@@ -328,9 +332,7 @@ class SegmentedPipeline(SharedSamplingPipeline):
         if timesteps is not None and latents is not None:
             scheduler = _segment(scheduler, timesteps, stop)
             replaced = {"prepare_latents": lambda *args, **kwargs: self._placed(latents)}
-            for name in ("transformer", "transformer_2"):
-                if (network := getattr(self, name, None)) is not None:
-                    replaced[name] = _Counted(network, self._count)
+            replaced |= self._segmented.networks
         elif point == "encode_prompt":
             replaced = {"encode_prompt": encode_prompt, "prepare_latents": lambda *args, **kwargs: stop(None)}
             scheduler = _recorder(scheduler, stop)
@@ -348,7 +350,10 @@ class SegmentedPipeline(SharedSamplingPipeline):
 
 
 class _Counted:
-    """A network, each call of which is counted first; not by a hook, which torch.compile would compile with it."""
+    """A network for one call of the pipeline, which counts its evaluations.
+
+    A hook would count, too, but torch.compile would compile it with the network.
+    """
 
     def __init__(self, network: Any, count: Callable[[Any, Any, Any], None]) -> None:
         self._network, self._count = network, count
@@ -356,6 +361,12 @@ class _Counted:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._count(self._network, args, kwargs)
         return self._network(*args, **kwargs)
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        """The network's precision: looked for once in a call, because diffusers looks at every module."""
+        found: torch.dtype = self._network.dtype
+        return found
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._network, name)
