@@ -3,6 +3,7 @@
     python -m benchmarks.sampling                 this project's base model, 256 held-out prompts
     python -m benchmarks.sampling --sd15          a U-Net of Stable Diffusion 1.5's size, random weights (accelerator)
     python -m benchmarks.sampling --quick         a few prompts and steps, to see that it runs
+    python -m benchmarks.sampling --free          networks that cost nothing: what is spent outside them, in CPU time
 
 Arms are interleaved: every repetition runs each once, in another order; ratios are taken within a repetition, and
 figures are medians over repetitions, so that work beside it blurs them little. Goals:
@@ -15,14 +16,23 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import sage.torchvision_ops  # noqa: F401
 
+import psutil
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from flows.terminal import progress, quiet
@@ -84,6 +94,114 @@ def stable_diffusion_15(device: str) -> StableDiffusionPipeline:
         requires_safety_checker=False,
     )
     return pipe.to(device, torch.float16)
+
+
+def tiny_stable_diffusion(prompts: int = 6) -> tuple[Any, dict[str, Any]]:
+    """Return Stable Diffusion with a tiny random U-Net and nothing else, and the embeddings of some prompts."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+    )
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipe = StableDiffusionPipeline(**parts, unet=unet, scheduler=scheduler, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    rows = torch.randn(2, prompts, 8, 16)
+    return pipe, {"prompt_embeds": rows[0], "negative_prompt_embeds": rows[1], "guidance_scale": 3.0}
+
+
+def tiny_flux(prompts: int = 6) -> tuple[Any, dict[str, Any]]:
+    """Return FLUX.1 with a tiny random transformer and nothing else, and the embeddings of some prompts."""
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = FluxPipeline(**parts, transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    embeddings = {"prompt_embeds": torch.randn(prompts, 8, 32), "pooled_prompt_embeds": torch.randn(prompts, 32)}
+    return pipe, embeddings | {"height": 64, "width": 64, "guidance_scale": 3.0}
+
+
+class FreeUNet(UNet2DConditionModel):  # type: ignore[misc]
+    """A U-Net that costs nothing."""
+
+    def forward(self, sample: Any, *args: Any, **kwargs: Any) -> tuple[Any]:
+        """Return the latents."""
+        return (sample,)
+
+
+class FreeTransformer(FluxTransformer2DModel):  # type: ignore[misc]
+    """A transformer that costs nothing."""
+
+    def forward(self, hidden_states: Any, **kwargs: Any) -> tuple[Any]:
+        """Return the latents."""
+        return (hidden_states,)
+
+
+def free(prompts: int, family: str) -> tuple[Any, dict[str, Any]]:
+    """Return a pipeline whose network costs nothing, and the embeddings of some prompts."""
+    if family == "Stable Diffusion":
+        pipe, call = tiny_stable_diffusion(prompts)
+        pipe.unet.__class__ = FreeUNet
+    else:
+        pipe, call = tiny_flux(prompts)
+        pipe.transformer.__class__ = FreeTransformer
+    return pipe, call | {"num_inference_steps": 10, "output_type": "latent"}
+
+
+def overhead(family: str, count: int = 64, repetitions: int = 7) -> dict[str, float]:
+    """Return CPU milliseconds a network call of stock and of share ratio 0 (medians), and the median of their ratio."""
+    stock, call = free(count, family)
+    pipe: Any = SharedSamplingPipeline.from_pipe(stock)
+    given = {name: call.pop(name) for name in list(call) if torch.is_tensor(call[name])}
+    calls = call["num_inference_steps"] * (count // 8)
+    arms: dict[str, Callable[[], Any]] = {
+        "stock": lambda: run_stock(stock, None, given, count, 8, call),
+        "share_ratio_0": lambda: pipe(**given, **call, seed=list(range(count)), share_ratio=0, batch_size=8),
+    }
+    seen: dict[str, list[float]] = {name: [] for name in arms}
+    for repetition in range(repetitions + 1):
+        for name, arm in arms.items():
+            begin = time.process_time()
+            arm()
+            if repetition:
+                seen[name].append((time.process_time() - begin) / calls * 1000)
+    ratio = statistics.median(a / b for a, b in zip(seen["share_ratio_0"], seen["stock"], strict=True))
+    return {name: statistics.median(values) for name, values in seen.items()} | {"ratio": ratio}
+
+
+def scale(family: str, counts: Sequence[int]) -> list[dict[str, float]]:
+    """Return CPU seconds and the growth of the memory, MiB, of streams of so many prompts in groups of three."""
+    found = []
+    for count in counts:
+        stock, call = free(count, family)
+        pipe: Any = SharedSamplingPipeline.from_pipe(stock)
+        process = psutil.Process()
+        begin, before, peak = time.process_time(), process.memory_info().rss, 0
+        for number, _ in enumerate(pipe.stream(**call, seed=0, groups=groups_of(count, 3), share_ratio=0.4)):
+            if number % 50 == 0:
+                peak = max(peak, process.memory_info().rss)
+        seconds = time.process_time() - begin
+        found.append({"prompts": count, "cpu_seconds": seconds, "ms_a_prompt": seconds / count * 1000})
+        found[-1]["memory_mib"] = (peak - before) / 2**20
+    return found
 
 
 def conditions(stock: Any, count: int, data: Path) -> tuple[list[str] | None, dict[str, torch.Tensor]]:
@@ -206,12 +324,21 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sd15", action="store_true")
+    parser.add_argument("--free", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--model", type=Path, default=Path("models/base"))
     parser.add_argument("--data", type=Path, default=Path("data/prepared"))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     quiet()
+    if options.free:
+        counts = [30, 60] if options.quick else [2_500, 5_000, 10_000]
+        figures: dict[str, Any] = {
+            family: {"milliseconds_a_network_call": overhead(family), "streams": scale(family, counts)}
+            for family in ("Stable Diffusion", "FLUX.1")
+        }
+        print(json.dumps(figures, indent=2))
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stock = stable_diffusion_15(device) if options.sd15 else base.load(options.model).to(device)
     stock.set_progress_bar_config(disable=True)

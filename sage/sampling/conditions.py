@@ -42,6 +42,16 @@ def joined(condition: Condition) -> Condition:
     return {name: rows.transpose(0, 1).flatten(0, 1) for name, rows in condition.items()}
 
 
+def padded(condition: Condition, rows: int, size: int) -> Condition:
+    """Repeat the last of the `rows` of joined conditions (g * rows, ...) until they are `size`: (g * size, ...)."""
+    found = {}
+    for name, values in condition.items():
+        parts = values.reshape(-1, rows, *values.shape[1:])
+        last = parts[:, -1:].expand(-1, size - rows, *values.shape[1:])
+        found[name] = torch.cat([parts, last], dim=1).flatten(0, 1)
+    return found
+
+
 def block_conditions(
     blocks: Sequence[Sequence[int]],
     encode: Callable[[list[int]], Condition],

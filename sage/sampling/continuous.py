@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from sage.errors import ConfigurationError
+from sage.errors import ConfigurationError, UnsupportedError
 from sage.sampling.branch_noise import SCHEDULERS, levels, predicted_x_0, recentred, rotated
 from sage.sampling.conditions import Condition, block_conditions, concatenated, joined
 from sage.sampling.loop import HISTORY, branched
@@ -171,6 +171,16 @@ class Continuous:
                 branch noise
         starts  prefixes from which images begin, by number; each image must be in no block
         """
+        if stream._caches:
+            raise UnsupportedError(
+                "a step cache keeps features for the rows of a batch, which change here from step to step; call "
+                "disable_cache() of the transformer"
+            )
+        if stream._padded_sizes:
+            raise UnsupportedError(
+                f"batches are not padded to {tuple(stream._padded_sizes)} here: they have the rows that are under way; "
+                "give one batch_size"
+            )
         scheduler = stream._pipe.scheduler
         key = (
             type(scheduler).__name__,

@@ -1,7 +1,7 @@
 """Hooks on the network: shared sampling refuses those that may carry one call's features into the next.
 
-Consecutive network calls are for different prompts and different steps here, so a step cache (pyramid attention
-broadcast, FasterCache, MagCache, DeepCache and others) would put the features of one image into another.
+Consecutive network calls are for different prompts and different steps here, so a cache that is not emptied in between
+would put the features of one image into another. The step caches of `sage.sampling.caches` are.
 """
 
 import functools
@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
 from sage.errors import UnsupportedError
+from sage.sampling.caches import CACHES
 
 # Modules whose hooks move, cast or reparametrise weights, and keep nothing of a call.
 _KNOWN = ("accelerate.hooks", "diffusers.hooks.group_offloading", "diffusers.hooks.layerwise_casting", "torch.")
@@ -25,8 +26,8 @@ _CHAIN = "diffusers.hooks.hooks"
 def check_hooks(network: nn.Module) -> None:
     """Raise UnsupportedError, naming it, for a hook inside the network or a replaced forward method.
 
-    Hooks that offload or cast weights are allowed, and so are PyTorch's own hooks on the network as a whole, which
-    count its calls; what these return is not checked.
+    Hooks that offload or cast weights and those of supported step caches are allowed, and so are PyTorch's own hooks on
+    the network as a whole, which count its calls; what these return is not checked.
     """
     for path, module in unwrap_module(network).named_modules():
         for what in (*_hooks(module, inside=path != ""), *_forwards(module)):
@@ -47,7 +48,7 @@ def _hooks(module: nn.Module, inside: bool) -> Iterator[str]:
     if inside:
         hooks += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     for hook in hooks:
-        if not _origin(hook).startswith(_KNOWN):
+        if type(hook) not in CACHES and not _origin(hook).startswith(_KNOWN):
             yield f"the hook {getattr(hook, '__qualname__', type(hook).__name__)}"
 
 

@@ -18,6 +18,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,6 +126,8 @@ def sample(
     medoid: bool = False,
     branch_noise: float = 0.0,
     step_kwargs: dict[str, Any] | None = None,
+    fill: bool = False,
+    begin: Callable[[int], None] | None = None,
     on_step: Callable[[int, Tensor, Pack], None] = lambda step, t, pack: None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Iterator[Sampled]:
@@ -143,6 +146,8 @@ def sample(
     medoid                      give a block the condition of the member nearest to the mean instead of the mean
     branch_noise                s in [0, 1] of `sage.sampling.branch_noise`
     step_kwargs                 further arguments of `scheduler.step`
+    fill                        packs are as large as they can be, instead of nearly equal
+    begin(step)                 called before the first step of each pack, whose blocks then all branch at one step
     on_step(step, t, pack)      called after each step of each pack; may change its latents and guidance
     interrupted()               once it returns true, no further steps run: the pack under way is yielded unfinished,
                                 and packs that wait are not
@@ -162,14 +167,17 @@ def sample(
     scales = hasattr(scheduler, "scale_model_input")
 
     # Sort roots by branch point, so that a pack's blocks branch together and the pack is rarely split.
-    roots = sorted(plan.roots, key=lambda node: node.until if isinstance(node, Block) else plan.steps)
-    waiting = [_Waiting([roots[i] for i in rows]) for rows in reversed(_packs(len(roots), batch_size))]
+    roots = sorted(plan.roots, key=lambda node: _end(node, plan.steps))
+    packs = partial(_packs, steps=plan.steps, batch_size=batch_size, fill=fill, apart=begin is not None)
+    waiting = [_Waiting([roots[i] for i in rows]) for rows in reversed(packs(roots))]
     while waiting:
         pack = _start(waiting.pop(), plan.steps, scheduler, noise, generator, rank, branch_noise, guidance)
         blocks = [list(leaves_of((node,))) for node in pack.nodes]
         pack.condition = block_conditions(blocks, encode, rank, batch_size, medoid)
         kwargs = dict(step_kwargs or {}) | ({"generator": pack.generators} if takes_generator else {})
-        end = min(node.until if isinstance(node, Block) else plan.steps for node in pack.nodes)
+        end = min(_end(node, plan.steps) for node in pack.nodes)
+        if begin is not None:
+            begin(pack.step)
 
         for step in range(pack.step, end):
             if interrupted():
@@ -193,7 +201,7 @@ def sample(
             yield _sampled(pack, plan.steps, finished=True)
             continue
         nodes, rows = _branches(pack.nodes, end)
-        for part in reversed(_packs(len(nodes), batch_size)):
+        for part in reversed(packs(nodes)):
             waiting.append(_Waiting([nodes[i] for i in part], pack, [rows[i] for i in part]))
 
 
@@ -212,11 +220,23 @@ def _sampled(pack: Pack, steps: int, finished: bool) -> Sampled:
     return Sampled([prompt for block in members for prompt in block], latents, finished, diverged)
 
 
-def _packs(rows: int, batch_size: int) -> list[range]:
-    """Split range(rows) into the fewest ranges of at most `batch_size`, of nearly equal length."""
-    count = -(-rows // batch_size)
-    edges = [rows * i // count for i in range(count + 1)]
-    return [range(a, b) for a, b in itertools.pairwise(edges)]
+def _end(node: Node, steps: int) -> int:
+    return node.until if isinstance(node, Block) else steps
+
+
+def _packs(nodes: Sequence[Node], steps: int, batch_size: int, fill: bool, apart: bool) -> list[list[int]]:
+    """Split the numbers of nodes into the fewest packs of at most `batch_size`, nearly equal or, with `fill`, full.
+
+    With `apart`, nodes that branch at different steps are in different packs.
+    """
+    ends = [_end(node, steps) if apart else steps for node in nodes]
+    packs = []
+    for end in sorted(set(ends)):
+        rows = [row for row, own in enumerate(ends) if own == end]
+        count = -(-len(rows) // batch_size)
+        edges = [min(len(rows), batch_size * i) if fill else len(rows) * i // count for i in range(count + 1)]
+        packs += [rows[a:b] for a, b in itertools.pairwise(edges)]
+    return packs
 
 
 def _branches(nodes: list[Node], step: int) -> tuple[list[Node], list[int]]:

@@ -37,6 +37,7 @@ from sage import diffusion
 from sage.errors import ConfigurationError, DataError, PlanError, UnsupportedError
 from sage.numbers import real, whole
 from sage.sampling import loop, saved
+from sage.sampling.caches import StepCaches
 from sage.sampling.conditions import Condition
 from sage.sampling.hooks import check_hooks
 from sage.sampling.partition import as_groups, check_keys, share_keys
@@ -215,7 +216,7 @@ class SharedSamplingPipeline:
         latents: Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int | Sequence[int] = BATCH_SIZE,
         group_condition: Literal["mean", "medoid"] = "mean",
         branch_noise: float = 0.0,
         output_type: str = "pil",
@@ -243,7 +244,9 @@ class SharedSamplingPipeline:
         generator              instead of `seed`: one for all noise, or one for each image
         latents                standard normal initial noise, one row for each image
         height, width          size in pixels; None: default of the network
-        batch_size             latents in a network call (under guidance twice as many rows)
+        batch_size             latents in a network call (under guidance twice as many rows); or the sizes that network
+                               calls may have, such as (1, 2, 4, 8): smaller batches are padded to the next of them,
+                               so that torch.compile builds no more graphs than these
         group_condition        "mean" of the members' conditions, or "medoid", the member nearest to the mean
         branch_noise           in [0, 1], makes the members of a group differ more (`sage.sampling.branch_noise`); the
                                published figures use 1, which not every scheduler supports, so the default is 0
@@ -260,7 +263,6 @@ class SharedSamplingPipeline:
         numbers = {
             "num_inference_steps": num_inference_steps,
             "num_images_per_prompt": num_images_per_prompt,
-            "batch_size": batch_size,
         }
         for name, number in numbers.items():
             if not isinstance(number, (int, np.integer)):
@@ -285,10 +287,8 @@ class SharedSamplingPipeline:
                 "groups=sage.Grouping(...) for how groups are formed"
             )
         scale = real("guidance_scale", self._default_guidance if guidance_scale is None else guidance_scale)
-        batch_size, num_inference_steps = (
-            whole("batch_size", batch_size),
-            whole("num_inference_steps", num_inference_steps),
-        )
+        batch_size, padded_sizes = _batch_sizes(batch_size)
+        num_inference_steps = whole("num_inference_steps", num_inference_steps)
         num_images_per_prompt = whole("num_images_per_prompt", num_images_per_prompt)
         branch_noise = real("branch_noise", branch_noise)
         if not math.isfinite(scale):
@@ -303,7 +303,8 @@ class SharedSamplingPipeline:
             allowed = ", ".join(("latents", *self._callback_conditions))
             raise ConfigurationError(f"the callback can get {allowed}, not {', '.join(extra)}")
         loop.check_scheduler(self.scheduler, branch_noise)
-        check_hooks(self._network)
+        for network in self._networks:
+            check_hooks(network)
         if self._network.config.get("time_cond_proj_dim") is not None:
             raise UnsupportedError(
                 "this network takes the guidance scale as an input (time_cond_proj_dim), as consistency models do; use "
@@ -330,6 +331,8 @@ class SharedSamplingPipeline:
             )
         if share_key is not None:
             check_keys(plan, share_key)
+        caches = vars(call)["_caches"] = StepCaches(self._networks)
+        caches.check(plan, call._is_guided(scale, negatives, given))
         call._guidance_scale, call._num_timesteps = scale, steps
         return Stream(
             call,
@@ -343,6 +346,8 @@ class SharedSamplingPipeline:
             generator=generator,
             latents=latents,
             batch_size=batch_size,
+            padded_sizes=padded_sizes,
+            caches=caches,
             medoid=group_condition == "medoid",
             branch_noise=branch_noise,
             output_type=output_type,
@@ -451,9 +456,11 @@ class SharedSamplingPipeline:
     # The state of a call is in a copy of the pipeline, so that calls in several threads or streams do not meet.
 
     _evaluations = 0
+    _caches = StepCaches(())
     _interrupts = 0
     _interrupts_before = 0
     _called: Any = None
+    _current_timestep: Tensor | None = None
     _guidance_scale: float
     _num_timesteps: int
     _finite: list[bool]
@@ -482,7 +489,18 @@ class SharedSamplingPipeline:
     def _interrupt(self, value: bool) -> None:
         self._interrupts += bool(value)
 
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """The timestep of the step under way, for callbacks of step caches; None between steps."""
+        return self._current_timestep
+
     # Used by families.
+
+    @property
+    def _networks(self) -> list[Any]:
+        """The networks that are evaluated: one, or two of which each has its part of the steps."""
+        found = [getattr(self, name, None) for name in ("unet", "transformer", "transformer_2")]
+        return [network for network in found if network is not None]
 
     @property
     def _network(self) -> Any:
@@ -490,9 +508,15 @@ class SharedSamplingPipeline:
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Tensor:
         """Call the network and add the rows of its batch to the count of evaluations."""
+        self._count(self._network, args, kwargs)
         output: Tensor = self._network(*args, **kwargs, return_dict=False)[0]
-        self._evaluations += len(output)
         return output
+
+    def _count(self, network: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Add the rows of a network call to the count of evaluations; raise UnsupportedError if a cache mixes them."""
+        rows = len(args[0] if args else kwargs["hidden_states"])
+        self._caches.check_call(network, rows)
+        self._evaluations += rows
 
     def _decoded(self, latents: Tensor) -> Tensor:
         """Return the autoencoder's images of scaled latents, zeros where not finite, and note which are finite."""
@@ -625,6 +649,21 @@ def _callback_inputs(callback: Any, names: Sequence[str]) -> Sequence[str]:
                 "IPAdapterScaleCutoffCallback is for image prompts, which cannot be shared; leave it out"
             )
     return callback.tensor_inputs if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)) else names
+
+
+def _batch_sizes(batch_size: int | Sequence[int]) -> tuple[int, tuple[int, ...]]:
+    """Return the largest number of latents in a network call, and the sizes that calls are padded to, ascending."""
+    given: Any = batch_size
+    if isinstance(given, (list, tuple)):
+        sizes = tuple(sorted({whole("a size in batch_size", size) for size in given}))
+        if not sizes or sizes[0] < 1:
+            raise ConfigurationError(f"batch_size is {batch_size}; give one number or several, each at least 1")
+        return sizes[-1], sizes
+    if not isinstance(given, (int, np.integer)):
+        raise ConfigurationError(
+            f"batch_size is {batch_size!r}; give a whole number, or several, or leave it out for the default"
+        )
+    return whole("batch_size", given), ()
 
 
 def _negatives(negative: str | Sequence[str] | None, count: int) -> list[str] | None:

@@ -11,9 +11,7 @@ import copy
 import functools
 import inspect
 import itertools
-import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -88,6 +86,7 @@ class _Call:
     noise: dict[str, Any] = field(default_factory=dict)
     # What `prepare_latents` returns beside the latents, by number of rows.
     positions: dict[int, Any] = field(default_factory=dict)
+    networks: dict[str, Any] = field(default_factory=dict)
     # What the steps of a pack have in common.
     pack: "_Pack | None" = None
 
@@ -148,6 +147,9 @@ class SegmentedPipeline(SharedSamplingPipeline):
         if "negative_prompt" in inspect.signature(self._stock.__call__).parameters:
             arguments["negative_prompt"] = None
         self._segmented = _Call(arguments)
+        for name in ("transformer", "transformer_2"):
+            if (network := getattr(self, name, None)) is not None:
+                self._segmented.networks[name] = _Counted(network, self._count)
         self._segmented.guided = self._is_guided(scale, negatives, given)
         one = None if prompts is None else prompts[:1], None if negatives is None else negatives[:1]
         device = self._execution_device
@@ -351,6 +353,7 @@ class SegmentedPipeline(SharedSamplingPipeline):
         if timesteps is not None and latents is not None:
             scheduler = _segment(scheduler, timesteps, stop)
             replaced = {"prepare_latents": lambda *args, **kwargs: self._placed(latents)}
+            replaced |= self._segmented.networks
         elif point == "encode_prompt":
             replaced = {"encode_prompt": encode_prompt, "prepare_latents": lambda *args, **kwargs: stop(None)}
             scheduler = _recorder(scheduler, stop)
@@ -363,28 +366,33 @@ class SegmentedPipeline(SharedSamplingPipeline):
         if encoded is not None:
             vars(inner)["encode_prompt"] = _once(inner.encode_prompt, encoded)
         try:
-            with self._counted():
-                self._stock.__call__(inner, **(self._segmented.arguments | dict(arguments)))
+            self._stock.__call__(inner, **(self._segmented.arguments | dict(arguments)))
         except _Stopped as stopped:
             return found if point == "encode_prompt" else stopped.value
         raise UnsupportedError(f"{self.family.stock} ended before {point}; its loop is not one that segments can drive")
 
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Count the rows of the networks' batches as evaluations of this call."""
-        thread = threading.get_ident()
 
-        def count(module: Any, args: Any, kwargs: Any) -> None:
-            if threading.get_ident() == thread:  # another call may use the same network
-                self._evaluations += len(args[0] if args else kwargs["hidden_states"])
+class _Counted:
+    """A network for one call of the pipeline, which counts its evaluations.
 
-        networks = (getattr(self, name, None) for name in ("unet", "transformer", "transformer_2"))
-        handles = [network.register_forward_pre_hook(count, with_kwargs=True) for network in networks if network]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    A hook would count, too, but torch.compile would compile it with the network.
+    """
+
+    def __init__(self, network: Any, count: Callable[[Any, Any, Any], None]) -> None:
+        self._network, self._count = network, count
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._count(self._network, args, kwargs)
+        return self._network(*args, **kwargs)
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        """The network's precision: looked for once in a call, because diffusers looks at every module."""
+        found: torch.dtype = self._network.dtype
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
 
 
 def segmented(family: Family, stock: type) -> type:

@@ -5,6 +5,7 @@ import inspect
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Generator, Tensor
 from sage.errors import ConfigurationError, DataError, DivergedError, PlanError, UnsupportedError
 from sage.numbers import single, whole
 from sage.sampling import loop
-from sage.sampling.conditions import Condition, concatenated, select
+from sage.sampling.caches import StepCaches
+from sage.sampling.conditions import Condition, concatenated, padded, select
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import image_seeds
 
@@ -32,6 +34,7 @@ class Cost:
     `formula`: expected for the whole plan, `plan.nfe(guidance)`; a finished call with another count raises PlanError,
     unless a callback turned guidance off on the way.
     `independent`: the evaluations that independent sampling takes; `saving`: the fraction of them that the plan saves.
+    `padding`: rows that were evaluated beside these, to pad batches to a size of `batch_size`.
     """
 
     network_evaluations: int
@@ -39,6 +42,7 @@ class Cost:
     independent: int
     saving: float
     seconds: float
+    padding: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class Stream:
         generator: Generator | Sequence[Generator] | None,
         latents: Tensor | None,
         batch_size: int,
+        padded_sizes: Sequence[int],
+        caches: StepCaches,
         medoid: bool,
         branch_noise: float,
         output_type: str,
@@ -97,6 +103,8 @@ class Stream:
         generator       instead of `seed`: one for all noise, or one for each image
         latents         standard normal initial noise, one row for each image, or None
         batch_size      latents in a network call
+        padded_sizes    numbers of latents that network calls are padded to, ascending; empty: they are not padded
+        caches          step caches of the networks
         medoid          whether groups take the medoid's condition instead of the mean
         branch_noise    in [0, 1]
         output_type     "pil", "np", "pt" or "latent"
@@ -110,6 +118,7 @@ class Stream:
         self.plan = plan
         self._pipe, self._prompts, self._negatives = pipe, prompts, negatives
         self._images, self._scale, self._batch_size = images, guidance_scale, batch_size
+        self._padded_sizes, self._caches = padded_sizes, caches
         self._medoid, self._branch_noise = medoid, branch_noise
         self._output_type, self._options = output_type, options
         self._callback, self._callback_inputs = callback, callback_inputs
@@ -134,7 +143,9 @@ class Stream:
         )
         self._without: Condition = {}
         # Latents and rows of the network's batches that the steps so far needed.
-        self._steps, self._rows, self._seconds = 0, 0, 0.0
+        self._steps, self._rows, self._padding, self._seconds = 0, 0, 0, 0.0
+        # The conditions of the pack under way, and the same padded.
+        self._latest: tuple[Condition, Condition] = ({}, {})
         # The images that are not finite, with the step of the first such latents, or None if only the pixels are.
         self._diverged: dict[int, int | None] = {}
         if self._latents is not None:
@@ -158,7 +169,8 @@ class Stream:
         """The cost so far; `formula` and `independent` are for the whole plan."""
         formula = self.plan.nfe(self._guided)
         independent = (2 if self._guided else 1) * self.plan.prompts * self.plan.steps
-        return Cost(self._pipe._evaluations, formula, independent, self.plan.saving, self._seconds)
+        counted = self._pipe._evaluations - self._padding
+        return Cost(counted, formula, independent, self.plan.saving, self._seconds, self._padding)
 
     @torch.no_grad()
     def _run(self) -> Iterator[Result]:
@@ -178,6 +190,8 @@ class Stream:
                 medoid=self._medoid,
                 branch_noise=self._branch_noise,
                 step_kwargs={"eta": self._options["eta"]} if accepts_eta and "eta" in self._options else {},
+                fill=bool(self._padded_sizes),
+                begin=self._caches.begin if self._caches else None,
                 on_step=self._on_step,
                 interrupted=lambda: pipe._interrupt,
             )
@@ -185,10 +199,12 @@ class Stream:
                 for part in packs:
                     yield from self._results_of(part)
             finally:
-                pipe._end_call()
-        if not pipe._interrupt and (self._steps, self._rows) != (self.plan.nfe(guidance=False), pipe._evaluations):
+                with _ONE_AT_A_TIME:  # it empties step caches
+                    pipe._end_call()
+        counted = self.cost.network_evaluations
+        if not pipe._interrupt and (self._steps, self._rows) != (self.plan.nfe(guidance=False), counted):
             raise PlanError(
-                f"the network was evaluated {pipe._evaluations} times, but the plan has {self.cost.formula}; "
+                f"the network was evaluated {counted} times, but the plan has {self.cost.formula}; "
                 "this is a bug in this package, please report it"
             )
         if self._diverged:
@@ -252,11 +268,32 @@ class Stream:
     def _predict(self, x: Tensor, t: Tensor, condition: Condition, guidance: float) -> Tensor:
         self._steps += len(x)
         guided = self._guided and self._pipe._guides(guidance)
-        self._rows += (2 if guided else 1) * len(x)
+        times = 2 if guided else 1
+        self._rows += times * len(x)
         if self._guided and not guided and self._pipe._joins_texts:
             # A callback turned guidance off: the rows with text are the last ones.
             condition = select(condition, slice(-len(x), None))
-        return self._pipe._predict(x, t, condition, guidance, self._options)  # type: ignore[no-any-return]
+        rows = len(x)
+        if more := next((size for size in self._padded_sizes if size >= rows), rows) - rows:
+            self._padding += times * more
+            x, condition = torch.cat([x, x[-1:].expand(more, *x.shape[1:])]), self._padded(condition, rows, rows + more)
+        with self._evaluating(t, len(x), times):
+            output: Tensor = self._pipe._predict(x, t, condition, guidance, self._options)
+        return output[:rows]
+
+    @contextmanager
+    def _evaluating(self, t: Tensor, rows: int, times: int) -> Iterator[None]:
+        """Within, the networks have the step caches of this call, and no other call has them."""
+        if not self._caches:
+            yield
+            return
+        with _ONE_AT_A_TIME, self._caches.own(self._pipe._called, t, rows, times):
+            yield
+
+    def _padded(self, condition: Condition, rows: int, size: int) -> Condition:
+        if self._latest[0] is not condition:
+            self._latest = condition, padded(condition, rows, size)
+        return self._latest[1]
 
     def _on_step(self, step: int, t: Tensor, pack: loop.Pack) -> None:
         self._bar.update(len(pack.latents))

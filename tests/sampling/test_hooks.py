@@ -6,17 +6,7 @@ import pytest
 import tiny
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from diffusers.hooks import (
-    FasterCacheConfig,
-    FirstBlockCacheConfig,
-    MagCacheConfig,
-    PyramidAttentionBroadcastConfig,
-    apply_faster_cache,
-    apply_first_block_cache,
-    apply_layerwise_casting,
-    apply_mag_cache,
-    apply_pyramid_attention_broadcast,
-)
+from diffusers.hooks import TextKVCacheConfig, apply_layerwise_casting, apply_text_kv_cache
 from peft import LoraConfig, inject_adapter_in_model
 
 from sage.errors import UnsupportedError
@@ -24,32 +14,8 @@ from sage.sampling.hooks import check_hooks
 from sage.sampling.pipeline import SharedSamplingPipeline
 
 
-def broadcast(network):
-    skip = {
-        f"{kind}_attention_{what}": value
-        for kind in ("spatial", "cross")
-        for what, value in (
-            ("block_skip_range", 2),
-            ("timestep_skip_range", (1, 999)),
-            ("block_identifiers", ("transformer_blocks",)),
-        )
-    }
-    config = PyramidAttentionBroadcastConfig(**skip, current_timestep_callback=lambda: 500)
-    apply_pyramid_attention_broadcast(network, config)
-
-
-def faster(network):
-    config = FasterCacheConfig(
-        spatial_attention_block_skip_range=2,
-        attention_weight_callback=lambda module: 0.5,
-        current_timestep_callback=lambda: 500,
-        tensor_format="BCHW",
-    )
-    apply_faster_cache(network, config)
-
-
-def magnitude(network):
-    apply_mag_cache(network, MagCacheConfig(num_inference_steps=4, mag_ratios=[1.0] * 4))
+def kept_texts(network):
+    apply_text_kv_cache(network, TextKVCacheConfig())
 
 
 def hooked(network):
@@ -76,10 +42,7 @@ def patched_below_offloading(network):
 @pytest.mark.parametrize(
     ("add", "name"),
     [
-        (broadcast, "PyramidAttentionBroadcastHook"),
-        (faster, "FasterCache"),
-        (magnitude, "MagCache"),
-        (lambda network: apply_first_block_cache(network, FirstBlockCacheConfig()), "FBC"),
+        (kept_texts, "TextKVCacheTransformerHook"),
         (hooked, r"hooked.<locals>.<lambda> at transformer_blocks.1"),
         (hooked_before, "hooked_before"),
         (patched, "replaced forward method patched"),
