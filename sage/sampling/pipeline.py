@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import sage.torchvision_ops  # noqa: F401
 
-import diffusers
 import numpy as np
 import torch
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, PipelineCallback
@@ -134,11 +133,7 @@ class SharedSamplingPipeline:
         not call.
         """
         stock: Any = type(pipeline)
-        family = _family(stock)
-        # Not constructed anew, which would change the configuration of the scheduler.
-        shared = family.__new__(family)
-        vars(shared).update(vars(pipeline))
-        return shared  # type: ignore[no-any-return]
+        return adopted(_family(stock), pipeline)  # type: ignore[no-any-return]
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> "SharedSamplingPipeline":
@@ -148,7 +143,7 @@ class SharedSamplingPipeline:
         Raises UnsupportedError for an unsupported pipeline class before the weights are read, and DataError if it
         cannot be loaded.
         """
-        stock = getattr(diffusers, str(saved.index(path, **kwargs).get("_class_name")), None)
+        stock = saved.stock_class(path, **kwargs)
         if stock is not None and "custom_pipeline" not in kwargs:
             _family(stock)
         return SharedSamplingPipeline.from_pipe(saved.load(path, **kwargs))
@@ -362,6 +357,8 @@ class SharedSamplingPipeline:
 
     # Overridden by families.
 
+    # What it makes, as the stock output names it: images, frames, audios.
+    makes: ClassVar = "images"
     # The stock names of the conditions' tensors, for callbacks.
     _callback_conditions: ClassVar[Mapping[str, str]] = {"prompt_embeds": "states"}
 
@@ -589,6 +586,21 @@ def _groups(
     return grouping.groups(prompts, keys, shared_steps(share_ratio, steps) / steps)  # type: ignore[arg-type]
 
 
+def adopted(family: Any, pipeline: Any) -> Any:
+    """Return an instance of a shared-sampling class with the parts and settings of a stock pipeline."""
+    # Not constructed anew, which would change the configuration of the scheduler.
+    shared = family.__new__(family)
+    vars(shared).update(vars(pipeline))
+    return shared
+
+
+def is_known(stock: Any) -> bool:
+    """Return whether a stock class, or a class it derives from, is supported without a proof."""
+    from sage.sampling.families.table import TABLE
+
+    return any(base.__name__ in (*FAMILIES, *TABLE) for base in stock.__mro__)
+
+
 def _stock(family: type) -> Any:
     """Return the class of diffusers that a family derives from."""
     return next(base for base in family.__mro__ if base.__module__.startswith("diffusers."))
@@ -614,7 +626,9 @@ def _family(stock: Any) -> Any:
             )
         return type(f"Shared{stock.__name__}", (family, stock), {})
     known = ", ".join(sorted((*FAMILIES, *TABLE)))
-    raise UnsupportedError(f"{stock.__name__} cannot share sampling; supported are {known}")
+    raise UnsupportedError(
+        f"{stock.__name__} cannot share sampling; supported are {known}, and what `sage doctor --pipeline` proves"
+    )
 
 
 def _callback_inputs(callback: Any, names: Sequence[str]) -> Sequence[str]:

@@ -26,17 +26,18 @@ from sage.sampling.conditions import Condition, stacked
 from sage.sampling.pipeline import SharedSamplingPipeline
 
 # Arguments of the stock call that the driver gives itself; the others are options of the shared call.
-_DRIVEN = {
+DRIVEN = {
     "self", "prompt", "negative_prompt", "height", "width", "num_inference_steps", "num_images_per_prompt",
-    "num_videos_per_prompt", "generator", "latents", "output_type", "return_dict", "callback", "callback_steps",
-    "callback_on_step_end", "callback_on_step_end_tensor_inputs",
+    "num_videos_per_prompt", "num_waveforms_per_prompt", "generator", "latents", "output_type", "return_dict",
+    "callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
 }  # fmt: skip
 
 
 # Arguments of the stock call that are not supported: they belong to single prompts, or bring an image.
-_UNSUPPORTED = {
+UNSUPPORTED = {
     "prompt_2", "negative_prompt_2", "image", "ip_adapter_image", "ip_adapter_image_embeds",
-    "negative_ip_adapter_image", "negative_ip_adapter_image_embeds",
+    "negative_ip_adapter_image", "negative_ip_adapter_image_embeds", "initial_audio_waveforms",
+    "initial_audio_sampling_rate",
 }  # fmt: skip
 
 
@@ -51,18 +52,21 @@ class Family:
     guidance    the argument that takes the guidance scale
     embedded    the guidance scale is an input of the network, which is evaluated once
     asks        guidance needs a negative prompt: without one the stock pipeline does not guide
-    lists       embeddings are lists of tensors of different length, without a mask
-    fixed       options that only their default is right for, because the stock loop counts its steps with them
-    output      the attribute of the stock output: images, frames
+    implicit    without a negative prompt the stock pipeline guides by zeros that it makes itself
+    encode      instead of `encoded`, if `encode_prompt` returns no arguments of the call: (pipeline, prompts, negative
+                prompts or None) to embeddings by argument
+    fixed       options that have to keep their default: the stock loop counts its steps with them, or may
+    output      the attribute of the stock output: images, frames, audios
     """
 
     stock: str
     inputs: Mapping[str, str]
-    encoded: tuple[tuple[str | None, ...], ...]
+    encoded: tuple[tuple[str | None, ...], ...] = ()
     guidance: str = "guidance_scale"
     embedded: bool = False
     asks: bool = False
-    lists: bool = False
+    implicit: bool = False
+    encode: "Callable[[Any, list[str], list[str] | None], dict[str, Any]] | None" = None
     fixed: tuple[str, ...] = ()
     output: str = "images"
 
@@ -120,7 +124,7 @@ class SegmentedPipeline(SharedSamplingPipeline):
         for name in self.family.fixed:
             if options[name] != self._options[name]:
                 raise UnsupportedError(
-                    f"{name}={options[name]!r} of {self.family.stock} depends on the number of the step, which a "
+                    f"{name}={options[name]!r} of {self.family.stock} may depend on the number of the step, which a "
                     f"segment does not know; leave it at {self._options[name]!r}"
                 )
         height, width = options["size"]
@@ -164,15 +168,20 @@ class SegmentedPipeline(SharedSamplingPipeline):
         given: dict[str, Any],
         options: dict[str, Any],
     ) -> Condition:
-        if prompts is not None:
+        if prompts is not None and self.family.encode is not None:
+            given = self.family.encode(self, prompts, negatives if guided else None)
+        elif prompts is not None:
             arguments: dict[str, Any] = {"prompt": list(prompts)}  # some stock pipelines write into the list
             if not guided and not self.family.embedded:
                 arguments[self.family.guidance] = 0.0
-            elif negatives is not None:
-                arguments["negative_prompt"] = negatives
+            elif "negative_prompt" in self._segmented.arguments:
+                # Of some stock pipelines "", which is not the same as None.
+                default = inspect.signature(self._stock.__call__).parameters["negative_prompt"].default
+                arguments["negative_prompt"] = default if negatives is None else negatives
             given = self._reach("encode_prompt", arguments)
+        without = guided and not (self.family.implicit and not any(name.startswith("negative_") for name in given))
         found: dict[str, Tensor] = {}
-        for prefix in ("negative_", "") if guided else ("",):
+        for prefix in ("negative_", "") if without else ("",):
             found |= {prefix + name: rows for name, rows in self._condition(given, prefix).items()}
         return stacked(None, found)
 
@@ -192,17 +201,20 @@ class SegmentedPipeline(SharedSamplingPipeline):
                 raise ConfigurationError(
                     f"{self.family.stock} needs {prefix + argument} beside the other embeddings; give it, or prompts"
                 )
+            elif name.endswith("_mask") and rows.shape[1] > (states := found[name.removesuffix("_mask")]).shape[1]:
+                rows = rows.view_as(states)[..., 0]  # AuraFlow's has a value for each feature of a token
             found[name] = rows
         return found
 
     def _arguments(self, condition: Condition, guided: bool) -> dict[str, Any]:
         """Return the arguments of the stock call for conditions (n, ...)."""
         found: dict[str, Any] = {}
-        for prefix in ("negative_", "") if guided else ("",):
+        without = guided and any(name.startswith("negative_") for name in condition)
+        for prefix in ("negative_", "") if without else ("",):
             for name, argument in self.family.inputs.items():
                 rows: Any = condition[prefix + name]
-                if self.family.lists:
-                    masks = condition[f"{prefix}{name}_mask"]
+                masks = condition.get(f"{prefix}{name}_mask")
+                if masks is not None and f"{name}_mask" not in self.family.inputs:  # came as a list, see `_condition`
                     rows = [row[mask] for row, mask in zip(rows, masks, strict=True)]
                 found[prefix + argument] = rows
         return found
@@ -225,18 +237,23 @@ class SegmentedPipeline(SharedSamplingPipeline):
         }
         inner = self._inner(scheduler, prepare_latents=lambda *args, **kwargs: self._placed(latents), **processors)
         arguments = self._segmented.arguments | self._example(len(latents)) | {"output_type": output_type}
-        out = self._stock.__call__(inner, **arguments)
-        return getattr(out, self.family.output), None
+        out = getattr(self._stock.__call__(inner, **arguments), self.family.output)
+        if not processors and output_type != "latent":
+            self._finite = torch.as_tensor(out).isfinite().flatten(1).all(1).tolist()
+        return out, None
 
     def _watched(self, name: str) -> Any:
         """Return a copy of a processor that notes which images it gets are finite."""
         processor = copy.copy(getattr(self, name))
 
         def watched(original: Callable[..., Any]) -> Callable[..., Any]:
-            def postprocess(images: Tensor, *args: Any, **kwargs: Any) -> Any:
+            def postprocess(*args: Any, **kwargs: Any) -> Any:
+                bound = inspect.signature(original).bind(*args, **kwargs)
+                name, images = next(iter(bound.arguments.items()))  # `image` or `video`
                 finite = images.isfinite().flatten(1).all(1)
                 self._finite = finite.tolist()
-                return original(images.where(finite.reshape(-1, *[1] * (images.ndim - 1)), 0), *args, **kwargs)
+                bound.arguments[name] = images.where(finite.reshape(-1, *[1] * (images.ndim - 1)), 0)
+                return original(*bound.args, **bound.kwargs)
 
             return postprocess
 
@@ -369,10 +386,11 @@ def segmented(family: Family, stock: type) -> type:
     parameters = inspect.signature(stock.__call__).parameters.values()
     conditions = {prefix + argument for argument in family.inputs.values() for prefix in ("", "negative_")}
     names = {parameter.name for parameter in parameters}
-    given = _DRIVEN | _UNSUPPORTED | conditions | {family.guidance}
+    given = DRIVEN | UNSUPPORTED | conditions | {family.guidance}
     body = {
         "__doc__": f"A {stock.__name__} whose similar prompts share their early steps.",
         "family": family,
+        "makes": family.output,
         "_stock": stock,
         "_default_guidance": next(p.default for p in parameters if p.name == family.guidance),
         "_embeddings": tuple(sorted(conditions & names)),

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Hashable
 from typing import Any, cast
 
+from sage.sampling.families import stable_audio
 from sage.sampling.segments import Family, segmented
 
 _STATES = {"prompt_embeds": "prompt_embeds"}
@@ -32,7 +33,7 @@ TABLE = {
             guidance="true_cfg_scale",
             asks=True,
         ),
-        Family("ZImagePipeline", _STATES, _PLAIN_PAIR, lists=True),
+        Family("ZImagePipeline", _STATES, _PLAIN_PAIR),
         Family(
             "ChromaPipeline",
             _MASKED,
@@ -70,6 +71,13 @@ TABLE = {
         ),
         Family("WanPipeline", _STATES, _PLAIN_PAIR, output="frames"),
         Family("LTXPipeline", _MASKED, _MASKED_FIRST, output="frames"),
+        Family(
+            "StableAudioPipeline",
+            _STATES | {"prompt_embeds_mask": "attention_mask"},
+            implicit=True,
+            encode=stable_audio.encode,
+            output="audios",
+        ),
     )
 }
 
