@@ -1,5 +1,6 @@
 """Tiny random pipelines of the families that the segment driver runs, and embeddings in place of text encoders."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ import sage.torchvision_ops  # noqa: F401
 import diffusers
 import torch
 from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
-from tiny import autoencoder, t5, t5_tokenizer
+from tiny import autoencoder, t5, t5_tokenizer, unet
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
@@ -412,6 +413,43 @@ def pixart_sigma() -> Tiny:
     return Tiny(pipe, {"prompt_embeds": (None, 32)}, call, {"prompt_attention_mask": None}, ("guidance_scale", 3.0))
 
 
+def _controlled(pipe: Callable[..., Any], network: Any, embeddings: dict[str, tuple[int | None, ...]]) -> Tiny:
+    """A ControlNet whose control image, here one for all prompts, changes the latents."""
+    control = diffusers.ControlNetModel.from_unet(network, conditioning_embedding_out_channels=(8, 16))
+    for weight in control.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=1.0)  # it begins with zeros, without any effect
+    parts = {"vae": autoencoder(), "unet": network, "controlnet": control}
+    made = pipe(**parts, scheduler=diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear"))
+    return Tiny(made, embeddings, {"image": control_images(1)}, guidance=("guidance_scale", 5.0))
+
+
+def control_images(count: int) -> Tensor:
+    """Return images with edges: image k is white from column 4 k + 4 on."""
+    edges = 4 * torch.arange(count)[:, None] + 4
+    return (torch.arange(16) >= edges).float()[:, None, None].expand(count, 3, 16, 16)
+
+
+def controlnet() -> Tiny:
+    absent = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipe = functools.partial(diffusers.StableDiffusionControlNetPipeline, **absent, requires_safety_checker=False)
+    return _controlled(pipe, unet(), {"prompt_embeds": (6, 16)})
+
+
+def controlnet_xl() -> Tiny:
+    network = unet(
+        cross_attention_dim=32,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+        transformer_layers_per_block=(1, 1),
+        use_linear_projection=True,
+    )
+    absent = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pipe = functools.partial(diffusers.StableDiffusionXLControlNetPipeline, **absent)
+    return _controlled(pipe, network, {"prompt_embeds": (6, 32), "pooled_prompt_embeds": (16,)})
+
+
 def stable_audio() -> Tiny:
     """Sounds: projected text states, and their length in seconds as a further condition."""
     transformer = diffusers.StableAudioDiTModel(
@@ -564,6 +602,8 @@ FAMILIES: dict[str, Callable[[], Tiny]] = {
     "HunyuanDiTPipeline": hunyuan_dit,
     "PixArtSigmaPipeline": pixart_sigma,
     "StableAudioPipeline": stable_audio,
+    "StableDiffusionControlNetPipeline": controlnet,
+    "StableDiffusionXLControlNetPipeline": controlnet_xl,
 }
 
 

@@ -46,6 +46,7 @@ HISTORY: dict[str, tuple[str, ...]] = {
     "LMSDiscreteScheduler": ("derivatives",),
     "PNDMScheduler": ("ets", "cur_sample", "cur_model_output"),
     "FlowMatchEulerDiscreteScheduler": (),
+    "FlowMatchHeunDiscreteScheduler": ("prev_derivative", "sample"),
 }
 # These have no step for networks that predict x_0.
 _WITHOUT_SAMPLE = ("EulerAncestralDiscreteScheduler", "PNDMScheduler")

@@ -56,6 +56,13 @@ FAMILIES = {
 # With sage.grouping.auto.DEFAULT the operating point of params.yaml, but for branch noise (tests/test_config.py).
 SHARE_RATIO = 0.34
 BATCH_SIZE = 8
+# Texts beside the prompts, for further text encoders; one for each prompt, or one for all.
+TEXTS = ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")
+# Why some arguments of stock classes are refused.
+_REASONS = {
+    "ip_adapter_image": "image prompts (IP-Adapter) are not shared: a group would need their mean, which is no image",
+    "image": "sharing starts from text and noise, and an image belongs to a single prompt",
+}
 # The methods of stock classes that shared sampling does without.
 _NOT_CALLED = ("__call__", "check_inputs", "prepare_latents", "prepare_extra_step_kwargs", "decode_latents")
 
@@ -275,8 +282,9 @@ class SharedSamplingPipeline:
         prompts = self._check_prompts(prompt, given)
         if unknown := sorted(set(options) - set(self._options)):
             allowed = ", ".join(sorted((*self._options, *self._embeddings)))
+            reason = next((f" ({why})" for name, why in _REASONS.items() if any(name in one for one in unknown)), "")
             raise ConfigurationError(
-                f"{type(self).__name__} takes no {', '.join(unknown)}; further options are {allowed}, and "
+                f"{type(self).__name__} takes no {', '.join(unknown)}{reason}; further options are {allowed}, and "
                 "groups=sage.Grouping(...) for how groups are formed"
             )
         scale = real("guidance_scale", self._default_guidance if guidance_scale is None else guidance_scale)
@@ -308,6 +316,7 @@ class SharedSamplingPipeline:
         options["size"] = self._size(height, width, options)
         count = len(prompts) if prompts is not None else len(given["prompt_embeds"])
         negatives = _negatives(negative_prompt, count)
+        given |= {name: _texts(name, given[name], prompts) for name in TEXTS if name in given}
         call._prepare_call(prompts, negatives, given, num_inference_steps, scale, options)
         diffusion.check_start(call.scheduler)
         steps = len(call.scheduler.timesteps)
@@ -526,6 +535,8 @@ class SharedSamplingPipeline:
         if (prompt is None) == ("prompt_embeds" not in given):
             raise ConfigurationError("give either prompts or prompt_embeds, and not both")
         for name, rows in given.items():
+            if name in TEXTS:
+                continue
             bad = [number for number, row in enumerate(rows) if not torch.isfinite(row).all()]
             if bad:
                 raise DataError(f"{name} holds values that are not finite, in rows {bad}; leave those out")
@@ -609,6 +620,7 @@ def _stock(family: type) -> Any:
 @functools.cache
 def _family(stock: Any) -> Any:
     """Return the shared-sampling class for a stock class, or for a subclass of one with what it overrides."""
+    from sage.sampling.families import derived
     from sage.sampling.families.table import TABLE, shared_class
 
     for base in stock.__mro__:
@@ -626,8 +638,13 @@ def _family(stock: Any) -> Any:
             )
         return type(f"Shared{stock.__name__}", (family, stock), {})
     known = ", ".join(sorted((*FAMILIES, *TABLE)))
+    try:
+        derived.candidates(stock)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{error}; supported are {known}") from None
     raise UnsupportedError(
-        f"{stock.__name__} cannot share sampling; supported are {known}, and what `sage doctor --pipeline` proves"
+        f"{stock.__name__} can share sampling only if it is proved to: `sage doctor --pipeline` tries it, and "
+        f"sage.sampling.proof.proved(pipeline) returns it; supported without are {known}"
     )
 
 
@@ -649,6 +666,18 @@ def _negatives(negative: str | Sequence[str] | None, count: int) -> list[str] | 
             f"{len(negative)} negative prompts were given for {count} prompts; give one, or one for each"
         )
     return list(negative)
+
+
+def _texts(name: str, texts: str | Sequence[str], prompts: list[str] | None) -> list[str]:
+    """Return the texts of a further encoder, one for each prompt."""
+    if prompts is None:
+        raise ConfigurationError(f"{name} is for prompts, but embeddings were given instead of them; leave it out")
+    found = [texts] * len(prompts) if isinstance(texts, str) else list(texts)
+    if len(found) != len(prompts) or not all(isinstance(text, str) for text in found):
+        raise ConfigurationError(
+            f"{name} has {len(found)} entries for {len(prompts)} prompts; give a text, or one each"
+        )
+    return found
 
 
 def guided(output: Tensor, rows: int, scale: float, rescale: float = 0.0) -> Tensor:

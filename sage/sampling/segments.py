@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 
 from sage.errors import ConfigurationError, UnsupportedError
 from sage.sampling.conditions import Condition, stacked
-from sage.sampling.pipeline import SharedSamplingPipeline
+from sage.sampling.pipeline import TEXTS, SharedSamplingPipeline
 
 # Arguments of the stock call that the driver gives itself; the others are options of the shared call.
 DRIVEN = {
@@ -33,12 +33,14 @@ DRIVEN = {
 }  # fmt: skip
 
 
-# Arguments of the stock call that are not supported: they belong to single prompts, or bring an image.
+# Arguments of the stock call that are not supported: they bring an image or a sound of a single prompt.
 UNSUPPORTED = {
-    "prompt_2", "negative_prompt_2", "image", "ip_adapter_image", "ip_adapter_image_embeds",
-    "negative_ip_adapter_image", "negative_ip_adapter_image_embeds", "initial_audio_waveforms",
-    "initial_audio_sampling_rate",
+    "image", "ip_adapter_image", "ip_adapter_image_embeds", "negative_ip_adapter_image",
+    "negative_ip_adapter_image_embeds", "initial_audio_waveforms", "initial_audio_sampling_rate",
 }  # fmt: skip
+
+# The name of the condition that holds the control images.
+_CONTROL = "control"
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Family:
     implicit    without a negative prompt the stock pipeline guides by zeros that it makes itself
     encode      instead of `encoded`, if `encode_prompt` returns no arguments of the call: (pipeline, prompts, negative
                 prompts or None) to embeddings by argument
+    control     the argument that takes a control image for each prompt, or one for all
     fixed       options that have to keep their default: the stock loop counts its steps with them, or may
     output      the attribute of the stock output: images, frames, audios
     """
@@ -67,6 +70,7 @@ class Family:
     asks: bool = False
     implicit: bool = False
     encode: "Callable[[Any, list[str], list[str] | None], dict[str, Any]] | None" = None
+    control: str | None = None
     fixed: tuple[str, ...] = ()
     output: str = "images"
 
@@ -99,6 +103,10 @@ class SegmentedPipeline(SharedSamplingPipeline):
     # Of the base class; that of a family gets the parameters of its stock call.
     __call__ = SharedSamplingPipeline.__call__
 
+    # Provided by the stock class, if it has a ControlNet.
+    controlnet: Any
+    control_image_processor: Any
+
     family: ClassVar[Family]
     _stock: ClassVar[Any]
     _callback_conditions: ClassVar[Mapping[str, str]] = {}
@@ -128,6 +136,9 @@ class SegmentedPipeline(SharedSamplingPipeline):
                     f"segment does not know; leave it at {self._options[name]!r}"
                 )
         height, width = options["size"]
+        if self.family.control is not None:
+            count = len(given["prompt_embeds"] if prompts is None else prompts)
+            given[self.family.control] = self._control_images(given.get(self.family.control), count, height, width)
         arguments = {name: value for name, value in options.items() if name != "size"}
         arguments |= {"num_inference_steps": steps, self.family.guidance: scale}
         arguments |= {name: side for name, side in (("height", height), ("width", width)) if side is not None}
@@ -142,6 +153,23 @@ class SegmentedPipeline(SharedSamplingPipeline):
         conditions = self._example(1)
         self.scheduler = self._reach("set_timesteps", conditions)
         self._segmented.noise = self._reach("prepare_latents", conditions)
+
+    def _check_prompts(self, prompt: str | Sequence[str] | None, given: dict[str, Any]) -> list[str] | None:
+        return super()._check_prompts(prompt, {name: v for name, v in given.items() if name != self.family.control})
+
+    def _control_images(self, images: Any, count: int, height: int | None, width: int | None) -> Tensor:
+        """Return control images (count, channels, height, width) in [0, 1], from one for each prompt or one for all."""
+        argument = self.family.control
+        if images is None:
+            raise ConfigurationError(f"{self.family.stock} needs {argument}: one for each prompt, or one for all")
+        if not hasattr(self.controlnet, "config"):
+            raise UnsupportedError(f"{self.family.stock} with several ControlNets cannot share sampling; give it one")
+        found: Tensor = self.control_image_processor.preprocess(images, height=height, width=width).float()
+        if len(found) not in (1, count):
+            raise ConfigurationError(
+                f"{len(found)} of {argument} were given for {count} prompts; give one, or one each"
+            )
+        return found.expand(count, *found.shape[1:])
 
     def _is_guided(self, scale: float, negatives: Any, given: Mapping[str, Any]) -> bool:
         asked = negatives is not None or any(name.startswith("negative_") for name in given)
@@ -168,6 +196,7 @@ class SegmentedPipeline(SharedSamplingPipeline):
         given: dict[str, Any],
         options: dict[str, Any],
     ) -> Condition:
+        further = {name: given[name] for name in (*TEXTS, self.family.control) if name is not None and name in given}
         if prompts is not None and self.family.encode is not None:
             given = self.family.encode(self, prompts, negatives if guided else None)
         elif prompts is not None:
@@ -178,11 +207,13 @@ class SegmentedPipeline(SharedSamplingPipeline):
                 # Of some stock pipelines "", which is not the same as None.
                 default = inspect.signature(self._stock.__call__).parameters["negative_prompt"].default
                 arguments["negative_prompt"] = default if negatives is None else negatives
-            given = self._reach("encode_prompt", arguments)
+            given = self._reach("encode_prompt", arguments | further)
         without = guided and not (self.family.implicit and not any(name.startswith("negative_") for name in given))
         found: dict[str, Tensor] = {}
         for prefix in ("negative_", "") if without else ("",):
             found |= {prefix + name: rows for name, rows in self._condition(given, prefix).items()}
+        if self.family.control is not None:
+            found[_CONTROL] = further[self.family.control]
         return stacked(None, found)
 
     def _condition(self, given: Mapping[str, Any], prefix: str) -> Condition:
@@ -217,6 +248,8 @@ class SegmentedPipeline(SharedSamplingPipeline):
                 if masks is not None and f"{name}_mask" not in self.family.inputs:  # came as a list, see `_condition`
                     rows = [row[mask] for row, mask in zip(rows, masks, strict=True)]
                 found[prefix + argument] = rows
+        if self.family.control is not None:
+            found[self.family.control] = condition[_CONTROL]
         return found
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition, scale: float, options: dict[str, Any]) -> Tensor:
@@ -386,14 +419,14 @@ def segmented(family: Family, stock: type) -> type:
     parameters = inspect.signature(stock.__call__).parameters.values()
     conditions = {prefix + argument for argument in family.inputs.values() for prefix in ("", "negative_")}
     names = {parameter.name for parameter in parameters}
-    given = DRIVEN | UNSUPPORTED | conditions | {family.guidance}
+    given = DRIVEN | UNSUPPORTED | conditions | {*TEXTS, family.control, family.guidance}
     body = {
         "__doc__": f"A {stock.__name__} whose similar prompts share their early steps.",
         "family": family,
         "makes": family.output,
         "_stock": stock,
         "_default_guidance": next(p.default for p in parameters if p.name == family.guidance),
-        "_embeddings": tuple(sorted(conditions & names)),
+        "_embeddings": tuple(sorted(names & (conditions | {*TEXTS, family.control}))),
         "_options": {p.name: p.default for p in parameters if p.name not in given},
     }
     return type(f"Shared{stock.__name__}", (SegmentedPipeline, stock), body)

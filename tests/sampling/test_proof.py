@@ -1,4 +1,4 @@
-"""Pipelines that no row names are shared if they are proved to be the stock pipeline, and else refused with a reason."""
+"""Pipelines that no row names are shared if they are proved to be the stock pipeline, or refused with the reason."""
 
 import diffusers
 import pytest

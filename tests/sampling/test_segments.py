@@ -138,12 +138,20 @@ def test_branch_noise_moves_members_apart(family):
         family.pipe.scheduler = DPMSolverMultistepScheduler(solver_order=1)
     embeddings = family.embed(2)
     call = {"groups": [[0, 1]], "share_ratio": 0.5}
+    if name_of(family) == "StableAudioPipeline":
+        with pytest.raises(UnsupportedError, match=r"branch noise needs one of .*, not EDMDPMSolverMultistepScheduler"):
+            shared(family, embeddings, [5, 6], **call, branch_noise=1.0)
+        return
     plain = shared(family, embeddings, [5, 6], **call).images
     noisy = shared(family, embeddings, [5, 6], **call, branch_noise=1.0).images
     assert drift(noisy[0], noisy[1]) > drift(plain[0], plain[1])
 
 
-@pytest.mark.parametrize("name", TABLE)
+# Stable Audio's prompts are encoded by its row (tests/sampling/test_proof.py).
+ENCODED = [name for name in TABLE if TABLE[name].encode is None]
+
+
+@pytest.mark.parametrize("name", ENCODED)
 def test_a_row_of_the_table_says_what_the_stock_source_says(name):
     """The results of `encode_prompt` are assigned to variables, which have the names of the call's arguments."""
     family, cls = TABLE[name], type(tiny_families.tiny(name).pipe)
@@ -161,7 +169,7 @@ def test_a_row_of_the_table_says_what_the_stock_source_says(name):
     assert len(steps) == 1
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", ENCODED)
 def test_prompts_are_encoded_by_the_stock_pipeline(name, monkeypatch):
     """With an encoder that gives a text always the same embeddings, prompts and those embeddings are one call."""
     family, texts = tiny_families.tiny(name), ["red cat", "blue house"]
@@ -210,11 +218,52 @@ def test_bad_input_is_named():
     family = tiny_families.tiny("QwenImagePipeline")
     with pytest.raises(ConfigurationError, match="takes no image"):
         shared(family, family.embed(1), [5], image=1)
+    with pytest.raises(ConfigurationError, match=r"takes no image .*belongs to a single prompt"):
+        shared(family, family.embed(1), [5], image=1)
     flux = tiny_families.tiny("FluxPipeline")
-    with pytest.raises(ConfigurationError, match="takes no prompt_2"):
+    with pytest.raises(ConfigurationError, match=r"takes no ip_adapter_image \(image prompts \(IP-Adapter\) are not"):
+        shared(flux, flux.embed(1), [5], ip_adapter_image=1)
+    with pytest.raises(ConfigurationError, match="prompt_2 is for prompts, but embeddings were given"):
         shared(flux, flux.embed(1), [5], prompt_2="a cat")
     with pytest.raises(ConfigurationError, match="needs pooled_prompt_embeds beside the other embeddings"):
         shared(flux, {"prompt_embeds": flux.embed(1)["prompt_embeds"]}, [5])
+
+
+CONTROLLED = ("StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline")
+
+
+@pytest.mark.parametrize("name", CONTROLLED)
+def test_each_prompt_has_its_control_image_and_a_group_their_mean(name):
+    family = tiny_families.tiny(name)
+    embeddings, images = family.embed(2), tiny_families.control_images(2)
+    found = shared(family, embeddings, [5, 6], image=images).images
+    assert torch.equal(found, stock(family, embeddings, [5, 6], image=images))
+    assert not torch.equal(found, shared(family, embeddings, [5, 6], image=images.flip(0)).images)
+    # Before the branch the control image is the mean, after it each member's own.
+    call = {"groups": [[0, 1]], "share_ratio": 0.5}
+    grouped = shared(family, embeddings, [5, 6], image=images, **call).images
+    mean = images.mean(0, keepdim=True)
+    alike = shared(family, embeddings, [5, 6], image=mean.expand_as(images), **call).images
+    assert drift(grouped, alike) > 10 * scale(grouped)
+    seen = []
+
+    def watch(pipe, step, t, tensors):
+        seen.append(tensors["latents"].clone())
+        return {}
+
+    shared(family, embeddings, [5, 6], image=images, **call, callback_on_step_end=watch)
+    shared(family, embeddings, [5, 6], image=mean, **call, callback_on_step_end=watch)
+    assert drift(seen[1], seen[STEPS + 1]) < scale(seen[1])
+
+
+def test_control_images_that_do_not_fit_are_named():
+    family = tiny_families.tiny(CONTROLLED[0])
+    with pytest.raises(ConfigurationError, match="3 of image were given for 2 prompts"):
+        shared(family, family.embed(2), [5, 6], image=tiny_families.control_images(3))
+    with pytest.raises(ConfigurationError, match="needs image: one for each prompt, or one for all"):
+        shared(family, family.embed(2), [5, 6], image=None)
+    with pytest.raises(UnsupportedError, match=r"control_guidance_end=0.5 of StableDiffusionControlNetP.* may depend"):
+        shared(family, family.embed(2), [5, 6], control_guidance_end=0.5)
 
 
 def test_own_sigmas_and_solvers_with_history_are_the_stock_pipelines():

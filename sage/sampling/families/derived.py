@@ -1,8 +1,8 @@
 """Rows for stock classes that the table does not name, read from their signature and source.
 
-The rules are those by which the rows of the table were written: the results of `encode_prompt` are assigned to variables
-that have the names of the call's arguments, and the loop steps one scheduler. What source cannot say, how guidance
-works, is left open: there are several candidates, and `sage.sampling.proof` runs them against the stock pipeline.
+The rules are those by which the rows of the table were written: the results of `encode_prompt` are assigned to
+variables with the names of the call's arguments, and the loop steps one scheduler. The source does not say how guidance
+works, so there are several candidates, and `sage.sampling.proof` runs them against the stock pipeline.
 """
 
 import ast
@@ -12,6 +12,7 @@ import textwrap
 from typing import Any
 
 from sage.errors import UnsupportedError
+from sage.sampling.pipeline import TEXTS
 from sage.sampling.segments import DRIVEN, UNSUPPORTED, Family
 
 # Arguments of pipelines that start from an image, a video or a sound instead of noise.
@@ -37,8 +38,9 @@ def candidates(stock: Any) -> list[Family]:
     parameters = inspect.signature(stock.__call__).parameters
     if starts := [argument for argument in _STARTS if argument in parameters]:
         raise UnsupportedError(
-            f"{name} cannot share sampling: it takes {', '.join(starts)}, which belongs to single prompts; only "
-            "pipelines that start from text and noise can"
+            f"{name} cannot share sampling: it takes {', '.join(starts)}, from which single images start or for which "
+            "it draws noise of its own; only pipelines that start from text and noise alone can, and ControlNets of "
+            "Stable Diffusion and SDXL"
         )
     empty = inspect.Parameter.empty
     needed = [p.name for p in parameters.values() if p.default is empty and p.name not in ("self", "prompt", "kwargs")]
@@ -48,7 +50,7 @@ def candidates(stock: Any) -> list[Family]:
     _check_loop(name, source)
     encoded = _encoded(source, set(parameters))
     inputs = _inputs(name, encoded)
-    taken = DRIVEN | UNSUPPORTED | {prefix + key for key in inputs.values() for prefix in ("", "negative_")}
+    taken = DRIVEN | UNSUPPORTED | {*TEXTS} | {prefix + key for key in inputs.values() for prefix in ("", "negative_")}
     scales = [scale for scale in ("guidance_scale", "true_cfg_scale") if scale in parameters]
     if not scales:
         raise UnsupportedError(f"{name} cannot share sampling: it takes no guidance scale under a known name")

@@ -13,13 +13,16 @@ _MASKED_FIRST = (
     ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"),
 )
 _PLAIN_PAIR = (("prompt_embeds", "negative_prompt_embeds"),)
+_POOLED = _STATES | {"pooled_prompt_embeds": "pooled_prompt_embeds"}
+# A ControlNet is on or off by the number of the step.
+_KEPT = ("control_guidance_start", "control_guidance_end")
 
 TABLE = {
     family.stock: family
     for family in (
         Family(
             "FluxPipeline",
-            _STATES | {"pooled_prompt_embeds": "pooled_prompt_embeds"},
+            _POOLED,
             (("prompt_embeds", "pooled_prompt_embeds", None),),
             embedded=True,
             fixed=("true_cfg_scale",),
@@ -68,6 +71,14 @@ TABLE = {
                 )
                 for end in ("", "_2")
             ),
+        ),
+        Family("StableDiffusionControlNetPipeline", _STATES, _PLAIN_PAIR, control="image", fixed=_KEPT),
+        Family(
+            "StableDiffusionXLControlNetPipeline",
+            _POOLED,
+            (("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),),
+            control="image",
+            fixed=(*_KEPT, "denoising_end"),
         ),
         Family("WanPipeline", _STATES, _PLAIN_PAIR, output="frames"),
         Family("LTXPipeline", _MASKED, _MASKED_FIRST, output="frames"),
