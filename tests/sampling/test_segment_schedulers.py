@@ -11,7 +11,12 @@ from tiny_families import FLOW, rows
 
 from sage.sampling.loop import HISTORY
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning"),
+    # diffusers asks torchsde for noise up to 500.00006, rounded, of 500.
+    pytest.mark.filterwarnings("ignore:Should have tb<=t1:UserWarning"),
+]
 STEPS = 5
 FLOWS = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 SANA, SIGMA, AUDIO, FLUX = "SanaPipeline", "PixArtSigmaPipeline", "StableAudioPipeline", "FluxPipeline"
@@ -85,7 +90,7 @@ def test_a_scheduler_is_the_stock_pipelines_and_branches(row):
     found = shared(family, rows(embeddings, [0, 0, 1, 1]), [5, 5, 5, 6], **call, **together)
     assert found.cost.network_evaluations == found.cost.formula < found.cost.independent
     twins = found.images
-    assert drift(twins[0], twins[1]) < scale(twins) < drift(twins[0], twins[2])
+    assert drift(twins[0], twins[1]) < min(scale(twins), drift(twins[0], twins[2]) / 10)
     assert drift(twins[3], alone.images[1]) < scale(twins)
 
 
