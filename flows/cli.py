@@ -117,14 +117,23 @@ def up(
 
 
 @app.command(rich_help_panel="The main job")
-def doctor() -> None:
+def doctor(
+    pipeline: Annotated[
+        str | None, typer.Option(help="Check a pipeline of diffusers instead: its folder, or a name on the hub.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt to try it on; give two or more, or leave it out.")
+    ] = None,
+) -> None:
     """Check packages, weights, git, DVC, tracking, disk, memory and device, and say how to fix each problem.
 
-    Exits with code 1 if there is a problem.
+    With --pipeline, check whether that pipeline can share sampling: run it on a few prompts, and compare with the stock
+    run. Exits with code 1 if there is a problem.
     """
     from flows.commands import doctor as checks
 
-    if not checks.report(typer.echo):
+    fit = checks.report(typer.echo) if pipeline is None else checks.try_pipeline(pipeline, prompt, typer.echo)
+    if not fit:
         raise typer.Exit(1)
 
 

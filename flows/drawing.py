@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from flows.machine import device
-from sage.errors import DivergedError
-from sage.sampling.pipeline import SharedSamplingPipeline
+from sage.errors import DivergedError, UnsupportedError
+from sage.sampling import proof, saved
+from sage.sampling.families import derived
+from sage.sampling.pipeline import SharedSamplingPipeline, is_known
 from sage.sampling.plan import Plan
 from sage.sampling.schedulers import exchanged
 from sage.sampling.stream import Result, Stream
@@ -15,15 +17,25 @@ from sage.sampling.stream import Result, Stream
 def open_pipeline(model: str | Path, on: Any = None, scheduler: str | None = None) -> Any:
     """Return a saved pipeline for shared sampling, without progress bars.
 
+    A pipeline of a class that is not known has to pass `sage.sampling.proof` here, on its device. Raises
+    UnsupportedError if it does not, and for one that makes no images.
+
     model      folder or hub name
     on         device; default: `device()`
     scheduler  class name of the scheduler to sample with; None: the one that was saved
     """
     on = on or device()  # before the model is read: a missing device fails at once
-    pipe: Any = SharedSamplingPipeline.from_pretrained(model)
+    stock = saved.stock_class(model)
+    unknown = stock is not None and not is_known(stock)
+    if unknown:
+        derived.candidates(stock)  # before the weights are read
+    pipe: Any = saved.load(model) if unknown else SharedSamplingPipeline.from_pretrained(model)
     pipe.scheduler = exchanged(pipe.scheduler, scheduler)
     pipe.to(on)
     pipe.set_progress_bar_config(disable=True)
+    pipe = proof.proved(pipe) if unknown else pipe
+    if pipe.makes != "images":
+        raise UnsupportedError(f"{model} makes {pipe.makes}, and files are written of images only; use it from Python")
     return pipe
 
 

@@ -53,8 +53,8 @@ def check_start(scheduler: Any) -> None:
     some schedulers put 2^-12.
     """
     config = scheduler.config
-    if config.get("prediction_type") != "epsilon":
-        return
+    if config.get("prediction_type") != "epsilon" or not hasattr(scheduler, "alphas_cumprod"):
+        return  # without alphas_cumprod (EDM, flow matching) the first noise level is finite
     t = round(float(scheduler.timesteps[0]))
     signal = float(scheduler.alphas_cumprod[t])
     if signal == 0 or (config.get("rescale_betas_zero_snr") and signal <= 2**-24):

@@ -125,9 +125,9 @@ def t5_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def t5() -> T5EncoderModel:
+def t5(width: int = 32) -> T5EncoderModel:
     config = T5Config(
-        vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0, eos_token_id=1
+        vocab_size=32, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0, eos_token_id=1
     )
     return T5EncoderModel(config).eval()
 

@@ -1,5 +1,6 @@
 """Tiny random pipelines of the families that the segment driver runs, and embeddings in place of text encoders."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,10 @@ import sage.torchvision_ops  # noqa: F401
 
 import diffusers
 import torch
+from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
+from tiny import autoencoder, t5, t5_tokenizer, unet
 from torch import Tensor
+from transformers import BertConfig, BertModel
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
 
@@ -371,8 +375,8 @@ def hunyuan_dit() -> Tiny:
         cross_attention_dim_t5=32,
         pooled_projection_dim=16,
         hidden_size=24,
-        text_len=7,
-        text_len_t5=9,
+        text_len=77,
+        text_len_t5=256,
         activation_fn="gelu-approximate",
     )
     vae = _vae(use_quant_conv=True, use_post_quant_conv=True, shift_factor=None)
@@ -380,8 +384,8 @@ def hunyuan_dit() -> Tiny:
         vae, None, None, transformer, diffusers.DDPMScheduler(), None, None, requires_safety_checker=False
     )
     call = {"height": 16, "width": 16, "use_resolution_binning": False}
-    shapes = {"prompt_embeds": (7, 32), "prompt_embeds_2": (9, 32)}
-    masks = {"prompt_attention_mask": 7, "prompt_attention_mask_2": 9}
+    shapes = {"prompt_embeds": (77, 32), "prompt_embeds_2": (256, 32)}
+    masks = {"prompt_attention_mask": 77, "prompt_attention_mask_2": 256}
     return Tiny(pipe, shapes, call, masks, ("guidance_scale", 3.0))
 
 
@@ -409,6 +413,179 @@ def pixart_sigma() -> Tiny:
     return Tiny(pipe, {"prompt_embeds": (None, 32)}, call, {"prompt_attention_mask": None}, ("guidance_scale", 3.0))
 
 
+def _controlled(pipe: Callable[..., Any], network: Any, embeddings: dict[str, tuple[int | None, ...]]) -> Tiny:
+    """A ControlNet whose control image, here one for all prompts, changes the latents."""
+    control = diffusers.ControlNetModel.from_unet(network, conditioning_embedding_out_channels=(8, 16))
+    for weight in control.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=1.0)  # it begins with zeros, without any effect
+    parts = {"vae": autoencoder(), "unet": network, "controlnet": control}
+    made = pipe(**parts, scheduler=diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear"))
+    return Tiny(made, embeddings, {"image": control_images(1)}, guidance=("guidance_scale", 5.0))
+
+
+def control_images(count: int) -> Tensor:
+    """Return images with edges: image k is white from column 4 k + 4 on."""
+    edges = 4 * torch.arange(count)[:, None] + 4
+    return (torch.arange(16) >= edges).float()[:, None, None].expand(count, 3, 16, 16)
+
+
+def controlnet() -> Tiny:
+    absent = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipe = functools.partial(diffusers.StableDiffusionControlNetPipeline, **absent, requires_safety_checker=False)
+    return _controlled(pipe, unet(), {"prompt_embeds": (6, 16)})
+
+
+def controlnet_xl() -> Tiny:
+    network = unet(
+        cross_attention_dim=32,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+        transformer_layers_per_block=(1, 1),
+        use_linear_projection=True,
+    )
+    absent = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pipe = functools.partial(diffusers.StableDiffusionXLControlNetPipeline, **absent)
+    return _controlled(pipe, network, {"prompt_embeds": (6, 32), "pooled_prompt_embeds": (16,)})
+
+
+def stable_audio() -> Tiny:
+    """Sounds: projected text states, and their length in seconds as a further condition."""
+    transformer = diffusers.StableAudioDiTModel(
+        sample_size=4,
+        in_channels=3,
+        num_layers=2,
+        attention_head_dim=4,
+        num_key_value_attention_heads=2,
+        out_channels=3,
+        cross_attention_dim=4,
+        time_proj_dim=8,
+        global_states_input_dim=8,
+        cross_attention_input_dim=4,
+    )
+    vae = diffusers.AutoencoderOobleck(
+        encoder_hidden_size=6,
+        downsampling_ratios=[1, 2],
+        decoder_channels=3,
+        decoder_input_channels=3,
+        audio_channels=2,
+        channel_multiples=[2, 4],
+        sampling_rate=4,
+    )
+    projection = StableAudioProjectionModel(text_encoder_dim=32, conditioning_dim=4, min_value=0, max_value=32)
+    pipe = diffusers.StableAudioPipeline(
+        vae, None, projection, None, transformer, diffusers.EDMDPMSolverMultistepScheduler(solver_order=2)
+    )
+    masks: dict[str, int | None] = {"attention_mask": None}
+    return Tiny(pipe, {"prompt_embeds": (None, 32)}, {}, masks, ("guidance_scale", 3.0))
+
+
+def _t5(pipe: Any, width: int) -> dict[str, Any]:
+    return {"tokenizer": t5_tokenizer(), "text_encoder": t5(width)}
+
+
+def _bert_and_t5(pipe: Any, width: int) -> dict[str, Any]:
+    sizes = {"vocab_size": 32, "hidden_size": width, "intermediate_size": 32}
+    bert = BertModel(BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2))
+    return {"tokenizer": t5_tokenizer(), "text_encoder": bert, "tokenizer_2": t5_tokenizer(), "text_encoder_2": t5()}
+
+
+# How the texts of a family are read, and the width of its text states; the others have embeddings only.
+TEXTS: dict[str, tuple[Callable[[Any, int], dict[str, Any]], int]] = {
+    "ChromaPipeline": (_t5, 32),
+    "Lumina2Pipeline": (_t5, 8),
+    "SanaPipeline": (_t5, 8),
+    "WanPipeline": (_t5, 32),
+    "LTXPipeline": (_t5, 32),
+    "AuraFlowPipeline": (_t5, 32),
+    "CogView4Pipeline": (_t5, 32),
+    "HunyuanDiTPipeline": (_bert_and_t5, 32),
+    "PixArtSigmaPipeline": (_t5, 32),
+    "StableAudioPipeline": (_t5, 32),
+}
+
+
+# Pipelines that no row names, with tokenizers and encoders, and the arguments of a small call.
+
+
+def mochi() -> tuple[Any, dict[str, Any]]:
+    transformer = diffusers.MochiTransformer3DModel(
+        patch_size=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        pooled_projection_dim=16,
+        in_channels=12,
+        out_channels=None,
+        qk_norm="rms_norm",
+        text_embed_dim=32,
+        time_embed_dim=4,
+        activation_fn="swiglu",
+        max_sequence_length=16,
+    )
+    vae = diffusers.AutoencoderKLMochi(
+        latent_channels=12,
+        out_channels=3,
+        encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+    )
+    pipe = diffusers.MochiPipeline(FLOW(), vae, t5(), t5_tokenizer(), transformer)
+    return pipe, {"height": 16, "width": 16, "num_frames": 7, "max_sequence_length": 16}
+
+
+def cogview3() -> tuple[Any, dict[str, Any]]:
+    transformer = diffusers.CogView3PlusTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        out_channels=4,
+        text_embed_dim=32,
+        time_embed_dim=8,
+        condition_dim=2,
+        pos_embed_max_size=8,
+        sample_size=8,
+    )
+    pipe = diffusers.CogView3PlusPipeline(t5_tokenizer(), t5(), autoencoder(), transformer, diffusers.DDIMScheduler())
+    return pipe, {"height": 16, "width": 16, "max_sequence_length": 64}
+
+
+def bria() -> tuple[Any, dict[str, Any]]:
+    transformer = diffusers.BriaTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=None,
+        axes_dims_rope=[0, 4, 4],
+    )
+    pipe = diffusers.BriaPipeline(
+        transformer=transformer,
+        scheduler=FLOW(),
+        vae=autoencoder(shift_factor=0),
+        text_encoder=t5(),
+        tokenizer=t5_tokenizer(),
+    )
+    return pipe, {"height": 16, "width": 16}
+
+
+def unknown(make: Callable[[], tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
+    """Return a pipeline of no row, and the arguments of a small call; the same weights each time."""
+    torch.manual_seed(0)
+    pipe, call = make()
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, call
+
+
 FAMILIES: dict[str, Callable[[], Tiny]] = {
     "FluxPipeline": flux,
     "QwenImagePipeline": qwen_image,
@@ -424,6 +601,9 @@ FAMILIES: dict[str, Callable[[], Tiny]] = {
     "CogView4Pipeline": cogview4,
     "HunyuanDiTPipeline": hunyuan_dit,
     "PixArtSigmaPipeline": pixart_sigma,
+    "StableAudioPipeline": stable_audio,
+    "StableDiffusionControlNetPipeline": controlnet,
+    "StableDiffusionXLControlNetPipeline": controlnet_xl,
 }
 
 
@@ -435,6 +615,19 @@ def tiny(family: str) -> Tiny:
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
     made.pipe.set_progress_bar_config(disable=True)
+    return made
+
+
+def reading(family: str) -> Tiny:
+    """Return the tiny pipeline of a family with tokenizers and text encoders."""
+    made = tiny(family)
+    encode, width = TEXTS[family]
+    torch.manual_seed(1)
+    parts = encode(made.pipe, width)
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    made.pipe.register_modules(**parts)
     return made
 
 
@@ -452,6 +645,5 @@ def generators(seeds: list[int]) -> list[torch.Generator]:
 
 
 def latents(output: Any) -> Tensor:
-    """Return the latents of a stock output."""
-    found = output.images if hasattr(output, "images") else output.frames
-    return found  # type: ignore[no-any-return]
+    """Return the latents, or the decoded images, clips or sounds, of a stock output."""
+    return output[0]  # type: ignore[no-any-return]

@@ -1,11 +1,11 @@
-"""`sage doctor`: a line for each check of this machine and folder, with a remedy if it fails."""
+"""`sage doctor`: a line for each check of this machine and folder, or of a pipeline, with a remedy if it fails."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.resources import files
@@ -54,6 +54,28 @@ def report(write: Callable[[str], None]) -> bool:
                 fit = False
                 write(f"         do: {finding.remedy}")
     return fit
+
+
+def try_pipeline(path: str, prompts: Sequence[str] | None, write: Callable[[str], None]) -> bool:
+    """Write whether a saved pipeline can share sampling, as tried on these prompts; return whether it can.
+
+    Raises DataError if it cannot be loaded, for example because its weights are pickled.
+    """
+    from sage.sampling import proof, saved
+
+    on = device()
+    pipeline = saved.load(path)
+    pipeline.to(on)
+    pipeline.set_progress_bar_config(disable=True)
+    found = proof.prove(pipeline, prompts or proof.PROMPTS)
+    write(f"{found.stock} ({path}), {found.rules}")
+    for check in found.checks:
+        write(f"{'yes' if check.passed else 'NO':<4} {check.what}: {check.found}")
+    if found.shared is None:
+        write(f"{found.stock} cannot share sampling.")
+    else:
+        write(f"{found.stock} can share sampling: sage generate --model {path}")
+    return found.shared is not None
 
 
 def _python() -> Iterator[Finding]:

@@ -39,11 +39,15 @@ HISTORY: dict[str, tuple[str, ...]] = {
     "EulerAncestralDiscreteScheduler": (),
     "HeunDiscreteScheduler": ("prev_derivative", "sample"),
     "DPMSolverMultistepScheduler": ("model_outputs",),
+    "EDMEulerScheduler": (),
+    "EDMDPMSolverMultistepScheduler": ("model_outputs",),
+    "CosineDPMSolverMultistepScheduler": ("model_outputs",),
     "DPMSolverSinglestepScheduler": ("model_outputs", "sample"),
     "UniPCMultistepScheduler": ("model_outputs", "timestep_list", "last_sample"),
     "LMSDiscreteScheduler": ("derivatives",),
     "PNDMScheduler": ("ets", "cur_sample", "cur_model_output"),
     "FlowMatchEulerDiscreteScheduler": (),
+    "FlowMatchHeunDiscreteScheduler": ("prev_derivative", "sample"),
 }
 # These have no step for networks that predict x_0.
 _WITHOUT_SAMPLE = ("EulerAncestralDiscreteScheduler", "PNDMScheduler")
@@ -317,6 +321,9 @@ def branched(scheduler: Any, rows: Tensor | None) -> Any:
     for name in HISTORY[type(scheduler).__name__]:
         if hasattr(scheduler, name):
             setattr(child, name, selected(getattr(scheduler, name)))
+    if "noise_sampler" in vars(child):
+        # A Brownian path for each row: the next step makes them again from the seeds of the pack's generators.
+        child.noise_sampler = None
     return child
 
 

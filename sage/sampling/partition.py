@@ -33,20 +33,24 @@ def as_groups(given: Any, count: int) -> list[list[int]]:
 
 
 def share_keys(
-    own: Sequence[Hashable] | None, negatives: Sequence[str] | None, given: Mapping[str, Tensor], count: int
+    own: Sequence[Hashable] | None, negatives: Sequence[str] | None, given: Mapping[str, Any], count: int
 ) -> list[Hashable]:
     """Return the share key of each prompt: the caller's own key, and all else by which the prompts of a call differ.
 
     own        the caller's key for each prompt, or None
     negatives  negative prompt of each prompt, or None
-    given      embeddings by name, one row for each prompt; those of negative prompts count
+    given      embeddings or texts by name, one row for each prompt; those of negative prompts count
     count      number of prompts
 
     Raises ConfigurationError if the number of the caller's keys is another.
     """
     own = [None] * count if own is None else _one_each(own, count)
     columns: list[Sequence[Hashable]] = [own, [None] * count if negatives is None else negatives]
-    columns += [[_digest(row) for row in rows] for name, rows in given.items() if name.startswith("negative")]
+    columns += [
+        [row if isinstance(row, str) else _digest(row) for row in rows]
+        for name, rows in given.items()
+        if name.startswith("negative")
+    ]
     return list(zip(*columns, strict=True))
 
 

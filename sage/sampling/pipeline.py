@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import sage.torchvision_ops  # noqa: F401
 
-import diffusers
 import numpy as np
 import torch
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, PipelineCallback
@@ -58,6 +57,13 @@ FAMILIES = {
 # With sage.grouping.auto.DEFAULT the operating point of params.yaml, but for branch noise (tests/test_config.py).
 SHARE_RATIO = 0.34
 BATCH_SIZE = 8
+# Texts beside the prompts, for further text encoders; one for each prompt, or one for all.
+TEXTS = ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")
+# Why some arguments of stock classes are refused.
+_REASONS = {
+    "ip_adapter_image": "image prompts (IP-Adapter) are not shared: a group would need their mean, which is no image",
+    "image": "sharing starts from text and noise, and an image belongs to a single prompt",
+}
 # The methods of stock classes that shared sampling does without.
 _NOT_CALLED = ("__call__", "check_inputs", "prepare_latents", "prepare_extra_step_kwargs", "decode_latents")
 
@@ -135,11 +141,7 @@ class SharedSamplingPipeline:
         not call.
         """
         stock: Any = type(pipeline)
-        family = _family(stock)
-        # Not constructed anew, which would change the configuration of the scheduler.
-        shared = family.__new__(family)
-        vars(shared).update(vars(pipeline))
-        return shared  # type: ignore[no-any-return]
+        return adopted(_family(stock), pipeline)  # type: ignore[no-any-return]
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> "SharedSamplingPipeline":
@@ -149,7 +151,7 @@ class SharedSamplingPipeline:
         Raises UnsupportedError for an unsupported pipeline class before the weights are read, and DataError if it
         cannot be loaded.
         """
-        stock = getattr(diffusers, str(saved.index(path, **kwargs).get("_class_name")), None)
+        stock = saved.stock_class(path, **kwargs)
         if stock is not None and "custom_pipeline" not in kwargs:
             _family(stock)
         return SharedSamplingPipeline.from_pipe(saved.load(path, **kwargs))
@@ -282,8 +284,9 @@ class SharedSamplingPipeline:
         prompts = self._check_prompts(prompt, given)
         if unknown := sorted(set(options) - set(self._options)):
             allowed = ", ".join(sorted((*self._options, *self._embeddings)))
+            reason = next((f" ({why})" for name, why in _REASONS.items() if any(name in one for one in unknown)), "")
             raise ConfigurationError(
-                f"{type(self).__name__} takes no {', '.join(unknown)}; further options are {allowed}, and "
+                f"{type(self).__name__} takes no {', '.join(unknown)}{reason}; further options are {allowed}, and "
                 "groups=sage.Grouping(...) for how groups are formed"
             )
         scale = real("guidance_scale", self._default_guidance if guidance_scale is None else guidance_scale)
@@ -314,6 +317,7 @@ class SharedSamplingPipeline:
         options["size"] = self._size(height, width, options)
         count = len(prompts) if prompts is not None else len(given["prompt_embeds"])
         negatives = _negatives(negative_prompt, count)
+        given |= {name: _texts(name, given[name], prompts) for name in TEXTS if name in given}
         call._prepare_call(prompts, negatives, given, num_inference_steps, scale, options)
         diffusion.check_start(call.scheduler)
         steps = len(call.scheduler.timesteps)
@@ -367,6 +371,8 @@ class SharedSamplingPipeline:
 
     # Overridden by families.
 
+    # What it makes, as the stock output names it: images, frames, audios.
+    makes: ClassVar = "images"
     # The stock names of the conditions' tensors, for callbacks.
     _callback_conditions: ClassVar[Mapping[str, str]] = {"prompt_embeds": "states"}
 
@@ -553,6 +559,8 @@ class SharedSamplingPipeline:
         if (prompt is None) == ("prompt_embeds" not in given):
             raise ConfigurationError("give either prompts or prompt_embeds, and not both")
         for name, rows in given.items():
+            if name in TEXTS:
+                continue
             bad = [number for number, row in enumerate(rows) if not torch.isfinite(row).all()]
             if bad:
                 raise DataError(f"{name} holds values that are not finite, in rows {bad}; leave those out")
@@ -613,6 +621,21 @@ def _groups(
     return grouping.groups(prompts, keys, shared_steps(share_ratio, steps) / steps)  # type: ignore[arg-type]
 
 
+def adopted(family: Any, pipeline: Any) -> Any:
+    """Return an instance of a shared-sampling class with the parts and settings of a stock pipeline."""
+    # Not constructed anew, which would change the configuration of the scheduler.
+    shared = family.__new__(family)
+    vars(shared).update(vars(pipeline))
+    return shared
+
+
+def is_known(stock: Any) -> bool:
+    """Return whether a stock class, or a class it derives from, is supported without a proof."""
+    from sage.sampling.families.table import TABLE
+
+    return any(base.__name__ in (*FAMILIES, *TABLE) for base in stock.__mro__)
+
+
 def _stock(family: type) -> Any:
     """Return the class of diffusers that a family derives from."""
     return next(base for base in family.__mro__ if base.__module__.startswith("diffusers."))
@@ -621,6 +644,7 @@ def _stock(family: type) -> Any:
 @functools.cache
 def _family(stock: Any) -> Any:
     """Return the shared-sampling class for a stock class, or for a subclass of one with what it overrides."""
+    from sage.sampling.families import derived
     from sage.sampling.families.table import TABLE, shared_class
 
     for base in stock.__mro__:
@@ -638,7 +662,14 @@ def _family(stock: Any) -> Any:
             )
         return type(f"Shared{stock.__name__}", (family, stock), {})
     known = ", ".join(sorted((*FAMILIES, *TABLE)))
-    raise UnsupportedError(f"{stock.__name__} cannot share sampling; supported are {known}")
+    try:
+        derived.candidates(stock)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{error}; supported are {known}") from None
+    raise UnsupportedError(
+        f"{stock.__name__} can share sampling only if it is proved to: `sage doctor --pipeline` tries it, and "
+        f"sage.sampling.proof.proved(pipeline) returns it; supported without are {known}"
+    )
 
 
 def _callback_inputs(callback: Any, names: Sequence[str]) -> Sequence[str]:
@@ -674,6 +705,18 @@ def _negatives(negative: str | Sequence[str] | None, count: int) -> list[str] | 
             f"{len(negative)} negative prompts were given for {count} prompts; give one, or one for each"
         )
     return list(negative)
+
+
+def _texts(name: str, texts: str | Sequence[str], prompts: list[str] | None) -> list[str]:
+    """Return the texts of a further encoder, one for each prompt."""
+    if prompts is None:
+        raise ConfigurationError(f"{name} is for prompts, but embeddings were given instead of them; leave it out")
+    found = [texts] * len(prompts) if isinstance(texts, str) else list(texts)
+    if len(found) != len(prompts) or not all(isinstance(text, str) for text in found):
+        raise ConfigurationError(
+            f"{name} has {len(found)} entries for {len(prompts)} prompts; give a text, or one each"
+        )
+    return found
 
 
 def guided(output: Tensor, rows: int, scale: float, rescale: float = 0.0) -> Tensor:

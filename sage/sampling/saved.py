@@ -9,6 +9,7 @@ from typing import Any
 
 import sage.torchvision_ops  # noqa: F401
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
@@ -70,6 +71,11 @@ def index(path: str | Path, **kwargs: Any) -> dict[str, Any]:
             return dict(DiffusionPipeline.load_config(path, **{name: kwargs[name] for name in _HUB if name in kwargs}))
         except (OSError, ValueError):
             return {}
+
+
+def stock_class(path: str | Path, **kwargs: Any) -> Any:
+    """Return the class of diffusers that a folder or hub name is saved as; None if it is none or cannot be read."""
+    return getattr(diffusers, str(index(path, **kwargs).get("_class_name")), None)
 
 
 def _variant(folder: Path) -> str | None:

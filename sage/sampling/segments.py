@@ -22,21 +22,24 @@ from torch import Generator, Tensor
 
 from sage.errors import ConfigurationError, UnsupportedError
 from sage.sampling.conditions import Condition, stacked
-from sage.sampling.pipeline import SharedSamplingPipeline
+from sage.sampling.pipeline import TEXTS, SharedSamplingPipeline
 
 # Arguments of the stock call that the driver gives itself; the others are options of the shared call.
-_DRIVEN = {
+DRIVEN = {
     "self", "prompt", "negative_prompt", "height", "width", "num_inference_steps", "num_images_per_prompt",
-    "num_videos_per_prompt", "generator", "latents", "output_type", "return_dict", "callback", "callback_steps",
-    "callback_on_step_end", "callback_on_step_end_tensor_inputs",
+    "num_videos_per_prompt", "num_waveforms_per_prompt", "generator", "latents", "output_type", "return_dict",
+    "callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
 }  # fmt: skip
 
 
-# Arguments of the stock call that are not supported: they belong to single prompts, or bring an image.
-_UNSUPPORTED = {
-    "prompt_2", "negative_prompt_2", "image", "ip_adapter_image", "ip_adapter_image_embeds",
-    "negative_ip_adapter_image", "negative_ip_adapter_image_embeds",
+# Arguments of the stock call that are not supported: they bring an image or a sound of a single prompt.
+UNSUPPORTED = {
+    "image", "ip_adapter_image", "ip_adapter_image_embeds", "negative_ip_adapter_image",
+    "negative_ip_adapter_image_embeds", "initial_audio_waveforms", "initial_audio_sampling_rate",
 }  # fmt: skip
+
+# The name of the condition that holds the control images.
+_CONTROL = "control"
 
 
 @dataclass(frozen=True)
@@ -50,19 +53,24 @@ class Family:
     guidance    the argument that takes the guidance scale
     embedded    the guidance scale is an input of the network, which is evaluated once
     asks        guidance needs a negative prompt: without one the stock pipeline does not guide
-    lists       embeddings are lists of tensors of different length, without a mask
-    fixed       options that only their default is right for, because the stock loop counts its steps with them
+    implicit    without a negative prompt the stock pipeline guides by zeros that it makes itself
+    encode      instead of `encoded`, if `encode_prompt` returns no arguments of the call: (pipeline, prompts, negative
+                prompts or None) to embeddings by argument
+    control     the argument that takes a control image for each prompt, or one for all
+    fixed       options that have to keep their default: the stock loop counts its steps with them, or may
     defaults    defaults of options that mean the same as the stock ones, but do not wait for the device in each step
-    output      the attribute of the stock output: images, frames
+    output      the attribute of the stock output: images, frames, audios
     """
 
     stock: str
     inputs: Mapping[str, str]
-    encoded: tuple[tuple[str | None, ...], ...]
+    encoded: tuple[tuple[str | None, ...], ...] = ()
     guidance: str = "guidance_scale"
     embedded: bool = False
     asks: bool = False
-    lists: bool = False
+    implicit: bool = False
+    encode: "Callable[[Any, list[str], list[str] | None], dict[str, Any]] | None" = None
+    control: str | None = None
     fixed: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     output: str = "images"
@@ -111,6 +119,10 @@ class SegmentedPipeline(SharedSamplingPipeline):
     # Of the base class; that of a family gets the parameters of its stock call.
     __call__ = SharedSamplingPipeline.__call__
 
+    # Provided by the stock class, if it has a ControlNet.
+    controlnet: Any
+    control_image_processor: Any
+
     family: ClassVar[Family]
     _stock: ClassVar[Any]
     _callback_conditions: ClassVar[Mapping[str, str]] = {}
@@ -136,10 +148,13 @@ class SegmentedPipeline(SharedSamplingPipeline):
         for name in self.family.fixed:
             if options[name] != self._options[name]:
                 raise UnsupportedError(
-                    f"{name}={options[name]!r} of {self.family.stock} depends on the number of the step, which a "
+                    f"{name}={options[name]!r} of {self.family.stock} may depend on the number of the step, which a "
                     f"segment does not know; leave it at {self._options[name]!r}"
                 )
         height, width = options["size"]
+        if self.family.control is not None:
+            count = len(given["prompt_embeds"] if prompts is None else prompts)
+            given[self.family.control] = self._control_images(given.get(self.family.control), count, height, width)
         arguments = {name: value for name, value in options.items() if name != "size"}
         arguments |= {"num_inference_steps": steps, self.family.guidance: scale}
         arguments |= {name: side for name, side in (("height", height), ("width", width)) if side is not None}
@@ -161,6 +176,23 @@ class SegmentedPipeline(SharedSamplingPipeline):
         conditions = self._example(1)
         self.scheduler = self._reach("set_timesteps", conditions)
         self._segmented.noise = self._reach("prepare_latents", conditions)
+
+    def _check_prompts(self, prompt: str | Sequence[str] | None, given: dict[str, Any]) -> list[str] | None:
+        return super()._check_prompts(prompt, {name: v for name, v in given.items() if name != self.family.control})
+
+    def _control_images(self, images: Any, count: int, height: int | None, width: int | None) -> Tensor:
+        """Return control images (count, channels, height, width) in [0, 1], from one for each prompt or one for all."""
+        argument = self.family.control
+        if images is None:
+            raise ConfigurationError(f"{self.family.stock} needs {argument}: one for each prompt, or one for all")
+        if not hasattr(self.controlnet, "config"):
+            raise UnsupportedError(f"{self.family.stock} with several ControlNets cannot share sampling; give it one")
+        found: Tensor = self.control_image_processor.preprocess(images, height=height, width=width).float()
+        if len(found) not in (1, count):
+            raise ConfigurationError(
+                f"{len(found)} of {argument} were given for {count} prompts; give one, or one each"
+            )
+        return found.expand(count, *found.shape[1:])
 
     def _is_guided(self, scale: float, negatives: Any, given: Mapping[str, Any]) -> bool:
         asked = negatives is not None or any(name.startswith("negative_") for name in given)
@@ -187,16 +219,24 @@ class SegmentedPipeline(SharedSamplingPipeline):
         given: dict[str, Any],
         options: dict[str, Any],
     ) -> Condition:
-        if prompts is not None:
+        further = {name: given[name] for name in (*TEXTS, self.family.control) if name is not None and name in given}
+        if prompts is not None and self.family.encode is not None:
+            given = self.family.encode(self, prompts, negatives if guided else None)
+        elif prompts is not None:
             arguments: dict[str, Any] = {"prompt": list(prompts)}  # some stock pipelines write into the list
             if not guided and not self.family.embedded:
                 arguments[self.family.guidance] = 0.0
-            elif negatives is not None:
-                arguments["negative_prompt"] = negatives
-            given = self._reach("encode_prompt", arguments)
+            elif "negative_prompt" in self._segmented.arguments:
+                # Of some stock pipelines "", which is not the same as None.
+                default = inspect.signature(self._stock.__call__).parameters["negative_prompt"].default
+                arguments["negative_prompt"] = default if negatives is None else negatives
+            given = self._reach("encode_prompt", arguments | further)
+        without = guided and not (self.family.implicit and not any(name.startswith("negative_") for name in given))
         found: dict[str, Tensor] = {}
-        for prefix in ("negative_", "") if guided else ("",):
+        for prefix in ("negative_", "") if without else ("",):
             found |= {prefix + name: rows for name, rows in self._condition(given, prefix).items()}
+        if self.family.control is not None:
+            found[_CONTROL] = further[self.family.control]
         return stacked(None, found)
 
     def _condition(self, given: Mapping[str, Any], prefix: str) -> Condition:
@@ -215,19 +255,24 @@ class SegmentedPipeline(SharedSamplingPipeline):
                 raise ConfigurationError(
                     f"{self.family.stock} needs {prefix + argument} beside the other embeddings; give it, or prompts"
                 )
+            elif name.endswith("_mask") and rows.shape[1] > (states := found[name.removesuffix("_mask")]).shape[1]:
+                rows = rows.view_as(states)[..., 0]  # AuraFlow's has a value for each feature of a token
             found[name] = rows
         return found
 
     def _arguments(self, condition: Condition, guided: bool) -> dict[str, Any]:
         """Return the arguments of the stock call for conditions (n, ...)."""
         found: dict[str, Any] = {}
-        for prefix in ("negative_", "") if guided else ("",):
+        without = guided and any(name.startswith("negative_") for name in condition)
+        for prefix in ("negative_", "") if without else ("",):
             for name, argument in self.family.inputs.items():
                 rows: Any = condition[prefix + name]
-                if self.family.lists:
-                    masks = condition[f"{prefix}{name}_mask"]
+                masks = condition.get(f"{prefix}{name}_mask")
+                if masks is not None and f"{name}_mask" not in self.family.inputs:  # came as a list, see `_condition`
                     rows = [row[mask] for row, mask in zip(rows, masks, strict=True)]
                 found[prefix + argument] = rows
+        if self.family.control is not None:
+            found[self.family.control] = condition[_CONTROL]
         return found
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition, scale: float, options: dict[str, Any]) -> Tensor:
@@ -246,18 +291,23 @@ class SegmentedPipeline(SharedSamplingPipeline):
         }
         inner = self._inner(scheduler, prepare_latents=lambda *args, **kwargs: self._placed(latents), **processors)
         arguments = self._segmented.arguments | self._example(len(latents)) | {"output_type": output_type}
-        out = self._stock.__call__(inner, **arguments)
-        return getattr(out, self.family.output), None
+        out = getattr(self._stock.__call__(inner, **arguments), self.family.output)
+        if not processors and output_type != "latent":
+            self._finite = torch.as_tensor(out).isfinite().flatten(1).all(1).tolist()
+        return out, None
 
     def _watched(self, name: str) -> Any:
         """Return a copy of a processor that notes which images it gets are finite."""
         processor = copy.copy(getattr(self, name))
 
         def watched(original: Callable[..., Any]) -> Callable[..., Any]:
-            def postprocess(images: Tensor, *args: Any, **kwargs: Any) -> Any:
+            def postprocess(*args: Any, **kwargs: Any) -> Any:
+                bound = inspect.signature(original).bind(*args, **kwargs)
+                name, images = next(iter(bound.arguments.items()))  # `image` or `video`
                 finite = images.isfinite().flatten(1).all(1)
                 self._finite = finite.tolist()
-                return original(images.where(finite.reshape(-1, *[1] * (images.ndim - 1)), 0), *args, **kwargs)
+                bound.arguments[name] = images.where(finite.reshape(-1, *[1] * (images.ndim - 1)), 0)
+                return original(*bound.args, **bound.kwargs)
 
             return postprocess
 
@@ -400,13 +450,14 @@ def segmented(family: Family, stock: type) -> type:
     parameters = inspect.signature(stock.__call__).parameters.values()
     conditions = {prefix + argument for argument in family.inputs.values() for prefix in ("", "negative_")}
     names = {parameter.name for parameter in parameters}
-    given = _DRIVEN | _UNSUPPORTED | conditions | {family.guidance}
+    given = DRIVEN | UNSUPPORTED | conditions | {*TEXTS, family.control, family.guidance}
     body = {
         "__doc__": f"A {stock.__name__} whose similar prompts share their early steps.",
         "family": family,
+        "makes": family.output,
         "_stock": stock,
         "_default_guidance": next(p.default for p in parameters if p.name == family.guidance),
-        "_embeddings": tuple(sorted(conditions & names)),
+        "_embeddings": tuple(sorted(names & (conditions | {*TEXTS, family.control}))),
         "_options": {p.name: p.default for p in parameters if p.name not in given} | dict(family.defaults),
     }
     return type(f"Shared{stock.__name__}", (SegmentedPipeline, stock), body)

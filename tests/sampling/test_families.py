@@ -1,5 +1,7 @@
 """What must hold for every model family, against the stock pipeline on the same random weights."""
 
+import inspect
+
 import numpy as np
 import pytest
 import tiny
@@ -14,7 +16,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from sage.sampling.pipeline import SharedSamplingPipeline
+from sage.errors import ConfigurationError
+from sage.sampling.pipeline import TEXTS, SharedSamplingPipeline
 from sage.sampling.plan import Block, Plan
 
 pytestmark = pytest.mark.slow
@@ -68,6 +71,30 @@ def test_negative_prompts_and_several_images_are_the_stock_pipelines(pair):
     expected = stock(tiny.PROMPTS, negative_prompt=negatives, generator=generators(seeds), **call).images
     found = shared(tiny.PROMPTS, negative_prompt=negatives, generator=generators(seeds), **shares, **call)
     assert np.array_equal(found.images, expected)
+
+
+def test_further_prompts_are_the_stock_pipelines(pair):
+    """One for all, or one for each; a group in which they differ does not draw what one in which they agree does."""
+    stock, shared, options = pair
+    takes = [name for name in TEXTS if name in inspect.signature(type(stock).__call__).parameters]
+    if not takes:
+        with pytest.raises(ConfigurationError, match="takes no prompt_2"):
+            shared(tiny.PROMPTS, share_ratio=0, prompt_2="cat", **options)
+        return
+    further = {name: list(reversed(tiny.PROMPTS)) for name in takes} | {"negative_prompt_2": "dog"}
+    call = {"negative_prompt": "tree", **options}
+    each = {name: [texts] * 5 if isinstance(texts, str) else texts for name, texts in further.items()}
+    given = {"generator": generators(SEEDS), **call, "negative_prompt": ["tree"] * 5}
+    expected = stock(tiny.PROMPTS, **given, **each).images
+    found = shared(tiny.PROMPTS, seed=SEEDS, share_ratio=0, **call, **further).images
+    assert np.array_equal(found, expected)
+    assert not np.array_equal(found, shared(tiny.PROMPTS, seed=SEEDS, share_ratio=0, **call).images)
+    grouped = {"groups": tiny.GROUPS, "share_ratio": 0.5, "seed": SEEDS}
+    one = shared(tiny.PROMPTS, **grouped, **call, **further).images
+    turned = {"groups": [[4, 3], [2, 0, 1]], "share_ratio": 0.5, "seed": SEEDS}
+    np.testing.assert_allclose(shared(tiny.PROMPTS, **turned, **call, **further).images, one, **TOLERANCE)
+    with pytest.raises(ConfigurationError, match="prompt_2 has 2 entries for 5 prompts"):
+        shared(tiny.PROMPTS, prompt_2=["cat", "dog"], **call)
 
 
 def test_latents_in_and_out_are_the_stock_pipelines(pair):

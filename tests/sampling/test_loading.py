@@ -73,7 +73,22 @@ def test_an_unsupported_folder_is_refused_before_its_weights_are_read(tmp_path):
     (tmp_path / "model_index.json").write_text(
         json.dumps({"_class_name": "KandinskyPipeline", "vae": ["diffusers", "X"]})
     )
-    with pytest.raises(UnsupportedError, match="KandinskyPipeline cannot share sampling; supported are AuraFlowP"):
+    with pytest.raises(UnsupportedError, match=r"KandinskyPipeline cannot share sampling: .*; supported are AuraFlowP"):
+        SharedSamplingPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("StableDiffusionImg2ImgPipeline", "cannot share sampling: it takes image, strength, from which single images"),
+        ("StableDiffusionXLInpaintPipeline", "cannot share sampling: it takes image, mask_image, strength"),
+        ("FluxControlNetPipeline", "cannot share sampling: it takes control_image"),
+        ("MochiPipeline", "can share sampling only if it is proved to: `sage doctor --pipeline` tries it"),
+    ],
+)
+def test_a_class_that_is_not_known_is_refused_with_its_reason(tmp_path, name, reason):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(UnsupportedError, match=f"{name} {reason}"):
         SharedSamplingPipeline.from_pretrained(tmp_path)
 
 

@@ -17,8 +17,12 @@ from sage.sampling.families.table import TABLE
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
 
-# diffusers 0.42's Chroma imports a name that it deprecates.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")]
+# Chroma and Stable Audio of diffusers 0.42 use names that it and torch deprecate.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*`FluxPosEmbed` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning"),
+]
 STEPS = 4
 # Batches of another size round differently; latents are of the order of 1.
 CLOSE = 3e-5
@@ -134,12 +138,20 @@ def test_branch_noise_moves_members_apart(family):
         family.pipe.scheduler = DPMSolverMultistepScheduler(solver_order=1)
     embeddings = family.embed(2)
     call = {"groups": [[0, 1]], "share_ratio": 0.5}
+    if name_of(family) == "StableAudioPipeline":
+        with pytest.raises(UnsupportedError, match=r"branch noise needs one of .*, not EDMDPMSolverMultistepScheduler"):
+            shared(family, embeddings, [5, 6], **call, branch_noise=1.0)
+        return
     plain = shared(family, embeddings, [5, 6], **call).images
     noisy = shared(family, embeddings, [5, 6], **call, branch_noise=1.0).images
     assert drift(noisy[0], noisy[1]) > drift(plain[0], plain[1])
 
 
-@pytest.mark.parametrize("name", TABLE)
+# Stable Audio's prompts are encoded by its row (tests/sampling/test_proof.py).
+ENCODED = [name for name in TABLE if TABLE[name].encode is None]
+
+
+@pytest.mark.parametrize("name", ENCODED)
 def test_a_row_of_the_table_says_what_the_stock_source_says(name):
     """The results of `encode_prompt` are assigned to variables, which have the names of the call's arguments."""
     family, cls = TABLE[name], type(tiny_families.tiny(name).pipe)
@@ -157,7 +169,7 @@ def test_a_row_of_the_table_says_what_the_stock_source_says(name):
     assert len(steps) == 1
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", ENCODED)
 def test_prompts_are_encoded_by_the_stock_pipeline(name, monkeypatch):
     """With an encoder that gives a text always the same embeddings, prompts and those embeddings are one call."""
     family, texts = tiny_families.tiny(name), ["red cat", "blue house"]
@@ -192,8 +204,8 @@ def test_prompts_are_encoded_by_the_stock_pipeline(name, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "option", "words"),
     [
-        ("FluxPipeline", {"true_cfg_scale": 4.0}, "true_cfg_scale=4.0 of FluxPipeline depends"),
-        ("Lumina2Pipeline", {"cfg_trunc_ratio": 0.5}, "cfg_trunc_ratio=0.5 of Lumina2Pipeline depends"),
+        ("FluxPipeline", {"true_cfg_scale": 4.0}, "true_cfg_scale=4.0 of FluxPipeline may depend"),
+        ("Lumina2Pipeline", {"cfg_trunc_ratio": 0.5}, "cfg_trunc_ratio=0.5 of Lumina2Pipeline may depend"),
     ],
 )
 def test_an_option_that_counts_steps_is_refused(name, option, words):
@@ -206,11 +218,51 @@ def test_bad_input_is_named():
     family = tiny_families.tiny("QwenImagePipeline")
     with pytest.raises(ConfigurationError, match="takes no image"):
         shared(family, family.embed(1), [5], image=1)
+    with pytest.raises(ConfigurationError, match=r"takes no image .*belongs to a single prompt"):
+        shared(family, family.embed(1), [5], image=1)
     flux = tiny_families.tiny("FluxPipeline")
-    with pytest.raises(ConfigurationError, match="takes no prompt_2"):
+    with pytest.raises(ConfigurationError, match=r"takes no ip_adapter_image \(image prompts \(IP-Adapter\) are not"):
+        shared(flux, flux.embed(1), [5], ip_adapter_image=1)
+    with pytest.raises(ConfigurationError, match="prompt_2 is for prompts, but embeddings were given"):
         shared(flux, flux.embed(1), [5], prompt_2="a cat")
     with pytest.raises(ConfigurationError, match="needs pooled_prompt_embeds beside the other embeddings"):
         shared(flux, {"prompt_embeds": flux.embed(1)["prompt_embeds"]}, [5])
+
+
+CONTROLLED = ("StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline")
+
+
+@pytest.mark.parametrize("name", CONTROLLED)
+def test_each_prompt_has_its_control_image_and_a_group_their_mean(name):
+    family = tiny_families.tiny(name)
+    embeddings, images = family.embed(2), tiny_families.control_images(2)
+    found = shared(family, embeddings, [5, 6], image=images).images
+    assert torch.equal(found, stock(family, embeddings, [5, 6], image=images))
+    assert not torch.equal(found, shared(family, embeddings, [5, 6], image=images.flip(0)).images)
+    # Before the branch the control image is the mean, here exactly 0, 1/2 or 1; after it each member's own.
+    seen: list[torch.Tensor] = []
+
+    def watch(pipe, step, t, tensors):
+        seen.append(tensors["latents"].clone())
+        return {}
+
+    call = {"groups": [[0, 1]], "share_ratio": 0.5, "callback_on_step_end": watch}
+    for given in (images, images.mean(0, keepdim=True), images[:1], images[1:]):
+        shared(family, embeddings, [5, 6], image=given, **call)
+    own, mean, first, second = seen[:STEPS], seen[STEPS : 2 * STEPS], seen[2 * STEPS : -STEPS], seen[-STEPS:]
+    assert torch.equal(own[1], mean[1])
+    assert not torch.equal(own[1], first[1]) and not torch.equal(own[1], second[1])
+    assert not torch.equal(own[-1], mean[-1])
+
+
+def test_control_images_that_do_not_fit_are_named():
+    family = tiny_families.tiny(CONTROLLED[0])
+    with pytest.raises(ConfigurationError, match="3 of image were given for 2 prompts"):
+        shared(family, family.embed(2), [5, 6], image=tiny_families.control_images(3))
+    with pytest.raises(ConfigurationError, match="needs image: one for each prompt, or one for all"):
+        shared(family, family.embed(2), [5, 6], image=None)
+    with pytest.raises(UnsupportedError, match=r"control_guidance_end=0.5 of StableDiffusionControlNetP.* may depend"):
+        shared(family, family.embed(2), [5, 6], control_guidance_end=0.5)
 
 
 def test_own_sigmas_and_solvers_with_history_are_the_stock_pipelines():

@@ -24,6 +24,7 @@ class SharedStableDiffusion3Pipeline(pipeline.SharedSamplingPipeline, StableDiff
         "negative_prompt_embeds",
         "pooled_prompt_embeds",
         "negative_pooled_prompt_embeds",
+        *pipeline.TEXTS,
     )
 
     def _set_timesteps(self, steps: int, height: int, width: int) -> None:
@@ -50,8 +51,6 @@ class SharedStableDiffusion3Pipeline(pipeline.SharedSamplingPipeline, StableDiff
     ) -> Condition:
         with_text, without, pooled, pooled_without = self.encode_prompt(
             prompts,
-            prompt_2=None,
-            prompt_3=None,
             device=self._execution_device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=guided,
@@ -59,7 +58,7 @@ class SharedStableDiffusion3Pipeline(pipeline.SharedSamplingPipeline, StableDiff
             clip_skip=options["clip_skip"],
             max_sequence_length=options["max_sequence_length"],
             lora_scale=(options["joint_attention_kwargs"] or {}).get("scale"),
-            **given,
+            **{"prompt_2": None, "prompt_3": None} | given,
         )
         return stacked(
             {"states": without, "pooled": pooled_without} if guided else None, {"states": with_text, "pooled": pooled}

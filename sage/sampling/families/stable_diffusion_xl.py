@@ -39,6 +39,8 @@ class SharedStableDiffusionXLPipeline(pipeline.SharedSamplingPipeline, StableDif
         "negative_prompt_embeds",
         "pooled_prompt_embeds",
         "negative_pooled_prompt_embeds",
+        "prompt_2",
+        "negative_prompt_2",
     )
 
     def _encode(

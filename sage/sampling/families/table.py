@@ -4,6 +4,7 @@ import functools
 from collections.abc import Hashable
 from typing import Any, cast
 
+from sage.sampling.families import stable_audio
 from sage.sampling.segments import Family, segmented
 
 _STATES = {"prompt_embeds": "prompt_embeds"}
@@ -12,13 +13,16 @@ _MASKED_FIRST = (
     ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"),
 )
 _PLAIN_PAIR = (("prompt_embeds", "negative_prompt_embeds"),)
+_POOLED = _STATES | {"pooled_prompt_embeds": "pooled_prompt_embeds"}
+# A ControlNet is on or off by the number of the step.
+_KEPT = ("control_guidance_start", "control_guidance_end")
 
 TABLE = {
     family.stock: family
     for family in (
         Family(
             "FluxPipeline",
-            _STATES | {"pooled_prompt_embeds": "pooled_prompt_embeds"},
+            _POOLED,
             (("prompt_embeds", "pooled_prompt_embeds", None),),
             embedded=True,
             fixed=("true_cfg_scale",),
@@ -32,7 +36,7 @@ TABLE = {
             guidance="true_cfg_scale",
             asks=True,
         ),
-        Family("ZImagePipeline", _STATES, _PLAIN_PAIR, lists=True, defaults={"cfg_truncation": None}),
+        Family("ZImagePipeline", _STATES, _PLAIN_PAIR, defaults={"cfg_truncation": None}),
         Family(
             "ChromaPipeline",
             _MASKED,
@@ -68,8 +72,23 @@ TABLE = {
                 for end in ("", "_2")
             ),
         ),
+        Family("StableDiffusionControlNetPipeline", _STATES, _PLAIN_PAIR, control="image", fixed=_KEPT),
+        Family(
+            "StableDiffusionXLControlNetPipeline",
+            _POOLED,
+            (("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),),
+            control="image",
+            fixed=(*_KEPT, "denoising_end"),
+        ),
         Family("WanPipeline", _STATES, _PLAIN_PAIR, output="frames"),
         Family("LTXPipeline", _MASKED, _MASKED_FIRST, output="frames"),
+        Family(
+            "StableAudioPipeline",
+            _STATES | {"prompt_embeds_mask": "attention_mask"},
+            implicit=True,
+            encode=stable_audio.encode,
+            output="audios",
+        ),
     )
 }
 
