@@ -32,8 +32,9 @@ def _runner() -> "TaskRunner[Any]":
 @task(cache_policy=NO_CACHE, retries=3, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
 def plan(batch: Batch) -> None:
     """Group the prompts and write the plan of the run."""
-    values = batch.model_dump(include={"model", "seed", "steps", "share_ratio", "guidance_scale", "batch_size"})
+    values = batch.model_dump(exclude={"prompts", "out", "shards", "judge", "literal"})
     options = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
+    options += ["--literal"] if batch.literal else []
     shown.run("plan", "flows.prompts.shards", "plan", batch.prompts, "--out", batch.out, *options)
 
 

@@ -116,6 +116,22 @@ class Batch(Form):
         description="Maximum prompts per network call. Default: the model's setting.",
     )
 
+    expand: Annotated[str, Field(pattern=r"^(all|[1-9][0-9]{0,4})$")] | None = Field(
+        None,
+        title="Expand templates",
+        description="all: every combination of {red|blue} vase; a number: so many random ones of each template.",
+    )
+    wildcards: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1000,
+        title="Wildcards",
+        description="Folder of the files that __name__ in a template stands for; a path on the worker.",
+    )
+    literal: bool = Field(
+        False, title="Literal", description="Draw {a|b}, (word:1.3) and the like as the text they are."
+    )
+
 
 class Approval(RunInput):
     """The answer of the person who decides."""

@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from flows.machine import embedding_cache
 from flows.prompts import infotext
-from flows.prompts.files import Item, read_prompts
+from flows.prompts.files import Expand, Item, Literal, Wildcards, read_prompts, syntax
 from flows.report.sheet import in_rows, opened, sheet
 from flows.terminal import finite, progress, run
 from flows.versioning import integrity
@@ -90,11 +90,15 @@ def main(
     ] = None,
     negative_prompt: Annotated[str, typer.Option(help="What the images should not show.")] = "",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Maximum prompts per network call.")] = None,
+    expand: Expand = None,
+    wildcards: Wildcards = None,
+    literal: Literal = False,
 ) -> None:
     """Generate images for a list of prompts, sharing early steps among similar ones; print the cost first."""
     given = {"steps": steps, "share_ratio": share_ratio, "branch_noise": branch_noise, "batch_size": batch_size}
     given["guidance_scale"] = guidance_scale
-    job = prepare(prompts, model, given, negative_prompt, seed)
+    items = read_prompts(prompts, syntax(expand, wildcards, literal, seed))
+    job = prepare(items, model, given, negative_prompt, seed)
     typer.echo(cost_line(job.plan, len(job.groups), job.settings["guidance_scale"] > 1))
     refused = [item for item in job.items if item.error is not None]
     for item in refused:
@@ -110,16 +114,15 @@ def main(
     typer.echo(f"{len(job.drawn)} images in {out}" + (f"; {len(refused)} prompts were not drawn" if refused else ""))
 
 
-def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: str, seed: int) -> Job:
+def prepare(items: list[Item], model: str, given: Mapping[str, Any], negative_prompt: str, seed: int) -> Job:
     """Return the run for a list of prompts; settings in `given` that are not None override the model's.
 
     Raises DataError if no prompt can be drawn, RegistryError for a registered model that is damaged or unknown.
     """
-    items = read_prompts(source)
     texts = [item.prompt for item in items if item.error is None]
     keys = [item.share_key for item in items if item.error is None]
     if not texts:
-        raise DataError(f"{source} has no prompt that can be drawn" + (f": {items[0].error}" if items else ""))
+        raise DataError("the list has no prompt that can be drawn" + (f": {items[0].error}" if items else ""))
     pipe, name, settings, grouping = open_model(model)
     settings |= {key: value for key, value in given.items() if value is not None}
     settings |= {"negative_prompt": negative_prompt, "seed": seed, "group": grouping.model_dump()}
