@@ -1,7 +1,6 @@
 """`sage generate --server` against real servers: the same folder as the command makes on this machine."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 import tiny
-from waiting import wait_for
+from waiting import PATIENCE, wait_for
 
 from flows.prompts import generate as prompts
 from flows.prompts import remote
@@ -107,7 +106,7 @@ def test_the_cost_is_shown_first_and_with_plan_nothing_else_happens(generate, qu
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"share_ratio": 1.0}, "refused the run with 422 invalid_request: share_ratio"),
+        ({"steps": 2000}, "refused the run with 422 invalid_request: steps"),
         ({"model": "models:/sage@champion"}, "serves quick, not models:/sage@champion"),
         ({"batch_size": 4}, "--batch-size is the server's own"),
     ],
@@ -238,22 +237,18 @@ def test_images_that_are_not_finite_end_the_command_as_on_this_machine(generate,
         generate(["red cat", "stock market"], quick.url)
 
 
-def test_a_terminated_command_ends_at_once_and_goes_on(tmp_path):
+def test_a_terminated_command_does_not_wait_for_its_images(tmp_path):
     source = tmp_path / "prompts.txt"
-    source.write_text("".join(f"{text} {n}\n" for n, text in enumerate(TEXTS)))
-    with without_model(tmp_path, "--seconds", "1") as server:
+    source.write_text("".join(f"red cat {n}\n" for n in range(100)))
+    with without_model(tmp_path, "--seconds", "10") as server:
         server.wait()
         command = [sys.executable, "-m", "flows.prompts.generate", str(source)]
-        command += ["--out", str(tmp_path / "out"), "--server", server.url]
-        process = subprocess.Popen(command, env=os.environ)
-        wait_for(lambda: list((tmp_path / "out").glob("0*.png")), process=process)
+        process = subprocess.Popen([*command, "--out", str(tmp_path / "out"), "--server", server.url])
+        wait_for(lambda: server.metric("sage_images_open") > 8, process=process)
         process.send_signal(signal.SIGTERM)
-        began = time.monotonic()
-        assert process.wait(20) == 143
-        assert time.monotonic() - began < 10
+        assert process.wait(PATIENCE) == 143
+        assert len(list((tmp_path / "out").glob("0*.png"))) < 50
         wait_for(lambda: server.metric("sage_images_open") == 0)
-        subprocess.run(command, env=os.environ, check=True)
-        assert len(lines_of(tmp_path / "out")) == len(TEXTS)
 
 
 @pytest.mark.parametrize(
