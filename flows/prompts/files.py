@@ -38,7 +38,7 @@ Literal = Annotated[
     bool,
     typer.Option(
         "--literal",
-        help="Draw {a|b}, (word:1.3), [word], BREAK, AND and <lora:...> as the text they are; else such prompts are "
+        help="Draw {a|b}, (word:1.3), ((word)), BREAK, AND and <lora:...> as the text they are; else such prompts are "
         "errors.",
     ),
 ]

@@ -62,6 +62,6 @@ def test_ordinary_text_is_not_taken_for_markup(prompt):
 
 @pytest.mark.parametrize("piece", ["(", "[", "[a", "(a:", "<lora:", r"\(", "((", "AND ", "BREAK, "])
 def test_the_time_is_linear_in_the_length(piece):
-    began = time.perf_counter()
+    began = time.process_time()
     markup(piece * 30_000)
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5

@@ -95,10 +95,10 @@ def test_a_wildcard_without_a_folder_is_refused():
 
 @pytest.mark.parametrize(("power", "amount"), [(20, "1,048,576"), (5000, r"more than 10\^12")])
 def test_too_many_prompts_are_counted_before_any_is_made(power, amount):
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(DataError, match=f"stands for {amount} prompts, more than 10,000"):
         expand("{a|b}" * power)
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
     assert len(expand("{a|b}" * power, sample=10).prompts) == 10
 
 
@@ -163,8 +163,8 @@ def test_what_is_no_template_is_text(text):
 
 @pytest.mark.parametrize("piece", ["{", "{|", "|", "__a ", "_", "{a|", "__a", "{a}", "\\{"])
 def test_the_time_is_linear_in_the_length(piece):
-    began = time.perf_counter()
+    began = time.process_time()
     for syntax in (Syntax(), Syntax(expand=True, sample=1)):
         with contextlib.suppress(DataError):
             syntax.prompts(piece * 30_000)
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
