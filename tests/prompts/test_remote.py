@@ -7,11 +7,11 @@ import sys
 import threading
 import time
 from email.utils import formatdate
-from pathlib import Path
 
 import httpx
 import pytest
 import tiny
+from served import PATH, sage, without_model
 from waiting import PATIENCE, wait_for
 
 from flows.prompts import generate as prompts
@@ -19,9 +19,6 @@ from flows.prompts import remote
 from flows.prompts.remote import Server, ServerError
 from sage.errors import ConfigurationError, DataError, DivergedError
 from sage.files import sha256_tree
-
-sys.path.append(str(Path(__file__).parents[1] / "serving"))
-from served import PATH, sage, without_model
 
 TEXTS = ["red cat", "tall tree", "red dog", "tall trees", "red cat", "blue house", "a big red cat"]
 
