@@ -309,6 +309,7 @@ def test_a_lost_worker_costs_its_shard_only_and_the_bytes_are_those_of_one_machi
 def test_a_batch_may_be_drawn_by_a_server(killed, environment, tmp_path):
     (tmp_path / "prompts.txt").write_text("red {cat|dog}\ntall tree\n(a cat:1.3)\n")
     (tmp_path / "tokens").write_text("ann:canary-secret\n")
+    (tmp_path / "params.yaml").write_text((operated.ROOT / "params.yaml").read_text())
     own = environment | {"SAGE_SERVER_TOKEN": "canary-secret", "SAGE_CACHE": str(tmp_path / "cache")}
     with without_model(tmp_path, "--tokens", str(tmp_path / "tokens")) as server:
         server.wait(PATIENCE)
