@@ -251,7 +251,8 @@ class Server:
                 if answer.status_code not in _LATER:
                     self._heard = time.monotonic()
                     return answer
-                reason, wait = f"status {answer.status_code}", _retry_after(answer) or pause
+                reason = f"status {answer.status_code}, {_error(answer)['message']}"
+                wait = _retry_after(answer) or pause
             await self._wait(reason, wait)
             pause = min(2 * pause, _LONGEST)
 

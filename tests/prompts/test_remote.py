@@ -123,9 +123,9 @@ def test_an_address_that_is_none_is_refused_and_its_secrets_are_not_shown(addres
 
 
 def test_a_full_server_is_asked_again_until_all_is_drawn(generate, tmp_path):
-    with without_model(tmp_path, "--queue", "0", "--seconds", "0.05") as server:
+    with without_model(tmp_path, "--queue", "6", "--seconds", "0.05") as server:
         server.wait()
-        lines = lines_of(generate([f"{text} {n}" for n, text in enumerate(TEXTS[:6])], server.url))
+        lines = lines_of(generate([f"{text} {n}" for n in range(4) for text in TEXTS], server.url))
         assert all("file" in line for line in lines)
         assert server.metric('sage_rejected_total{reason="queue_full"}') > 0
 
