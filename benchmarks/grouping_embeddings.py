@@ -12,6 +12,7 @@ import typer
 from benchmarks.captions import captions
 from flows.prompts.files import read_prompts
 from flows.terminal import progress, run
+from sage.data.templates import Syntax
 from sage.files import new_file
 from sage.grouping.embedding import embed
 from sage.packaged import minilm_folder
@@ -25,7 +26,8 @@ _BATCH = 128
 
 def embeddings(size: int, prompts: Path | None) -> np.ndarray:
     """Return embeddings of composed captions, or of the first prompts of a list."""
-    listed = [item.prompt for item in read_prompts(str(prompts)) if item.error is None] if prompts else []
+    items = read_prompts(str(prompts), Syntax(literal=True)) if prompts else []
+    listed = [item.prompt for item in items if item.error is None]
     texts = listed[:size] or list(captions(size))
     if len(texts) < size:
         raise typer.BadParameter(f"{prompts} has {len(texts)} prompts, fewer than {size}")

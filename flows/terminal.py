@@ -17,7 +17,7 @@ from sage.errors import DivergedError, SageError
 
 # Exit codes besides 0: 2 an error that the user can fix, 4 training or all images diverged, 130 interrupted, 143
 # terminated.
-# flows.versioning.locks.BusyError has its own: 75, try again later.
+# flows.versioning.locks.BusyError and flows.prompts.remote.ServerError have their own: 75, try again later.
 _EXIT_CODE = 2
 _EXIT_DIVERGED = 4
 _EXIT_INTERRUPTED = 128 + signal.SIGINT

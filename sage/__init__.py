@@ -3,6 +3,7 @@
 Similar prompts form a group; a group runs its first denoising steps as one sample, then branches into one per prompt.
 
     SharedSamplingPipeline   diffusers pipeline that takes a list of prompts and shares their early steps
+    expand                   templates such as "{red|blue} vase" -> prompts, and which of them belong together
     embed, group             prompts -> sentence embeddings -> groups of similar prompts
     Grouping                 how a call of the pipeline forms its groups
     StreamingGrouper         groups for prompts that arrive one by one
@@ -16,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sage.data.templates import expand as expand
     from sage.errors import SageError as SageError
     from sage.grouping.auto import Grouping as Grouping
     from sage.grouping.embedding import embed as embed
@@ -32,6 +34,7 @@ _HOME = {
     "SharedSamplingPipeline": "sage.sampling.pipeline",
     "StreamingGrouper": "sage.grouping.online",
     "embed": "sage.grouping.embedding",
+    "expand": "sage.data.templates",
     "group": "sage.grouping.groups",
     "plan_for_budget": "sage.sampling.budget",
 }

@@ -12,6 +12,7 @@ def test_the_public_names_are_these_and_each_is_there():
         "SharedSamplingPipeline",
         "StreamingGrouper",
         "embed",
+        "expand",
         "group",
         "plan_for_budget",
     ]

@@ -32,9 +32,20 @@ def _runner() -> "TaskRunner[Any]":
 @task(cache_policy=NO_CACHE, retries=3, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
 def plan(batch: Batch) -> None:
     """Group the prompts and write the plan of the run."""
-    values = batch.model_dump(include={"model", "seed", "steps", "share_ratio", "guidance_scale", "batch_size"})
+    shown.run("plan", "flows.prompts.shards", "plan", batch.prompts, "--out", batch.out, *_options(batch))
+
+
+@task(cache_policy=NO_CACHE, retries=3, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
+def draw_on_server(batch: Batch) -> None:
+    """Let a running `sage serve` draw the missing images; write manifest and contact sheet."""
+    options = [*_options(batch), f"--server={batch.server}"]
+    shown.run("generate", "flows.prompts.generate", batch.prompts, "--out", batch.out, *options)
+
+
+def _options(batch: Batch) -> list[str]:
+    values = batch.model_dump(exclude={"prompts", "out", "shards", "judge", "literal", "server"})
     options = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
-    shown.run("plan", "flows.prompts.shards", "plan", batch.prompts, "--out", batch.out, *options)
+    return options + (["--literal"] if batch.literal else [])
 
 
 @task(
@@ -59,6 +70,9 @@ def finish(out: str, judged: int) -> None:
 @flow(name="sage-generate", task_runner=_runner())
 def generate_batch(batch: Batch) -> dict[str, Any]:
     """Draw images for a list of prompts; the bytes do not depend on the number of shards or workers."""
+    if batch.server is not None:
+        draw_on_server(batch)
+        return {"out": batch.out, "server": batch.server}
     reach_tracking()
     plan(batch)
     shards = [draw.submit(batch.out, number, batch.shards, batch.judge) for number in range(1, batch.shards + 1)]

@@ -96,6 +96,12 @@ class Batch(Form):
     judge: bool = Field(
         False, title="Judge", description="Also measure alignment and diversity within groups: evaluation.json."
     )
+    server: Annotated[str, Field(max_length=1000, pattern=r"^https?://[^\s@?#]+$")] | None = Field(
+        None,
+        title="Server",
+        description="A running `sage serve` of this model, which draws instead of the worker: http://HOST:PORT. Its "
+        "token is the worker's environment variable SAGE_SERVER_TOKEN. Prompts and images are paths on the worker.",
+    )
     seed: int = Field(0, ge=0, lt=2**31, title="Seed", description="The same seed gives the same images.")
     steps: int | None = Field(None, ge=1, le=1000, title="Steps", description="Default: the model's setting.")
     share_ratio: float | None = Field(
@@ -115,6 +121,34 @@ class Batch(Form):
         title="Batch size",
         description="Maximum prompts per network call. Default: the model's setting.",
     )
+
+    expand: Annotated[str, Field(pattern=r"^(all|[1-9][0-9]{0,4})$")] | None = Field(
+        None,
+        title="Expand templates",
+        description="all: every combination of {red|blue} vase; a number: so many random ones of each template.",
+    )
+    wildcards: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1000,
+        title="Wildcards",
+        description="Folder of the files that __name__ in a template stands for; a path on the worker.",
+    )
+    literal: bool = Field(
+        False, title="Literal", description="Draw {a|b}, (word:1.3) and the like as the text they are."
+    )
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> Self:
+        if self.server is not None and (self.shards > 1 or self.judge or self.batch_size is not None):
+            raise ValueError(
+                "a server draws the whole list by itself; leave out shards, judge and batch_size, or server"
+            )
+        if self.server is not None and ("://" in self.prompts or "://" in self.out):
+            raise ValueError(
+                "with a server, prompts and images are paths on the worker; leave the server out for others"
+            )
+        return self
 
 
 class Approval(RunInput):

@@ -1,7 +1,7 @@
 """The one reader for lists of prompts: text, JSON lines and tables, for `sage generate`, `sage group` and shards.
 
-Every row of a list becomes one item, in order: a prompt, or an error that says why the row is not a prompt. An
-exception is raised only if the list cannot be read at all.
+Every row of a list becomes one item, in order: a prompt, or an error that says why the row is not a prompt. A template
+becomes an item for each of its prompts. An exception is raised only if the list cannot be read at all.
 """
 
 import itertools
@@ -9,15 +9,39 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import charset_normalizer
+import typer
 
 from sage.data.captions import clean_caption
 from sage.data.rows import Rejected
 from sage.data.tables import read_table, split_lines
-from sage.errors import DataError
+from sage.data.templates import Syntax, check
+from sage.errors import ConfigurationError, DataError
+
+# Options of the commands that read lists of prompts.
+Expand = Annotated[
+    str | None,
+    typer.Option(
+        metavar="all|N",
+        help="Prompts are templates, {red|blue} vase or a __colour__ vase: every combination, or N random ones of each "
+        "template. They share steps within their template only.",
+    ),
+]
+Wildcards = Annotated[
+    Path | None, typer.Option(help="Folder of the files with the alternatives of __name__, name.txt; for --expand.")
+]
+Literal = Annotated[
+    bool,
+    typer.Option(
+        "--literal",
+        help="Draw {a|b}, (word:1.3), ((word)), BREAK, AND and <lora:...> as the text they are; else such prompts are "
+        "errors.",
+    ),
+]
 
 _MARKS = {  # byte order marks; UTF-32 before UTF-16, whose mark it begins with
     b"\xff\xfe\x00\x00": "utf-32",
@@ -57,12 +81,25 @@ class _Row:
     problem: str | None = None
 
 
-def read_prompts(source: str) -> list[Item]:
+def syntax(expand: str | None, wildcards: Path | None, literal: bool, seed: int) -> Syntax:
+    """Return how prompts are written, from the options of a command; raise ConfigurationError if they are wrong."""
+    if expand is None and wildcards is not None:
+        raise ConfigurationError("--wildcards is the folder for --expand, which is missing; add --expand all")
+    if wildcards is not None and not wildcards.is_dir():
+        raise ConfigurationError(f"--wildcards {wildcards} is no folder; give the folder with the files of wildcards")
+    if expand not in (None, "all") and not re.fullmatch("[0-9]{1,9}", str(expand)):
+        raise ConfigurationError(f"--expand is {expand!r}; give all, or the number of prompts of each template")
+    sample = None if expand in (None, "all") else int(str(expand))
+    return Syntax(expand is not None, wildcards, sample, seed, literal)
+
+
+def read_prompts(source: str, written: Syntax = Syntax()) -> list[Item]:  # noqa: B008 - frozen
     """Return the rows of a file, or of standard input ("-", one prompt per line), as items in order.
 
-    Blank lines and rows are skipped. Raises DataError if the file is missing, its suffix is unknown, its encoding
-    contradicts its byte order mark, it looks like UTF-16 without a mark, a table has no column of prompts, or a name
-    is unsafe as a file name or used twice.
+    `written` says how the prompts are written; by default what looks like a template or markup is an error. Blank lines
+    and rows are skipped. Raises DataError if the file is missing, its suffix is unknown, its encoding contradicts its
+    byte order mark, it looks like UTF-16 without a mark, a table has no column of prompts, or a name is unsafe as a
+    file name or used twice.
     """
     path = Path(source)
     kinds = ", ".join(_READERS)
@@ -74,7 +111,8 @@ def read_prompts(source: str) -> list[Item]:
     data = sys.stdin.buffer.read() if source == "-" else path.read_bytes()
     text = _decoded(data, source)
     guess = _guess(data) if _ESCAPED.search(text) else ""
-    items = [_item(number, row, guess) for number, row in enumerate(_READERS[kind](text, source), start=1)]
+    rows = [_item(number, row, guess) for number, row in enumerate(_READERS[kind](text, source), start=1)]
+    items = [item for row in rows for item in (_expanded(row, written) if row.error is None else [row])]
     names = sorted(item.id.lower() for item in items)
     if twice := next((a for a, b in itertools.pairwise(names) if a == b), None):
         raise DataError(f"two prompts are named {twice!r}; names become file names, so each must be different")
@@ -97,6 +135,26 @@ def _item(number: int, row: _Row, guess: str) -> Item:
         return Item(id, clean_caption(row.prompt), share_key="" if row.share_key is None else str(row.share_key))
     except Rejected as error:
         return Item(id, "", f"{error.reason}: {error.detail}")
+
+
+def _expanded(item: Item, written: Syntax) -> Iterator[Item]:
+    """Yield the items of a row's prompts; those of one template share among themselves only."""
+    try:
+        prompts = written.prompts(item.prompt)
+    except DataError as error:
+        yield replace(item, prompt="", error=f"bad_template: {error}")
+        return
+    key = item.share_key if len(prompts) == 1 else f"{item.share_key}\n{item.prompt}"
+    for number, prompt in enumerate(prompts, start=1):
+        id = item.id if len(prompts) == 1 else f"{item.id}-{number:0{len(str(len(prompts)))}d}"
+        try:
+            if not written.literal:
+                check(prompt)
+            yield Item(id, clean_caption(prompt), share_key=key)
+        except DataError as error:
+            yield Item(id, "", f"markup: {error}")
+        except Rejected as error:
+            yield Item(id, "", f"{error.reason}: {error.detail}")
 
 
 def _decoded(data: bytes, source: str) -> str:

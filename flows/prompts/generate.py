@@ -2,6 +2,7 @@
 
     sage generate prompts.txt --out images          one prompt per line; also .jsonl, .csv, .tsv, -
     sage generate prompts.txt --out images --plan   only print the cost
+    sage generate prompts.txt --out images --server http://127.0.0.1:8000    a running `sage serve` draws
 
 The metadata of each PNG holds prompt, seed, group and plan, and `parameters` as web UIs do; `manifest.jsonl` has
 a line for every prompt, with its image or its error, and marks images of a single colour as `blank`. `contact.jpg` is a
@@ -23,7 +24,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from flows.machine import embedding_cache
 from flows.prompts import infotext
-from flows.prompts.files import Item, read_prompts
+from flows.prompts.files import Expand, Item, Literal, Wildcards, read_prompts, syntax
+from flows.prompts.remote import Picture, Server
 from flows.report.sheet import in_rows, opened, sheet
 from flows.terminal import finite, progress, run
 from flows.versioning import integrity
@@ -38,6 +40,7 @@ from sage.grouping.policy import ENCODER, Policy
 from sage.sampling.plan import Plan, shared_steps
 from sage.sampling.seeds import image_seeds
 
+MODEL = "models/sage"
 KEY = "sage"  # text chunk of a PNG that holds its metadata
 CONTACT = "contact.jpg"  # never the image of a prompt, which ends in .png
 ERROR = ".error"  # suffix of the file with the reason why a prompt has no image
@@ -46,7 +49,10 @@ TILE, TILES, COLUMNS = 128, 240, 12
 
 @dataclass(frozen=True)
 class Job:
-    """One run of `sage generate`; `groups` partition the prompts that can be drawn, by their index among them."""
+    """One run of `sage generate`; `groups` partition the prompts that can be drawn, by their index among them.
+
+    `pipe` is a pipeline for shared sampling, or a `Server`.
+    """
 
     items: list[Item]
     groups: Sequence[Sequence[int]]
@@ -73,8 +79,12 @@ def main(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the images.")],
     model: Annotated[
-        str, typer.Option(help="Pipeline folder, hub name or registered model (models:/sage@champion).")
-    ] = "models/sage",
+        str | None,
+        typer.Option(
+            help=f"Pipeline folder, hub name or registered model (models:/sage@champion); default: {MODEL}. With "
+            "--server: what it must serve."
+        ),
+    ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only show groups and cost.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pictures.")] = 0,
     # Without it, and the same for the next four: how a registered model was judged; for another model, params.yaml.
@@ -92,33 +102,62 @@ def main(
     ] = None,
     negative_prompt: Annotated[str, typer.Option(help="What the images should not show.")] = "",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Maximum prompts per network call.")] = None,
+    expand: Expand = None,
+    wildcards: Wildcards = None,
+    literal: Literal = False,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Let a running `sage serve` draw, http://HOST:PORT; its token is in the variable SAGE_SERVER_TOKEN.",
+        ),
+    ] = None,
 ) -> None:
     """Generate images for a list of prompts, sharing early steps among similar ones; print the cost first."""
     given = {"steps": steps, "share_ratio": share_ratio, "branch_noise": branch_noise, "batch_size": batch_size}
     given["guidance_scale"] = guidance_scale
-    job = prepare(prompts, model, given, negative_prompt, seed)
+    items = read_prompts(prompts, syntax(expand, wildcards, literal, seed))
+    job = prepare(items, model, given, negative_prompt, seed, server)
     typer.echo(cost_line(job.plan, len(job.groups), job.settings["guidance_scale"] > 1))
     report_errors(job.items)
     if plan:
         return
 
     begin(out, job.identity)
+    if server is not None:
+        _draw_remotely(job, out)
+        return
     for _ in drawn(job.pipe, job.drawn, job.groups, job.plan.steps, job.settings, job.model, out):
         pass
     say_count(out, conclude(out, job.items, job.groups))
 
 
-def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: str, seed: int) -> Job:
+def prepare(
+    items: list[Item],
+    model: str | None,
+    given: Mapping[str, Any],
+    negative_prompt: str,
+    seed: int,
+    server: str | None = None,
+) -> Job:
     """Return the run for a list of prompts; settings in `given` that are not None override the model's.
+
+    items            the list
+    model            as for `open_model`, default MODEL; with a server, the name that it must have there, or None
+    given            sampling settings
+    negative_prompt  what the images should not show
+    seed             seed of the run
+    server           address of a running `sage serve`, which draws instead of this machine
 
     Raises DataError if no prompt can be drawn, RegistryError for a registered model that is damaged or unknown.
     """
-    items = read_prompts(source)
     texts = [item.prompt for item in items if item.error is None]
     keys = [item.share_key for item in items if item.error is None]
     if not texts:
-        raise DataError(f"{source} has no prompt that can be drawn" + (f": {items[0].error}" if items else ""))
-    pipe, name, settings, grouping = open_model(model)
+        raise DataError("the list has no prompt that can be drawn" + (f": {items[0].error}" if items else ""))
+    if server is not None and given.get("batch_size") is not None:
+        raise ConfigurationError("--batch-size is the server's own; leave it out, or start the server with another one")
+    pipe, name, settings, grouping = open_model(model or MODEL) if server is None else Server(server, model).opened()
     settings |= {key: value for key, value in given.items() if value is not None}
     settings |= {"negative_prompt": negative_prompt, "seed": seed, "group": grouping.model_dump()}
     with progress(len(texts), "embedding") as advance:
@@ -126,7 +165,7 @@ def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: 
     policy = Policy(**grouping.model_dump())
     steps = pipe.evaluations(settings["steps"])
     ratio = shared_steps(settings["share_ratio"], steps) / steps
-    threshold = policy.choose_threshold(embeddings, ratio, Path(model), texts, keys)
+    threshold = policy.choose_threshold(embeddings, ratio, Path(model or MODEL), texts, keys)
     for doubt in doubts(texts, embeddings, threshold):
         typer.echo(doubt, err=True)
     groups = policy.form(texts, embeddings, threshold, keys)
@@ -213,26 +252,16 @@ def drawn(
         advance(total - len(wanted))
         texts = [item.prompt for item in items]
         for member, result, truncated in drawing.draw(pipe, texts, seeds, groups, settings, wanted.__contains__):
-            item, group_members = items[member], groups[number[member]]
             advance(1)
+            item = items[member]
             if isinstance(result, str):
                 path = out / f"{item.id}{ERROR}"
                 write_text(path, result)
                 yield path
                 continue
-            facts = {
-                "id": item.id,
-                "prompt": item.prompt,
-                "negative_prompt": settings["negative_prompt"],
-                "seed": result.seed,
-                "group": number[member],
-                "shared_with": [items[other].id for other in group_members if other != member],
-                "plan": {"steps": steps, "share_ratio": settings["share_ratio"] if len(group_members) > 1 else 0.0},
-                "guidance_scale": settings["guidance_scale"],
-                "scheduler": type(pipe.scheduler).__name__,
-                "model": model,
-                "truncated_tokens": truncated,
-            }
+            mates = [items[other].id for other in groups[number[member]] if other != member]
+            scheduler = type(pipe.scheduler).__name__
+            facts = _facts(item, result.seed, number[member], mates, steps, settings, scheduler, model, truncated)
             path = out / f"{item.id}.png"
             save(result.image, facts, path)
             yield path
@@ -272,6 +301,94 @@ def say_count(out: Path | str, items: Sequence[Item]) -> None:
     if lost == len(items):
         raise DivergedError(f"no image is finite; {out}/manifest.jsonl has the reason for each of {lost} prompts")
     typer.echo(f"{len(items) - lost} images in {out}" + (f"; {lost} prompts were not drawn" if lost else ""))
+
+
+def _facts(
+    item: Item,
+    seed: int,
+    group: int,
+    mates: list[str],
+    steps: int,
+    settings: Mapping[str, Any],
+    scheduler: str,
+    model: str,
+    truncated: int,
+) -> dict[str, Any]:
+    """Return the metadata of an image.
+
+    item, seed  its prompt and its seed
+    group       number of its group
+    mates       ids of the prompts that it shared steps with
+    steps       number of sampler steps
+    settings    sampling settings (`Job.settings`)
+    scheduler   class name of the scheduler
+    model       hash or name of the weights
+    truncated   number of the prompt's tokens that the text encoder cut off
+    """
+    return {
+        "id": item.id,
+        "prompt": item.prompt,
+        "negative_prompt": settings["negative_prompt"],
+        "seed": seed,
+        "group": group,
+        "shared_with": mates,
+        "plan": {"steps": steps, "share_ratio": settings["share_ratio"] if mates else 0.0},
+        "guidance_scale": settings["guidance_scale"],
+        "scheduler": scheduler,
+        "model": model,
+        "truncated_tokens": truncated,
+    }
+
+
+def _draw_remotely(job: Job, out: Path) -> None:
+    """Let the server draw the missing images; what it refuses becomes an error in the manifest.
+
+    Raises DataError if no image was drawn, DivergedError if that is because none is finite.
+    """
+    items, server, costs = job.drawn, job.pipe, [0.0, 0.0]
+    there = {place for place, item in enumerate(items) if (out / f"{item.id}.png").exists()}
+    number = {member: place for place, group in enumerate(job.groups) for member in group}
+    texts = [item.prompt for item in items]
+    seeds = image_seeds(job.settings["seed"], texts)
+    with progress(len(items), "generating") as advance:
+        advance(len(there))
+
+        def take(found: Picture | int) -> None:
+            member = found if isinstance(found, int) else found.member
+            if member in there:
+                return
+            if isinstance(found, Picture):
+                mates = [items[other].id for other in found.shared_with]
+                group, truncated, steps = number[member], found.truncated_tokens, job.plan.steps
+                scheduler, model = server.scheduler_name, job.model
+                facts = _facts(
+                    items[member], found.seed, group, mates, steps, job.settings, scheduler, model, truncated
+                )
+                save(found.image, facts, out / f"{items[member].id}.png")
+                costs[0] += found.evaluations
+                costs[1] += found.alone
+            advance(1)
+
+        wanted = [group for group in job.groups if not there.issuperset(group)]
+        server.draw(texts, seeds, wanted, job.settings, take)
+    refused = {member: error for member, error in server.refused.items() if member not in there}
+    if costs[1]:
+        typer.echo(f"the server spent {costs[0]:g} network evaluations instead of {costs[1]:g}")
+    if len(refused) == len(items):
+        kind = DivergedError if all("DivergedError" in error for error in refused.values()) else DataError
+        raise kind(f"the server drew none of {len(items)} prompts: {next(iter(refused.values()))}")
+    errors = {items[member].id: error for member, error in refused.items()}
+    for name, error in errors.items():
+        typer.echo(f"not drawn: {name}: {error}", err=True)
+    told = [replace(item, prompt="", error=errors[item.id]) if item.id in errors else item for item in job.items]
+    say_count(out, conclude(out, told, _without(job.groups, refused)))
+
+
+def _without(groups: Sequence[Sequence[int]], gone: Collection[int]) -> list[list[int]]:
+    """Return the groups of the prompts that are left, by their index among these."""
+    left = sorted(member for group in groups for member in group if member not in gone)
+    place = {member: number for number, member in enumerate(left)}
+    return [kept for group in groups if (kept := [place[member] for member in group if member in place])]
 
 
 def save(image: Image.Image, facts: dict[str, Any], path: Path) -> None:

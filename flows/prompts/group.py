@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from flows.machine import embedding_cache
-from flows.prompts.files import read_prompts
+from flows.prompts.files import Expand, Literal, Wildcards, read_prompts, syntax
 from flows.report.groups_page import groups_page
 from flows.terminal import finite, progress, run
 from sage.config import load_params
@@ -43,10 +43,14 @@ def main(
             callback=lambda kinds: _known(kinds),
         ),
     ] = None,
+    expand: Expand = None,
+    wildcards: Wildcards = None,
+    literal: Literal = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random prompts of --expand N.")] = 0,
 ) -> None:
     """Group the prompts of a file; print the saving and the least similar groups, and write a page with a map."""
     params = load_params()
-    items = read_prompts(prompts)
+    items = read_prompts(prompts, syntax(expand, wildcards, literal, seed))
     for item in items:
         if item.error is not None:
             typer.echo(f"not grouped: {item.id}: {item.error}", err=True)

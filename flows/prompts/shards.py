@@ -26,7 +26,7 @@ import typer
 from flows import drawing
 from flows.machine import device
 from flows.prompts import generate as prompts
-from flows.prompts.files import Item
+from flows.prompts.files import Expand, Item, Literal, Wildcards, read_prompts, syntax
 from flows.report.sheet import opened
 from flows.terminal import exit_on_error, finite
 from sage.config import load_params
@@ -57,6 +57,9 @@ def plan(
     share_ratio: Annotated[float | None, typer.Option(min=0, max=1, callback=finite)] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, callback=finite)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    expand: Expand = None,
+    wildcards: Wildcards = None,
+    literal: Literal = False,
 ) -> None:
     """Group the prompts and write the plan of the run; repeating it for the same run changes nothing."""
     given = {"steps": steps, "share_ratio": share_ratio, "guidance_scale": guidance_scale, "batch_size": batch_size}
@@ -64,7 +67,8 @@ def plan(
         folder = Path(temporary)
         local = folder / Path(source).name
         _get(source, local)
-        job = prompts.prepare(str(local), model, given, "", seed)
+        items = read_prompts(str(local), syntax(expand, wildcards, literal, seed))
+        job = prompts.prepare(items, model, given, "", seed)
         typer.echo(prompts.cost_line(job.plan, len(job.groups), job.settings["guidance_scale"] > 1))
         known = folder / "out"
         known.mkdir()

@@ -276,7 +276,8 @@ def _load(source: Source) -> tuple[Any, Model]:
     engine = Engine(pipe, policy, source.batch_size, source.deterministic, Path(source.model))
     size = pipe._size(None, None, dict(pipe._options))
     multiple = pipe.vae_scale_factor * pipe._network.config.get("patch_size", 1)
-    model = Model(source.model, sha256, settings, size, multiple, source.batch_size, int(time.time()), version)
+    said = settings | {"group": grouping.model_dump(), "scheduler": type(pipe.scheduler).__name__}
+    model = Model(source.model, sha256, said, size, multiple, source.batch_size, int(time.time()), version)
     smoke = settings | {"negative_prompt": "", "height": size[0], "width": size[1], "share_ratio": 0.0}
     events = engine.submit(Job("smoke", "smoke", ["red heart"], [0], smoke, "none", seeded=True))
     while engine.busy:

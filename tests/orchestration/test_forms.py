@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from flows.orchestration.forms import STAGES, Judged, Promotion, Range
+from flows.orchestration.forms import STAGES, Batch, Judged, Promotion, Range
 from flows.versioning import repository
 
 ROOT = Path(__file__).parents[2]
@@ -13,7 +13,7 @@ def test_the_form_knows_the_stages_of_the_graph():
     assert list(STAGES) == repository.stages(ROOT / "dvc.yaml")
 
 
-@pytest.mark.parametrize("form", [Range, Judged, Promotion])
+@pytest.mark.parametrize("form", [Range, Judged, Promotion, Batch])
 def test_every_field_has_a_title_and_help(form):
     fields = form.model_json_schema()["properties"]
     assert all(field["title"] != name and field["description"] for name, field in fields.items())
@@ -57,3 +57,25 @@ def test_the_form_refuses_what_dvc_refuses_or_another_file(override):
 def test_a_bad_promotion_is_refused(values):
     with pytest.raises(ValidationError):
         Promotion(**values)
+
+
+SERVED = {"prompts": "p.txt", "out": "out", "server": "http://127.0.0.1:8000"}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"shards": 2}, "leave out shards, judge and batch_size"),
+        ({"judge": True}, "leave out shards, judge and batch_size"),
+        ({"batch_size": 2}, "leave out shards, judge and batch_size"),
+        ({"out": "s3://a/b"}, "paths on the worker"),
+        ({"prompts": "s3://a/b.txt"}, "paths on the worker"),
+        ({"server": "http://a:secret@host"}, "server"),
+        ({"server": "host:8000"}, "server"),
+        ({"expand": "some"}, "expand"),
+    ],
+)
+def test_a_batch_for_a_server_is_one_that_it_can_draw(values, said):
+    assert Batch(**SERVED).server == SERVED["server"]
+    with pytest.raises(ValidationError, match=said):
+        Batch(**SERVED | values)

@@ -16,6 +16,7 @@ import pytest
 import requests
 import tiny
 from operated import artifacts, ask, start, state
+from served import without_model
 from waiting import PATIENCE, wait_for
 
 from flows import leash
@@ -303,3 +304,24 @@ def test_a_lost_worker_costs_its_shard_only_and_the_bytes_are_those_of_one_machi
     for path in [out / "plan.json", out / "evaluation.json", *out.glob("judged-*")]:
         path.unlink()
     assert sha256_tree(out) == sha256_tree(whole)
+
+
+def test_a_batch_may_be_drawn_by_a_server(killed, environment, tmp_path):
+    (tmp_path / "prompts.txt").write_text("red {cat|dog}\ntall tree\n(a cat:1.3)\n")
+    (tmp_path / "tokens").write_text("ann:canary-secret\n")
+    (tmp_path / "params.yaml").write_text((operated.ROOT / "params.yaml").read_text())
+    own = environment | {"SAGE_SERVER_TOKEN": "canary-secret", "SAGE_CACHE": str(tmp_path / "cache")}
+    with without_model(tmp_path, "--tokens", str(tmp_path / "tokens")) as server:
+        server.wait(PATIENCE)
+        batch = {"prompts": "prompts.txt", "out": "out", "server": server.url, "model": "quick", "expand": "all"}
+        code = (
+            "from flows.orchestration.batch import generate_batch; from flows.orchestration.forms import Batch\n"
+            f"generate_batch(Batch(**{batch!r}))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=own, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out/manifest.jsonl").read_text().splitlines()]
+    assert [line.get("prompt") for line in lines] == ["red cat", "red dog", "tall tree", None]
+    assert "secret" not in done.stdout + done.stderr

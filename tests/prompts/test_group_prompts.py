@@ -37,7 +37,7 @@ def prompts(tmp_path, monkeypatch):
 
 def test_the_command_prints_savings_sizes_and_the_widest_groups(prompts, tmp_path, capsys):
     page = tmp_path / "page.html"
-    main(str(prompts), page=page, threshold=0.7)
+    main(str(prompts), page=page, threshold=0.7, literal=True)
     said = capsys.readouterr().out
     assert "4 prompts in 3 groups at cosine 0.7" in said
     assert "8.3%" in said  # share ratio 0.4, two of six steps: 2 / 6 * (1 - 3 / 4)
@@ -85,7 +85,7 @@ def test_prompts_of_another_script_are_counted_and_latin_ones_are_not(prompts, t
 
 def test_a_hostile_prompt_stays_text_in_the_page(prompts, tmp_path):
     page = tmp_path / "page.html"
-    main(str(prompts), page=page)
+    main(str(prompts), page=page, literal=True)
     html = page.read_text(encoding="utf-8")
     elements = Elements()
     elements.feed(html)
@@ -95,6 +95,15 @@ def test_a_hostile_prompt_stays_text_in_the_page(prompts, tmp_path):
     assert data["text"] == ["a red fox", "the fox is red", "a stock market crash", HOSTILE.replace("\x1b", "")]
     assert data["group"][0] == data["group"][1] != data["group"][2]
     assert len(data["x"]) == len(data["y"]) == 4
+
+
+def test_templates_are_grouped_as_sage_generate_draws_them(prompts, tmp_path, capsys):
+    prompts.write_text("a {red|blue} fox\na red fox\n(a fox:1.3)\n", encoding="utf-8")
+    main(str(prompts), page=tmp_path / "page.html", threshold=0.5, expand="all")
+    said = capsys.readouterr()
+    assert "3 prompts in 2 groups" in said.out and "not grouped: 000003: markup: '(a fox:1.3)' is a weight" in said.err
+    main(str(prompts), page=tmp_path / "page.html", threshold=0.5, literal=True)
+    assert "3 prompts" in capsys.readouterr().out
 
 
 def test_a_list_without_a_prompt_is_refused(prompts, tmp_path):

@@ -3,18 +3,20 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from flows.prompts.files import read_prompts
-from sage.errors import DataError
+from flows.prompts.files import read_prompts, syntax
+from sage.data.templates import Syntax
+from sage.errors import ConfigurationError, DataError
 
 
-def rows(tmp_path, content, name="list.txt"):
+def rows(tmp_path, content, name="list.txt", written=Syntax()):  # noqa: B008
     """Return (id, prompt or error) of each row of a list with this content."""
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return [(item.id, item.prompt or item.error) for item in read_prompts(str(path))]
+    return [(item.id, item.prompt or item.error) for item in read_prompts(str(path), written)]
 
 
 def prompts(tmp_path, content, name="list.txt"):
@@ -144,6 +146,53 @@ def test_json_that_cannot_be_taken_at_its_word_is_an_error(tmp_path, line, says)
 def test_a_list_that_cannot_be_read_says_why(tmp_path, name, content, says):
     with pytest.raises(DataError, match=says):
         rows(tmp_path, content, name)
+
+
+def test_a_template_is_expanded_only_on_request_and_its_error_names_its_row(tmp_path):
+    content = '{"id": "x", "prompt": "a {red|blue} cat"}\n{"id": "y", "prompt": "a {red|blue"}\n"a dog"\n'
+    plain = rows(tmp_path, content, "p.jsonl")
+    assert [name for name, _ in plain] == ["x", "y", "000003"]
+    assert plain[0][1].startswith("bad_template: {red|blue} is a wildcard; expand it (--expand all)")
+    assert rows(tmp_path, content, "p.jsonl", Syntax(literal=True))[0] == ("x", "a {red|blue} cat")
+    red, blue, wrong, dog = rows(tmp_path, content, "p.jsonl", Syntax(expand=True))
+    assert (red, blue, dog) == (("x-1", "a red cat"), ("x-2", "a blue cat"), ("000003", "a dog"))
+    assert wrong[0] == "y" and wrong[1].startswith("bad_template: { at character 3 is never closed")
+
+
+def test_prompts_in_json_do_not_change(tmp_path):
+    texts = ['{"subject": "a cat", "colors": ["red", "blue"]}', '{"a": {"b": "x|y"}}']
+    assert prompts(tmp_path, "\n".join(texts), "p.txt") == texts
+    assert [text for _, text in rows(tmp_path, "\n".join(texts), "p.txt", Syntax(expand=True))] == texts
+
+
+def test_names_of_expanded_prompts_sort_and_meet_no_others(tmp_path):
+    names = [name for name, _ in rows(tmp_path, "{0|1|2|3|4|5|6|7|8|9}", written=Syntax(expand=True))]
+    assert names == sorted(names) and names[0] == "000001-01"
+    with pytest.raises(DataError, match="two prompts are named '000001-1'"):
+        rows(tmp_path, '"{a|b}"\n{"id": "000001-1", "prompt": "c"}\n', "p.jsonl", Syntax(expand=True))
+
+
+def test_prompts_of_a_template_have_a_share_key_of_their_own_within_that_of_the_row(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text("share_key,prompt\nann,a {red|blue} cat\nann,a dog\nbob,a {red|blue} cat\nann,a {red} cat\n")
+    keys = [item.share_key for item in read_prompts(str(path), Syntax(expand=True))]
+    assert keys[0] == keys[1] and keys[3] == keys[4] and len(set(keys)) == 3
+    assert keys[2] == keys[5] == "ann"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ((None, "."), "--wildcards is the folder for --expand, which is missing"),
+        (("all", "none"), "--wildcards none is no folder"),
+        (("some", None), "--expand is 'some'; give all, or the number"),
+        (("0", None), "0 prompts of each template"),
+    ],
+)
+def test_options_that_contradict_are_refused(options, says):
+    expand, folder = options
+    with pytest.raises(ConfigurationError, match=says):
+        syntax(expand, folder and Path(folder), literal=False, seed=0)
 
 
 def test_standard_input_is_read():

@@ -59,7 +59,9 @@ def draw(seconds, connection, source):
                     send(worker._Moved(seen))
 
         threading.Thread(target=look, daemon=True).start()
-    model = Model(source.model, "0" * 64, SETTINGS, (64, 64), 8, source.batch_size, version=version)
+    model = Model(
+        source.model, (version or "").rjust(64, "0"), SETTINGS, (64, 64), 8, source.batch_size, version=version
+    )
     send(worker._Ready(model))
     inbox, cancelled = queue.SimpleQueue(), set()
 

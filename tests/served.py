@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 from waiting import wait_for
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PATH = "/v1/images/generations"
 
 
@@ -70,7 +70,7 @@ def served(command: list[str], folder: Path, name: str = "log"):
 
 
 def without_model(folder: Path, *arguments: str):
-    """Run a server whose model process (`tests/serving/quick.py`) needs no model."""
+    """Run a server whose model process (`tests/quick.py`) needs no model."""
     return served([sys.executable, str(Path(__file__).with_name("quick.py")), *arguments], folder)
 
 
