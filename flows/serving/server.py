@@ -8,8 +8,10 @@ from types import FrameType
 
 import uvicorn
 
-from flows.serving.app import Options, Server, create_app, read_tokens
+from flows.serving.app import create_app
 from flows.serving.metrics import Metrics, log
+from flows.serving.state import Options, Server
+from flows.serving.tenants import read_tokens
 from flows.serving.worker import Source, Worker, main
 from sage.errors import ConfigurationError
 
