@@ -154,6 +154,9 @@ def serve(
     queue: Annotated[int, typer.Option(min=0, help="Images that may wait; above it, 429.")] = 64,
     tokens: Annotated[Path | None, typer.Option(help="File of bearer tokens, lines of tenant:token.")] = None,
     allowed_host: Annotated[list[str] | None, typer.Option(help="Further host name of this server.")] = None,
+    batches: Annotated[
+        Path | None, typer.Option(help="Folder of batches and their results; without it the server takes no batches.")
+    ] = None,
 ) -> None:
     """Serve images over HTTP with OpenAI's images API; requests run in one batch and may share early steps.
 
@@ -162,7 +165,8 @@ def serve(
     from flows.serving import server
     from flows.serving.worker import Source
 
-    if code := server.serve(Source(model, batch_size, deterministic), host, port, queue, tokens, allowed_host or []):
+    source = Source(model, batch_size, deterministic)
+    if code := server.serve(source, host, port, queue, tokens, allowed_host or [], batches):
         raise typer.Exit(code)
 
 

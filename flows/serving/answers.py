@@ -1,7 +1,6 @@
 """One accepted request for images, from the reserved room to the last byte."""
 
 import asyncio
-import base64
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -10,11 +9,10 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from flows.serving import requests
+from flows.serving import items, requests
+from flows.serving.items import Items
 from flows.serving.requests import Drawn, Failed, ImagesRequest, Progress, RequestError
 from flows.serving.state import Server
-
-_STATUS = {"worker_lost": 503, "draining": 503, "generation_failed": 500}
 
 
 class Answer:
@@ -25,25 +23,19 @@ class Answer:
         model = server.worker.model
         if model is None:
             raise RequestError(503, "not_ready", f"{server.worker.problem}; try again", retry_after=5)
-        tenant = None if key is None and asked.user is None else json.dumps([key, asked.user])
+        tenant = requests.tenant_name(key, asked.user)
         self.job, failed = requests.job(asked, tenant, server.options.limits, model)
         self._server, self._request, self._asked = server, request, asked
         self._worker = server.worker
-        self._count = len(self.job.prompts) + len(failed)
-        # The image of the answer that each image of the job is.
-        self._places = [place for place in range(self._count) if place not in failed]
-        self._items: dict[int, dict[str, Any]] = {place: _error_item(one) for place, one in failed.items()}
-        self._errors = list(failed.values())
-        self._evaluations = self._alone = 0.0
-        self._open = len(self.job.prompts)
-        server.take(self._open)
+        self._items = Items(self.job.prompts, failed, self._shown)
+        server.take(self._items.open)
         try:
             self._events = self._worker.submit(self.job)
         except RequestError:
-            server.give(self._open)
+            server.give(self._items.open)
             raise
         server.metrics.images.labels("refused").inc(len(failed))
-        request.state.facts = {"id": self.job.id, "images": self._count, "share": asked.share}
+        request.state.facts = {"id": self.job.id, "images": self._items.count, "share": asked.share}
 
     async def respond(self) -> Response:
         """Return the answer when it is finished, or as it comes."""
@@ -56,101 +48,82 @@ class Answer:
                 pass
         finally:
             self._end()
-        if self._open:
+        found = self._items
+        if found.open:
             return Response(status_code=499)  # the client is gone
-        if len(self._items) == len(self._errors):
-            code = self._errors[0].code
+        if found.status != 200:
+            code = found.errors[0].code
             raise RequestError(
-                _STATUS.get(code, 422), code, self._errors[0].message, retry_after=5 if code in _STATUS else None
+                found.status, code, found.errors[0].message, retry_after=5 if found.status == 503 else None
             )
-        data = [self._items[place] for place in range(self._count)]
-        return JSONResponse({"created": int(time.time()), "data": data, "usage": self._usage()})
+        return JSONResponse({"created": int(time.time()), "data": found.data, "usage": found.usage})
 
     async def _stream(self) -> AsyncIterator[str]:
+        found = self._items
         try:
-            for place, item in self._items.items():
-                yield _event("image_generation.failed", {"index": place, **item})
-            async for event in self._until_gone():
-                if isinstance(event, Progress):
-                    yield _event("image_generation.progress", {"done": event.done, "planned": event.planned})
-                elif isinstance(event, Drawn):
-                    place = self._places[event.index]
-                    yield _event("image_generation.completed", {"index": place, **self._items[place]})
-                else:
-                    for place in self._places if event.index is None else [self._places[event.index]]:
-                        if "error" in self._items[place]:
-                            yield _event("image_generation.failed", {"index": place, **self._items[place]})
-            yield _event("image_generation.done", {"usage": self._usage()})
+            for place, item in found.found.items():
+                yield event("image_generation.failed", {"index": place, **item})
+            async for told in self._until_gone():
+                if isinstance(told, Progress):
+                    yield event("image_generation.progress", {"done": told.done, "planned": told.planned})
+                    continue
+                name = "completed" if isinstance(told, Drawn) else "failed"
+                for place in self._news:
+                    yield event(f"image_generation.{name}", {"index": place, **found.found[place]})
+            if not found.open:
+                yield event("image_generation.done", {"usage": found.usage})
         finally:
             self._end()
 
     async def _until_gone(self) -> AsyncIterator[Drawn | Failed | Progress]:
-        """Yield the job's events until it is finished or the client leaves."""
+        """Yield the job's events until it is finished or the client leaves; `_news` are the images of an event."""
         gone = asyncio.create_task(_gone(self._request))
         try:
-            while self._open:
-                event = asyncio.create_task(self._events.get())
-                await asyncio.wait({event, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not event.done():
-                    event.cancel()
+            while self._items.open:
+                waiting = asyncio.create_task(self._events.get())
+                await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not waiting.done():
+                    waiting.cancel()
                     return
-                self._take(event.result())
-                yield event.result()
+                told = waiting.result()
+                assert isinstance(told, Drawn | Failed | Progress)
+                self._news = self._take(told)
+                yield told
         finally:
             gone.cancel()
 
-    def _take(self, event: Drawn | Failed | Progress) -> None:
-        if isinstance(event, Progress):
-            return
-        metrics = self._server.metrics
-        if isinstance(event, Drawn):
-            self._items[self._places[event.index]] = self._item(event)
-            self._evaluations += event.evaluations
-            self._alone += event.alone
-            metrics.images.labels("drawn").inc()
-            metrics.evaluations.inc(event.evaluations)
-            metrics.alone.inc(event.alone)
-            metrics.prefixes.labels(event.prefix or "none").inc()
-            count = 1
+    def _take(self, told: Drawn | Failed | Progress) -> list[int]:
+        """Take over what an event says; return the images that are finished with it."""
+        if isinstance(told, Progress):
+            return []
+        found = self._items
+        if isinstance(told, Drawn):
+            places = [found.places[told.index]]
+            found.draw(places[0], told, [found.places[other] for other in told.shared_with])
+            self._server.metrics.drawn(told)
         else:
             # One event may stand for all images that are left.
-            left = [place for place in self._places if place not in self._items]
-            places = left if event.index is None else [self._places[event.index]]
-            self._items |= {place: _error_item(event) for place in places}
-            self._errors += [event] * len(places)
-            count = len(places)
-            metrics.images.labels("failed").inc(count)
-        self._open -= count
-        self._server.give(count, drawn=count)
+            named = found.places if told.index is None else [found.places[told.index]]
+            places = [place for place in named if place not in found.found]
+            found.fail(told, places)
+            self._server.metrics.images.labels("failed").inc(len(places))
+        self._server.give(len(places), drawn=len(places))
+        return places
 
-    def _item(self, event: Drawn) -> dict[str, Any]:
-        where: dict[str, Any] = {"b64_json": base64.b64encode(event.png).decode()}
+    def _shown(self, png: bytes) -> dict[str, Any]:
         if self._asked.response_format == "url":
-            base = str(self._request.base_url)
-            where = {"url": f"{base}images/{self._server.link(event.png)}.png"}
-        return where | {
-            "revised_prompt": self.job.prompts[event.index],
-            "seed": event.seed,
-            "evaluations": event.evaluations,
-            "evaluations_alone": event.alone,
-            "shared_with": [self._places[other] for other in event.shared_with],
-            "shared_with_other_requests": event.others,
-            "prefix": event.prefix,
-            "truncated_tokens": event.truncated_tokens,
-        }
-
-    def _usage(self) -> dict[str, float]:
-        saved = 1 - self._evaluations / self._alone if self._alone else 0.0
-        spent = round(self._evaluations, 6)
-        return {"evaluations": spent, "evaluations_alone": self._alone, "saved": round(saved, 6)}
+            return {"url": f"{self._request.base_url}images/{self._server.link(png)}.png"}
+        return items.encoded(png)
 
     def _end(self) -> None:
         """Give back what is left of the room; what was not drawn for a client that left is cancelled."""
-        self._worker.close(self.job.id, cancel=self._open > 0)
-        if self._open:
-            self._server.metrics.images.labels("cancelled").inc(self._open)
-            self._server.give(self._open)
-        self._request.state.facts |= {"evaluations": round(self._evaluations, 6), "evaluations_alone": self._alone}
+        left = self._items.open
+        self._worker.close(self.job.id, cancel=left > 0)
+        if left:
+            self._server.metrics.images.labels("cancelled").inc(left)
+            self._server.give(left)
+        spent = self._items.usage
+        self._request.state.facts |= {name: spent[name] for name in ("evaluations", "evaluations_alone")}
 
 
 async def _gone(request: Request) -> None:
@@ -158,9 +131,7 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _error_item(event: Failed) -> dict[str, Any]:
-    return {"b64_json": None, "error": {"code": event.code, "message": event.message}}
-
-
-def _event(name: str, facts: Mapping[str, Any]) -> str:
-    return f"event: {name}\ndata: {json.dumps({'type': name, **facts})}\n\n"
+def event(name: str, facts: Mapping[str, Any], number: int | None = None) -> str:
+    """Return a server-sent event; `number` is its id, from which a client may go on."""
+    begin = "" if number is None else f"id: {number}\n"
+    return f"{begin}event: {name}\ndata: {json.dumps({'type': name, **facts})}\n\n"

@@ -1,6 +1,5 @@
 """The server's routes: OpenAI's images API, health, metrics, and a page to try it."""
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,26 +9,30 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
-from flows.serving import refusals, requests
+from flows.serving import batch_routes, refusals, requests
 from flows.serving.answers import Answer
+from flows.serving.batches import Batches
+from flows.serving.bodies import JSON, read
 from flows.serving.refusals import described
 from flows.serving.requests import ImagesRequest, RequestError
 from flows.serving.state import Server
 from flows.serving.watch import Watch
 
-_BODY_SECONDS = 10.0  # time to send a whole body
 
-
-def create_app(server: Server) -> FastAPI:
-    """Return the application; the model process lives as long as it."""
+def create_app(server: Server, batches: Batches | None = None) -> FastAPI:
+    """Return the application; the model process lives as long as it. Without `batches` it takes none."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         server.worker.start()
+        if batches is not None:
+            batches.start()
         yield
+        if batches is not None:
+            await batches.stop()
         await server.stop()
 
-    app = FastAPI(title="SAGE", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="SAGE", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Watch, metrics=server.metrics, hosts=server.options.hosts)
     app.add_exception_handler(RequestError, refusals.refused)
     app.add_exception_handler(HTTPException, refusals.http_error)
@@ -91,31 +94,12 @@ def create_app(server: Server) -> FastAPI:
     async def generate(request: Request) -> Response:
         try:
             tenant = server.tenant(request)
-            asked = requests.parsed(await _body(request, server.options.limits.body))
+            asked = requests.parsed(await read(request, JSON, server.options.limits.body))
             answer = Answer(server, request, asked, tenant)
         except RequestError as error:
             server.metrics.rejected.labels(error.code).inc()
             raise
         return await answer.respond()
 
+    batch_routes.add(app, server, batches)
     return app
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    """Return the body; raise RequestError if it is no JSON by its type, too long, or too slow."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise RequestError(415, "unsupported_media_type", "send JSON with Content-Type: application/json")
-    too_long = RequestError(413, "too_large", f"the body has more than {limit} bytes")
-    declared = request.headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared[:20]) > limit:
-        raise too_long
-    body = bytearray()
-    try:
-        async with asyncio.timeout(_BODY_SECONDS):
-            async for piece in request.stream():
-                body += piece
-                if len(body) > limit:
-                    raise too_long
-    except TimeoutError as error:
-        raise RequestError(408, "too_slow", f"the body took more than {_BODY_SECONDS:.0f} s") from error
-    return bytes(body)

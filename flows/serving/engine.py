@@ -7,7 +7,7 @@ Units are admitted in order of arrival as rows of the running batch become free.
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,7 @@ class Engine:
         self._rows = 1 if deterministic else batch_size
         self._running = Continuous(pipe, self._rows)
         self._queue: deque[_Unit] = deque()
+        self._later: deque[_Unit] = deque()  # of jobs in the background
         self._members: dict[str, list[_Member]] = {}
         self._calls: dict[Call, list[tuple[_Member, _Unit]]] = {}
         self.prefixes = Prefixes(prefix_bytes)
@@ -112,7 +113,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a step has something to do, besides releasing images that wait for others to share with."""
-        return bool(self._queue) or self._running.tracks > 0
+        return bool(self._queue or self._later) or self._running.tracks > 0
 
     @property
     def wait(self) -> float | None:
@@ -128,7 +129,7 @@ class Engine:
             if self._shares(job):
                 self._form(job, members)
             else:
-                self._queue.extend(list(self._units(job, members)))
+                (self._later if job.background else self._queue).extend(list(self._units(job, members)))
         except Exception as error:
             return [self._failed(member, error) for member in members]
         return []
@@ -137,7 +138,10 @@ class Engine:
         """Forget a job: its images are not drawn further, and nothing more is said about them."""
         for member in self._members.pop(job, []):
             member.done = True
-        self._queue = deque(unit for unit in self._queue if not all(member.done for member in unit.members))
+        for queue in (self._queue, self._later):
+            left = [unit for unit in queue if not all(member.done for member in unit.members)]
+            queue.clear()
+            queue.extend(left)
         for call in self._calls:
             self._drop_done(call)
         self._forget()
@@ -159,23 +163,33 @@ class Engine:
         changed = {call for call, evaluations in before.items() if call.evaluations != evaluations}
         return events + list(self._progress(changed))
 
-    def _steps(self, job: Job) -> tuple[int, int]:
-        """Return the number of steps of a job's images, and at which of them a group branches."""
-        settings = job.settings
+    def groups(self, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[list[int]]:
+        """Return the groups of prompts, by number, that share their early steps; threads may ask."""
+        steps, until = self._steps(settings)
+        if not until or len(set(prompts)) < 2:
+            return [[index] for index in range(len(prompts))]
+        embeddings = embed(prompts)
+        threshold = self._policy.choose_threshold(embeddings, until / steps, self._model, prompts)
+        return [list(map(int, group)) for group in self._policy.form(prompts, embeddings, threshold)]
+
+    def _steps(self, settings: Mapping[str, Any]) -> tuple[int, int]:
+        """Return the number of steps of images with these settings, and at which of them a group branches."""
         steps = self._pipe.evaluations(settings["steps"], settings["height"], settings["width"])
         return steps, shared_steps(settings["share_ratio"], steps)
 
     def _shares(self, job: Job) -> bool:
         """Whether a job's images may share with other requests of its tenant; it takes branch noise to differ."""
-        return job.share == "tenant" and bool(self._steps(job)[1]) and job.settings.get("branch_noise", 0.0) > 0
+        return (
+            job.share == "tenant" and bool(self._steps(job.settings)[1]) and job.settings.get("branch_noise", 0.0) > 0
+        )
 
     def _units(self, job: Job, members: Sequence[_Member]) -> Iterator[_Unit]:
-        steps, until = self._steps(job)
+        steps, until = self._steps(job.settings)
         groups: Sequence[Sequence[int]] = [[index] for index in range(len(members))]
-        if job.share != "none" and until and len(set(job.prompts)) > 1:
-            embeddings = embed(job.prompts)
-            threshold = self._policy.choose_threshold(embeddings, job.settings["share_ratio"], self._model)
-            groups = self._policy.form(job.prompts, embeddings, threshold)
+        if job.groups is not None:
+            groups = job.groups
+        elif job.share != "none":
+            groups = self.groups(job.prompts, job.settings)
         for group in groups:
             yield _Unit(tuple(members[index] for index in group), until if len(group) > 1 else 0, steps)
 
@@ -187,11 +201,11 @@ class Engine:
 
     def _form(self, job: Job, members: Sequence[_Member]) -> None:
         """Queue images that can begin from a prefix; let the others wait for company, no longer than it can gain."""
-        steps, until = self._steps(job)
+        steps, until = self._steps(job.settings)
         for member, embedding in zip(members, embed(job.prompts), strict=True):
             unit = _Unit((member,), until, steps, embedding)
             if self._similar(unit) is not None:
-                self._queue.append(unit)
+                self._queued(unit)
                 continue
             if unit.kind not in self._forming:
                 grouper: StreamingGrouper[int] = StreamingGrouper(
@@ -211,13 +225,13 @@ class Engine:
                 found = [forming.members[number] for number in numbers if not forming.members[number][0].done]
                 if not found:
                     continue
-                steps, until = self._steps(found[0][0].job)
+                steps, until = self._steps(found[0][0].job.settings)
                 embeddings = np.stack([embedding for _, embedding in found])
                 prompts = [member.prompt for member, _ in found]
                 for group in self._policy.form(prompts, embeddings, forming.grouper.threshold):
                     mean = embeddings[group].mean(0)
                     members = tuple(found[index][0] for index in group)
-                    self._queue.append(_Unit(members, until, steps, mean / np.linalg.norm(mean)))
+                    self._queued(_Unit(members, until, steps, mean / np.linalg.norm(mean)))
             if not forming.grouper.waiting:
                 del self._forming[kind]
 
@@ -255,27 +269,40 @@ class Engine:
                     self.prefixes.put(unit.kind, prompts, prefix)
             call.kept.clear()
 
+    def _queued(self, unit: _Unit) -> None:
+        """Queue a unit; one with a single image that somebody waits for is in the foreground."""
+        background = all(member.job.background for member in unit.members)
+        (self._later if background else self._queue).append(unit)
+
     def _admit(self) -> list[Event]:
-        """Move units from the queue into the running batch, those of equal settings as one call."""
+        """Move units from the queues into the running batch.
+
+        Those in the foreground do not wait until rows of the background are free, but run before them.
+        """
+        events = self._admit_from(self._queue, lambda: self.batch_size - self._running.foreground)
+        return events + self._admit_from(self._later, lambda: self.batch_size - self._running.tracks)
+
+    def _admit_from(self, queue: deque[_Unit], free: Callable[[], int]) -> list[Event]:
+        """Move units from a queue into the running batch while rows are free, those of equal settings as one call."""
         events: list[Event] = []
-        while self._queue and (room := self.batch_size - self._running.tracks) > 0:
-            units = [self._queue.popleft()]
+        while queue and (room := free()) > 0:
+            units = [queue.popleft()]
             settings = units[0].members[0].job.settings
-            while self._queue and len(units) < room and self._queue[0].members[0].job.settings == settings:
-                units.append(self._queue.popleft())
+            while queue and len(units) < room and queue[0].members[0].job.settings == settings:
+                units.append(queue.popleft())
             try:
-                self._start(units)
+                self._start(units, background=queue is self._later)
             except Exception:
                 # One of them is at fault: it alone fails.
                 singles = [_Unit((member,), 0, unit.steps) for unit in units for member in unit.members]
                 for single in singles:
                     try:
-                        self._start([single])
+                        self._start([single], background=queue is self._later)
                     except Exception as error:
                         events += [self._failed(member, error) for member in single.members if not member.done]
         return events
 
-    def _start(self, units: Sequence[_Unit]) -> None:
+    def _start(self, units: Sequence[_Unit], background: bool) -> None:
         places = [(member, unit) for unit in units for member in unit.members]
         settings = units[0].members[0].job.settings
         roots: list[Node] = []
@@ -301,7 +328,7 @@ class Engine:
             batch_size=self._rows,
         )
         first = [1] if begins_as_noise(stream._pipe.scheduler) else []
-        call = self._running.admit(stream, {*first, *(unit.until for unit in units)} - {0}, starts)
+        call = self._running.admit(stream, {*first, *(unit.until for unit in units)} - {0}, starts, background)
         self._calls[call] = places
         self._drop_done(call)
 

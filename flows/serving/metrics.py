@@ -7,6 +7,8 @@ from typing import IO, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from flows.serving.requests import Drawn
+
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 60)
 
 
@@ -35,7 +37,16 @@ class Metrics:
         self.ready = Gauge("sage_ready", "1 if the model process can draw", registry=registry)
         self.kept = Gauge("sage_prefixes_kept", "Prefixes of earlier requests that are kept", registry=registry)
         self.bytes = Gauge("sage_prefixes_bytes", "Bytes of these prefixes", registry=registry)
+        self.lines = Counter("sage_batch_lines", "Finished lines of batches", ["outcome"], registry=registry)
+        self.batches = Gauge("sage_batches_open", "Batches that this server draws", registry=registry)
         self.restarts = Gauge("sage_worker_restarts", "Restarts of the model process", registry=registry)
+
+    def drawn(self, event: Drawn) -> None:
+        """Count a finished image."""
+        self.images.labels("drawn").inc()
+        self.evaluations.inc(event.evaluations)
+        self.alone.inc(event.alone)
+        self.prefixes.labels(event.prefix or "none").inc()
 
     def text(self) -> bytes:
         """Return all figures in Prometheus's text format."""

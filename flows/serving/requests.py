@@ -1,6 +1,7 @@
 """What a client may ask for, within limits, and what it becomes: a job for the model process."""
 
 import itertools
+import json
 import secrets
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -54,7 +55,10 @@ class ImagesRequest(BaseModel):
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest request: bytes of the body, prompts, characters of each, images, pixels of each, images x steps."""
+    """The largest request: bytes of the body, prompts, characters of each, images, pixels of each, images x steps.
+
+    And the largest batch: bytes of the body, lines, images, and how many batches of a tenant may be open.
+    """
 
     body: int = 1 << 20
     prompts: int = 64
@@ -62,6 +66,10 @@ class Limits:
     images: int = 64
     pixels: int = 1 << 20
     steps: int = 64 * 50
+    batch_body: int = 32 << 20
+    batch_lines: int = 10_000
+    batch_images: int = 50_000
+    batches: int = 16
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Job:
-    """A request as the model process takes it: prompts and seeds have an entry for each image to draw."""
+    """A request as the model process takes it: prompts and seeds have an entry for each image to draw.
+
+    `groups` are lists of images that share their early steps; None: the engine forms them as `share` says. A job in the
+    `background` is drawn with what others leave free.
+    """
 
     id: str
     tenant: str
@@ -90,6 +102,25 @@ class Job:
     share: Share
     seeded: bool  # whether the client chose the seeds
     progress: bool = False  # whether the client wants to hear of each step
+    groups: list[list[int]] | None = None
+    background: bool = False
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """A question to the model process: which of these prompts, drawn with these settings, should share?"""
+
+    id: str
+    prompts: list[str]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """The answer: lists of prompts, by number."""
+
+    job: str
+    groups: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -151,11 +182,22 @@ def parsed(body: bytes) -> ImagesRequest:
     try:
         return ImagesRequest.model_validate_json(body)
     except ValidationError as error:
-        # What the client sent is not repeated: it may be no valid text, or not finite.
-        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        place = ".".join(str(part)[:64] for part in first["loc"]).encode("ascii", "replace").decode()
-        message = f"{place}: {first['msg']}" if place else first["msg"]
-        raise RequestError(422, "invalid_request", message[:500], place or None) from error
+        raise invalid(error) from error
+
+
+def invalid(error: ValidationError, within: str | None = None) -> RequestError:
+    """Return the refusal, with status 422, that names the first field that is wrong, by its name in `within`."""
+    # What the client sent is not repeated: it may be no valid text, or not finite.
+    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+    parts = first["loc"][1:] if within is not None and first["loc"][:1] == (within,) else first["loc"]
+    place = ".".join(str(part)[:64] for part in parts).encode("ascii", "replace").decode()
+    message = f"{place}: {first['msg']}" if place else first["msg"]
+    return RequestError(422, "invalid_request", message[:500], place or None)
+
+
+def tenant_name(key: str | None, user: str | None) -> str | None:
+    """Return with whom a request may share: the tenant of its token together with its user; None without both."""
+    return None if key is None and user is None else json.dumps([key, user])
 
 
 def job(request: ImagesRequest, tenant: str | None, limits: Limits, model: Model) -> tuple[Job, dict[int, Failed]]:

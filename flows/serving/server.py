@@ -9,6 +9,8 @@ from types import FrameType
 import uvicorn
 
 from flows.serving.app import create_app
+from flows.serving.batch_files import BatchFolder
+from flows.serving.batches import Batches
 from flows.serving.metrics import Metrics, log
 from flows.serving.state import Options, Server
 from flows.serving.tenants import read_tokens
@@ -51,6 +53,7 @@ def serve(
     queue: int,
     tokens: Path | None,
     hosts: list[str],
+    batches: Path | None = None,
     target: Callable[..., None] = main,
 ) -> int:
     """Serve until SIGTERM or Ctrl-C; return the exit code: 0, or 1 if the model process cannot run.
@@ -60,12 +63,17 @@ def serve(
     queue        images that may wait
     tokens       file of bearer tokens, lines of tenant:token; None: everybody may use the server
     hosts        further names by which clients reach it
+    batches      folder of batches; None: it takes none
     target       what the model process runs
     """
     try:
         known = None if tokens is None else read_tokens(tokens)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"the tokens cannot be read: {error}") from error
+    try:
+        folder = None if batches is None else BatchFolder(batches)
+    except OSError as error:
+        raise ConfigurationError(f"{batches} cannot hold batches: {error.strerror}; give another --batches") from error
     options = Options(queue=queue, tokens=known, hosts=(*Options.hosts, host, *hosts))
     code = 0
 
@@ -78,7 +86,7 @@ def serve(
 
     server = Server(Worker(source, gave_up, target), options, Metrics())
     config = uvicorn.Config(
-        create_app(server),
+        create_app(server, None if folder is None else Batches(server, folder)),
         host=host,
         port=port,
         http="h11",

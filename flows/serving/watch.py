@@ -60,9 +60,7 @@ class Watch:
                 RequestError(421, "unknown_host", "this server is not known by that host; see --allowed-host")
             )
         if origin is not None and _hostname(origin) not in self._hosts:
-            return refusals.answer(
-                RequestError(403, "foreign_origin", "pages of another origin may not use it")
-            )
+            return refusals.answer(RequestError(403, "foreign_origin", "pages of another origin may not use it"))
         return None
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from flows.serving.requests import Drawn, Failed, Job, Kept, Model, Progress, RequestError
+from flows.serving.requests import Drawn, Failed, Grouped, Grouping, Job, Kept, Model, Progress, RequestError
 
 _BEAT = 0.5  # seconds between signs of life
 _SILENT = 1.5  # seconds without one until the server is not ready
@@ -29,7 +29,7 @@ _DEAD_LOADING = 120.0
 _LOOK = 10.0  # seconds between looks at the alias of a registered model
 _CRASHES, _WITHIN = 5, 60.0  # so many ends within so many seconds, and the server gives up
 
-Event = Drawn | Failed | Progress
+Event = Drawn | Failed | Progress | Grouped
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,16 @@ class Worker:
             self._process.kill()
             await asyncio.to_thread(self._process.join)
 
-    def submit(self, job: Job) -> "asyncio.Queue[Event]":
-        """Send a job; return the queue of its events. Raises RequestError with status 503 if it cannot be drawn."""
+    def submit(self, job: Job | Grouping) -> "asyncio.Queue[Event]":
+        """Send a job or a question; return the queue of its events.
+
+        Raises RequestError with status 503 if the process cannot take it now.
+        """
         if problem := self.problem:
             raise RequestError(503, "not_ready", f"{problem}; try again", retry_after=5)
         events: asyncio.Queue[Event] = asyncio.Queue()
         self._jobs[job.id] = events
-        self._outbox.put(("submit", job))
+        self._outbox.put(("submit" if isinstance(job, Job) else "group", job))
         return events
 
     def close(self, job: str, *, cancel: bool) -> None:
@@ -244,6 +247,9 @@ def main(connection: Connection, source: Source) -> None:
             if message is None:
                 return
             name, content = message
+            if name == "group":
+                threading.Thread(target=_group, args=(engine, content, outbox), daemon=True).start()
+                continue
             for event in engine.submit(content) if name == "submit" else engine.cancel(content) or ():
                 outbox.put(event)
         for event in engine.step():
@@ -251,6 +257,15 @@ def main(connection: Connection, source: Source) -> None:
         now = Kept(len(engine.prefixes), engine.prefixes.bytes)
         if now != kept:
             outbox.put(kept := now)
+
+
+def _group(engine: Any, asked: Grouping, outbox: "queue.SimpleQueue[Any]") -> None:
+    """Answer a question beside the running engine: the embeddings of thousands of prompts take seconds."""
+    try:
+        outbox.put(Grouped(asked.id, engine.groups(asked.prompts, asked.settings)))
+    except Exception as error:
+        traceback.print_exc()
+        outbox.put(Failed(asked.id, None, "generation_failed", f"{type(error).__name__}: {error}"[:500]))
 
 
 def _load(source: Source) -> tuple[Any, Model]:

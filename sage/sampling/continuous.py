@@ -39,12 +39,17 @@ class Call:
 
     stream: Stream
     key: tuple[Any, ...]
-    order: int
+    order: tuple[bool, int]  # calls in the background come last
     keep: Collection[int] = ()
     evaluations: int = 0
     skipped: int = 0
     cancelled: set[int] = field(default_factory=set)
     kept: list[tuple[list[int], "Prefix"]] = field(default_factory=list)
+
+    @property
+    def background(self) -> bool:
+        """Whether it runs only beside calls that do not, or if there are none."""
+        return self.order[0]
 
     def alive(self, node: Node) -> list[int]:
         """Return the images of a node that were not cancelled."""
@@ -163,13 +168,25 @@ class Continuous:
         """Number of blocks that are not finished."""
         return len(self._tracks)
 
+    @property
+    def foreground(self) -> int:
+        """Number of blocks that are not finished, of calls that are not in the background."""
+        return sum(not track.call.background for track in self._tracks)
+
     @torch.no_grad()
-    def admit(self, stream: Stream, keep: Collection[int] = (), starts: Mapping[int, Start] | None = None) -> Call:
+    def admit(
+        self,
+        stream: Stream,
+        keep: Collection[int] = (),
+        starts: Mapping[int, Start] | None = None,
+        background: bool = False,
+    ) -> Call:
         """Take a stream of this pipeline that was not iterated; its first step is part of a later `step`.
 
-        keep    numbers of steps after which the blocks' prefixes are kept in `Call.kept`; for schedulers that support
-                branch noise
-        starts  prefixes from which images begin, by number; each image must be in no block
+        keep        numbers of steps after which the blocks' prefixes are kept in `Call.kept`; for schedulers that
+                    support branch noise
+        starts      prefixes from which images begin, by number; each image must be in no block
+        background  whether it runs only beside calls that do not, or if there are none
         """
         scheduler = stream._pipe.scheduler
         key = (
@@ -180,7 +197,9 @@ class Continuous:
             stream._output_type,
             repr(sorted(stream._options.items())),
         )
-        call = Call(stream, key, next(self._orders), keep if type(scheduler).__name__ in SCHEDULERS else ())
+        call = Call(
+            stream, key, (background, next(self._orders)), keep if type(scheduler).__name__ in SCHEDULERS else ()
+        )
         nodes, tracks = stream.plan.roots, []
         for node, condition in zip(nodes, _conditions(call, nodes), strict=True):
             leader = min(leaves_of((node,)), key=call.rank)
@@ -243,7 +262,9 @@ class Continuous:
         oldest = min(self._tracks, key=lambda track: track.call.order)
         alike = [track for track in self._tracks if track.call.key == oldest.call.key]
         batch = [track for track in alike if track.step == oldest.step]
-        behind = [track for track in alike if track.step < oldest.step]
+        behind = [
+            track for track in alike if track.step < oldest.step and track.call.background <= oldest.call.background
+        ]
         patience = oldest.call.stream.plan.steps // 2
         if behind and len(batch) < self.batch_size and oldest.step <= patience and oldest.held < patience:
             oldest.held += 1
