@@ -154,6 +154,9 @@ def serve(
     queue: Annotated[int, typer.Option(min=0, help="Images that may wait; above it, 429.")] = 64,
     tokens: Annotated[Path | None, typer.Option(help="File of bearer tokens, lines of tenant:token.")] = None,
     allowed_host: Annotated[list[str] | None, typer.Option(help="Further host name of this server.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="NAME=PATH of a LoRA that requests may name; give it once for each.")
+    ] = None,
     batches: Annotated[
         Path | None, typer.Option(help="Folder of batches and their results; without it the server takes no batches.")
     ] = None,
@@ -163,9 +166,9 @@ def serve(
     On SIGTERM, accepted requests are answered first. Exits with code 1 if the model process cannot run.
     """
     from flows.serving import server
-    from flows.serving.worker import Source
+    from flows.serving.worker import Source, named
 
-    source = Source(model, batch_size, deterministic)
+    source = Source(model, batch_size, deterministic, loras=named(lora or []))
     if code := server.serve(source, host, port, queue, tokens, allowed_host or [], batches):
         raise typer.Exit(code)
 

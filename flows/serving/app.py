@@ -71,6 +71,7 @@ def create_app(server: Server, batches: Batches | None = None) -> FastAPI:
             "version": model.version,
             "sha256": model.sha256,
             "settings": model.settings,
+            "loras": model.loras,
             "size": f"{model.size[1]}x{model.size[0]}",
         }
         listed = {"id": model.name, "object": "model", "created": model.created, "owned_by": "sage", **own}

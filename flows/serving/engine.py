@@ -22,6 +22,7 @@ from sage.grouping.auto import DEFAULT
 from sage.grouping.embedding import embed
 from sage.grouping.online import StreamingGrouper
 from sage.grouping.policy import Policy
+from sage.sampling.adapters import Worn
 from sage.sampling.continuous import Call, Continuous, Finished, Prefix, Start, begins_as_noise
 from sage.sampling.plan import Block, Node, Plan, shared_steps
 
@@ -328,7 +329,8 @@ class Engine:
             batch_size=self._rows,
         )
         first = [1] if begins_as_noise(stream._pipe.scheduler) else []
-        call = self._running.admit(stream, {*first, *(unit.until for unit in units)} - {0}, starts, background)
+        keep = {*first, *(unit.until for unit in units)} - {0}
+        call = self._running.admit(stream, keep, starts, background, _worn(settings))
         self._calls[call] = places
         self._drop_done(call)
 
@@ -387,3 +389,8 @@ class Engine:
         self._calls = {
             call: places for call, places in self._calls.items() if not all(member.done for member, _ in places)
         }
+
+
+def _worn(settings: Mapping[str, Any]) -> Worn | None:
+    """Return the LoRAs of images with these settings; None if the model has none."""
+    return tuple((name, weight) for name, weight, _ in settings["lora"]) if "lora" in settings else None

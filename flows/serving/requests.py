@@ -18,6 +18,9 @@ _Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 _Prompt = Annotated[str, Field(max_length=1_000_000)]  # the server's own limit is lower; this bounds the message
 
 
+_Weight = Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]
+
+
 class ImagesRequest(BaseModel):
     """The body of POST /v1/images/generations: OpenAI's fields, and this project's from `steps` on."""
 
@@ -35,6 +38,9 @@ class ImagesRequest(BaseModel):
     share_ratio: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = None
     branch_noise: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     negative_prompt: _Prompt = ""
+    lora: Annotated[str, Field(max_length=64)] | Annotated[dict[str, _Weight], Field(max_length=8)] | None = Field(
+        None, description="Name of a LoRA that /v1/models lists, or names with weights."
+    )
     share: Share = Field(
         "request", description="Who may share early steps: nobody, this request's prompts, the tenant."
     )
@@ -84,6 +90,7 @@ class Model:
     batch_size: int
     created: int = 0
     version: str | None = None  # of a registered model
+    loras: dict[str, str] = field(default_factory=dict)  # SHA-256 by name
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ class Job:
     tenant: str
     prompts: list[str]
     seeds: list[int]
-    settings: dict[str, Any]  # steps, guidance_scale, share_ratio, branch_noise, negative_prompt, height, width
+    settings: dict[str, Any]  # steps, guidance_scale, share_ratio, branch_noise, negative_prompt, height, width, lora
     share: Share
     seeded: bool  # whether the client chose the seeds
     progress: bool = False  # whether the client wants to hear of each step
@@ -251,7 +258,18 @@ def _settings(request: ImagesRequest, limits: Limits, model: Model) -> dict[str,
             raise _wrong("size", f"size is {width}x{height}; width and height must be multiples of {model.multiple}")
         if height * width > limits.pixels:
             raise _wrong("size", f"size {width}x{height} is {height * width} pixels; at most {limits.pixels}")
+    if model.loras or request.lora:
+        settings["lora"] = _loras(request, model)
     return settings | {"height": height, "width": width}
+
+
+def _loras(request: ImagesRequest, model: Model) -> tuple[tuple[str, float, str], ...]:
+    """Return name, weight and hash of each LoRA that is asked for, in order; raise RequestError with status 400."""
+    asked = {request.lora: 1.0} if isinstance(request.lora, str) else request.lora or {}
+    if unknown := sorted(asked.keys() - model.loras.keys()):
+        known = ", ".join(sorted(model.loras)) or "none; load some with --lora NAME=PATH"
+        raise RequestError(400, "unknown_lora", f"there is no LoRA {unknown[0]!r}; loaded: {known}", "lora")
+    return tuple((name, float(weight), model.loras[name]) for name, weight in sorted(asked.items()) if weight)
 
 
 def _check_counts(request: ImagesRequest, count: int, steps: int, limits: Limits) -> None:

@@ -10,17 +10,20 @@ import io
 import multiprocessing
 import os
 import queue
+import re
 import signal
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from flows.serving.requests import Drawn, Failed, Grouped, Grouping, Job, Kept, Model, Progress, RequestError
+from sage.errors import ConfigurationError
 
 _BEAT = 0.5  # seconds between signs of life
 _SILENT = 1.5  # seconds without one until the server is not ready
@@ -40,6 +43,20 @@ class Source:
     batch_size: int = 8
     deterministic: bool = False
     version: str | None = None  # of a registered model; None: the one that the alias names now
+    loras: tuple[tuple[str, Path], ...] = ()  # by name
+
+
+def named(loras: Sequence[str]) -> tuple[tuple[str, Path], ...]:
+    """Return LoRAs by name, given as NAME=PATH; raise ConfigurationError for anything else."""
+    found: dict[str, Path] = {}
+    for one in loras:
+        name, _, path = one.partition("=")
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or not path or name in found:
+            raise ConfigurationError(
+                f"--lora {one}: give NAME=PATH, a NAME of letters, digits, _ and -, and each NAME once"
+            )
+        found[name] = Path(path)
+    return tuple(found.items())
 
 
 @dataclass(frozen=True)
@@ -270,14 +287,13 @@ def _group(engine: Any, asked: Grouping, outbox: "queue.SimpleQueue[Any]") -> No
 
 def _load(source: Source) -> tuple[Any, Model]:
     """Return an engine that has drawn a test image, and the description of its model."""
-    from pathlib import Path
-
     import sage.torchvision_ops  # noqa: F401
 
     from flows.prompts.generate import open_model
     from flows.serving.engine import Engine
     from flows.terminal import quiet
     from sage.grouping.policy import Policy
+    from sage.sampling import adapters
 
     quiet()
     opened, version = source.model, None
@@ -287,17 +303,22 @@ def _load(source: Source) -> tuple[Any, Model]:
         version = source.version or registry.current(opened)
         opened = f"models:/{registry.split(opened)[0]}/{version}"
     pipe, sha256, settings, grouping = open_model(opened)
+    loras = adapters.load(pipe, dict(source.loras))
     policy = Policy(**grouping.model_dump())
     engine = Engine(pipe, policy, source.batch_size, source.deterministic, Path(source.model))
     size = pipe._size(None, None, dict(pipe._options))
     multiple = pipe.vae_scale_factor * pipe._network.config.get("patch_size", 1)
-    model = Model(source.model, sha256, settings, size, multiple, source.batch_size, int(time.time()), version)
+    model = Model(source.model, sha256, settings, size, multiple, source.batch_size, int(time.time()), version, loras)
     smoke = settings | {"negative_prompt": "", "height": size[0], "width": size[1], "share_ratio": 0.0}
-    events = engine.submit(Job("smoke", "smoke", ["red heart"], [0], smoke, "none", seeded=True))
-    while engine.busy:
-        events += engine.step()
-    if not any(isinstance(event, Drawn) for event in events):
-        raise RuntimeError(f"the test prompt cannot be drawn: {events}")
+    worn: list[dict[str, Any]] = [{"lora": ((name, 1.0, sha256),)} for name, sha256 in loras.items()]
+    if loras:
+        worn.append({"lora": ()})
+    for own in worn or [{}]:
+        events = engine.submit(Job("smoke", "smoke", ["red heart"], [0], smoke | own, "none", seeded=True))
+        while engine.busy:
+            events += engine.step()
+        if not any(isinstance(event, Drawn) for event in events):
+            raise RuntimeError(f"the test prompt cannot be drawn{own and f' with {own}'}: {events}")
     return engine, model
 
 

@@ -1,9 +1,9 @@
 """Continuous batching: calls of a pipeline join and leave the running batch at step boundaries.
 
 Each block of a call's plan is a *track*. A network call evaluates up to `batch_size` tracks, of any calls, that are at
-the same step of the same schedule, size and guidance. A track carries everything that its next step needs (latents,
-scheduler state, random generator, condition), so who runs beside it changes only rounding, and with `batch_size` 1 not
-even that: the images are then bit for bit those of the pipeline with `batch_size=1`.
+the same step of the same schedule, size, guidance and LoRAs. A track carries everything that its next step needs
+(latents, scheduler state, random generator, condition), so who runs beside it changes only rounding, and with
+`batch_size` 1 not even that: the images are then bit for bit those of the pipeline with `batch_size=1`.
 
     running = Continuous(pipe, batch_size=8)
     call = running.admit(pipe.stream(prompts, plan=plan, seed=seeds))
@@ -23,6 +23,7 @@ import torch
 from torch import Generator, Tensor
 
 from sage.errors import ConfigurationError
+from sage.sampling.adapters import Wearer, Worn
 from sage.sampling.branch_noise import SCHEDULERS, levels, predicted_x_0, recentred, rotated
 from sage.sampling.conditions import Condition, block_conditions, joined
 from sage.sampling.loop import HISTORY, branched
@@ -41,6 +42,7 @@ class Call:
     key: tuple[Any, ...]
     order: tuple[bool, int]  # calls in the background come last
     keep: Collection[int] = ()
+    loras: Worn | None = None
     evaluations: int = 0
     skipped: int = 0
     cancelled: set[int] = field(default_factory=set)
@@ -162,6 +164,7 @@ class Continuous:
         self._pipe, self.batch_size = pipe, batch_size
         self._tracks: list[_Track] = []
         self._orders = itertools.count()
+        self._wearer = Wearer(pipe)
 
     @property
     def tracks(self) -> int:
@@ -180,6 +183,7 @@ class Continuous:
         keep: Collection[int] = (),
         starts: Mapping[int, Start] | None = None,
         background: bool = False,
+        loras: Worn | None = None,
     ) -> Call:
         """Take a stream of this pipeline that was not iterated; its first step is part of a later `step`.
 
@@ -187,6 +191,8 @@ class Continuous:
                     support branch noise
         starts      prefixes from which images begin, by number; each image must be in no block
         background  whether it runs only beside calls that do not, or if there are none
+        loras       names and weights of the pipeline's LoRAs to use, for this call alone; give them for every call,
+                    or for none: None leaves the pipeline as it is
         """
         scheduler = stream._pipe.scheduler
         key = (
@@ -196,10 +202,11 @@ class Continuous:
             stream._branch_noise,
             stream._output_type,
             repr(sorted(stream._options.items())),
+            loras,
         )
-        call = Call(
-            stream, key, (background, next(self._orders)), keep if type(scheduler).__name__ in SCHEDULERS else ()
-        )
+        kept = keep if type(scheduler).__name__ in SCHEDULERS else ()
+        call = Call(stream, key, (background, next(self._orders)), kept, loras)
+        self._wearer.wear(loras)  # text encoders have LoRAs, too
         nodes, tracks = stream.plan.roots, []
         for node, condition in zip(nodes, _conditions(call, nodes), strict=True):
             leader = min(leaves_of((node,)), key=call.rank)
@@ -232,6 +239,7 @@ class Continuous:
         scheduler, s = rows.scheduler, stream._branch_noise
         t = stream._pipe.scheduler.timesteps[step]
         x = scheduler.scale_model_input(rows.latents, t) if hasattr(scheduler, "scale_model_input") else rows.latents
+        self._wearer.wear(call.loras)
         output = stream._pipe._predict(x, t, rows.condition, stream._scale, stream._options)
         self._count(tracks, 2 if stream._guided else 1)
         ends = [isinstance(track.node, Block) and track.node.until == step + 1 for track in tracks]

@@ -87,7 +87,8 @@ def draw(seconds, connection, source):
                 continue
             if job.progress:
                 send(Progress(job.id, index, len(job.prompts)))
-            mates = next((group for group in job.groups or () if index in group), [index])
+            groups = alike(job.prompts) if job.groups is None and job.share == "request" else job.groups
+            mates = next((group for group in groups or () if index in group), [index])
             shared = [other for other in mates if other != index]
             send(Drawn(job.id, index, PNG, job.seeds[index], 4.5, 6, shared))
 
