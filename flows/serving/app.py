@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
@@ -36,6 +37,7 @@ def create_app(server: Server, batches: Batches | None = None) -> FastAPI:
     app.add_middleware(Watch, metrics=server.metrics, hosts=server.options.hosts)
     app.add_exception_handler(RequestError, refusals.refused)
     app.add_exception_handler(HTTPException, refusals.http_error)
+    app.add_exception_handler(RequestValidationError, refusals.wrong_parameter)
     app.add_exception_handler(Exception, refusals.broken)
 
     @app.get("/healthz", include_in_schema=False)

@@ -3,8 +3,10 @@
 from typing import Any
 
 from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from flows.serving.requests import RequestError
 
@@ -28,7 +30,19 @@ async def http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     found = answer(RequestError(error.status_code, "http_error", str(error.detail)))
     found.headers.update(error.headers or {})
+    if error.status_code == 405:
+        # The framework names the methods of one route, and a path may have several.
+        routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        found.headers["Allow"] = ", ".join(sorted({method for route in routes for method in route.methods or ()}))
     return found
+
+
+async def wrong_parameter(request: Request, error: Exception) -> Response:
+    """Answer if a parameter of the address is wrong."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = str(first["loc"][-1])[:64]
+    return answer(RequestError(422, "invalid_request", f"{place}: {first['msg']}", place))
 
 
 async def broken(request: Request, error: Exception) -> Response:

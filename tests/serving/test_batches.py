@@ -123,6 +123,8 @@ def test_results_go_on_from_where_a_client_left(quick):
     assert results(quick, name, skip=15) == whole[15:]
     assert results(quick, name, skip=20) == results(quick, name, skip=99) == []
     assert quick.client.get(f"/v1/batches/{name}/results", params={"skip": -1}).status_code == 422
+    refused = quick.client.get(f"/v1/batches/{name}/results", params={"wait": "perhaps"}).json()
+    assert refused["error"]["param"] == "wait"
     events = []
     headers = {"Accept": "text/event-stream", "Last-Event-ID": "17"}
     with quick.client.stream("GET", f"/v1/batches/{name}/results", headers=headers) as answer:
