@@ -62,12 +62,14 @@ class Batch:
         self.accepted = Accepted(**json.loads((folder / "batch.json").read_text(encoding="utf-8")))
         self._results, self._index = folder / "results.jsonl", folder / "index.jsonl"
         self._lock: int | None = None
+        self._ended: dict[str, Any] | None = None
 
     @property
     def ended(self) -> dict[str, Any] | None:
         """Status and time, if nothing more is drawn."""
-        found: dict[str, Any] | None = _read(self.folder / "ended.json")
-        return found
+        if self._ended is None:
+            self._ended = _read(self.folder / "ended.json")
+        return self._ended
 
     @property
     def cancelled(self) -> bool:
