@@ -91,7 +91,8 @@ def create_app(server: Server, batches: Batches | None = None) -> FastAPI:
     @app.post(
         "/v1/images/generations",
         response_model=None,
-        responses=described(400, 401, 404, 408, 413, 415, 422, 429, 500, 503),
+        responses=described(400, 401, 404, 408, 413, 415, 422, 429, 500, 503)
+        | {200: {"content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}}}},
         openapi_extra={"requestBody": body},
     )
     async def generate(request: Request) -> Response:
