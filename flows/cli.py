@@ -154,6 +154,13 @@ def serve(
     queue: Annotated[int, typer.Option(min=0, help="Images that may wait; above it, 429.")] = 64,
     tokens: Annotated[Path | None, typer.Option(help="File of bearer tokens, lines of tenant:token.")] = None,
     allowed_host: Annotated[list[str] | None, typer.Option(help="Further host name of this server.")] = None,
+    prefix_folder: Annotated[
+        Path | None, typer.Option(help="Folder where the prefix cache survives a restart. It holds prompts.")
+    ] = None,
+    prefix_disk: Annotated[int, typer.Option(min=1, help="MiB of the files in that folder.")] = 1024,
+    prefixes_across_tenants: Annotated[
+        bool, typer.Option("--prefixes-across-tenants", help="Let tenants use each other's prefixes.")
+    ] = False,
 ) -> None:
     """Serve images over HTTP with OpenAI's images API; requests run in one batch and may share early steps.
 
@@ -162,7 +169,15 @@ def serve(
     from flows.serving import server
     from flows.serving.worker import Source
 
-    if code := server.serve(Source(model, batch_size, deterministic), host, port, queue, tokens, allowed_host or []):
+    source = Source(
+        model,
+        batch_size,
+        deterministic,
+        prefix_folder=prefix_folder,
+        prefix_bytes=prefix_disk << 20,
+        across_tenants=prefixes_across_tenants,
+    )
+    if code := server.serve(source, host, port, queue, tokens, allowed_host or []):
         raise typer.Exit(code)
 
 

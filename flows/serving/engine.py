@@ -87,16 +87,18 @@ class Engine:
         batch_size: int,
         deterministic: bool = False,
         model: Path = Path(),
-        prefix_bytes: int = 64 << 20,
+        prefixes: Prefixes | None = None,
+        across_tenants: bool = False,
     ) -> None:
         """Take what draws and what groups.
 
-        pipe           pipeline for shared sampling
-        policy         how the prompts of a request are grouped
-        batch_size     blocks that run at a time
-        deterministic  whether a network call evaluates one block, so that images do not depend on their company at all
-        model          folder of the model, for a policy with `max_damage`
-        prefix_bytes   bytes of prefixes kept for later requests
+        pipe            pipeline for shared sampling
+        policy          how the prompts of a request are grouped
+        batch_size      blocks that run at a time
+        deterministic   whether a network call evaluates one block, so that images do not depend on their company at all
+        model           folder of the model, for a policy with `max_damage`
+        prefixes        prefixes of earlier requests; by default none, and 64 MiB of memory for those to come
+        across_tenants  whether tenants use each other's prefixes
         """
         self._pipe, self._policy, self._model = pipe, policy, model
         self.batch_size = batch_size
@@ -105,7 +107,8 @@ class Engine:
         self._queue: deque[_Unit] = deque()
         self._members: dict[str, list[_Member]] = {}
         self._calls: dict[Call, list[tuple[_Member, _Unit]]] = {}
-        self.prefixes = Prefixes(prefix_bytes)
+        self.prefixes = Prefixes(64 << 20) if prefixes is None else prefixes
+        self._across_tenants = across_tenants
         self._forming: dict[tuple[Any, ...], _Forming] = {}
         self._pace = _HOLD  # seconds of a step
 
@@ -221,13 +224,17 @@ class Engine:
             if not forming.grouper.waiting:
                 del self._forming[kind]
 
+    def _cached_as(self, unit: _Unit) -> tuple[Any, ...]:
+        """Return the kind of a unit's prefixes."""
+        return (None, *unit.kind[1:]) if self._across_tenants else unit.kind
+
     def _similar(self, unit: _Unit) -> Prefix | None:
         if unit.embedding is None or len(unit.members) > 1:
             return None
         member, policy = unit.members[0], self._policy
         low, high = self._threshold(member.job), policy.near_duplicate
         guard = policy.guard or ()
-        return self.prefixes.similar(unit.kind, member.prompt, unit.embedding, low, high, guard)
+        return self.prefixes.similar(self._cached_as(unit), member.prompt, unit.embedding, low, high, guard)
 
     def _begin(self, unit: _Unit) -> Start | None:
         """Return how a unit begins from an earlier request's prefix, if it may and there is one."""
@@ -236,7 +243,7 @@ class Engine:
             return None
         if similar := self._similar(unit):
             return Start(similar, own_noise=False)
-        if not job.seeded and (first := self.prefixes.first(unit.kind, unit.members[0].prompt)):
+        if not job.seeded and (first := self.prefixes.first(self._cached_as(unit), unit.members[0].prompt)):
             return Start(first, own_noise=True)
         return None
 
@@ -247,12 +254,12 @@ class Engine:
                 unit = places[images[0]][1]
                 prompts = [member.prompt for member in unit.members]
                 job = unit.members[0].job
-                if job.tenant == job.id or unit.start is not None:
+                if unit.start is not None or (job.tenant == job.id and not self._across_tenants):
                     continue
                 if unit.embedding is not None and prefix.step == unit.until:
-                    self.prefixes.put(unit.kind, prompts, prefix, unit.embedding)
+                    self.prefixes.put(self._cached_as(unit), prompts, prefix, unit.embedding)
                 elif prefix.step == 1 and len(prompts) == 1:
-                    self.prefixes.put(unit.kind, prompts, prefix)
+                    self.prefixes.put(self._cached_as(unit), prompts, prefix)
             call.kept.clear()
 
     def _admit(self) -> list[Event]:

@@ -6,6 +6,7 @@ not answered then fails; nothing is kept for its successor.
 """
 
 import asyncio
+import hashlib
 import io
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from flows.serving.requests import Drawn, Failed, Job, Kept, Model, Progress, RequestError
@@ -27,6 +29,7 @@ _SILENT = 1.5  # seconds without one until the server is not ready
 _DEAD = 5.0  # until the process is killed; while it loads, imports may block for long
 _DEAD_LOADING = 120.0
 _LOOK = 10.0  # seconds between looks at the alias of a registered model
+_PREFIX_BYTES = 64 << 20  # of prefixes in memory
 _CRASHES, _WITHIN = 5, 60.0  # so many ends within so many seconds, and the server gives up
 
 Event = Drawn | Failed | Progress
@@ -40,6 +43,9 @@ class Source:
     batch_size: int = 8
     deterministic: bool = False
     version: str | None = None  # of a registered model; None: the one that the alias names now
+    prefix_folder: Path | None = None  # where prefixes outlive the process
+    prefix_bytes: int = 1 << 30  # of the files in it
+    across_tenants: bool = False  # whether tenants use each other's prefixes
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Worker:
         self.source, self.model = source, None
         self.reason = "the model process is starting"
         self.restarts = 0
-        self.kept = Kept(0, 0)
+        self.kept = Kept()
         self.gave_up, self._target = gave_up, target
         self.moved: Callable[[str], None] = lambda version: None  # called if the alias names another version
         self._jobs: dict[str, asyncio.Queue[Event]] = {}
@@ -189,7 +195,7 @@ class Worker:
             return
         self.reason = f"the model process ended with code {process.exitcode} and is starting again"
         self._outbox.put(None)
-        self.kept = Kept(0, 0)
+        self.kept = Kept()
         self.fail_all("worker_lost", "the model process ended before the image was finished; try again")
         now = time.monotonic()
         self._ends.append(now)
@@ -234,7 +240,7 @@ def main(connection: Connection, source: Source) -> None:
     outbox.put(_Ready(model))
     if model.version is not None:
         threading.Thread(target=_watch_alias, args=(source.model, model.version, outbox), daemon=True).start()
-    kept = Kept(0, 0)
+    kept = Kept()
     while True:
         while not engine.busy or not inbox.empty():
             try:
@@ -248,19 +254,17 @@ def main(connection: Connection, source: Source) -> None:
                 outbox.put(event)
         for event in engine.step():
             outbox.put(event)
-        now = Kept(len(engine.prefixes), engine.prefixes.bytes)
-        if now != kept:
+        if (now := engine.prefixes.figures) != kept:
             outbox.put(kept := now)
 
 
 def _load(source: Source) -> tuple[Any, Model]:
     """Return an engine that has drawn a test image, and the description of its model."""
-    from pathlib import Path
-
     import sage.torchvision_ops  # noqa: F401
 
     from flows.prompts.generate import open_model
     from flows.serving.engine import Engine
+    from flows.serving.prefixes import Prefixes
     from flows.terminal import quiet
     from sage.grouping.policy import Policy
 
@@ -273,7 +277,10 @@ def _load(source: Source) -> tuple[Any, Model]:
         opened = f"models:/{registry.split(opened)[0]}/{version}"
     pipe, sha256, settings, grouping = open_model(opened)
     policy = Policy(**grouping.model_dump())
-    engine = Engine(pipe, policy, source.batch_size, source.deterministic, Path(source.model))
+    prefixes = Prefixes(_PREFIX_BYTES, _prefix_files(source, pipe, sha256))
+    engine = Engine(
+        pipe, policy, source.batch_size, source.deterministic, Path(source.model), prefixes, source.across_tenants
+    )
     size = pipe._size(None, None, dict(pipe._options))
     multiple = pipe.vae_scale_factor * pipe._network.config.get("patch_size", 1)
     model = Model(source.model, sha256, settings, size, multiple, source.batch_size, int(time.time()), version)
@@ -284,6 +291,18 @@ def _load(source: Source) -> tuple[Any, Model]:
     if not any(isinstance(event, Drawn) for event in events):
         raise RuntimeError(f"the test prompt cannot be drawn: {events}")
     return engine, model
+
+
+def _prefix_files(source: Source, pipe: Any, sha256: str) -> Any:
+    """Return the prefixes on disk that this pipeline, with its scheduler and precision, left or may leave; or None."""
+    from flows.serving.prefix_files import PrefixFiles
+
+    if source.prefix_folder is None:
+        return None
+    scheduler = pipe.scheduler
+    depends = [sha256, type(scheduler).__name__, sorted(scheduler.config.items()), str(pipe.dtype), pipe.device.type]
+    identity = hashlib.sha256(repr(depends).encode()).hexdigest()
+    return PrefixFiles(source.prefix_folder, source.prefix_bytes, identity, pipe.device)
 
 
 def _watch_alias(address: str, version: str, outbox: "queue.SimpleQueue[Any]") -> None:

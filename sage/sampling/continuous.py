@@ -29,6 +29,9 @@ from sage.sampling.loop import HISTORY, branched
 from sage.sampling.plan import Block, Node, leaves_of
 from sage.sampling.stream import Stream
 
+# What the schedulers that support branch noise count while they step, besides the tensors of HISTORY.
+_COUNTERS = ("_step_index", "_begin_index", "lower_order_nums", "is_scale_input_called")
+
 
 @dataclass(eq=False)
 class Call:
@@ -79,22 +82,21 @@ class Finished:
 class Prefix:
     """What a block has after its first steps, from which images of other calls may go on.
 
-    step       number of steps that were run
-    latents    shape (1, ...)
-    clean      the x_0 that the block predicted at its last step, shape (...)
-    scheduler  scheduler with the state of this block
+    step     number of steps that were run
+    latents  shape (1, ...)
+    clean    the x_0 that the block predicted at its last step, shape (...)
+    state    what the scheduler keeps of this block, by attribute: tensors, lists of tensors or None, and counters
     """
 
     step: int
     latents: Tensor
     clean: Tensor
-    scheduler: Any
+    state: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
         """Size of all tensors."""
-        state = [getattr(self.scheduler, name, None) for name in HISTORY[type(self.scheduler).__name__]]
-        return sum(tensor.nbytes for tensor in _tensors([self.latents, self.clean, state]))
+        return sum(tensor.nbytes for tensor in _tensors([self.latents, self.clean, list(self.state.values())]))
 
 
 @dataclass(frozen=True)
@@ -299,7 +301,10 @@ class Continuous:
 def _begun(call: Call, image: int, generator: Generator, condition: Condition, start: Start) -> _Track:
     """Return the track of an image at the end of a prefix."""
     prefix, stream = start.prefix, call.stream
-    scheduler, s = branched(prefix.scheduler, None), stream._branch_noise
+    scheduler, s = copy.copy(stream._pipe.scheduler), stream._branch_noise
+    for name, value in prefix.state.items():
+        setattr(scheduler, name, value)
+    scheduler = branched(scheduler, None)  # its lists are its own
     if start.own_noise:
         # The scheduler scales initial noise to the deviation sigma of the first step.
         xi, s = stream._noise([image], [generator])[0] / levels(stream._pipe.scheduler, 0)[1], 1.0
@@ -315,7 +320,10 @@ def _begun(call: Call, image: int, generator: Generator, condition: Condition, s
 
 def _prefix(track: _Track, clean: Tensor) -> Prefix:
     index = torch.tensor([track.row], device=clean.device)
-    return Prefix(track.step, track.rows.latents[index], clean.clone(), branched(track.rows.scheduler, index))
+    scheduler = branched(track.rows.scheduler, index)
+    names = (*HISTORY[type(scheduler).__name__], *_COUNTERS)
+    state = {name: getattr(scheduler, name) for name in names if hasattr(scheduler, name)}
+    return Prefix(track.step, track.rows.latents[index], clean.clone(), state)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
