@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from flows.serving.encoder import Embedded
 from flows.serving.prefixes import Prefixes
 from flows.serving.requests import Drawn, Failed, Job, Progress
 from sage.data.images import is_blank
@@ -123,15 +124,28 @@ class Engine:
         due = [one.grouper.deadline for one in self._forming.values() if one.grouper.deadline is not None]
         return max(0.0, min(due) - time.monotonic()) if due else None
 
-    def submit(self, job: Job) -> list[Event]:
-        """Queue the images of a job; return errors of those that cannot be drawn at all."""
+    def compares(self, job: Job) -> bool:
+        """Return whether the prompts of a job are compared with others, so that `submit` needs their embeddings."""
+        among_themselves = job.share != "none" and bool(self._steps(job)[1]) and len(set(job.prompts)) > 1
+        return among_themselves or self._shares(job)
+
+    def submit(self, job: Job, embeddings: Embedded | None = None) -> list[Event]:
+        """Queue the images of a job; return errors of those that cannot be drawn at all.
+
+        `embeddings` are those of its prompts, or the error that they gave; by default they are computed here if
+        needed.
+        """
         members = [_Member(job, index) for index in range(len(job.prompts))]
         self._members[job.id] = list(members)
         try:
-            if self._shares(job):
-                self._form(job, members)
+            if embeddings is None and self.compares(job):
+                embeddings = embed(job.prompts)
+            if isinstance(embeddings, Exception):
+                raise embeddings
+            if embeddings is not None and self._shares(job):
+                self._form(job, members, embeddings)
             else:
-                self._queue.extend(list(self._units(job, members)))
+                self._queue.extend(list(self._units(job, members, embeddings)))
         except Exception as error:
             return [self._failed(member, error) for member in members]
         return []
@@ -172,11 +186,10 @@ class Engine:
         """Whether a job's images may share with other requests of its tenant; it takes branch noise to differ."""
         return job.share == "tenant" and bool(self._steps(job)[1]) and job.settings.get("branch_noise", 0.0) > 0
 
-    def _units(self, job: Job, members: Sequence[_Member]) -> Iterator[_Unit]:
+    def _units(self, job: Job, members: Sequence[_Member], embeddings: np.ndarray | None) -> Iterator[_Unit]:
         steps, until = self._steps(job)
         groups: Sequence[Sequence[int]] = [[index] for index in range(len(members))]
-        if job.share != "none" and until and len(set(job.prompts)) > 1:
-            embeddings = embed(job.prompts)
+        if embeddings is not None:
             threshold = self._policy.choose_threshold(embeddings, job.settings["share_ratio"], self._model)
             groups = self._policy.form(job.prompts, embeddings, threshold)
         for group in groups:
@@ -188,10 +201,10 @@ class Engine:
             return float(DEFAULT.threshold or 0)
         return self._policy.choose_threshold(np.zeros((0, 0)), job.settings["share_ratio"], self._model)
 
-    def _form(self, job: Job, members: Sequence[_Member]) -> None:
+    def _form(self, job: Job, members: Sequence[_Member], embeddings: np.ndarray) -> None:
         """Queue images that can begin from a prefix; let the others wait for company, no longer than it can gain."""
         steps, until = self._steps(job)
-        for member, embedding in zip(members, embed(job.prompts), strict=True):
+        for member, embedding in zip(members, embeddings, strict=True):
             unit = _Unit((member,), until, steps, embedding)
             if self._similar(unit) is not None:
                 self._queue.append(unit)

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -240,7 +240,35 @@ def main(connection: Connection, source: Source) -> None:
     outbox.put(_Ready(model))
     if model.version is not None:
         threading.Thread(target=_watch_alias, args=(source.model, model.version, outbox), daemon=True).start()
+    _serve(engine, inbox, outbox)
+
+
+def _serve(engine: Any, inbox: "queue.SimpleQueue[Any]", outbox: "queue.SimpleQueue[Any]") -> None:
+    """Run the engine until the inbox has None: a step, then what has arrived, or wait for it if there is no step."""
+    from flows.serving.encoder import Encoder
+
+    encoder = Encoder(lambda job, embeddings: inbox.put(("embedded", (job, embeddings))))
+    embedded: set[str] = set()  # jobs whose prompts are being embedded
     kept = Kept()
+
+    def take(name: str, content: Any) -> Sequence[Event]:
+        if name == "submit":
+            try:
+                if engine.compares(content):
+                    embedded.add(content.id)
+                    encoder.submit(content)
+                    return ()
+            except Exception as error:
+                return list(engine.submit(content, error))
+            return list(engine.submit(content))
+        if name == "embedded" and content[0].id in embedded:
+            embedded.discard(content[0].id)
+            return list(engine.submit(*content))
+        if name == "cancel":
+            embedded.discard(content)
+            engine.cancel(content)
+        return ()
+
     while True:
         while not engine.busy or not inbox.empty():
             try:
@@ -249,8 +277,7 @@ def main(connection: Connection, source: Source) -> None:
                 break
             if message is None:
                 return
-            name, content = message
-            for event in engine.submit(content) if name == "submit" else engine.cancel(content) or ():
+            for event in take(*message):
                 outbox.put(event)
         for event in engine.step():
             outbox.put(event)
