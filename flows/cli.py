@@ -154,6 +154,7 @@ def serve(
     queue: Annotated[int, typer.Option(min=0, help="Images that may wait; above it, 429.")] = 64,
     tokens: Annotated[Path | None, typer.Option(help="File of bearer tokens, lines of tenant:token.")] = None,
     allowed_host: Annotated[list[str] | None, typer.Option(help="Further host name of this server.")] = None,
+    prefix_memory: Annotated[int, typer.Option(min=0, help="MiB of prefixes in memory; 0 keeps none.")] = 64,
     prefix_folder: Annotated[
         Path | None, typer.Option(help="Folder where the prefix cache survives a restart. It holds prompts.")
     ] = None,
@@ -173,6 +174,7 @@ def serve(
         model,
         batch_size,
         deterministic,
+        prefix_memory=prefix_memory << 20,
         prefix_folder=prefix_folder,
         prefix_bytes=prefix_disk << 20,
         across_tenants=prefixes_across_tenants,

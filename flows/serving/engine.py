@@ -4,6 +4,8 @@ A *unit* is what is admitted at once: one image, or a group of images of one req
 Units are admitted in order of arrival as rows of the running batch become free.
 """
 
+import functools
+import itertools
 import time
 import traceback
 from collections import deque
@@ -66,10 +68,11 @@ class _Unit:
 
 @dataclass
 class _Forming:
-    """Images of one kind that wait for others to share with."""
+    """Images of one kind that wait for others to share with, by number of arrival."""
 
     grouper: StreamingGrouper[int]
-    members: list[tuple[_Member, np.ndarray]] = field(default_factory=list)
+    members: dict[int, tuple[_Member, np.ndarray]] = field(default_factory=dict)
+    numbers: Iterator[int] = field(default_factory=itertools.count)
 
 
 Event = Drawn | Failed | Progress
@@ -102,6 +105,7 @@ class Engine:
         across_tenants  whether tenants use each other's prefixes
         """
         self._pipe, self._policy, self._model = pipe, policy, model
+        self._evaluations = functools.lru_cache(1024)(pipe.evaluations)  # it sets a scheduler, for every image
         self.batch_size = batch_size
         self._rows = 1 if deterministic else batch_size
         self._running = Continuous(pipe, self._rows)
@@ -179,7 +183,7 @@ class Engine:
     def _steps(self, job: Job) -> tuple[int, int]:
         """Return the number of steps of a job's images, and at which of them a group branches."""
         settings = job.settings
-        steps = self._pipe.evaluations(settings["steps"], settings["height"], settings["width"])
+        steps = self._evaluations(settings["steps"], settings["height"], settings["width"])
         return steps, shared_steps(settings["share_ratio"], steps)
 
     def _shares(self, job: Job) -> bool:
@@ -216,15 +220,17 @@ class Engine:
                 self._forming[unit.kind] = _Forming(grouper)
             forming = self._forming[unit.kind]
             forming.grouper.wait = min(_HOLD, until * self._pace)
-            forming.grouper.add(len(forming.members), embedding, time.monotonic())
-            forming.members.append((member, embedding))
+            number = next(forming.numbers)
+            forming.grouper.add(number, embedding, time.monotonic())
+            forming.members[number] = (member, embedding)
 
     def _release(self) -> None:
         """Queue the images that have waited enough, as groups by the same policy as those of one request."""
         now = time.monotonic()
         for kind, forming in list(self._forming.items()):
             for numbers in forming.grouper.release(now):
-                found = [forming.members[number] for number in numbers if not forming.members[number][0].done]
+                released = [forming.members.pop(number) for number in numbers]
+                found = [(member, embedding) for member, embedding in released if not member.done]
                 if not found:
                     continue
                 steps, until = self._steps(found[0][0].job)

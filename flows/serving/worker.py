@@ -29,7 +29,6 @@ _SILENT = 1.5  # seconds without one until the server is not ready
 _DEAD = 5.0  # until the process is killed; while it loads, imports may block for long
 _DEAD_LOADING = 120.0
 _LOOK = 10.0  # seconds between looks at the alias of a registered model
-_PREFIX_BYTES = 64 << 20  # of prefixes in memory
 _CRASHES, _WITHIN = 5, 60.0  # so many ends within so many seconds, and the server gives up
 
 Event = Drawn | Failed | Progress
@@ -43,7 +42,8 @@ class Source:
     batch_size: int = 8
     deterministic: bool = False
     version: str | None = None  # of a registered model; None: the one that the alias names now
-    prefix_folder: Path | None = None  # where prefixes outlive the process
+    prefix_memory: int = 64 << 20  # bytes of prefixes of earlier requests
+    prefix_folder: Path | None = None  # where they outlive the process
     prefix_bytes: int = 1 << 30  # of the files in it
     across_tenants: bool = False  # whether tenants use each other's prefixes
 
@@ -304,7 +304,7 @@ def _load(source: Source) -> tuple[Any, Model]:
         opened = f"models:/{registry.split(opened)[0]}/{version}"
     pipe, sha256, settings, grouping = open_model(opened)
     policy = Policy(**grouping.model_dump())
-    prefixes = Prefixes(_PREFIX_BYTES, _prefix_files(source, pipe, sha256))
+    prefixes = Prefixes(source.prefix_memory, _prefix_files(source, pipe, sha256))
     engine = Engine(
         pipe, policy, source.batch_size, source.deterministic, Path(source.model), prefixes, source.across_tenants
     )

@@ -184,18 +184,23 @@ class Continuous:
         )
         call = Call(stream, key, next(self._orders), keep if type(scheduler).__name__ in SCHEDULERS else ())
         nodes, tracks = stream.plan.roots, []
-        for node, condition in zip(nodes, _conditions(call, nodes), strict=True):
-            leader = min(leaves_of((node,)), key=call.rank)
-            generator = stream._generator(leader)
+        leaders = [min(leaves_of((node,)), key=call.rank) for node in nodes]
+        generators = {leader: stream._generator(leader) for leader in leaders}
+        starts = starts or {}
+        # One draw for all: each row comes from its own generator, and the call costs more than the numbers.
+        drawn = [leader for leader in leaders if leader not in starts or starts[leader].own_noise]
+        noise = stream._noise(drawn, [generators[leader] for leader in drawn]) if drawn else ()
+        noises = {leader: row[None] for leader, row in zip(drawn, noise, strict=True)}
+        for node, leader, condition in zip(nodes, leaders, _conditions(call, nodes), strict=True):
+            generator = generators[leader]
+            if leader in starts:
+                tracks.append(_begun(call, leader, generator, condition, starts[leader], noises.get(leader)))
+                continue
             fresh = branched(scheduler, None)
             if hasattr(fresh, "set_begin_index"):
                 fresh.set_begin_index(0)
-            start = (starts or {}).get(leader)
-            if start is None:
-                rows = _Rows(stream._noise([leader], [generator]), fresh, joined(condition))
-                tracks.append(_Track(call, node, leader, generator, condition, 0, rows))
-            else:
-                tracks.append(_begun(call, leader, generator, condition, start))
+            rows = _Rows(noises[leader], fresh, joined(condition))
+            tracks.append(_Track(call, node, leader, generator, condition, 0, rows))
         self._tracks += tracks
         return call
 
@@ -298,23 +303,25 @@ class Continuous:
         return found
 
 
-def _begun(call: Call, image: int, generator: Generator, condition: Condition, start: Start) -> _Track:
-    """Return the track of an image at the end of a prefix."""
+def _begun(
+    call: Call, image: int, generator: Generator, condition: Condition, start: Start, noise: Tensor | None
+) -> _Track:
+    """Return the track of an image at the end of a prefix; `noise` is its own initial noise if it begins with that."""
     prefix, stream = start.prefix, call.stream
     scheduler, s = copy.copy(stream._pipe.scheduler), stream._branch_noise
     for name, value in prefix.state.items():
         setattr(scheduler, name, value)
     scheduler = branched(scheduler, None)  # its lists are its own
-    if start.own_noise:
+    if noise is not None:
         # The scheduler scales initial noise to the deviation sigma of the first step.
-        xi, s = stream._noise([image], [generator])[0] / levels(stream._pipe.scheduler, 0)[1], 1.0
+        xi, s = noise[0] / levels(stream._pipe.scheduler, 0)[1], 1.0
     else:
         xi = torch.randn(prefix.clean.shape, generator=generator, device=generator.device)
     latents = prefix.latents[0]
     latents = rotated(scheduler, prefix.step, latents, prefix.clean, xi.to(latents), s)
     call.skipped += prefix.step * (2 if stream._guided else 1)
     rows = _Rows(latents[None], scheduler, joined(condition))
-    inherited = None if start.own_noise else prefix.clean
+    inherited = prefix.clean if noise is None else None
     return _Track(call, image, image, generator, condition, prefix.step, rows, inherited=inherited)
 
 

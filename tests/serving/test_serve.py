@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import openai
+import psutil
 import pytest
 import tiny
 from PIL import Image
@@ -133,6 +134,13 @@ def test_tenants_use_each_others_prefixes_only_if_the_server_is_told_so(model, t
 def test_what_cannot_be_drawn_is_the_clients_error(server):
     assert server.ask("a", size="16x16", branch_noise=1.0, steps=1).status_code == 200
     assert server.ready()["ready"]
+
+
+def test_only_the_loopback_address_listens(server):
+    family = psutil.Process(server.process.pid)
+    members = [family, *family.children(recursive=True)]
+    listening = [c.laddr for one in members for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert listening == [("127.0.0.1", server.port)]
 
 
 def test_a_model_that_is_missing_is_said_at_once(tmp_path):
