@@ -1,8 +1,8 @@
 """`sage serve models:/sage@champion`: a registered version, and the next one when the alias moves."""
 
-import sage.torchvision_ops  # noqa: F401
-
 from concurrent.futures import ThreadPoolExecutor
+
+import sage.torchvision_ops  # noqa: F401
 
 import pytest
 import tiny

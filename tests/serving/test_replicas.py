@@ -42,7 +42,7 @@ def balanced(folder, *replicas):
     try:
         server = Served(process, port, log)
         with server.client:
-            server.wait()
+            server.wait(600)
             yield server
     finally:
         process.terminate()
@@ -56,8 +56,8 @@ def pair(tmp_path):
         (tmp_path / name).mkdir()
     arguments = ("--seconds", "0.01")
     with without_model(tmp_path / "a", *arguments) as one, without_model(tmp_path / "b", *arguments) as other:
-        one.wait()
-        other.wait()
+        one.wait(600)
+        other.wait(600)
         with balanced(tmp_path, one, other) as server:
             yield one, other, server
 
