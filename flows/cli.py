@@ -160,6 +160,14 @@ def serve(
     batches: Annotated[
         Path | None, typer.Option(help="Folder of batches and their results; without it the server takes no batches.")
     ] = None,
+    prefix_memory: Annotated[int, typer.Option(min=0, help="MiB of prefixes in memory; 0 keeps none.")] = 64,
+    prefix_folder: Annotated[
+        Path | None, typer.Option(help="Folder where the prefix cache survives a restart. It holds prompts.")
+    ] = None,
+    prefix_disk: Annotated[int, typer.Option(min=1, help="MiB of the files in that folder.")] = 1024,
+    prefixes_across_tenants: Annotated[
+        bool, typer.Option("--prefixes-across-tenants", help="Let tenants use each other's prefixes.")
+    ] = False,
 ) -> None:
     """Serve images over HTTP with OpenAI's images API; requests run in one batch and may share early steps.
 
@@ -168,7 +176,16 @@ def serve(
     from flows.serving import server
     from flows.serving.worker import Source, named
 
-    source = Source(model, batch_size, deterministic, loras=named(lora or []))
+    source = Source(
+        model,
+        batch_size,
+        deterministic,
+        loras=named(lora or []),
+        prefix_memory=prefix_memory << 20,
+        prefix_folder=prefix_folder,
+        prefix_bytes=prefix_disk << 20,
+        across_tenants=prefixes_across_tenants,
+    )
     if code := server.serve(source, host, port, queue, tokens, allowed_host or [], batches):
         raise typer.Exit(code)
 

@@ -54,8 +54,7 @@ def create_app(server: Server, batches: Batches | None = None) -> FastAPI:
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
         server.metrics.ready.set(server.worker.problem is None)
-        server.metrics.kept.set(server.worker.kept.prefixes)
-        server.metrics.bytes.set(server.worker.kept.bytes)
+        server.metrics.show(server.worker.kept)
         server.metrics.restarts.set(server.worker.restarts)
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
 

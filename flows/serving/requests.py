@@ -167,10 +167,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Kept:
-    """How many prefixes the model process keeps, and their bytes."""
+    """The prefixes that the model process keeps: in memory, and on disk if it has a folder."""
 
-    prefixes: int
-    bytes: int
+    prefixes: int = 0
+    bytes: int = 0
+    oldest: float | None = None  # time of the last use of the one that goes next
+    files: int = 0
+    file_bytes: int = 0
+    damaged: int = 0  # files that were dropped
+    unwritten: int = 0  # prefixes that could not be written
 
 
 class RequestError(Exception):

@@ -18,6 +18,7 @@ from flows.serving.worker import Source, Worker, main
 from sage.errors import ConfigurationError
 
 _DRAIN = 25.0  # seconds for accepted requests after SIGTERM; then they are answered with 503
+_CLOSING = 0.3  # seconds until the listener is closed for certain
 _FORCED = 1.0  # seconds for the answers that say so, after a second SIGTERM
 _HEADERS = 16 << 10
 
@@ -36,7 +37,10 @@ class _Uvicorn(uvicorn.Server):
             self._loop.call_soon_threadsafe(self._sage.fail_all, code, "the server was told to end at once")
             self._loop.call_soon_threadsafe(later, _FORCED, setattr, self, "force_exit", True)
             return
-        self.should_exit = self._sage.draining = True
+        self.should_exit = True
+        # Nobody can connect once the listener is closed. Until then requests are taken, so that a proxy need not repeat
+        # any; afterwards they are refused on the connections that are left.
+        self._loop.call_soon_threadsafe(later, _CLOSING, setattr, self._sage, "draining", True)
         message = f"not finished within {_DRAIN:.0f} s of the shutdown; ask another server"
         self._loop.call_soon_threadsafe(later, _DRAIN, self._sage.fail_all, code, message)
 

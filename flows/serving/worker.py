@@ -6,6 +6,7 @@ not answered then fails; nothing is kept for its successor.
 """
 
 import asyncio
+import hashlib
 import io
 import multiprocessing
 import os
@@ -44,6 +45,10 @@ class Source:
     deterministic: bool = False
     version: str | None = None  # of a registered model; None: the one that the alias names now
     loras: tuple[tuple[str, Path], ...] = ()  # by name
+    prefix_memory: int = 64 << 20  # bytes of prefixes of earlier requests
+    prefix_folder: Path | None = None  # where they outlive the process
+    prefix_bytes: int = 1 << 30  # of the files in it
+    across_tenants: bool = False  # whether tenants use each other's prefixes
 
 
 def named(loras: Sequence[str]) -> tuple[tuple[str, Path], ...]:
@@ -88,7 +93,7 @@ class Worker:
         self.source, self.model = source, None
         self.reason = "the model process is starting"
         self.restarts = 0
-        self.kept = Kept(0, 0)
+        self.kept = Kept()
         self.gave_up, self._target = gave_up, target
         self.moved: Callable[[str], None] = lambda version: None  # called if the alias names another version
         self._jobs: dict[str, asyncio.Queue[Event]] = {}
@@ -209,7 +214,7 @@ class Worker:
             return
         self.reason = f"the model process ended with code {process.exitcode} and is starting again"
         self._outbox.put(None)
-        self.kept = Kept(0, 0)
+        self.kept = Kept()
         self.fail_all("worker_lost", "the model process ended before the image was finished; try again")
         now = time.monotonic()
         self._ends.append(now)
@@ -254,7 +259,37 @@ def main(connection: Connection, source: Source) -> None:
     outbox.put(_Ready(model))
     if model.version is not None:
         threading.Thread(target=_watch_alias, args=(source.model, model.version, outbox), daemon=True).start()
-    kept = Kept(0, 0)
+    _serve(engine, inbox, outbox)
+
+
+def _serve(engine: Any, inbox: "queue.SimpleQueue[Any]", outbox: "queue.SimpleQueue[Any]") -> None:
+    """Run the engine until the inbox has None: a step, then what has arrived, or wait for it if there is no step."""
+    from flows.serving.encoder import Encoder
+
+    encoder = Encoder(lambda job, embeddings: inbox.put(("embedded", (job, embeddings))))
+    embedded: set[str] = set()  # jobs whose prompts are being embedded
+    kept = Kept()
+
+    def take(name: str, content: Any) -> Sequence[Event]:
+        if name == "submit":
+            try:
+                if engine.compares(content):
+                    embedded.add(content.id)
+                    encoder.submit(content)
+                    return ()
+            except Exception as error:
+                return list(engine.submit(content, error))
+            return list(engine.submit(content))
+        if name == "embedded" and content[0].id in embedded:
+            embedded.discard(content[0].id)
+            return list(engine.submit(*content))
+        if name == "group":
+            threading.Thread(target=_group, args=(engine, content, outbox), daemon=True).start()
+        if name == "cancel":
+            embedded.discard(content)
+            engine.cancel(content)
+        return ()
+
     while True:
         while not engine.busy or not inbox.empty():
             try:
@@ -263,16 +298,11 @@ def main(connection: Connection, source: Source) -> None:
                 break
             if message is None:
                 return
-            name, content = message
-            if name == "group":
-                threading.Thread(target=_group, args=(engine, content, outbox), daemon=True).start()
-                continue
-            for event in engine.submit(content) if name == "submit" else engine.cancel(content) or ():
+            for event in take(*message):
                 outbox.put(event)
         for event in engine.step():
             outbox.put(event)
-        now = Kept(len(engine.prefixes), engine.prefixes.bytes)
-        if now != kept:
+        if (now := engine.prefixes.figures) != kept:
             outbox.put(kept := now)
 
 
@@ -291,6 +321,7 @@ def _load(source: Source) -> tuple[Any, Model]:
 
     from flows.prompts.generate import open_model
     from flows.serving.engine import Engine
+    from flows.serving.prefixes import Prefixes
     from flows.terminal import quiet
     from sage.grouping.policy import Policy
     from sage.sampling import adapters
@@ -305,7 +336,10 @@ def _load(source: Source) -> tuple[Any, Model]:
     pipe, sha256, settings, grouping = open_model(opened)
     loras = adapters.load(pipe, dict(source.loras))
     policy = Policy(**grouping.model_dump())
-    engine = Engine(pipe, policy, source.batch_size, source.deterministic, Path(source.model))
+    prefixes = Prefixes(source.prefix_memory, _prefix_files(source, pipe, sha256))
+    engine = Engine(
+        pipe, policy, source.batch_size, source.deterministic, Path(source.model), prefixes, source.across_tenants
+    )
     size = pipe._size(None, None, dict(pipe._options))
     multiple = pipe.vae_scale_factor * pipe._network.config.get("patch_size", 1)
     model = Model(source.model, sha256, settings, size, multiple, source.batch_size, int(time.time()), version, loras)
@@ -320,6 +354,18 @@ def _load(source: Source) -> tuple[Any, Model]:
         if not any(isinstance(event, Drawn) for event in events):
             raise RuntimeError(f"the test prompt cannot be drawn{own and f' with {own}'}: {events}")
     return engine, model
+
+
+def _prefix_files(source: Source, pipe: Any, sha256: str) -> Any:
+    """Return the prefixes on disk that this pipeline, with its scheduler and precision, left or may leave; or None."""
+    from flows.serving.prefix_files import PrefixFiles
+
+    if source.prefix_folder is None:
+        return None
+    scheduler = pipe.scheduler
+    depends = [sha256, type(scheduler).__name__, sorted(scheduler.config.items()), str(pipe.dtype), pipe.device.type]
+    identity = hashlib.sha256(repr(depends).encode()).hexdigest()
+    return PrefixFiles(source.prefix_folder, source.prefix_bytes, identity, pipe.device)
 
 
 def _watch_alias(address: str, version: str, outbox: "queue.SimpleQueue[Any]") -> None:

@@ -30,6 +30,9 @@ from sage.sampling.loop import HISTORY, branched
 from sage.sampling.plan import Block, Node, leaves_of
 from sage.sampling.stream import Stream
 
+# What the schedulers that support branch noise count while they step, besides the tensors of HISTORY.
+_COUNTERS = ("_step_index", "_begin_index", "lower_order_nums", "is_scale_input_called")
+
 
 @dataclass(eq=False)
 class Call:
@@ -86,22 +89,21 @@ class Finished:
 class Prefix:
     """What a block has after its first steps, from which images of other calls may go on.
 
-    step       number of steps that were run
-    latents    shape (1, ...)
-    clean      the x_0 that the block predicted at its last step, shape (...)
-    scheduler  scheduler with the state of this block
+    step     number of steps that were run
+    latents  shape (1, ...)
+    clean    the x_0 that the block predicted at its last step, shape (...)
+    state    what the scheduler keeps of this block, by attribute: tensors, lists of tensors or None, and counters
     """
 
     step: int
     latents: Tensor
     clean: Tensor
-    scheduler: Any
+    state: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
         """Size of all tensors."""
-        state = [getattr(self.scheduler, name, None) for name in HISTORY[type(self.scheduler).__name__]]
-        return sum(tensor.nbytes for tensor in _tensors([self.latents, self.clean, state]))
+        return sum(tensor.nbytes for tensor in _tensors([self.latents, self.clean, list(self.state.values())]))
 
 
 @dataclass(frozen=True)
@@ -208,18 +210,23 @@ class Continuous:
         call = Call(stream, key, (background, next(self._orders)), kept, loras)
         self._wearer.wear(loras)  # text encoders have LoRAs, too
         nodes, tracks = stream.plan.roots, []
-        for node, condition in zip(nodes, _conditions(call, nodes), strict=True):
-            leader = min(leaves_of((node,)), key=call.rank)
-            generator = stream._generator(leader)
+        leaders = [min(leaves_of((node,)), key=call.rank) for node in nodes]
+        generators = {leader: stream._generator(leader) for leader in leaders}
+        starts = starts or {}
+        # One draw for all: each row comes from its own generator, and the call costs more than the numbers.
+        drawn = [leader for leader in leaders if leader not in starts or starts[leader].own_noise]
+        noise = stream._noise(drawn, [generators[leader] for leader in drawn]) if drawn else ()
+        noises = {leader: row[None] for leader, row in zip(drawn, noise, strict=True)}
+        for node, leader, condition in zip(nodes, leaders, _conditions(call, nodes), strict=True):
+            generator = generators[leader]
+            if leader in starts:
+                tracks.append(_begun(call, leader, generator, condition, starts[leader], noises.get(leader)))
+                continue
             fresh = branched(scheduler, None)
             if hasattr(fresh, "set_begin_index"):
                 fresh.set_begin_index(0)
-            start = (starts or {}).get(leader)
-            if start is None:
-                rows = _Rows(stream._noise([leader], [generator]), fresh, joined(condition))
-                tracks.append(_Track(call, node, leader, generator, condition, 0, rows))
-            else:
-                tracks.append(_begun(call, leader, generator, condition, start))
+            rows = _Rows(noises[leader], fresh, joined(condition))
+            tracks.append(_Track(call, node, leader, generator, condition, 0, rows))
         self._tracks += tracks
         return call
 
@@ -325,26 +332,34 @@ class Continuous:
         return found
 
 
-def _begun(call: Call, image: int, generator: Generator, condition: Condition, start: Start) -> _Track:
-    """Return the track of an image at the end of a prefix."""
+def _begun(
+    call: Call, image: int, generator: Generator, condition: Condition, start: Start, noise: Tensor | None
+) -> _Track:
+    """Return the track of an image at the end of a prefix; `noise` is its own initial noise if it begins with that."""
     prefix, stream = start.prefix, call.stream
-    scheduler, s = branched(prefix.scheduler, None), stream._branch_noise
-    if start.own_noise:
+    scheduler, s = copy.copy(stream._pipe.scheduler), stream._branch_noise
+    for name, value in prefix.state.items():
+        setattr(scheduler, name, value)
+    scheduler = branched(scheduler, None)  # its lists are its own
+    if noise is not None:
         # The scheduler scales initial noise to the deviation sigma of the first step.
-        xi, s = stream._noise([image], [generator])[0] / levels(stream._pipe.scheduler, 0)[1], 1.0
+        xi, s = noise[0] / levels(stream._pipe.scheduler, 0)[1], 1.0
     else:
         xi = torch.randn(prefix.clean.shape, generator=generator, device=generator.device)
     latents = prefix.latents[0]
     latents = rotated(scheduler, prefix.step, latents, prefix.clean, xi.to(latents), s)
     call.skipped += prefix.step * (2 if stream._guided else 1)
     rows = _Rows(latents[None], scheduler, joined(condition))
-    inherited = None if start.own_noise else prefix.clean
+    inherited = prefix.clean if noise is None else None
     return _Track(call, image, image, generator, condition, prefix.step, rows, inherited=inherited)
 
 
 def _prefix(track: _Track, clean: Tensor) -> Prefix:
     index = torch.tensor([track.row], device=clean.device)
-    return Prefix(track.step, track.rows.latents[index], clean.clone(), branched(track.rows.scheduler, index))
+    scheduler = branched(track.rows.scheduler, index)
+    names = (*HISTORY[type(scheduler).__name__], *_COUNTERS)
+    state = {name: getattr(scheduler, name) for name in names if hasattr(scheduler, name)}
+    return Prefix(track.step, track.rows.latents[index], clean.clone(), state)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 from diffusers import DDIMScheduler
+from waiting import Clock
 
 from flows.serving.engine import Engine
 from flows.serving.requests import Drawn, Failed, Job
@@ -218,6 +219,20 @@ def test_a_waiting_image_is_released_after_its_deadline_even_if_nothing_else_hap
     time.sleep(engine.wait + 0.01)
     engine.step()
     assert engine.busy and engine.wait is None
+
+
+def test_what_waited_is_forgotten_even_if_others_always_wait(pipe, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("flows.serving.engine.time", clock)
+    engine = Engine(pipe, POLICY, 4)
+    for number in range(6):
+        one = job(str(number), [f"{CATS[0]} {number}"], number, "tenant", "t", branch_noise=1.0)
+        engine.submit(one, np.eye(8)[[number]])
+        clock.now += 0.03  # an image waits for 0.05 s
+        engine._release()
+    (forming,) = engine._forming.values()
+    assert len(forming.members) == forming.grouper.waiting == 1
+    assert len(engine._queue) == 5
 
 
 def test_a_cancelled_image_is_not_waited_for(pipe):
