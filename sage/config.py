@@ -108,16 +108,24 @@ class Autoencoder(NetworkTraining):
 
 
 class Denoiser(NetworkTraining):
-    """The U-Net that denoises the latents."""
+    """The U-Net that denoises the latents; `compile`: with torch.compile, which needs a C++ compiler."""
 
     drop_text: Share
+    compile: bool
+
+
+class AttributeReader(NetworkTraining):
+    """The network that reads the attributes of composed figures; `figures` of them are drawn for its training."""
+
+    figures: Count
 
 
 class Pretrain(Section):
-    """Training of the base model by `sage pretrain`."""
+    """Training of the base model and of the attribute judge by `sage pretrain`."""
 
     autoencoder: Autoencoder
     denoiser: Denoiser
+    attributes: AttributeReader
 
 
 class Group(Section):

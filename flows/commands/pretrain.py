@@ -27,6 +27,7 @@ app = typer.Typer(
 
 Data = Annotated[Path, typer.Option(help="Prepared data: `dvc repro prepare` makes it.")]
 Work = Annotated[Path, typer.Option(help="Folder for resumable state.")]
+ATTRIBUTES = Path("models/attributes")
 Out = Annotated[Path, typer.Option(help="Folder for the trained model.")]
 
 
@@ -49,7 +50,7 @@ def autoencoder(
     loss = pretraining.autoencoder_loss(
         network, images, batch_size=settings.batch_size, kl_weight=settings.kl_weight, seed=settings.seed
     )
-    _fit(network, loss, settings, work / "autoencoder", data)
+    _fit(network, loss, settings, work / "autoencoder", files.sha256_tree(data / "train"))
     pretraining.normalise_latents(network, images)
     with files.new_folder(out) as temporary:
         network.save_pretrained(temporary)
@@ -79,14 +80,15 @@ def denoiser(
     from sage.training import pretraining
 
     autoencoder = _autoencoder(vae)
-    latents = pretraining.encode_images(autoencoder, _images(examples)) * autoencoder.config.scaling_factor
     texts, captions = captions_of([example.texts for example in examples])
-    states = pretraining.encode_texts([*texts, ""])
+    parents = [files.sha256_tree(folder) for folder in (data / "train", vae)]
+    latents, states = _encoded(work / f"encoded-{files.digest(parents)[:16]}.safetensors", autoencoder, examples, texts)
     torch.manual_seed(settings.seed)
     network = base.new_unet() if start is None else base.load(start).unet.requires_grad_(True)
-    ancestors = [files.sha256_tree(folder) for folder in (vae, start) if folder is not None]
+    network = network.to(memory_format=torch.channels_last)
+    ancestors = [*parents, *([files.sha256_tree(start)] if start is not None else [])]
     loss = pretraining.denoiser_loss(
-        network,
+        torch.compile(network) if settings.compile else network,
         base.new_scheduler(),
         latents,
         states,
@@ -95,7 +97,7 @@ def denoiser(
         drop_text=settings.drop_text,
         seed=settings.seed,
     )
-    _fit(network, loss, settings, work / "denoiser", data, *ancestors)
+    _fit(network, loss, settings, work / "denoiser", *ancestors)
     card = out / "README.md"
     card_text = card.read_text(encoding="utf-8") if card.exists() else None
     base.save(base.assemble(autoencoder, network), out)
@@ -126,6 +128,36 @@ def dual_encoder(data: Data = Path("data/prepared"), out: Out = Path("models/ali
     typer.echo(f"mean cosine of {len(unseen)} unseen pictures and their captions: {own.mean():.3f}. Wrote {out}.")
 
 
+@app.command("attributes")
+def attribute_judge(
+    work: Work = Path("work/pretrain"), out: Annotated[Path, typer.Option(help="Folder for the judge.")] = ATTRIBUTES
+) -> None:
+    """Train the network that tells which attributes an image of a composed figure shows, on renders of all styles."""
+    params = load_params()
+    settings, styles = params.pretrain.attributes, params.prepare.figures.styles
+
+    import torch
+
+    from sage.evaluation import attributes, renders
+
+    torch.manual_seed(settings.seed)
+    classifier = attributes.AttributeClassifier(renders.labels_of(styles))
+    unseen = settings.figures // 4
+    with progress(settings.figures + unseen, "drawing figures") as advance:
+        drawn = renders.render(classifier, settings.figures, f"{settings.seed}/judge", advance)
+        test = renders.render(classifier, unseen, f"{settings.seed}/judge unseen", advance)
+    loss = renders.loss(classifier, drawn, batch_size=settings.batch_size, seed=settings.seed)
+    _fit(classifier, loss, settings, work / "attributes", ",".join(styles))
+    judge = attributes.AttributeJudge(classifier.eval(), renders.accuracy(classifier, test))
+    attributes.save(judge, out, f"{settings.figures} rendered figures of {', '.join(styles)}")
+    heads = sum(map(len, judge.accuracy.values()))
+    for style, known in judge.accuracy.items():
+        typer.echo(f"{style}: " + ", ".join(f"{name} {share:.1%}" for name, share in known.items()))
+    typer.echo(
+        f"{len(judge.judged)} of {heads} attributes reach {attributes.LEAST_ACCURACY:.0%} on {unseen} unseen figures"
+    )
+
+
 def _autoencoder(folder: Path) -> Any:
     """Return a saved autoencoder; raise DataError if it cannot be loaded or its weights are not safetensors."""
     from diffusers import AutoencoderKL
@@ -135,6 +167,24 @@ def _autoencoder(folder: Path) -> Any:
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} holds no autoencoder: {error}. Run `sage pretrain autoencoder`.") from error
     return found.eval().requires_grad_(False)
+
+
+def _encoded(path: Path, autoencoder: Any, examples: "list[Example]", texts: list[str]) -> "tuple[Tensor, Tensor]":
+    """Return scaled latents of all images, and text states of all captions and the empty one, kept in a file."""
+    from safetensors.torch import load_file, save_file
+
+    from sage.training import pretraining
+
+    if not path.is_file():
+        with progress(len(examples) + len(texts), "encoding images and captions") as advance:
+            latents = pretraining.encode_images(autoencoder, _images(examples), advance)
+            states = pretraining.encode_texts([*texts, ""], advance)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        latents = (latents * autoencoder.config.scaling_factor).contiguous()
+        save_file({"latents": latents, "states": states}, f"{path}.new")
+        Path(f"{path}.new").replace(path)
+    found = load_file(path)
+    return found["latents"], found["states"]
 
 
 def _images(examples: "list[Example]") -> "Tensor":
@@ -148,7 +198,6 @@ def _fit(
     loss: "Callable[[int], Losses]",
     settings: NetworkTraining,
     work: Path,
-    data: Path,
     *ancestors: str,
 ) -> None:
     """Train with a progress display; resume only with the same data, ancestors and settings except steps and decay.
@@ -156,8 +205,7 @@ def _fit(
     network, loss  the network to train and its loss of step k
     settings       the network's part of section pretrain in params.yaml
     work           folder of the checkpoints
-    data           prepared data
-    ancestors      hashes of the models that the training starts from
+    ancestors      hashes of the data and of the models that the training starts from
     """
     from sage.training.loop import Schedule, fit
 
@@ -166,7 +214,7 @@ def _fit(
     )
     # Steps and decay may change in a resumed run, because the steps before the decay do not depend on them.
     identity = settings.model_dump(exclude={"steps", "decay"})
-    identity |= {"data": files.sha256_tree(data / "train"), "ancestors": list(ancestors)}
+    identity |= {"ancestors": list(ancestors)}
     with progress(settings.steps, f"training {work.name}") as advance:
         at = 0
 

@@ -3,10 +3,10 @@
     sage generate prompts.txt --out images          one prompt per line; also .jsonl, .csv, .tsv, -
     sage generate prompts.txt --out images --plan   only print the cost
 
-The metadata of each PNG holds prompt, seed, group and plan; `manifest.jsonl` has a line for every prompt, with its
-image or its error, and marks images of a single colour as `blank`. `contact.jpg` is a sheet of the first images. A
-killed run continues when it is started again and gives the same bytes, because batches of whole groups do not depend on
-which images exist already.
+The metadata of each PNG holds prompt, seed, group and plan, and `parameters` as web UIs do; `manifest.jsonl` has
+a line for every prompt, with its image or its error, and marks images of a single colour as `blank`. `contact.jpg` is a
+sheet of the first images. A killed run continues when it is started again and gives the same bytes, because batches of
+whole groups do not depend on which images exist already.
 """
 
 import json
@@ -21,6 +21,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from flows.machine import embedding_cache
+from flows.prompts import infotext
 from flows.prompts.files import Item, read_prompts
 from flows.report.sheet import in_rows, opened, sheet
 from flows.terminal import finite, progress, run
@@ -223,6 +224,7 @@ def drawn(
                 "shared_with": [items[other].id for other in group_members if other != member],
                 "plan": {"steps": steps, "share_ratio": settings["share_ratio"] if len(group_members) > 1 else 0.0},
                 "guidance_scale": settings["guidance_scale"],
+                "scheduler": type(pipe.scheduler).__name__,
                 "model": model,
                 "truncated_tokens": truncated,
             }
@@ -233,9 +235,10 @@ def drawn(
 
 
 def save(image: Image.Image, facts: dict[str, Any], path: Path) -> None:
-    """Write a PNG with `facts` as JSON in its metadata, atomically."""
+    """Write a PNG with `facts` as JSON in its metadata, and as web UIs read them, atomically."""
     info = PngInfo()
     info.add_itxt(KEY, json.dumps(facts, ensure_ascii=False))
+    info.add_text(infotext.KEY, infotext.infotext(facts, image.size))
     with new_file(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 

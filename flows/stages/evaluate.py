@@ -20,9 +20,9 @@ from sage.data.dataset import read_split
 from sage.errors import MetricError
 from sage.evaluation import figures as judging
 from sage.evaluation import gates
-from sage.evaluation.alignment import DualEncoder, load_alignment, text_image_cosines
 from sage.evaluation.arms import INDEPENDENT, JUDGED
 from sage.evaluation.extractors import EfficientNetLite0, read_images
+from sage.evaluation.judges import Judge, open_judge
 from sage.evaluation.registry import METRICS
 from sage.evaluation.results import Results, write
 from sage.evaluation.samples import Judged, read_judged, siblings
@@ -37,7 +37,7 @@ def main(
     groups: Annotated[Path, typer.Option(help="Groups of each split.")],
     generated: Annotated[Path, typer.Option(help="The pictures of every arm, with their manifest.")],
     costs: Annotated[Path, typer.Option(help="What the pictures cost: the figures of stage generate.")],
-    alignment: Annotated[Path, typer.Option(help="The dual encoder.")],
+    alignment: Annotated[Path, typer.Option(help="The judge of alignment: a dual encoder or an attribute judge.")],
     report: Annotated[Path, typer.Option(help="Folder of the report page.")],
     metrics: Annotated[Path, typer.Option(help="JSON file of figures to write.")],
 ) -> None:
@@ -48,9 +48,10 @@ def main(
     cost = read_costs(costs, judged)
     with stage_run("evaluate", settings.model_dump()) as record:
         record.dataset("prepared", sha256_tree(data), "evaluation")
+        aligned = open_judge(alignment)
+        real, arms, others = measure(judged, data, aligned)
+        results = judge(judged, real, arms, others, cost, settings, aligned.name)
         texts = embed([example.text for example in judged.examples])
-        real, arms, others = measure(judged, data, load_alignment(alignment), texts)
-        results = judge(judged, real, arms, others, cost, settings)
         rows = page.group_rows(judged, results.saving, alignment_lost(judged, arms), texts)
         with new_folder(report) as folder:
             (folder / "index.html").write_text(page.build(results, rows), encoding="utf-8")
@@ -83,7 +84,7 @@ def read_costs(path: Path, judged: Judged) -> dict[str, float]:
 
 
 def measure(
-    judged: Judged, data: Path, encoder: DualEncoder, texts: np.ndarray
+    judged: Judged, data: Path, aligned: Judge
 ) -> tuple[judging.ImageFeatures, dict[str, judging.ImageFeatures], np.ndarray]:
     """Return what the extractors see: the real pictures, each arm's, and the features of the real ones' siblings."""
     extract = EfficientNetLite0(device())
@@ -95,7 +96,8 @@ def measure(
         def see(paths: Sequence[Sequence[Path]]) -> judging.ImageFeatures:
             features = extract(read_images(path for row in paths for path in row), advance)
             features = features.reshape(prompts, -1, features.shape[-1])
-            return judging.ImageFeatures(features, text_image_cosines(encoder, features, texts))
+            scores = aligned(judged.examples, features, paths)
+            return judging.ImageFeatures(features, scores.values, scores.parts)
 
         real = see([[example.path] for example in judged.examples])
         arms = {arm: see(paths) for arm, paths in judged.arms.items()}
@@ -109,6 +111,7 @@ def judge(
     others: np.ndarray,
     cost: Mapping[str, float],
     settings: Evaluate,
+    aligned: str,
 ) -> Results:
     """Return the figures of all arms and the verdicts of the gates.
 
@@ -118,6 +121,7 @@ def judge(
     others    features of siblings of the real images, for the floor of the distances
     cost      network evaluations per image of each arm
     settings  the section evaluate of params.yaml
+    aligned   name of the judge of alignment
     """
     groups, n = judged.groups, len(judged.examples) * len(judged.seeds)
     bootstrap = judging.Bootstrap.over(groups, settings.resamples, settings.confidence, settings.seed)
@@ -135,8 +139,11 @@ def judge(
         worse[reference]["nfe_per_image"] = judging.cost_worse_by(*pair, n)
     cheaper = worse[INDEPENDENT]["nfe_per_image"].relative.value if INDEPENDENT in worse else None
     saving = -(cheaper or 0.0)
+    told = {arm: judging.attribute_figures(images, groups, bootstrap) for arm, images in arms.items()}
     results = Results(
         features=EfficientNetLite0.name,
+        alignment=aligned,
+        **({"attributes": told} if any(told.values()) else {}),
         confidence=settings.confidence,
         resamples=settings.resamples,
         set=judged.set,

@@ -8,8 +8,8 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,18 @@ SMALL_FAMILY = 4  # images; a family with fewer is used for training only
 
 @dataclass(frozen=True)
 class Example:
-    """One prepared image with its caption; `other_texts` are further captions, used in training only."""
+    """One prepared image with its caption.
+
+    `other_texts` are further captions, used in training only; `asked` are the attributes that `text` asks for, if they
+    are known, with their words.
+    """
 
     id: str
     path: Path
     text: str
     family: str
     other_texts: tuple[str, ...] = ()
+    asked: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -112,7 +117,8 @@ def read_split(folder: Path, split: str) -> list[Example]:
 
 def _example(folder: Path, row: dict[str, Any]) -> Example:
     others = tuple(row.get("other_texts", ()))
-    return Example(row["id"], folder / row["file_name"], row["text"], row["family"], others)
+    asked = {one["name"]: one["words"] for one in row.get("attributes", ()) if one["asked"]}
+    return Example(row["id"], folder / row["file_name"], row["text"], row["family"], others, asked)
 
 
 def captions_of(texts: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray]:

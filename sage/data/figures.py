@@ -279,10 +279,14 @@ def _some(combinations: Combinations, split: str, draws: random.Random, id: str)
 def _drawn(combinations: Combinations, split: str, draws: random.Random, seed: str) -> Figure:
     """Return a random figure that belongs to a split."""
     while True:
-        choices = {name: _choice(attribute, draws) for name, attribute in combinations.style.attributes.items()}
-        figure = Figure(combinations.style.name, choices, seed)
+        figure = any_figure(combinations.style, draws, seed)
         if combinations.split(figure) == split:
             return figure
+
+
+def any_figure(style: Style, draws: random.Random, seed: str) -> Figure:
+    """Return a random figure of a style, of whatever split."""
+    return Figure(style.name, {name: _choice(attribute, draws) for name, attribute in style.attributes.items()}, seed)
 
 
 def _choice(attribute: Attribute, draws: random.Random) -> str:

@@ -5,7 +5,7 @@ All arms use the same prompts, seeds and bootstrap draws over groups, so compari
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,10 +20,15 @@ _PARTS = ("loosest third", "middle third", "tightest third")
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """The images of an arm: features (prompts, seeds, width) and alignment with their prompts (prompts, seeds)."""
+    """The images of an arm: features (prompts, seeds, width) and alignment with their prompts (prompts, seeds).
+
+    `attributes` tells, if the judge does, whether an image shows an attribute that was asked for: 1 or 0, NaN if it was
+    not asked for, (prompts, seeds) by attribute.
+    """
 
     features: Array
     alignment: Array
+    attributes: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,16 @@ def _means(images: ImageFeatures, groups: Groups) -> dict[str, Statistic]:
         "group_diversity": ratio(*group_diversity(images.features, groups)),
         "seed_diversity": ratio(*seed_diversity(images.features, groups)),
     }
+
+
+def attribute_figures(images: ImageFeatures, groups: Groups, bootstrap: Bootstrap) -> dict[str, Figure]:
+    """Return for each attribute the share of the images that show it, of those whose prompt asks for it."""
+    found = {}
+    for name, shown in images.attributes.items():
+        right = np.array([np.nansum(shown[list(group)]) for group in groups])
+        asked = np.array([np.isfinite(shown[list(group)]).sum() for group in groups], float)
+        found[name] = bootstrap.figure(ratio(right, asked), int(asked.sum()))
+    return found
 
 
 def real_figures(real: ImageFeatures, groups: Groups, bootstrap: Bootstrap) -> dict[str, Figure]:

@@ -79,7 +79,7 @@ METRICS = {
             "alignment",
             True,
             "bootstrap",
-            "cosine of image and prompt in a dual encoder; models/alignment/config.json says what it was trained on",
+            "how well an image shows what its prompt says: a cosine or attributes right, as evaluate.json names it",
             gateable=True,
             by_similarity=True,
         ),

@@ -97,10 +97,12 @@ class Results(_Strict):
     """The evaluation of a model.
 
     features: name of the network that computes the features for distances and diversities.
+    alignment: name of the judge that says how well an image shows what its prompt says.
     confidence, resamples: confidence and number of draws of the bootstrap intervals.
     set: identity of the evaluated set.
     saving: fraction of the network evaluations that the judged arm saves compared with independent sampling.
     arms: figures by arm and metric.
+    attributes: if the judge tells them apart, the share of images that show an attribute, by arm and attribute.
     real: alignment and diversity of the real images, by metric.
     floor: distances between real images and other real images, by metric.
     worse_by: how much worse the judged arm is, by reference and metric.
@@ -109,11 +111,13 @@ class Results(_Strict):
     """
 
     features: str
+    alignment: str = "dual encoder"
     confidence: Annotated[float, Field(gt=0, lt=1)]
     resamples: int
     set: JudgedSet
     saving: float
     arms: dict[str, dict[str, Figure]]
+    attributes: dict[str, dict[str, Figure]] = Field(default_factory=dict)
     real: dict[str, Figure]
     floor: dict[str, Figure]
     worse_by: dict[str, dict[str, Difference]]

@@ -25,7 +25,7 @@ from torch import Generator, Tensor
 from sage.errors import ConfigurationError
 from sage.sampling.adapters import Wearer, Worn
 from sage.sampling.branch_noise import SCHEDULERS, levels, predicted_x_0, recentred, rotated
-from sage.sampling.conditions import Condition, block_conditions, joined
+from sage.sampling.conditions import Condition, block_conditions, concatenated, joined
 from sage.sampling.loop import HISTORY, branched
 from sage.sampling.plan import Block, Node, leaves_of
 from sage.sampling.stream import Stream
@@ -387,8 +387,8 @@ def _gathered(tracks: Sequence[_Track]) -> _Rows:
         return rows
     latents = torch.stack([track.rows.latents[track.row] for track in tracks])
     schedulers = [branched(track.rows.scheduler, torch.tensor([track.row], device=latents.device)) for track in tracks]
-    names = tracks[0].condition
-    together = {name: torch.cat([track.condition[name] for track in tracks]) for name in names}
+    # Calls may have texts of different length.
+    together = concatenated([track.condition for track in tracks], dim=0)
     return _Rows(latents, merged(schedulers), joined(together))
 
 

@@ -10,6 +10,7 @@ timesteps decodes. So embeddings, guidance, positions and decoding are the stock
 import copy
 import functools
 import inspect
+import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,6 +54,7 @@ class Family:
     asks        guidance needs a negative prompt: without one the stock pipeline does not guide
     lists       embeddings are lists of tensors of different length, without a mask
     fixed       options that only their default is right for, because the stock loop counts its steps with them
+    defaults    defaults of options that mean the same as the stock ones, but do not wait for the device in each step
     output      the attribute of the stock output: images, frames
     """
 
@@ -64,6 +66,7 @@ class Family:
     asks: bool = False
     lists: bool = False
     fixed: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     output: str = "images"
 
 
@@ -85,8 +88,22 @@ class _Call:
     noise: dict[str, Any] = field(default_factory=dict)
     # What `prepare_latents` returns beside the latents, by number of rows.
     positions: dict[int, Any] = field(default_factory=dict)
-    # The arguments for a pack's conditions, made once for all of its steps.
-    latest: tuple[Condition, dict[str, Any]] | None = None
+    # What the steps of a pack have in common.
+    pack: "_Pack | None" = None
+
+
+@dataclass
+class _Pack:
+    """The conditions of a pack, whether it is guided, its arguments of the stock call, and what these are encoded to.
+
+    The stock call encodes even embeddings. `encoded` has the results of each of its calls of `encode_prompt`, so that
+    only the first step of a pack copies to the device, or waits for it.
+    """
+
+    condition: Condition
+    guided: bool
+    arguments: dict[str, Any]
+    encoded: list[Any] = field(default_factory=list)
 
 
 class SegmentedPipeline(SharedSamplingPipeline):
@@ -133,7 +150,11 @@ class SegmentedPipeline(SharedSamplingPipeline):
         self._segmented = _Call(arguments)
         self._segmented.guided = self._is_guided(scale, negatives, given)
         one = None if prompts is None else prompts[:1], None if negatives is None else negatives[:1]
-        rows = {name: values[:1] for name, values in given.items()}
+        device = self._execution_device
+        rows = {
+            name: [values[0].to(device)] if isinstance(values, list) else values[:1].to(device)
+            for name, values in given.items()
+        }
         self._segmented.example = self._encode(*one, self._segmented.guided, rows, options)
         conditions = self._example(1)
         self.scheduler = self._reach("set_timesteps", conditions)
@@ -208,13 +229,11 @@ class SegmentedPipeline(SharedSamplingPipeline):
         return found
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition, scale: float, options: dict[str, Any]) -> Tensor:
-        latest = self._segmented.latest
-        if latest is None or latest[0] is not condition:
-            latest = self._segmented.latest = (
-                condition,
-                self._arguments(condition, self._segmented.guided and self._guides(scale)),
-            )
-        output: Tensor = self._reach("step", latest[1] | {self.family.guidance: scale}, timesteps=t[None], latents=x)
+        guided, pack = self._segmented.guided and self._guides(scale), self._segmented.pack
+        if pack is None or pack.condition is not condition or pack.guided != guided:
+            pack = self._segmented.pack = _Pack(condition, guided, self._arguments(condition, guided))
+        arguments = pack.arguments | {self.family.guidance: scale}
+        output: Tensor = self._reach("step", arguments, timesteps=t[None], latents=x, encoded=pack.encoded)
         return output
 
     def _finish(self, latents: Tensor, output_type: str, options: dict[str, Any]) -> tuple[Any, None]:
@@ -302,13 +321,15 @@ class SegmentedPipeline(SharedSamplingPipeline):
         *,
         timesteps: Tensor | None = None,
         latents: Tensor | None = None,
+        encoded: list[Any] | None = None,
     ) -> Any:
         """Run the stock call until a point and return what it has there.
 
         encode_prompt    the embeddings, by argument
         set_timesteps    a scheduler with the timesteps of the whole schedule
         prepare_latents  the arguments of `prepare_latents`
-        step             the prediction for `latents`, from one evaluation at the one timestep in `timesteps`
+        step             the prediction for `latents`, from one evaluation at the one timestep in `timesteps`; `encoded`
+                         as in `_Pack`
         """
         found: dict[str, Any] = {}
         calls = iter(self.family.encoded)
@@ -339,6 +360,8 @@ class SegmentedPipeline(SharedSamplingPipeline):
             replaced = {"prepare_latents": prepare_latents}
             scheduler = _segment(scheduler, scheduler.timesteps, None)
         inner = self._inner(scheduler, **replaced)
+        if encoded is not None:
+            vars(inner)["encode_prompt"] = _once(inner.encode_prompt, encoded)
         try:
             with self._counted():
                 self._stock.__call__(inner, **(self._segmented.arguments | dict(arguments)))
@@ -376,9 +399,21 @@ def segmented(family: Family, stock: type) -> type:
         "_stock": stock,
         "_default_guidance": next(p.default for p in parameters if p.name == family.guidance),
         "_embeddings": tuple(sorted(conditions & names)),
-        "_options": {p.name: p.default for p in parameters if p.name not in given},
+        "_options": {p.name: p.default for p in parameters if p.name not in given} | dict(family.defaults),
     }
     return type(f"Shared{stock.__name__}", (SegmentedPipeline, stock), body)
+
+
+def _once(function: Callable[..., Any], results: list[Any]) -> Callable[..., Any]:
+    """Return a function whose first, second, ... call runs `function` only if `results` has no first, second, ... ."""
+    calls = itertools.count()
+
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        if (number := next(calls)) == len(results):
+            results.append(function(*args, **kwargs))
+        return results[number]
+
+    return functools.wraps(function)(remembered)
 
 
 def _segment(scheduler: Any, timesteps: Tensor, step: Callable[[Any], Any] | None) -> Any:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from sage.errors import UnsupportedError
 from sage.sampling.conditions import Condition
-from sage.sampling.pipeline import SharedSamplingPipeline
+from sage.sampling.pipeline import FAMILIES, SharedSamplingPipeline
+from sage.sampling.segments import SegmentedPipeline
 from sage.training import lora
 from sage.training.loss import Network
 
@@ -38,6 +39,10 @@ class Denoiser(nn.Module):
         """Take a stock or a shared-sampling pipeline."""
         super().__init__()
         self._pipe: Any = SharedSamplingPipeline.from_pipe(pipeline)
+        if isinstance(self._pipe, SegmentedPipeline):
+            raise UnsupportedError(
+                f"{self._pipe.family.stock} can be sampled, but not fine-tuned; fine-tune one of {', '.join(FAMILIES)}"
+            )
         self._precision = precision
         lora.fuse(self._pipe)
         # All parts, because a pipeline with a float32 network cannot sample with the text states of a half encoder.

@@ -58,10 +58,18 @@ def autoencoder_loss(
 
 
 @torch.no_grad()
-def encode_images(autoencoder: AutoencoderKL, images: Tensor, batch_size: int = 64) -> Tensor:
-    """Return the unscaled latents of uint8 images as float32 of shape (n, channels, height, width)."""
-    parts = torch.split(images, batch_size)
-    return torch.cat([autoencoder.encode(to_pixels(part)).latent_dist.mode() for part in parts])
+def encode_images(
+    autoencoder: AutoencoderKL, images: Tensor, on_batch: Callable[[int], None] = lambda n: None, batch_size: int = 64
+) -> Tensor:
+    """Return the unscaled latents of uint8 images as float32 of shape (n, channels, height, width).
+
+    `on_batch(k)` is called after each batch of k images.
+    """
+    latents = []
+    for part in torch.split(images, batch_size):
+        latents.append(autoencoder.encode(to_pixels(part)).latent_dist.mode())
+        on_batch(len(part))
+    return torch.cat(latents)
 
 
 @torch.no_grad()
@@ -84,15 +92,21 @@ def normalise_latents(autoencoder: AutoencoderKL, images: Tensor) -> None:
 
 
 @torch.no_grad()
-def encode_texts(texts: Sequence[str], batch_size: int = 64) -> Tensor:
-    """Return the text states of prompts as in the base pipeline, float32 of shape (n, tokens, width)."""
+def encode_texts(
+    texts: Sequence[str], on_batch: Callable[[int], None] = lambda n: None, batch_size: int = 64
+) -> Tensor:
+    """Return the text states of prompts as in the base pipeline, float16 to save memory, of shape (n, tokens, width).
+
+    `on_batch(k)` is called after each batch of k texts.
+    """
     tokenizer, encoder = text_parts()
     states = []
     for start in range(0, len(texts), batch_size):
         tokens = tokenizer(
             list(texts[start : start + batch_size]), padding="max_length", truncation=True, return_tensors="pt"
         )
-        states.append(encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state)
+        states.append(encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state.half())
+        on_batch(len(tokens.input_ids))
     return torch.cat(states)
 
 
@@ -129,7 +143,7 @@ def denoiser_loss(
         x_0 = latents[rows]
         dropped = torch.rand(len(rows), generator=random) < drop_text
         drawn = captions[rows, torch.randint(captions.shape[1], rows.shape, generator=random)]
-        condition = states[torch.where(dropped, len(states) - 1, drawn)]
+        condition = states[torch.where(dropped, len(states) - 1, drawn)].float()
         t = (stratified_uniform(len(rows), random) * len(alphas)).long()
         eps = torch.randn(x_0.shape, generator=random)
         x_t = diffusion.add_noise(x_0, eps, alphas[t], sigmas[t])

@@ -5,6 +5,7 @@ import sage.torchvision_ops  # noqa: F401
 import numpy as np
 import pytest
 import tiny
+import tiny_families
 import torch
 from peft import LoraConfig
 
@@ -116,6 +117,11 @@ def test_every_family_can_be_tuned(pipe, family, tmp_path):
     assert sum(float(step_loss(step)["loss"].detach()) for step in range(4)) < before
     network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     assert network is denoiser.network  # so the pipeline has learned
+
+
+def test_a_family_of_the_segment_driver_is_refused_by_name():
+    with pytest.raises(UnsupportedError, match="FluxPipeline can be sampled, but not fine-tuned"):
+        Denoiser(tiny_families.tiny("FluxPipeline").pipe)
 
 
 @pytest.mark.parametrize("zeros", [True, False])

@@ -150,4 +150,4 @@ def test_the_base_schedule_reaches_zero_signal():
 def test_texts_get_the_states_of_the_stock_pipeline():
     pipeline = base.assemble(base.new_autoencoder(), base.new_unet())
     expected, _ = pipeline.encode_prompt(["red heart"], "cpu", 1, do_classifier_free_guidance=False)
-    torch.testing.assert_close(pretraining.encode_texts(["red heart"]), expected)
+    torch.testing.assert_close(pretraining.encode_texts(["red heart"]).float(), expected, rtol=1e-3, atol=1e-3)

@@ -32,7 +32,7 @@ TABLE = {
             guidance="true_cfg_scale",
             asks=True,
         ),
-        Family("ZImagePipeline", _STATES, _PLAIN_PAIR, lists=True),
+        Family("ZImagePipeline", _STATES, _PLAIN_PAIR, lists=True, defaults={"cfg_truncation": None}),
         Family(
             "ChromaPipeline",
             _MASKED,

@@ -1,0 +1,64 @@
+"""Judges of alignment: a folder says which it is, and the attribute judge scores only what a prompt asks for."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sage.data.dataset import Example
+from sage.errors import CheckpointError, MetricError
+from sage.evaluation import alignment, attributes
+from sage.evaluation.attributes import STYLE, AttributeClassifier, AttributeJudge
+from sage.evaluation.judges import AttributesJudge, open_judge
+
+LABELS = {"dots": {"color": ["red", "blue"], "ring": ["a ring", ""]}}
+ACCURACY = {STYLE: {STYLE: 1.0}, "dots": {"color": 1.0, "ring": 1.0}}
+
+
+class Reader(AttributeClassifier):
+    """Reads the colour from the red channel, and always a ring."""
+
+    def forward(self, pixels):
+        red = pixels[:, 0].mean((1, 2))
+        one = red.new_ones(len(red), 1)
+        return one, red.new_tensor([[1, 0]]) * red[:, None], red.new_tensor([[1.0, 0]]).expand(len(red), 2)
+
+
+@pytest.fixture
+def images(tmp_path):
+    paths = []
+    for name, color in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        paths.append(tmp_path / f"{name}.png")
+        Image.new("RGB", (64, 64), color).save(paths[-1])
+    return paths
+
+
+def example(**asked):
+    return Example("p", Path("p.png"), "a dot", "dots", (), asked)
+
+
+def test_an_image_scores_the_share_of_what_its_prompt_asks_for(images):
+    judge = AttributesJudge(AttributeJudge(Reader(LABELS, 8), ACCURACY))
+    prompts = [example(color="red"), example(color="red", ring="a ring")]
+    found = judge(prompts, np.zeros((2, 2, 4)), [images, images])
+    assert found.values == pytest.approx(np.array([[1, 1 / 2], [1, 2 / 3]]))
+    assert found.parts.keys() == {STYLE, "color", "ring"}
+    assert found.parts["color"].tolist() == [[1, 0], [1, 0]]
+    assert np.isnan(found.parts["ring"][0]).all()
+    assert found.parts["ring"][1].tolist() == [1, 1]
+
+
+def test_prompts_whose_attributes_are_unknown_are_refused(images):
+    judge = AttributesJudge(AttributeJudge(Reader(LABELS, 8), ACCURACY))
+    with pytest.raises(MetricError, match="1 prompts, first p, have no known attributes"):
+        judge([example()], np.zeros((1, 2, 4)), [images])
+
+
+def test_a_folder_says_which_judge_it_holds(tmp_path):
+    attributes.save(AttributeJudge(AttributeClassifier(LABELS, 8), ACCURACY), tmp_path / "attributes", "tests")
+    alignment.save(alignment.DualEncoder(1280, 384, 8), tmp_path / "encoder", "tests")
+    assert open_judge(tmp_path / "attributes").name == "attributes right"
+    assert open_judge(tmp_path / "encoder").name == "dual encoder"
+    with pytest.raises(CheckpointError, match="lacks"):
+        open_judge(tmp_path / "nothing")
