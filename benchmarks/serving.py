@@ -1,307 +1,539 @@
-"""The server under load, against the same pipeline called in process.
+"""What `sage serve` must hold, measured with real processes: each row with its goal, and whether it was held.
 
-    python -m benchmarks.serving saturation     throughput at saturation, as a fraction of the pipeline in process
-    python -m benchmarks.serving overload       three times that rate: goodput, refusals, health
-    python -m benchmarks.serving slow           200 slow connections beside a normal client
-    python -m benchmarks.serving sessions       reworded prompts in sessions, with and without sharing in the tenant
+    python -m benchmarks.serving saturation   throughput at saturation against the same pipeline called in process
+    python -m benchmarks.serving half         half of that rate: latency
+    python -m benchmarks.serving overload     three times that rate: goodput, refusals, health, metrics
+    python -m benchmarks.serving slow         200 connections that send a byte a second beside a normal client
+    python -m benchmarks.serving limits       what it costs to refuse what exceeds a limit
+    python -m benchmarks.serving stops        SIGTERM under load; the model process killed, stopped and crashed
+    python -m benchmarks.serving encoder      a request that needs no embedding, beside requests that need many
+    python -m benchmarks.serving sessions     reworded prompts in sessions: saving, latency and quality
+    python -m benchmarks.serving soak         10,000 requests of all kinds: memory, descriptors, threads, metrics
+    python -m benchmarks.serving tests        the rows that tests hold
+    python -m benchmarks.serving all          all of them, one after another
 
-Options: --model FOLDER (default models/base), --seconds S, --batch-size N. Prints a table in Markdown.
+Each takes less than ten minutes on two idle cores (soak: about fifteen). Options: --model FOLDER (default models/base),
+--seconds S, --batch-size N, --prompts N (sessions), --requests N (soak), --into FILE (default work/serving.json). Rows
+are kept in that file, and the table of all rows in it is printed in Markdown; the exit code is 1 if one was not held.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
-import random
-import socket
+import re
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from http.client import BadStatusLine, HTTPConnection
+from pathlib import Path
 from typing import Any
 
 import httpx
 
-PATH = "/v1/images/generations"
-NOUNS = ["cat", "dog", "fox", "owl", "tree", "house", "car", "ship", "heart", "star", "cup", "book"]
-COLOURS = ["red", "green", "blue", "orange", "purple", "black", "brown", "pink", "white", "yellow"]
-PLACES = ["on a mat", "on a rug", "in the rain", "at night", "in spring", "by the sea", "on a hill", "in the snow"]
+from benchmarks.load import PATH, Running, ask, at_rate, in_process, leaves, prompt, quantile, saturated
+from benchmarks.sessions import sessions
+
+_QUEUE = 64
+_MIB = 1 << 20
+# The rows that tests hold, and the tests.
+TESTS = {
+    "2,000 generated bodies and the table of malformed JSON: no 5xx, no hang": [
+        "tests/serving/test_fuzz.py",
+        "tests/serving/test_app.py::test_a_malformed_body_is_the_clients_error",
+        "tests/serving/test_app.py::test_other_ways_to_send_too_much_or_nothing",
+    ],
+    "groups are a partition, whatever the prompts and their order": ["tests/grouping/test_groups.py"],
+    "client B's bytes are the same with and without A; nothing is shared across tenants": [
+        "tests/serving/test_serve.py::test_a_clients_image_is_the_same_with_and_without_others",
+        "tests/serving/test_engine.py::test_nothing_is_shared_across_tenants_or_where_nobody_asked",
+    ],
+    "one poison prompt of eight: seven images and one error": [
+        "tests/serving/test_app.py::test_one_poison_prompt_of_eight_is_one_error",
+        "tests/serving/test_engine.py::test_one_bad_job_fails_alone",
+    ],
+    "five crashes of the model process within a minute end the server": [
+        "tests/serving/test_app.py::test_five_crashes_end_the_server"
+    ],
+    "the model is swapped under load without a failed request; a bad version leaves the old one": [
+        "tests/serving/test_app.py::test_another_version_is_served_without_a_failed_request_and_a_bad_one_not_at_all",
+        "tests/serving/test_registered.py",
+    ],
+    "one line of log a request, without prompts or control characters": [
+        "tests/serving/test_app.py::test_the_log_has_one_line_a_request_without_prompts_or_control_characters"
+    ],
+    "only the loopback address listens; foreign hosts and origins are refused": [
+        "tests/serving/test_serve.py::test_only_the_loopback_address_listens",
+        "tests/serving/test_app.py::test_other_hosts_and_origins_are_refused",
+    ],
+    "prefixes survive a restart": [
+        "tests/serving/test_serve.py::test_prefixes_on_disk_survive_a_restart_even_by_a_kill",
+        "tests/serving/test_prefix_files.py",
+    ],
+    "two replicas behind one address; one that drains is taken out": ["tests/serving/test_replicas.py"],
+}
 
 
-class Running:
-    """`sage serve` as a process."""
+@dataclass(frozen=True)
+class Row:
+    """One promise: what was measured, the goal, and whether it was held (None: there is no goal)."""
 
-    def __init__(self, model: str, *arguments: str) -> None:
-        """Start it and wait until it is ready; `ready_after` is in seconds."""
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            self.port = found.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-c", "from flows.cli import main; main()", "serve", model, "--port", str(self.port)]
-        began = time.monotonic()
-        self.process = subprocess.Popen([*command, *arguments], stderr=subprocess.DEVNULL)
-        while not self._ready():
-            if self.process.poll() is not None:
-                raise SystemExit("the server ended")
-            time.sleep(0.1)
-        self.ready_after = time.monotonic() - began
-
-    def _ready(self) -> bool:
-        try:
-            return httpx.get(self.url + "/readyz").status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    def __enter__(self) -> "Running":
-        """Return the running server."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End it."""
-        self.process.terminate()
-        self.process.wait(40)
+    promise: str
+    measured: str
+    goal: str = ""
+    held: bool | None = None
 
 
-def in_process(model: str, batch_size: int, seconds: float) -> float:
-    """Return images per second of the pipeline called in this process, PNG encoding included."""
-    import io
-
-    from flows.prompts.generate import open_model
-    from sage.sampling.plan import Plan
-
-    pipe, _, settings, _ = open_model(model)
-    plan = Plan.independent(batch_size, pipe.evaluations(settings["steps"]))
-
-    def once(number: int) -> None:
-        prompts = [prompt(number * batch_size + place) for place in range(batch_size)]
-        names = ("guidance_scale", "branch_noise")
-        drawn = pipe(
-            prompts,
-            plan=plan,
-            num_inference_steps=settings["steps"],
-            batch_size=batch_size,
-            seed=number,
-            **{name: settings[name] for name in names},
-        )
-        for image in drawn.images:
-            image.save(io.BytesIO(), "PNG", compress_level=1)
-
-    once(0)
-    count, began = 0, time.monotonic()
-    while time.monotonic() - began < seconds:
-        count += 1
-        once(count)
-    return count * batch_size / (time.monotonic() - began)
+def at_most(promise: str, value: float, goal: float, unit: str = "") -> Row:
+    """Return the row of a value that must not exceed a goal."""
+    return Row(promise, f"{value:.3g}{unit}", f"at most {goal:.3g}{unit}", value <= goal)
 
 
-def prompt(number: int) -> str:
-    """Return one of a thousand prompts."""
-    return f"{COLOURS[number % 10]} {NOUNS[number // 10 % 12]} {PLACES[number // 120 % 8]}"
+def at_least(promise: str, value: float, goal: float, unit: str = "") -> Row:
+    """Return the row of a value that must reach a goal."""
+    return Row(promise, f"{value:.3g}{unit}", f"at least {goal:.3g}{unit}", value >= goal)
 
 
-async def ask(client: httpx.AsyncClient, **fields: Any) -> tuple[int, float, dict[str, Any]]:
-    """Return status, seconds and answer; status 0 for no answer."""
-    began = time.monotonic()
-    try:
-        answer = await client.post(PATH, json=fields)
-    except httpx.HTTPError:
-        return 0, time.monotonic() - began, {}
-    return answer.status_code, time.monotonic() - began, answer.json()
+def equal(promise: str, ours: Any, theirs: Any) -> Row:
+    """Return the row of what client and server counted."""
+    return Row(promise, "equal" if ours == theirs else f"{ours} and {theirs}", "equal", ours == theirs)
 
 
-async def saturated(url: str, clients: int, seconds: float) -> tuple[float, Counter[int], list[float]]:
-    """Return images per second, statuses and latencies of clients that ask again at once."""
-    statuses: Counter[int] = Counter()
-    latencies: list[float] = []
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
-        began = time.monotonic()
-
-        async def loop(number: int) -> None:
-            while time.monotonic() - began < seconds:
-                status, took, _ = await ask(client, prompt=prompt(number), share="none")
-                statuses[status] += 1
-                latencies.append(took)
-                number += clients
-
-        await asyncio.gather(*map(loop, range(clients)))
-        return statuses[200] / (time.monotonic() - began), statuses, latencies
+def started(options: argparse.Namespace, *arguments: str) -> Running:
+    """Start the server with a batch of the size that the options say."""
+    return Running(options.model, "--batch-size", str(options.batch_size), *arguments)
 
 
-async def at_rate(url: str, rate: float, seconds: float, path: str = PATH) -> list[tuple[int, float]]:
-    """Return status and latency of requests sent at a rate, whether or not earlier ones were answered."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
-    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
-        tasks, began = [], time.monotonic()
-
-        async def one(number: int) -> tuple[int, float]:
-            if path != PATH:
-                start = time.monotonic()
-                return (await client.get(path)).status_code, time.monotonic() - start
-            status, took, _ = await ask(client, prompt=prompt(number), share="none")
-            return status, took
-
-        for number in range(int(rate * seconds)):
-            await asyncio.sleep(max(0, began + number / rate - time.monotonic()))
-            tasks.append(asyncio.create_task(one(number)))
-        return list(await asyncio.gather(*tasks))
+def capacity(options: argparse.Namespace) -> float:
+    """Return images per second of the pipeline in process: before the server is measured, and once more after it."""
+    return in_process(options.model, options.batch_size, options.seconds)
 
 
-def quantile(values: list[float], share: float) -> float:
-    """Return a quantile, 0 without values."""
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else 0.0
-
-
-def saturation(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure throughput at saturation against the pipeline in process."""
-    inside = in_process(options.model, options.batch_size, options.seconds)
-    with Running(options.model, "--batch-size", str(options.batch_size)) as server:
-        clients = 3 * options.batch_size
-        asyncio.run(saturated(server.url, clients, 3))
-        rate, statuses, latencies = asyncio.run(saturated(server.url, clients, options.seconds))
-    again = in_process(options.model, options.batch_size, options.seconds)
-    inside = (inside + again) / 2
-    return {
-        "ready after s": round(server.ready_after, 1),
-        "in process images/s": round(inside, 2),
-        "served images/s": round(rate, 2),
-        "fraction": round(rate / inside, 3),
-        "p50 s": round(quantile(latencies, 0.5), 3),
-        "p99 s": round(quantile(latencies, 0.99), 3),
-        "statuses": dict(statuses),
-    }
-
-
-def overload(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure what three times the rate at saturation does."""
-    with Running(options.model, "--batch-size", str(options.batch_size)) as server:
+def saturation(options: argparse.Namespace) -> list[Row]:
+    """Measure throughput at saturation against the pipeline in process, before and after."""
+    before = capacity(options)
+    with started(options) as server:
         asyncio.run(saturated(server.url, 3 * options.batch_size, 3))
-        rate, _, _ = asyncio.run(saturated(server.url, 3 * options.batch_size, options.seconds))
+        busy = [one.cpu_times() for one in server.processes()]
+        rate, statuses, _ = asyncio.run(saturated(server.url, 3 * options.batch_size, options.seconds))
+        spent = [one.cpu_times().user - was.user for one, was in zip(server.processes(), busy, strict=True)]
+    after = capacity(options)
+    drawn = max(statuses[200], 1)
+    return [
+        at_most("time until it is ready", server.ready_after, 15, " s"),
+        at_least(
+            f"throughput at saturation ({rate:.2f} images/s), fraction of the pipeline in process "
+            f"({before:.2f} before, {after:.2f} after)",
+            rate / ((before + after) / 2),
+            0.9,
+        ),
+        Row(
+            "processor time an image, server and model process", " + ".join(f"{1000 * s / drawn:.1f} ms" for s in spent)
+        ),
+    ]
 
-        async def both() -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-            load = asyncio.create_task(at_rate(server.url, 3 * rate, options.seconds))
-            health = asyncio.create_task(at_rate(server.url, 5, options.seconds, "/healthz"))
-            return await load, await health
 
+def half(options: argparse.Namespace) -> list[Row]:
+    """Measure latency at half of the rate of the pipeline in process."""
+    inside = capacity(options)
+    batch = options.batch_size / inside
+    with started(options) as server:
+        asyncio.run(saturated(server.url, options.batch_size, 3))
+        answers = asyncio.run(at_rate(server.url, inside / 2, 4 * options.seconds))
+    return _latencies(f"half load for {4 * options.seconds:.0f} s", answers, batch)
+
+
+def _latencies(load: str, answers: list[tuple[int, float]], batch: float) -> list[Row]:
+    seconds = [took for _, took in answers]
+    return [
+        at_most(f"{load}: errors", sum(status != 200 for status, _ in answers), 0),
+        at_most(f"{load}: p50, of the time of a batch in process ({batch:.2f} s)", quantile(seconds, 0.5) / batch, 1.5),
+        at_most(f"{load}: p99, of the same", quantile(seconds, 0.99) / batch, 3),
+        at_most(f"{load}: longest", max(seconds), 20, " s"),
+    ]
+
+
+def overload(options: argparse.Namespace) -> list[Row]:
+    """Measure what three times the rate of the pipeline in process does."""
+    inside = capacity(options)
+    batch = options.batch_size / inside
+
+    async def both(server: Running) -> tuple[list[tuple[int, float]], list[tuple[int, float]], float, float]:
         began = time.monotonic()
-        answers, health = asyncio.run(both())
-        took = time.monotonic() - began
-        lines = httpx.get(server.url + "/metrics").text.splitlines()
-        ours = [line for line in lines if line.startswith("sage_requests_total")]
-        counted = {
-            status: sum(float(line.split()[-1]) for line in ours if f'"{status}"' in line) for status in (200, 429)
-        }
+        load = asyncio.create_task(at_rate(server.url, 3 * inside, options.seconds))
+        health = asyncio.create_task(at_rate(server.url, 5, options.seconds, "/healthz"))
+        await asyncio.sleep(options.seconds)
+        over = time.monotonic()
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            while (await ask(client, prompt="red heart", share="none"))[1] > 1.5 * batch:
+                probes["asked"] += 1
+            probes["asked"] += 1
+        normal = time.monotonic() - over
+        answers = await load
+        return answers, await health, time.monotonic() - began, normal
+
+    probes: Counter[str] = Counter()
+    with started(options) as server:
+        rate, _, _ = asyncio.run(saturated(server.url, 3 * options.batch_size, 10))
+        before = server.by_status()
+        answers, health, took, normal = asyncio.run(both(server))
+        counted = server.by_status() - before
+        waiting = sum(server.counted("sage_images_open").values())
     statuses = Counter(status for status, _ in answers)
     drawn = [seconds for status, seconds in answers if status == 200]
     refused = [seconds for status, seconds in answers if status == 429]
-    return {
-        "saturation images/s": round(rate, 2),
-        "goodput": round(statuses[200] / took / rate, 3),
-        "statuses": dict(statuses),
-        "server counted (with warm-up)": counted,
-        "admitted p99 s": round(quantile(drawn, 0.99), 3),
-        "429 p99 ms": round(1000 * quantile(refused, 0.99), 1),
-        "healthz p99 ms": round(1000 * quantile([seconds for _, seconds in health], 0.99), 1),
-    }
+    load = f"three times the rate in process for {options.seconds:.0f} s"
+    ours = statuses + Counter({200: probes["asked"]})
+    return [
+        at_least(f"{load}: goodput, fraction of the rate in process", statuses[200] / took / inside, 0.85),
+        Row(f"{load}: the same, fraction of the rate at saturation", f"{statuses[200] / took / rate:.3g}"),
+        at_most(f"{load}: answers that are neither 200 nor 429", len(answers) - len(drawn) - len(refused), 0),
+        at_most(f"{load}: p99 of a 429", 1000 * quantile(refused, 0.99), 100, " ms"),
+        at_most(
+            f"{load}: p99 of an admitted image", quantile(drawn, 0.99), (_QUEUE / options.batch_size + 2) * batch, " s"
+        ),
+        at_most(f"{load}: p99 of /healthz", 1000 * quantile([took for _, took in health], 0.99), 200, " ms"),
+        at_most(f"{load}: time until an image takes as long as at rest", normal, 2 * _QUEUE / inside, " s"),
+        equal(f"{load}: answers by status, as the server counted them", dict(ours), dict(counted)),
+        at_most(f"{load}: images open afterwards", waiting, 0),
+    ]
 
 
-def slow(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure a normal client beside 200 connections that send a byte a second."""
+def slow(options: argparse.Namespace) -> list[Row]:
+    """Measure a normal client at half load, alone and beside 200 connections that send a byte a second."""
 
     async def trickle(port: int) -> None:
-        try:
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
-            for byte in b"POST " + PATH.encode() + b" HTTP/1.1\r\nHost: 127.0.0.1\r\n" * 100:
-                writer.write(bytes([byte]))
-                await writer.drain()
-                await asyncio.sleep(1)
-        except OSError:
-            pass
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                for byte in b"POST " + PATH.encode() + b" HTTP/1.1\r\nHost: 127.0.0.1\r\n" * 100:
+                    writer.write(bytes([byte]))
+                    await writer.drain()
+                    await asyncio.sleep(1)
+            except OSError:
+                await asyncio.sleep(1)  # the server has had enough of this one; the next one comes
 
-    async def beside(server: Running) -> tuple[list[float], list[float]]:
+    async def beside(server: Running) -> list[list[tuple[int, float]]]:
         found = []
         for count in (0, 200):
             tasks = [asyncio.create_task(trickle(server.port)) for _ in range(count)]
-            await asyncio.sleep(1)
-            answers = await at_rate(server.url, 2, options.seconds)
-            assert {status for status, _ in answers} == {200}
-            found.append([seconds for _, seconds in answers])
+            await asyncio.sleep(2)
+            found.append(await at_rate(server.url, inside / 2, options.seconds))
             for task in tasks:
                 task.cancel()
-        return found[0], found[1]
+        return found
 
-    with Running(options.model, "--batch-size", str(options.batch_size)) as server:
+    inside = capacity(options)
+    with started(options) as server:
+        asyncio.run(saturated(server.url, options.batch_size, 3))
         alone, crowded = asyncio.run(beside(server))
-    return {
-        f"{name} {label} s": round(quantile(values, share), 3)
-        for label, values in (("alone", alone), ("with 200", crowded))
-        for name, share in (("p50", 0.5), ("p99", 0.99))
+    rows = _latencies("half load beside 200 slow connections", crowded, options.batch_size / inside)
+    medians = [quantile([took for _, took in answers], 0.5) for answers in (alone, crowded)]
+    return [*rows, Row("p50 without them and with them", " and ".join(f"{median:.3f} s" for median in medians))]
+
+
+def limits(options: argparse.Namespace) -> list[Row]:
+    """Measure what it costs to refuse requests above each limit."""
+    fields: dict[str, dict[str, Any]] = {
+        "n of a million": {"n": 10**6},
+        "a thousand million steps": {"steps": 10**9},
+        "size of a million": {"size": "1000000x1000000"},
+        "size 63": {"size": "63x63"},
+        "a negative seed": {"seed": -1},
+        "65 prompts": {"prompt": ["a"] * 65},
+        "a prompt of 2,001 characters": {"prompt": "a" * 2001},
+        "a million prompts": {"prompt": ["a"] * 10**6},
     }
+    bodies = {name: json.dumps({"prompt": "a", **body}).encode() for name, body in fields.items()}
+    bodies |= {"a body of 2 MiB": b" " * (2 * _MIB), "a header of 17 KiB": b'{"prompt": "a"}'}
+    rows, count = [], 100
+    with started(options) as server:
+        process = server.processes()[0]
+        for name, body in bodies.items():
+            headers = {"Content-Type": "application/json", "X-Long": "a" * ((17 << 10) if "header" in name else 1)}
+
+            def refused(body: bytes = body, headers: dict[str, str] = headers) -> tuple[int, float]:
+                began, connection = time.monotonic(), HTTPConnection("127.0.0.1", server.port, timeout=60)
+                with contextlib.closing(connection):
+                    # The server need not read all of it; its answer may be there all the same.
+                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                        connection.request("POST", PATH, body, headers)
+                    try:
+                        status = connection.getresponse().status
+                    except (ConnectionResetError, BadStatusLine):
+                        status = 413
+                return status, time.monotonic() - began
+
+            for _ in range(20):
+                refused()
+            memory, busy = process.memory_info().rss, sum(process.cpu_times()[:2])
+            answers = [refused() for _ in range(count)]
+            spent, grown = sum(process.cpu_times()[:2]) - busy, process.memory_info().rss - memory
+            odd = [status for status, _ in answers if status not in (400, 413, 422, 431)]
+            rows += [
+                at_most(f"{name}: answers that are not 400, 413, 422 or 431", len(odd), 0),
+                at_most(f"{name}: processor time of the server for a refusal", 1000 * spent / count, 5, " ms"),
+                at_most(f"{name}: growth of its memory in {count} refusals", grown / _MIB, 1, " MiB"),
+                at_most(f"{name}: p99", 1000 * quantile([took for _, took in answers], 0.99), 50, " ms"),
+            ]
+        rows.append(at_least("an image after them", sum(status == 200 for status, _ in [_image(server)]), 1))
+    return rows
 
 
-def stream_of_sessions(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Return (user, prompt) in order of arrival: Zipf-like subjects, reworded again and again in sessions."""
-    rng = random.Random(seed)
-    subjects = [f"{colour} {noun}" for noun in NOUNS for colour in COLOURS]
-    rng.shuffle(subjects)
-    weights = [1 / (rank + 1) for rank in range(len(subjects))]
-    arrivals = []
-    for session in range(count // 6):
-        (subject,) = rng.choices(subjects, weights)
-        for turn in range(6):
-            place = rng.choice(PLACES) if turn else PLACES[0]
-            again = turn and rng.random() < 0.25  # the very same prompt once more
-            text = arrivals[-1][2] if again else f"{rng.choice(['a', 'the', 'one'])} {subject} {place}"
-            arrivals.append((session * 3 + turn * rng.random() * 4, f"user{session % 8}", text))
-    return [(user, text) for _, user, text in sorted(arrivals)]
+def _image(server: Running, **fields: Any) -> tuple[int, float]:
+    began = time.monotonic()
+    try:
+        status = httpx.post(server.url + PATH, json={"prompt": "red heart", **fields}, timeout=60).status_code
+    except httpx.HTTPError:
+        status = 0
+    return status, time.monotonic() - began
 
 
-def sessions(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure saving and latency on sessions of reworded prompts, with and without sharing within the tenant."""
+def stops(options: argparse.Namespace) -> list[Row]:
+    """Stop the server under load, and its model process in three ways."""
+    rows = []
+    count = 2 * options.batch_size
+    with started(options) as server, ThreadPoolExecutor(count) as pool:
+        waiting = [pool.submit(_image, server) for _ in range(count)]
+        _until(lambda: _accepted(server) >= count)
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        statuses = [one.result()[0] for one in waiting]
+        code = server.process.wait(60)
+        rows += [
+            at_least(f"SIGTERM with {count} accepted: answered with an image", statuses.count(200), count),
+            at_most("SIGTERM: time until the end", time.monotonic() - began, 30, " s"),
+            at_most("SIGTERM: exit code", code, 0),
+            at_most("SIGTERM: status of a request after it", _image(server)[0], 0),
+        ]
+    with started(options) as server, ThreadPoolExecutor(1) as pool:
+        for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV):
+            _until(lambda: httpx.get(server.url + "/readyz").status_code == 200)
+            lost = pool.submit(_image, server, n=_QUEUE, steps=50)
+            _until(lambda: sum(server.counted("sage_images_open").values()) > 0)
+            os.kill(server.processes()[1].pid, number)
+            said = _until(lambda: httpx.get(server.url + "/readyz").status_code == 503)
+            status, _ = lost.result()
+            back = said + _until(lambda: httpx.get(server.url + "/readyz").status_code == 200)
+            name = f"model process gets {number.name}"
+            rows += [
+                at_most(f"{name}: time until /readyz says so", said, 2, " s"),
+                Row(f"{name}: status of what was open", str(status), "503", status == 503),
+                at_most(f"{name}: time until it is ready again", back, 20, " s"),
+                at_least(f"{name}: images after it", int(_image(server)[0] == 200), 1),
+            ]
+    return rows
 
-    async def replay(url: str, share: str) -> dict[str, Any]:
-        limit = asyncio.Semaphore(options.batch_size)
-        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
 
-            async def one(user: str, text: str) -> tuple[int, float, dict[str, Any]]:
-                async with limit:
-                    return await ask(client, prompt=text, user=user, share=share)
+def _accepted(server: Running) -> float:
+    return sum(sum(server.counted(name).values()) for name in ("sage_images_open", "sage_images_total"))
 
-            began = time.monotonic()
-            answers = await asyncio.gather(*(one(*arrival) for arrival in stream_of_sessions(options.prompts)))
-            took = time.monotonic() - began
-        assert {status for status, _, _ in answers} == {200}
-        spent = sum(answer["usage"]["evaluations"] for _, _, answer in answers)
-        alone = sum(answer["usage"]["evaluations_alone"] for _, _, answer in answers)
-        starts = Counter(str(answer["data"][0]["prefix"]) for _, _, answer in answers)
-        grouped = sum(answer["data"][0]["shared_with_other_requests"] > 0 for _, _, answer in answers)
-        return {
-            "saving": round(1 - spent / alone, 3),
-            "images/s": round(len(answers) / took, 2),
-            "p50 s": round(quantile([seconds for _, seconds, _ in answers], 0.5), 3),
-            "starts": dict(starts),
-            "in a group": grouped,
-        }
 
-    found = {}
-    for share in ("none", "request", "tenant"):
-        with Running(options.model, "--batch-size", str(options.batch_size)) as server:
-            found[share] = asyncio.run(replay(server.url, share))
-    return found
+def _until(condition: Callable[[], bool], limit: float = 60) -> float:
+    began = time.monotonic()
+    while not condition():
+        if time.monotonic() - began > limit:
+            raise SystemExit(f"not within {limit:.0f} s")
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+def encoder(options: argparse.Namespace) -> list[Row]:
+    """Measure images that need no embedding, alone and beside large requests whose prompts are compared."""
+
+    async def measured(server: Running, beside: bool) -> list[float]:
+        async def compared() -> None:
+            # Their few steps cost little; their embeddings are what they load the process with.
+            async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+                number = 0
+                while True:
+                    texts = [f"{prompt(64 * number + place)} {number}" for place in range(_QUEUE - options.batch_size)]
+                    await ask(client, prompt=texts, steps=2, guidance_scale=1.0, share_ratio=0.5)
+                    number += 1
+
+        task = asyncio.create_task(compared()) if beside else None
+        answers = await at_rate(server.url, 1, options.seconds / 2)
+        if task is not None:
+            task.cancel()
+        if any(status != 200 for status, _ in answers):
+            raise SystemExit("an image failed")
+        return [took for _, took in answers]
+
+    with started(options) as server:
+        texts = [prompt(number) for number in range(_QUEUE)]
+        httpx.post(server.url + PATH, json={"prompt": texts, "steps": 2}, timeout=300)  # the encoder is loaded now
+        alone, beside = (asyncio.run(measured(server, beside)) for beside in (False, True))
+    return [
+        Row(
+            "p50 and p99 of an image, alone and beside requests with 56 prompts to compare",
+            ", ".join(
+                f"{quantile(values, 0.5):.3f} s and {quantile(values, 0.99):.3f} s" for values in (alone, beside)
+            ),
+        )
+    ]
+
+
+def replay(options: argparse.Namespace) -> list[Row]:
+    """Replay sessions of reworded prompts, with and without sharing and prefixes."""
+    found = sessions(options.model, options.prompts, options.batch_size)
+    return [
+        Row(f"sessions, shared: {mode}; {name}", str(value))
+        for mode, values in found.items()
+        for name, value in values.items()
+    ]
+
+
+@dataclass
+class _Sent:
+    """What clients of the soak have counted."""
+
+    statuses: Counter[int]
+    images: int = 0
+    evaluations: float = 0.0
+
+
+async def _soaked(server: Running, first: int, last: int, at_once: int, sent: _Sent) -> None:
+    """Send requests of all kinds; most of them take one image of two steps."""
+    numbers = iter(range(first, last))
+    few = {"steps": 2, "guidance_scale": 1.0, "share_ratio": 0.5}
+
+    async def loop(client: httpx.AsyncClient) -> None:
+        for number in numbers:
+            text, user = prompt(number % 120), f"user{number % 4}"
+            if number % 400 == 399:
+                await leaves(server.url, 1.0, prompt=text, n=8, steps=400, share="none")
+                sent.statuses[499] += 1
+                continue
+            kinds: list[dict[str, Any]] = [
+                {"prompt": text, "share": "none"},
+                {"prompt": text, "share": "tenant", "user": user},
+                {"prompt": text, "user": user},
+                {"prompt": text, "seed": number},
+                {"prompt": text, "steps": -1},
+                {"prompt": text, "share": "tenant", "user": user, "negative_prompt": "blue"},
+                {"prompt": [text, prompt(number % 120 + 120)]},
+                {"prompt": text, "response_format": "url"} if number % 100 == 7 else {"prompt": [text, "\0"]},
+            ]
+            status, _, answer = await ask(client, **few | kinds[number % len(kinds)])
+            sent.statuses[status] += 1
+            if status == 200:
+                sent.images += sum("error" not in item for item in answer["data"])
+                sent.evaluations += answer["usage"]["evaluations"]
+
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+        await asyncio.gather(*(loop(client) for _ in range(at_once)))
+
+
+def soak(options: argparse.Namespace) -> list[Row]:
+    """Send many requests; compare memory, descriptors and threads with those after the first tenth."""
+    sent, warm = _Sent(Counter()), options.requests // 10
+    with started(options) as server:
+
+        def rest() -> dict[str, int]:
+            _until(lambda: sum(server.counted("sage_images_open").values()) == 0)
+            time.sleep(7)  # the server closes idle connections after five seconds
+            return server.held()
+
+        asyncio.run(_soaked(server, 0, warm, options.batch_size, sent))
+        before, began = rest(), time.monotonic()
+        asyncio.run(_soaked(server, warm, options.requests, options.batch_size, sent))
+        rate = (options.requests - warm) / (time.monotonic() - began)
+        after, statuses = rest(), server.by_status()
+        images = server.counted("sage_images_total").get('{outcome="drawn"}', 0)
+        evaluations = server.counted("sage_evaluations_total").get("", 0)
+        restarts = server.counted("sage_worker_restarts").get("", 0)
+    load = f"{options.requests} requests"
+    growth = 100 * (after["bytes"] / before["bytes"] - 1)
+    return [
+        Row(
+            f"{load}: memory after {warm}, and at the end",
+            f"{before['bytes'] / _MIB:.0f}, {after['bytes'] / _MIB:.0f} MiB",
+        ),
+        at_most(f"{load}: growth of memory", growth, 5, "%"),
+        at_most(f"{load}: further file descriptors", after["fds"] - before["fds"], 0),
+        at_most(f"{load}: further threads", after["threads"] - before["threads"], 0),
+        equal(f"{load}: answers by status, as the server counted them", dict(sent.statuses), dict(statuses)),
+        equal(f"{load}: images, as the server counted them", sent.images, int(images)),
+        equal(f"{load}: evaluations, as the server counted them", round(sent.evaluations), round(evaluations)),
+        at_most(f"{load}: restarts of the model process", restarts, 0),
+        Row(f"{load}: requests a second", f"{rate:.1f}"),
+    ]
+
+
+def held_by_tests(options: argparse.Namespace) -> list[Row]:
+    """Run the tests that hold a row."""
+    rows = []
+    for promise, tests in TESTS.items():
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", *tests]
+        done = subprocess.run(command, capture_output=True, text=True)
+        last = (
+            re.sub(r"[^\w ,.]", "", done.stdout.strip().splitlines()[-1]).strip() if done.stdout.strip() else "none ran"
+        )
+        rows.append(
+            Row(
+                promise,
+                last if done.returncode else f"passed: {len(tests)} of {len(tests)}",
+                "passed",
+                not done.returncode,
+            )
+        )
+    return rows
+
+
+MEASUREMENTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+    "saturation": saturation,
+    "half": half,
+    "overload": overload,
+    "slow": slow,
+    "limits": limits,
+    "stops": stops,
+    "encoder": encoder,
+    "sessions": replay,
+    "soak": soak,
+    "tests": held_by_tests,
+}
+
+
+def table(measured: dict[str, list[Row]]) -> str:
+    """Return all rows in Markdown, with the command that prints each."""
+    marks = {True: "yes", False: "**no**", None: ""}
+    lines = ["| what | measured | goal | held | command |", "|---|---|---|---|---|"]
+    for what, rows in measured.items():
+        for number, row in enumerate(rows):
+            command = "the same" if number else f"`python -m benchmarks.serving {what}`"
+            lines.append(f"| {row.promise} | {row.measured} | {row.goal} | {marks[row.held]} | {command} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Run one measurement and print it."""
+    """Measure, keep the rows and print the table of all that were kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["saturation", "overload", "slow", "sessions"])
+    parser.add_argument("what", choices=[*MEASUREMENTS, "all"])
     parser.add_argument("--model", default="models/base")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=480)
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--into", type=Path, default=Path("work/serving.json"))
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    measured = globals()[options.what](options)
-    print(json.dumps({"what": options.what, "model": options.model, **measured}, indent=2))
+    for what in MEASUREMENTS if options.what == "all" else [options.what]:
+        rows = MEASUREMENTS[what](options)
+        kept = json.loads(options.into.read_text()) if options.into.exists() else {}
+        kept[what] = [asdict(row) for row in rows]
+        options.into.parent.mkdir(parents=True, exist_ok=True)
+        options.into.write_text(json.dumps(kept, indent=2))
+    measured = {what: [Row(**row) for row in kept[what]] for what in MEASUREMENTS if what in kept}
+    print(table(measured))
+    if any(row.held is False for rows in measured.values() for row in rows):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -163,15 +163,39 @@ def serve(
     queue: Annotated[int, typer.Option(min=0, help="Images that may wait; above it, 429.")] = 64,
     tokens: Annotated[Path | None, typer.Option(help="File of bearer tokens, lines of tenant:token.")] = None,
     allowed_host: Annotated[list[str] | None, typer.Option(help="Further host name of this server.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="NAME=PATH of a LoRA that requests may name; give it once for each.")
+    ] = None,
+    batches: Annotated[
+        Path | None, typer.Option(help="Folder of batches and their results; without it the server takes no batches.")
+    ] = None,
+    prefix_memory: Annotated[int, typer.Option(min=0, help="MiB of prefixes in memory; 0 keeps none.")] = 64,
+    prefix_folder: Annotated[
+        Path | None, typer.Option(help="Folder where the prefix cache survives a restart. It holds prompts.")
+    ] = None,
+    prefix_disk: Annotated[int, typer.Option(min=1, help="MiB of the files in that folder.")] = 1024,
+    prefixes_across_tenants: Annotated[
+        bool, typer.Option("--prefixes-across-tenants", help="Let tenants use each other's prefixes.")
+    ] = False,
 ) -> None:
     """Serve images over HTTP with OpenAI's images API; requests run in one batch and may share early steps.
 
     On SIGTERM, accepted requests are answered first. Exits with code 1 if the model process cannot run.
     """
     from flows.serving import server
-    from flows.serving.worker import Source
+    from flows.serving.worker import Source, named
 
-    if code := server.serve(Source(model, batch_size, deterministic), host, port, queue, tokens, allowed_host or []):
+    source = Source(
+        model,
+        batch_size,
+        deterministic,
+        loras=named(lora or []),
+        prefix_memory=prefix_memory << 20,
+        prefix_folder=prefix_folder,
+        prefix_bytes=prefix_disk << 20,
+        across_tenants=prefixes_across_tenants,
+    )
+    if code := server.serve(source, host, port, queue, tokens, allowed_host or [], batches):
         raise typer.Exit(code)
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from flows.serving import server, worker
-from flows.serving.requests import Drawn, Failed, Model, Progress
+from flows.serving.requests import Drawn, Failed, Grouped, Model, Progress
 
 PNG = (
     b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x01\x00\x00\x00\x01\x08\x00\x00\x00\x00:~\x9bU"
@@ -69,6 +69,9 @@ def draw(seconds, connection, source):
         try:
             while True:
                 name, content = connection.recv()
+                if name == "group":
+                    send(Grouped(content.id, alike(content.prompts)))
+                    continue
                 cancelled.add(content) if name == "cancel" else inbox.put(content)
         except (EOFError, OSError):
             inbox.put(None)
@@ -86,7 +89,18 @@ def draw(seconds, connection, source):
                 continue
             if job.progress:
                 send(Progress(job.id, index, len(job.prompts)))
-            send(Drawn(job.id, index, PNG, job.seeds[index], 4.5, 6))
+            groups = alike(job.prompts) if job.groups is None and job.share == "request" else job.groups
+            mates = next((group for group in groups or () if index in group), [index])
+            shared = [other for other in mates if other != index]
+            send(Drawn(job.id, index, PNG, job.seeds[index], 4.5, 6, shared))
+
+
+def alike(prompts):
+    """Group the prompts that begin with the same word."""
+    words = {}
+    for number, prompt in enumerate(prompts):
+        words.setdefault(prompt.split()[0], []).append(number)
+    return list(words.values())
 
 
 def main():
@@ -96,11 +110,12 @@ def main():
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--queue", type=int, default=64)
     parser.add_argument("--tokens", type=Path)
+    parser.add_argument("--batches", type=Path)
     parser.add_argument("--model", default="quick")
     given = parser.parse_args()
     source = worker.Source(given.model, batch_size=1)
     target = partial(draw, given.seconds)
-    return server.serve(source, "127.0.0.1", given.port, given.queue, given.tokens, [], target=target)
+    return server.serve(source, "127.0.0.1", given.port, given.queue, given.tokens, [], given.batches, target)
 
 
 if __name__ == "__main__":

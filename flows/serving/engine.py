@@ -4,16 +4,19 @@ A *unit* is what is admitted at once: one image, or a group of images of one req
 Units are admitted in order of arrival as rows of the running batch become free.
 """
 
+import functools
+import itertools
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flows.serving.encoder import Embedded
 from flows.serving.prefixes import Prefixes
 from flows.serving.requests import Drawn, Failed, Job, Progress
 from sage.data.images import is_blank
@@ -22,6 +25,7 @@ from sage.grouping.auto import DEFAULT
 from sage.grouping.embedding import embed
 from sage.grouping.online import StreamingGrouper
 from sage.grouping.policy import Policy
+from sage.sampling.adapters import Worn
 from sage.sampling.continuous import Call, Continuous, Finished, Prefix, Start, begins_as_noise
 from sage.sampling.plan import Block, Node, Plan, shared_steps
 
@@ -65,10 +69,11 @@ class _Unit:
 
 @dataclass
 class _Forming:
-    """Images of one kind that wait for others to share with."""
+    """Images of one kind that wait for others to share with, by number of arrival."""
 
     grouper: StreamingGrouper[int]
-    members: list[tuple[_Member, np.ndarray]] = field(default_factory=list)
+    members: dict[int, tuple[_Member, np.ndarray]] = field(default_factory=dict)
+    numbers: Iterator[int] = field(default_factory=itertools.count)
 
 
 Event = Drawn | Failed | Progress
@@ -87,32 +92,37 @@ class Engine:
         batch_size: int,
         deterministic: bool = False,
         model: Path = Path(),
-        prefix_bytes: int = 64 << 20,
+        prefixes: Prefixes | None = None,
+        across_tenants: bool = False,
     ) -> None:
         """Take what draws and what groups.
 
-        pipe           pipeline for shared sampling
-        policy         how the prompts of a request are grouped
-        batch_size     blocks that run at a time
-        deterministic  whether a network call evaluates one block, so that images do not depend on their company at all
-        model          folder of the model, for a policy with `max_damage`
-        prefix_bytes   bytes of prefixes kept for later requests
+        pipe            pipeline for shared sampling
+        policy          how the prompts of a request are grouped
+        batch_size      blocks that run at a time
+        deterministic   whether a network call evaluates one block, so that images do not depend on their company at all
+        model           folder of the model, for a policy with `max_damage`
+        prefixes        prefixes of earlier requests; by default none, and 64 MiB of memory for those to come
+        across_tenants  whether tenants use each other's prefixes
         """
         self._pipe, self._policy, self._model = pipe, policy, model
+        self._evaluations = functools.lru_cache(1024)(pipe.evaluations)  # it sets a scheduler, for every image
         self.batch_size = batch_size
         self._rows = 1 if deterministic else batch_size
         self._running = Continuous(pipe, self._rows)
         self._queue: deque[_Unit] = deque()
+        self._later: deque[_Unit] = deque()  # of jobs in the background
         self._members: dict[str, list[_Member]] = {}
         self._calls: dict[Call, list[tuple[_Member, _Unit]]] = {}
-        self.prefixes = Prefixes(prefix_bytes)
+        self.prefixes = Prefixes(64 << 20) if prefixes is None else prefixes
+        self._across_tenants = across_tenants
         self._forming: dict[tuple[Any, ...], _Forming] = {}
         self._pace = _HOLD  # seconds of a step
 
     @property
     def busy(self) -> bool:
         """Whether a step has something to do, besides releasing images that wait for others to share with."""
-        return bool(self._queue) or self._running.tracks > 0
+        return bool(self._queue or self._later) or self._running.tracks > 0
 
     @property
     def wait(self) -> float | None:
@@ -120,15 +130,29 @@ class Engine:
         due = [one.grouper.deadline for one in self._forming.values() if one.grouper.deadline is not None]
         return max(0.0, min(due) - time.monotonic()) if due else None
 
-    def submit(self, job: Job) -> list[Event]:
-        """Queue the images of a job; return errors of those that cannot be drawn at all."""
+    def compares(self, job: Job) -> bool:
+        """Return whether the prompts of a job are compared with others, so that `submit` needs their embeddings."""
+        alike = job.groups is None and job.share != "none" and len(set(job.prompts)) > 1
+        among_themselves = alike and bool(self._steps(job.settings)[1])
+        return among_themselves or self._shares(job)
+
+    def submit(self, job: Job, embeddings: Embedded | None = None) -> list[Event]:
+        """Queue the images of a job; return errors of those that cannot be drawn at all.
+
+        `embeddings` are those of its prompts, or the error that they gave; by default they are computed here if
+        needed.
+        """
         members = [_Member(job, index) for index in range(len(job.prompts))]
         self._members[job.id] = list(members)
         try:
-            if self._shares(job):
-                self._form(job, members)
+            if embeddings is None and self.compares(job):
+                embeddings = embed(job.prompts)
+            if isinstance(embeddings, Exception):
+                raise embeddings
+            if embeddings is not None and self._shares(job):
+                self._form(job, members, embeddings)
             else:
-                self._queue.extend(list(self._units(job, members)))
+                (self._later if job.background else self._queue).extend(list(self._units(job, members, embeddings)))
         except Exception as error:
             return [self._failed(member, error) for member in members]
         return []
@@ -137,7 +161,10 @@ class Engine:
         """Forget a job: its images are not drawn further, and nothing more is said about them."""
         for member in self._members.pop(job, []):
             member.done = True
-        self._queue = deque(unit for unit in self._queue if not all(member.done for member in unit.members))
+        for queue in (self._queue, self._later):
+            left = [unit for unit in queue if not all(member.done for member in unit.members)]
+            queue.clear()
+            queue.extend(left)
         for call in self._calls:
             self._drop_done(call)
         self._forget()
@@ -159,23 +186,35 @@ class Engine:
         changed = {call for call, evaluations in before.items() if call.evaluations != evaluations}
         return events + list(self._progress(changed))
 
-    def _steps(self, job: Job) -> tuple[int, int]:
-        """Return the number of steps of a job's images, and at which of them a group branches."""
-        settings = job.settings
-        steps = self._pipe.evaluations(settings["steps"], settings["height"], settings["width"])
+    def groups(self, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[list[int]]:
+        """Return the groups of prompts, by number, that share their early steps; threads may ask."""
+        steps, until = self._steps(settings)
+        if not until or len(set(prompts)) < 2:
+            return [[index] for index in range(len(prompts))]
+        return self._grouped(prompts, embed(prompts), until / steps)
+
+    def _grouped(self, prompts: Sequence[str], embeddings: np.ndarray, share_ratio: float) -> list[list[int]]:
+        threshold = self._policy.choose_threshold(embeddings, share_ratio, self._model, prompts)
+        return [list(map(int, group)) for group in self._policy.form(prompts, embeddings, threshold)]
+
+    def _steps(self, settings: Mapping[str, Any]) -> tuple[int, int]:
+        """Return the number of steps of images with these settings, and at which of them a group branches."""
+        steps = self._evaluations(settings["steps"], settings["height"], settings["width"])
         return steps, shared_steps(settings["share_ratio"], steps)
 
     def _shares(self, job: Job) -> bool:
         """Whether a job's images may share with other requests of its tenant; it takes branch noise to differ."""
-        return job.share == "tenant" and bool(self._steps(job)[1]) and job.settings.get("branch_noise", 0.0) > 0
+        return (
+            job.share == "tenant" and bool(self._steps(job.settings)[1]) and job.settings.get("branch_noise", 0.0) > 0
+        )
 
-    def _units(self, job: Job, members: Sequence[_Member]) -> Iterator[_Unit]:
-        steps, until = self._steps(job)
-        groups: Sequence[Sequence[int]] = [[index] for index in range(len(members))]
-        if job.share != "none" and until and len(set(job.prompts)) > 1:
-            embeddings = embed(job.prompts)
-            threshold = self._policy.choose_threshold(embeddings, job.settings["share_ratio"], self._model)
-            groups = self._policy.form(job.prompts, embeddings, threshold)
+    def _units(self, job: Job, members: Sequence[_Member], embeddings: np.ndarray | None) -> Iterator[_Unit]:
+        steps, until = self._steps(job.settings)
+        groups = [[index] for index in range(len(members))]
+        if job.groups is not None:
+            groups = job.groups
+        elif embeddings is not None:
+            groups = self._grouped(job.prompts, embeddings, until / steps)
         for group in groups:
             yield _Unit(tuple(members[index] for index in group), until if len(group) > 1 else 0, steps)
 
@@ -185,13 +224,13 @@ class Engine:
             return float(DEFAULT.threshold or 0)
         return self._policy.choose_threshold(np.zeros((0, 0)), job.settings["share_ratio"], self._model)
 
-    def _form(self, job: Job, members: Sequence[_Member]) -> None:
+    def _form(self, job: Job, members: Sequence[_Member], embeddings: np.ndarray) -> None:
         """Queue images that can begin from a prefix; let the others wait for company, no longer than it can gain."""
-        steps, until = self._steps(job)
-        for member, embedding in zip(members, embed(job.prompts), strict=True):
+        steps, until = self._steps(job.settings)
+        for member, embedding in zip(members, embeddings, strict=True):
             unit = _Unit((member,), until, steps, embedding)
             if self._similar(unit) is not None:
-                self._queue.append(unit)
+                self._queued(unit)
                 continue
             if unit.kind not in self._forming:
                 grouper: StreamingGrouper[int] = StreamingGrouper(
@@ -200,26 +239,32 @@ class Engine:
                 self._forming[unit.kind] = _Forming(grouper)
             forming = self._forming[unit.kind]
             forming.grouper.wait = min(_HOLD, until * self._pace)
-            forming.grouper.add(len(forming.members), embedding, time.monotonic())
-            forming.members.append((member, embedding))
+            number = next(forming.numbers)
+            forming.grouper.add(number, embedding, time.monotonic())
+            forming.members[number] = (member, embedding)
 
     def _release(self) -> None:
         """Queue the images that have waited enough, as groups by the same policy as those of one request."""
         now = time.monotonic()
         for kind, forming in list(self._forming.items()):
             for numbers in forming.grouper.release(now):
-                found = [forming.members[number] for number in numbers if not forming.members[number][0].done]
+                released = [forming.members.pop(number) for number in numbers]
+                found = [(member, embedding) for member, embedding in released if not member.done]
                 if not found:
                     continue
-                steps, until = self._steps(found[0][0].job)
+                steps, until = self._steps(found[0][0].job.settings)
                 embeddings = np.stack([embedding for _, embedding in found])
                 prompts = [member.prompt for member, _ in found]
                 for group in self._policy.form(prompts, embeddings, forming.grouper.threshold):
                     mean = embeddings[group].mean(0)
                     members = tuple(found[index][0] for index in group)
-                    self._queue.append(_Unit(members, until, steps, mean / np.linalg.norm(mean)))
+                    self._queued(_Unit(members, until, steps, mean / np.linalg.norm(mean)))
             if not forming.grouper.waiting:
                 del self._forming[kind]
+
+    def _cached_as(self, unit: _Unit) -> tuple[Any, ...]:
+        """Return the kind of a unit's prefixes."""
+        return (None, *unit.kind[1:]) if self._across_tenants else unit.kind
 
     def _similar(self, unit: _Unit) -> Prefix | None:
         if unit.embedding is None or len(unit.members) > 1:
@@ -227,7 +272,7 @@ class Engine:
         member, policy = unit.members[0], self._policy
         low, high = self._threshold(member.job), policy.near_duplicate
         guard = policy.guard or ()
-        return self.prefixes.similar(unit.kind, member.prompt, unit.embedding, low, high, guard)
+        return self.prefixes.similar(self._cached_as(unit), member.prompt, unit.embedding, low, high, guard)
 
     def _begin(self, unit: _Unit) -> Start | None:
         """Return how a unit begins from an earlier request's prefix, if it may and there is one."""
@@ -236,7 +281,7 @@ class Engine:
             return None
         if similar := self._similar(unit):
             return Start(similar, own_noise=False)
-        if not job.seeded and (first := self.prefixes.first(unit.kind, unit.members[0].prompt)):
+        if not job.seeded and (first := self.prefixes.first(self._cached_as(unit), unit.members[0].prompt)):
             return Start(first, own_noise=True)
         return None
 
@@ -247,35 +292,48 @@ class Engine:
                 unit = places[images[0]][1]
                 prompts = [member.prompt for member in unit.members]
                 job = unit.members[0].job
-                if job.tenant == job.id or unit.start is not None:
+                if unit.start is not None or (job.tenant == job.id and not self._across_tenants):
                     continue
                 if unit.embedding is not None and prefix.step == unit.until:
-                    self.prefixes.put(unit.kind, prompts, prefix, unit.embedding)
+                    self.prefixes.put(self._cached_as(unit), prompts, prefix, unit.embedding)
                 elif prefix.step == 1 and len(prompts) == 1:
-                    self.prefixes.put(unit.kind, prompts, prefix)
+                    self.prefixes.put(self._cached_as(unit), prompts, prefix)
             call.kept.clear()
 
+    def _queued(self, unit: _Unit) -> None:
+        """Queue a unit; one with a single image that somebody waits for is in the foreground."""
+        background = all(member.job.background for member in unit.members)
+        (self._later if background else self._queue).append(unit)
+
     def _admit(self) -> list[Event]:
-        """Move units from the queue into the running batch, those of equal settings as one call."""
+        """Move units from the queues into the running batch.
+
+        Those in the foreground do not wait until rows of the background are free, but run before them.
+        """
+        events = self._admit_from(self._queue, lambda: self.batch_size - self._running.foreground)
+        return events + self._admit_from(self._later, lambda: self.batch_size - self._running.tracks)
+
+    def _admit_from(self, queue: deque[_Unit], free: Callable[[], int]) -> list[Event]:
+        """Move units from a queue into the running batch while rows are free, those of equal settings as one call."""
         events: list[Event] = []
-        while self._queue and (room := self.batch_size - self._running.tracks) > 0:
-            units = [self._queue.popleft()]
+        while queue and (room := free()) > 0:
+            units = [queue.popleft()]
             settings = units[0].members[0].job.settings
-            while self._queue and len(units) < room and self._queue[0].members[0].job.settings == settings:
-                units.append(self._queue.popleft())
+            while queue and len(units) < room and queue[0].members[0].job.settings == settings:
+                units.append(queue.popleft())
             try:
-                self._start(units)
+                self._start(units, background=queue is self._later)
             except Exception:
                 # One of them is at fault: it alone fails.
                 singles = [_Unit((member,), 0, unit.steps) for unit in units for member in unit.members]
                 for single in singles:
                     try:
-                        self._start([single])
+                        self._start([single], background=queue is self._later)
                     except Exception as error:
                         events += [self._failed(member, error) for member in single.members if not member.done]
         return events
 
-    def _start(self, units: Sequence[_Unit]) -> None:
+    def _start(self, units: Sequence[_Unit], background: bool) -> None:
         places = [(member, unit) for unit in units for member in unit.members]
         settings = units[0].members[0].job.settings
         roots: list[Node] = []
@@ -301,7 +359,8 @@ class Engine:
             batch_size=self._rows,
         )
         first = [1] if begins_as_noise(stream._pipe.scheduler) else []
-        call = self._running.admit(stream, {*first, *(unit.until for unit in units)} - {0}, starts)
+        keep = {*first, *(unit.until for unit in units)} - {0}
+        call = self._running.admit(stream, keep, starts, background, _worn(settings))
         self._calls[call] = places
         self._drop_done(call)
 
@@ -360,3 +419,8 @@ class Engine:
         self._calls = {
             call: places for call, places in self._calls.items() if not all(member.done for member, _ in places)
         }
+
+
+def _worn(settings: Mapping[str, Any]) -> Worn | None:
+    """Return the LoRAs of images with these settings; None if the model has none."""
+    return tuple((name, weight) for name, weight, _ in settings["lora"]) if "lora" in settings else None

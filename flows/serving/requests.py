@@ -1,6 +1,7 @@
 """What a client may ask for, within limits, and what it becomes: a job for the model process."""
 
 import itertools
+import json
 import secrets
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -15,6 +16,9 @@ LARGEST_SEED = 2**63 - 1
 Share = Literal["none", "request", "tenant"]
 _Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 _Prompt = Annotated[str, Field(max_length=1_000_000)]  # the server's own limit is lower; this bounds the message
+
+
+_Weight = Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]
 
 
 class ImagesRequest(BaseModel):
@@ -34,6 +38,9 @@ class ImagesRequest(BaseModel):
     share_ratio: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = None
     branch_noise: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     negative_prompt: _Prompt = ""
+    lora: Annotated[str, Field(max_length=64)] | Annotated[dict[str, _Weight], Field(max_length=8)] | None = Field(
+        None, description="Name of a LoRA that /v1/models lists, or names with weights."
+    )
     share: Share = Field(
         "request", description="Who may share early steps: nobody, this request's prompts, the tenant."
     )
@@ -54,7 +61,10 @@ class ImagesRequest(BaseModel):
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest request: bytes of the body, prompts, characters of each, images, pixels of each, images x steps."""
+    """The largest request: bytes of the body, prompts, characters of each, images, pixels of each, images x steps.
+
+    And the largest batch: bytes of the body, lines, images, and how many batches of a tenant may be open.
+    """
 
     body: int = 1 << 20
     prompts: int = 64
@@ -62,6 +72,10 @@ class Limits:
     images: int = 64
     pixels: int = 1 << 20
     steps: int = 64 * 50
+    batch_body: int = 32 << 20
+    batch_lines: int = 10_000
+    batch_images: int = 50_000
+    batches: int = 16
 
 
 @dataclass(frozen=True)
@@ -76,20 +90,44 @@ class Model:
     batch_size: int
     created: int = 0
     version: str | None = None  # of a registered model
+    loras: dict[str, str] = field(default_factory=dict)  # SHA-256 by name
 
 
 @dataclass(frozen=True)
 class Job:
-    """A request as the model process takes it: prompts and seeds have an entry for each image to draw."""
+    """A request as the model process takes it: prompts and seeds have an entry for each image to draw.
+
+    `groups` are lists of images that share their early steps; None: the engine forms them as `share` says. A job in the
+    `background` is drawn with what others leave free.
+    """
 
     id: str
     tenant: str
     prompts: list[str]
     seeds: list[int]
-    settings: dict[str, Any]  # steps, guidance_scale, share_ratio, branch_noise, negative_prompt, height, width
+    settings: dict[str, Any]  # steps, guidance_scale, share_ratio, branch_noise, negative_prompt, height, width, lora
     share: Share
     seeded: bool  # whether the client chose the seeds
     progress: bool = False  # whether the client wants to hear of each step
+    groups: list[list[int]] | None = None
+    background: bool = False
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """A question to the model process: which of these prompts, drawn with these settings, should share?"""
+
+    id: str
+    prompts: list[str]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """The answer: lists of prompts, by number."""
+
+    job: str
+    groups: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -129,10 +167,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Kept:
-    """How many prefixes the model process keeps, and their bytes."""
+    """The prefixes that the model process keeps: in memory, and on disk if it has a folder."""
 
-    prefixes: int
-    bytes: int
+    prefixes: int = 0
+    bytes: int = 0
+    oldest: float | None = None  # time of the last use of the one that goes next
+    files: int = 0
+    file_bytes: int = 0
+    damaged: int = 0  # files that were dropped
+    unwritten: int = 0  # prefixes that could not be written
 
 
 class RequestError(Exception):
@@ -151,11 +194,22 @@ def parsed(body: bytes) -> ImagesRequest:
     try:
         return ImagesRequest.model_validate_json(body)
     except ValidationError as error:
-        # What the client sent is not repeated: it may be no valid text, or not finite.
-        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        place = ".".join(str(part)[:64] for part in first["loc"]).encode("ascii", "replace").decode()
-        message = f"{place}: {first['msg']}" if place else first["msg"]
-        raise RequestError(422, "invalid_request", message[:500], place or None) from error
+        raise invalid(error) from error
+
+
+def invalid(error: ValidationError, within: str | None = None) -> RequestError:
+    """Return the refusal, with status 422, that names the first field that is wrong, by its name in `within`."""
+    # What the client sent is not repeated: it may be no valid text, or not finite.
+    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+    parts = first["loc"][1:] if within is not None and first["loc"][:1] == (within,) else first["loc"]
+    place = ".".join(str(part)[:64] for part in parts).encode("ascii", "replace").decode()
+    message = f"{place}: {first['msg']}" if place else first["msg"]
+    return RequestError(422, "invalid_request", message[:500], place or None)
+
+
+def tenant_name(key: str | None, user: str | None) -> str | None:
+    """Return with whom a request may share: the tenant of its token together with its user; None without both."""
+    return None if key is None and user is None else json.dumps([key, user])
 
 
 def job(request: ImagesRequest, tenant: str | None, limits: Limits, model: Model) -> tuple[Job, dict[int, Failed]]:
@@ -209,7 +263,18 @@ def _settings(request: ImagesRequest, limits: Limits, model: Model) -> dict[str,
             raise _wrong("size", f"size is {width}x{height}; width and height must be multiples of {model.multiple}")
         if height * width > limits.pixels:
             raise _wrong("size", f"size {width}x{height} is {height * width} pixels; at most {limits.pixels}")
+    if model.loras or request.lora:
+        settings["lora"] = _loras(request, model)
     return settings | {"height": height, "width": width}
+
+
+def _loras(request: ImagesRequest, model: Model) -> tuple[tuple[str, float, str], ...]:
+    """Return name, weight and hash of each LoRA that is asked for, in order; raise RequestError with status 400."""
+    asked = {request.lora: 1.0} if isinstance(request.lora, str) else request.lora or {}
+    if unknown := sorted(asked.keys() - model.loras.keys()):
+        known = ", ".join(sorted(model.loras)) or "none; load some with --lora NAME=PATH"
+        raise RequestError(400, "unknown_lora", f"there is no LoRA {unknown[0]!r}; loaded: {known}", "lora")
+    return tuple((name, float(weight), model.loras[name]) for name, weight in sorted(asked.items()) if weight)
 
 
 def _check_counts(request: ImagesRequest, count: int, steps: int, limits: Limits) -> None:

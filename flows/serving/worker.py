@@ -6,21 +6,25 @@ not answered then fails; nothing is kept for its successor.
 """
 
 import asyncio
+import hashlib
 import io
 import multiprocessing
 import os
 import queue
+import re
 import signal
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-from flows.serving.requests import Drawn, Failed, Job, Kept, Model, Progress, RequestError
+from flows.serving.requests import Drawn, Failed, Grouped, Grouping, Job, Kept, Model, Progress, RequestError
+from sage.errors import ConfigurationError
 
 _BEAT = 0.5  # seconds between signs of life
 _SILENT = 1.5  # seconds without one until the server is not ready
@@ -29,7 +33,7 @@ _DEAD_LOADING = 120.0
 _LOOK = 10.0  # seconds between looks at the alias of a registered model
 _CRASHES, _WITHIN = 5, 60.0  # so many ends within so many seconds, and the server gives up
 
-Event = Drawn | Failed | Progress
+Event = Drawn | Failed | Progress | Grouped
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,24 @@ class Source:
     batch_size: int = 8
     deterministic: bool = False
     version: str | None = None  # of a registered model; None: the one that the alias names now
+    loras: tuple[tuple[str, Path], ...] = ()  # by name
+    prefix_memory: int = 64 << 20  # bytes of prefixes of earlier requests
+    prefix_folder: Path | None = None  # where they outlive the process
+    prefix_bytes: int = 1 << 30  # of the files in it
+    across_tenants: bool = False  # whether tenants use each other's prefixes
+
+
+def named(loras: Sequence[str]) -> tuple[tuple[str, Path], ...]:
+    """Return LoRAs by name, given as NAME=PATH; raise ConfigurationError for anything else."""
+    found: dict[str, Path] = {}
+    for one in loras:
+        name, _, path = one.partition("=")
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or not path or name in found:
+            raise ConfigurationError(
+                f"--lora {one}: give NAME=PATH, a NAME of letters, digits, _ and -, and each NAME once"
+            )
+        found[name] = Path(path)
+    return tuple(found.items())
 
 
 @dataclass(frozen=True)
@@ -71,7 +93,7 @@ class Worker:
         self.source, self.model = source, None
         self.reason = "the model process is starting"
         self.restarts = 0
-        self.kept = Kept(0, 0)
+        self.kept = Kept()
         self.gave_up, self._target = gave_up, target
         self.moved: Callable[[str], None] = lambda version: None  # called if the alias names another version
         self._jobs: dict[str, asyncio.Queue[Event]] = {}
@@ -122,13 +144,16 @@ class Worker:
             self._process.kill()
             await asyncio.to_thread(self._process.join)
 
-    def submit(self, job: Job) -> "asyncio.Queue[Event]":
-        """Send a job; return the queue of its events. Raises RequestError with status 503 if it cannot be drawn."""
+    def submit(self, job: Job | Grouping) -> "asyncio.Queue[Event]":
+        """Send a job or a question; return the queue of its events.
+
+        Raises RequestError with status 503 if the process cannot take it now.
+        """
         if problem := self.problem:
             raise RequestError(503, "not_ready", f"{problem}; try again", retry_after=5)
         events: asyncio.Queue[Event] = asyncio.Queue()
         self._jobs[job.id] = events
-        self._outbox.put(("submit", job))
+        self._outbox.put(("submit" if isinstance(job, Job) else "group", job))
         return events
 
     def close(self, job: str, *, cancel: bool) -> None:
@@ -189,7 +214,7 @@ class Worker:
             return
         self.reason = f"the model process ended with code {process.exitcode} and is starting again"
         self._outbox.put(None)
-        self.kept = Kept(0, 0)
+        self.kept = Kept()
         self.fail_all("worker_lost", "the model process ended before the image was finished; try again")
         now = time.monotonic()
         self._ends.append(now)
@@ -234,7 +259,37 @@ def main(connection: Connection, source: Source) -> None:
     outbox.put(_Ready(model))
     if model.version is not None:
         threading.Thread(target=_watch_alias, args=(source.model, model.version, outbox), daemon=True).start()
-    kept = Kept(0, 0)
+    _serve(engine, inbox, outbox)
+
+
+def _serve(engine: Any, inbox: "queue.SimpleQueue[Any]", outbox: "queue.SimpleQueue[Any]") -> None:
+    """Run the engine until the inbox has None: a step, then what has arrived, or wait for it if there is no step."""
+    from flows.serving.encoder import Encoder
+
+    encoder = Encoder(lambda job, embeddings: inbox.put(("embedded", (job, embeddings))))
+    embedded: set[str] = set()  # jobs whose prompts are being embedded
+    kept = Kept()
+
+    def take(name: str, content: Any) -> Sequence[Event]:
+        if name == "submit":
+            try:
+                if engine.compares(content):
+                    embedded.add(content.id)
+                    encoder.submit(content)
+                    return ()
+            except Exception as error:
+                return list(engine.submit(content, error))
+            return list(engine.submit(content))
+        if name == "embedded" and content[0].id in embedded:
+            embedded.discard(content[0].id)
+            return list(engine.submit(*content))
+        if name == "group":
+            threading.Thread(target=_group, args=(engine, content, outbox), daemon=True).start()
+        if name == "cancel":
+            embedded.discard(content)
+            engine.cancel(content)
+        return ()
+
     while True:
         while not engine.busy or not inbox.empty():
             try:
@@ -243,26 +298,33 @@ def main(connection: Connection, source: Source) -> None:
                 break
             if message is None:
                 return
-            name, content = message
-            for event in engine.submit(content) if name == "submit" else engine.cancel(content) or ():
+            for event in take(*message):
                 outbox.put(event)
         for event in engine.step():
             outbox.put(event)
-        now = Kept(len(engine.prefixes), engine.prefixes.bytes)
-        if now != kept:
+        if (now := engine.prefixes.figures) != kept:
             outbox.put(kept := now)
+
+
+def _group(engine: Any, asked: Grouping, outbox: "queue.SimpleQueue[Any]") -> None:
+    """Answer a question beside the running engine: the embeddings of thousands of prompts take seconds."""
+    try:
+        outbox.put(Grouped(asked.id, engine.groups(asked.prompts, asked.settings)))
+    except Exception as error:
+        traceback.print_exc()
+        outbox.put(Failed(asked.id, None, "generation_failed", f"{type(error).__name__}: {error}"[:500]))
 
 
 def _load(source: Source) -> tuple[Any, Model]:
     """Return an engine that has drawn a test image, and the description of its model."""
-    from pathlib import Path
-
     import sage.torchvision_ops  # noqa: F401
 
     from flows.prompts.generate import open_model
     from flows.serving.engine import Engine
+    from flows.serving.prefixes import Prefixes
     from flows.terminal import quiet
     from sage.grouping.policy import Policy
+    from sage.sampling import adapters
 
     quiet()
     opened, version = source.model, None
@@ -272,19 +334,39 @@ def _load(source: Source) -> tuple[Any, Model]:
         version = source.version or registry.current(opened)
         opened = f"models:/{registry.split(opened)[0]}/{version}"
     pipe, sha256, settings, grouping = open_model(opened)
+    loras = adapters.load(pipe, dict(source.loras))
     policy = Policy(**grouping.model_dump())
-    engine = Engine(pipe, policy, source.batch_size, source.deterministic, Path(source.model))
+    prefixes = Prefixes(source.prefix_memory, _prefix_files(source, pipe, sha256))
+    engine = Engine(
+        pipe, policy, source.batch_size, source.deterministic, Path(source.model), prefixes, source.across_tenants
+    )
     size = pipe._size(None, None, dict(pipe._options))
     multiple = pipe.vae_scale_factor * pipe._network.config.get("patch_size", 1)
     said = settings | {"group": grouping.model_dump(), "scheduler": type(pipe.scheduler).__name__}
-    model = Model(source.model, sha256, said, size, multiple, source.batch_size, int(time.time()), version)
+    model = Model(source.model, sha256, said, size, multiple, source.batch_size, int(time.time()), version, loras)
     smoke = settings | {"negative_prompt": "", "height": size[0], "width": size[1], "share_ratio": 0.0}
-    events = engine.submit(Job("smoke", "smoke", ["red heart"], [0], smoke, "none", seeded=True))
-    while engine.busy:
-        events += engine.step()
-    if not any(isinstance(event, Drawn) for event in events):
-        raise RuntimeError(f"the test prompt cannot be drawn: {events}")
+    worn: list[dict[str, Any]] = [{"lora": ((name, 1.0, sha256),)} for name, sha256 in loras.items()]
+    if loras:
+        worn.append({"lora": ()})
+    for own in worn or [{}]:
+        events = engine.submit(Job("smoke", "smoke", ["red heart"], [0], smoke | own, "none", seeded=True))
+        while engine.busy:
+            events += engine.step()
+        if not any(isinstance(event, Drawn) for event in events):
+            raise RuntimeError(f"the test prompt cannot be drawn{own and f' with {own}'}: {events}")
     return engine, model
+
+
+def _prefix_files(source: Source, pipe: Any, sha256: str) -> Any:
+    """Return the prefixes on disk that this pipeline, with its scheduler and precision, left or may leave; or None."""
+    from flows.serving.prefix_files import PrefixFiles
+
+    if source.prefix_folder is None:
+        return None
+    scheduler = pipe.scheduler
+    depends = [sha256, type(scheduler).__name__, sorted(scheduler.config.items()), str(pipe.dtype), pipe.device.type]
+    identity = hashlib.sha256(repr(depends).encode()).hexdigest()
+    return PrefixFiles(source.prefix_folder, source.prefix_bytes, identity, pipe.device)
 
 
 def _watch_alias(address: str, version: str, outbox: "queue.SimpleQueue[Any]") -> None:

@@ -1,9 +1,9 @@
 """Continuous batching: calls of a pipeline join and leave the running batch at step boundaries.
 
 Each block of a call's plan is a *track*. A network call evaluates up to `batch_size` tracks, of any calls, that are at
-the same step of the same schedule, size and guidance. A track carries everything that its next step needs (latents,
-scheduler state, random generator, condition), so who runs beside it changes only rounding, and with `batch_size` 1 not
-even that: the images are then bit for bit those of the pipeline with `batch_size=1`.
+the same step of the same schedule, size, guidance and LoRAs. A track carries everything that its next step needs
+(latents, scheduler state, random generator, condition), so who runs beside it changes only rounding, and with
+`batch_size` 1 not even that: the images are then bit for bit those of the pipeline with `batch_size=1`.
 
     running = Continuous(pipe, batch_size=8)
     call = running.admit(pipe.stream(prompts, plan=plan, seed=seeds))
@@ -23,11 +23,15 @@ import torch
 from torch import Generator, Tensor
 
 from sage.errors import ConfigurationError, UnsupportedError
+from sage.sampling.adapters import Wearer, Worn
 from sage.sampling.branch_noise import SCHEDULERS, levels, predicted_x_0, recentred, rotated
 from sage.sampling.conditions import Condition, block_conditions, concatenated, joined
 from sage.sampling.loop import HISTORY, branched
 from sage.sampling.plan import Block, Node, leaves_of
 from sage.sampling.stream import Stream
+
+# What the schedulers that support branch noise count while they step, besides the tensors of HISTORY.
+_COUNTERS = ("_step_index", "_begin_index", "lower_order_nums", "is_scale_input_called")
 
 
 @dataclass(eq=False)
@@ -39,12 +43,18 @@ class Call:
 
     stream: Stream
     key: tuple[Any, ...]
-    order: int
+    order: tuple[bool, int]  # calls in the background come last
     keep: Collection[int] = ()
+    loras: Worn | None = None
     evaluations: int = 0
     skipped: int = 0
     cancelled: set[int] = field(default_factory=set)
     kept: list[tuple[list[int], "Prefix"]] = field(default_factory=list)
+
+    @property
+    def background(self) -> bool:
+        """Whether it runs only beside calls that do not, or if there are none."""
+        return self.order[0]
 
     def alive(self, node: Node) -> list[int]:
         """Return the images of a node that were not cancelled."""
@@ -79,22 +89,21 @@ class Finished:
 class Prefix:
     """What a block has after its first steps, from which images of other calls may go on.
 
-    step       number of steps that were run
-    latents    shape (1, ...)
-    clean      the x_0 that the block predicted at its last step, shape (...)
-    scheduler  scheduler with the state of this block
+    step     number of steps that were run
+    latents  shape (1, ...)
+    clean    the x_0 that the block predicted at its last step, shape (...)
+    state    what the scheduler keeps of this block, by attribute: tensors, lists of tensors or None, and counters
     """
 
     step: int
     latents: Tensor
     clean: Tensor
-    scheduler: Any
+    state: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
         """Size of all tensors."""
-        state = [getattr(self.scheduler, name, None) for name in HISTORY[type(self.scheduler).__name__]]
-        return sum(tensor.nbytes for tensor in _tensors([self.latents, self.clean, state]))
+        return sum(tensor.nbytes for tensor in _tensors([self.latents, self.clean, list(self.state.values())]))
 
 
 @dataclass(frozen=True)
@@ -157,19 +166,35 @@ class Continuous:
         self._pipe, self.batch_size = pipe, batch_size
         self._tracks: list[_Track] = []
         self._orders = itertools.count()
+        self._wearer = Wearer(pipe)
 
     @property
     def tracks(self) -> int:
         """Number of blocks that are not finished."""
         return len(self._tracks)
 
+    @property
+    def foreground(self) -> int:
+        """Number of blocks that are not finished, of calls that are not in the background."""
+        return sum(not track.call.background for track in self._tracks)
+
     @torch.no_grad()
-    def admit(self, stream: Stream, keep: Collection[int] = (), starts: Mapping[int, Start] | None = None) -> Call:
+    def admit(
+        self,
+        stream: Stream,
+        keep: Collection[int] = (),
+        starts: Mapping[int, Start] | None = None,
+        background: bool = False,
+        loras: Worn | None = None,
+    ) -> Call:
         """Take a stream of this pipeline that was not iterated; its first step is part of a later `step`.
 
-        keep    numbers of steps after which the blocks' prefixes are kept in `Call.kept`; for schedulers that support
-                branch noise
-        starts  prefixes from which images begin, by number; each image must be in no block
+        keep        numbers of steps after which the blocks' prefixes are kept in `Call.kept`; for schedulers that
+                    support branch noise
+        starts      prefixes from which images begin, by number; each image must be in no block
+        background  whether it runs only beside calls that do not, or if there are none
+        loras       names and weights of the pipeline's LoRAs to use, for this call alone; give them for every call,
+                    or for none: None leaves the pipeline as it is
         """
         if stream._caches:
             raise UnsupportedError(
@@ -189,21 +214,29 @@ class Continuous:
             stream._branch_noise,
             stream._output_type,
             repr(sorted(stream._options.items())),
+            loras,
         )
-        call = Call(stream, key, next(self._orders), keep if type(scheduler).__name__ in SCHEDULERS else ())
+        kept = keep if type(scheduler).__name__ in SCHEDULERS else ()
+        call = Call(stream, key, (background, next(self._orders)), kept, loras)
+        self._wearer.wear(loras)  # text encoders have LoRAs, too
         nodes, tracks = stream.plan.roots, []
-        for node, condition in zip(nodes, _conditions(call, nodes), strict=True):
-            leader = min(leaves_of((node,)), key=call.rank)
-            generator = stream._generator(leader)
+        leaders = [min(leaves_of((node,)), key=call.rank) for node in nodes]
+        generators = {leader: stream._generator(leader) for leader in leaders}
+        starts = starts or {}
+        # One draw for all: each row comes from its own generator, and the call costs more than the numbers.
+        drawn = [leader for leader in leaders if leader not in starts or starts[leader].own_noise]
+        noise = stream._noise(drawn, [generators[leader] for leader in drawn]) if drawn else ()
+        noises = {leader: row[None] for leader, row in zip(drawn, noise, strict=True)}
+        for node, leader, condition in zip(nodes, leaders, _conditions(call, nodes), strict=True):
+            generator = generators[leader]
+            if leader in starts:
+                tracks.append(_begun(call, leader, generator, condition, starts[leader], noises.get(leader)))
+                continue
             fresh = branched(scheduler, None)
             if hasattr(fresh, "set_begin_index"):
                 fresh.set_begin_index(0)
-            start = (starts or {}).get(leader)
-            if start is None:
-                rows = _Rows(stream._noise([leader], [generator]), fresh, joined(condition))
-                tracks.append(_Track(call, node, leader, generator, condition, 0, rows))
-            else:
-                tracks.append(_begun(call, leader, generator, condition, start))
+            rows = _Rows(noises[leader], fresh, joined(condition))
+            tracks.append(_Track(call, node, leader, generator, condition, 0, rows))
         self._tracks += tracks
         return call
 
@@ -223,6 +256,7 @@ class Continuous:
         scheduler, s = rows.scheduler, stream._branch_noise
         t = stream._pipe.scheduler.timesteps[step]
         x = scheduler.scale_model_input(rows.latents, t) if hasattr(scheduler, "scale_model_input") else rows.latents
+        self._wearer.wear(call.loras)
         output = stream._pipe._predict(x, t, rows.condition, stream._scale, stream._options)
         self._count(tracks, 2 if stream._guided else 1)
         ends = [isinstance(track.node, Block) and track.node.until == step + 1 for track in tracks]
@@ -253,7 +287,9 @@ class Continuous:
         oldest = min(self._tracks, key=lambda track: track.call.order)
         alike = [track for track in self._tracks if track.call.key == oldest.call.key]
         batch = [track for track in alike if track.step == oldest.step]
-        behind = [track for track in alike if track.step < oldest.step]
+        behind = [
+            track for track in alike if track.step < oldest.step and track.call.background <= oldest.call.background
+        ]
         patience = oldest.call.stream.plan.steps // 2
         if behind and len(batch) < self.batch_size and oldest.step <= patience and oldest.held < patience:
             oldest.held += 1
@@ -306,26 +342,34 @@ class Continuous:
         return found
 
 
-def _begun(call: Call, image: int, generator: Generator, condition: Condition, start: Start) -> _Track:
-    """Return the track of an image at the end of a prefix."""
+def _begun(
+    call: Call, image: int, generator: Generator, condition: Condition, start: Start, noise: Tensor | None
+) -> _Track:
+    """Return the track of an image at the end of a prefix; `noise` is its own initial noise if it begins with that."""
     prefix, stream = start.prefix, call.stream
-    scheduler, s = branched(prefix.scheduler, None), stream._branch_noise
-    if start.own_noise:
+    scheduler, s = copy.copy(stream._pipe.scheduler), stream._branch_noise
+    for name, value in prefix.state.items():
+        setattr(scheduler, name, value)
+    scheduler = branched(scheduler, None)  # its lists are its own
+    if noise is not None:
         # The scheduler scales initial noise to the deviation sigma of the first step.
-        xi, s = stream._noise([image], [generator])[0] / levels(stream._pipe.scheduler, 0)[1], 1.0
+        xi, s = noise[0] / levels(stream._pipe.scheduler, 0)[1], 1.0
     else:
         xi = torch.randn(prefix.clean.shape, generator=generator, device=generator.device)
     latents = prefix.latents[0]
     latents = rotated(scheduler, prefix.step, latents, prefix.clean, xi.to(latents), s)
     call.skipped += prefix.step * (2 if stream._guided else 1)
     rows = _Rows(latents[None], scheduler, joined(condition))
-    inherited = None if start.own_noise else prefix.clean
+    inherited = prefix.clean if noise is None else None
     return _Track(call, image, image, generator, condition, prefix.step, rows, inherited=inherited)
 
 
 def _prefix(track: _Track, clean: Tensor) -> Prefix:
     index = torch.tensor([track.row], device=clean.device)
-    return Prefix(track.step, track.rows.latents[index], clean.clone(), branched(track.rows.scheduler, index))
+    scheduler = branched(track.rows.scheduler, index)
+    names = (*HISTORY[type(scheduler).__name__], *_COUNTERS)
+    state = {name: getattr(scheduler, name) for name in names if hasattr(scheduler, name)}
+    return Prefix(track.step, track.rows.latents[index], clean.clone(), state)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

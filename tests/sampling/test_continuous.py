@@ -229,7 +229,9 @@ def test_a_first_prediction_that_does_not_depend_on_the_noise_gives_exactly_the_
     assert call.evaluations == call.planned == found[0].evaluations == 10
 
 
-def test_an_image_begins_from_a_prefix_as_the_child_of_its_block_would(pipe):
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler])
+def test_an_image_begins_from_a_prefix_as_the_child_of_its_block_would(pipe, monkeypatch, scheduler):
+    monkeypatch.setattr(pipe, "scheduler", scheduler.from_config(pipe.scheduler.config))
     pair = Plan(6, (Block(3, (0, 1)),))
     call = arguments(pair, branch_noise=0.8)
     wanted = pipe(**call).images[1]

@@ -1,11 +1,13 @@
 """The engine: jobs of several clients in one running batch, one event for each image."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny
 from diffusers import DDIMScheduler
+from waiting import Clock
 
 from flows.serving.engine import Engine
 from flows.serving.requests import Drawn, Failed, Job
@@ -219,6 +221,20 @@ def test_a_waiting_image_is_released_after_its_deadline_even_if_nothing_else_hap
     assert engine.busy and engine.wait is None
 
 
+def test_what_waited_is_forgotten_even_if_others_always_wait(pipe, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("flows.serving.engine.time", clock)
+    engine = Engine(pipe, POLICY, 4)
+    for number in range(6):
+        one = job(str(number), [f"{CATS[0]} {number}"], number, "tenant", "t", branch_noise=1.0)
+        engine.submit(one, np.eye(8)[[number]])
+        clock.now += 0.03  # an image waits for 0.05 s
+        engine._release()
+    (forming,) = engine._forming.values()
+    assert len(forming.members) == forming.grouper.waiting == 1
+    assert len(engine._queue) == 5
+
+
 def test_a_cancelled_image_is_not_waited_for(pipe):
     engine = Engine(pipe, POLICY, 4)
     first, second = tenants()
@@ -227,3 +243,42 @@ def test_a_cancelled_image_is_not_waited_for(pipe):
     engine.cancel("a")
     found = run(engine, [])
     assert list(found) == [("b", 0)] and found["b", 0].others == 0
+
+
+def test_rows_of_a_batch_wait_for_requests_but_a_request_never_waits_for_them(pipe):
+    engine = Engine(pipe, POLICY, 2, deterministic=True)
+    batch = replace(job("batch", ["red cat", "red dog", "tall tree", "dog"]), background=True)
+    order = [event.job for event in engine.submit(batch)]
+    for _ in range(3):
+        order += [event.job for event in engine.step()]  # rows of the batch are running
+    for one in (job("a", ["blue cat"]), job("b", ["tall trees"], guidance_scale=3.0), job("c", ["cat"])):
+        engine.submit(one)
+    found = {}
+    while engine.busy:
+        for event in engine.step():
+            order.append(event.job)
+            found[event.job, event.index] = event
+    assert order[:3] == ["a", "b", "c"] and order[3:] == ["batch"] * 4
+    # What stood still in between is the image that it would have been.
+    for index, (prompt, image) in enumerate(zip(batch.prompts, alone(pipe, batch.prompts, batch.seeds), strict=True)):
+        assert np.array_equal(pixels(found["batch", index]), np.asarray(image)), prompt
+
+
+def test_rows_of_a_batch_fill_what_requests_leave_free(pipe):
+    engine = Engine(pipe, POLICY, 4)
+    engine.submit(job("a", ["blue cat"]))
+    engine.submit(replace(job("batch", ["red cat", "red dog", "tall tree"]), background=True))
+    steps = []
+    while engine.busy:
+        steps.append([event.job for event in engine.step()])
+    assert len(steps) == 4 and sorted(steps[-1]) == ["a", "batch", "batch", "batch"]
+
+
+def test_a_job_with_groups_is_drawn_in_these_groups(pipe):
+    prompts = ["a red cat on a mat", "the stock market fell", "a red cat on a rug"]
+    given = replace(job("a", prompts, share="request"), groups=[[0, 1], [2]])
+    found = run(Engine(pipe, POLICY, 4, deterministic=True), [given])
+    assert [found["a", index].shared_with for index in range(3)] == [[1], [0], []]
+    engine = Engine(pipe, POLICY, 4)
+    assert engine.groups(prompts, SETTINGS) == [[0, 2], [1]]
+    assert engine.groups(prompts, SETTINGS | {"share_ratio": 0.0}) == [[0], [1], [2]]

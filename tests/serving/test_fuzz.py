@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from served import PATH, without_model
 
-from flows.serving.requests import ImagesRequest
+from flows.serving import batch_lines
+from flows.serving.requests import ImagesRequest, Limits, Model, RequestError
 
 FIELDS = sorted(ImagesRequest.model_fields)
 ANYTHING = st.recursive(
@@ -31,6 +32,7 @@ PLAUSIBLE = st.fixed_dictionaries(
         "negative_prompt": st.text(max_size=30),
         "share": st.sampled_from(["none", "request", "tenant", ""]),
         "user": st.text(max_size=300),
+        "lora": st.text(max_size=5) | st.dictionaries(st.text(max_size=5), st.floats(), max_size=3),
         "model": st.text(max_size=10),
         "response_format": st.sampled_from(["b64_json", "url", "png"]),
         "stream": st.booleans(),
@@ -57,8 +59,21 @@ def quick(tmp_path_factory):
 @settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_no_body_is_a_server_error(quick, body):
     answer = quick.client.post(PATH, content=body, headers={"Content-Type": "application/json"}, timeout=5)
-    assert answer.status_code in (200, 404, 422)
+    assert answer.status_code in (200, 400, 404, 422)
     assert answer.status_code == 200 or set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@given(BODIES.map(lambda body: body.replace(b"\n", b" ")), st.sampled_from([b"", b'"body"', b'"custom_id"', b'"url"']))
+@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_no_line_of_a_batch_is_more_than_an_error_item(line, key):
+    if key:
+        line = line.replace(b'"prompt"', key, 1)
+    try:
+        found = batch_lines.parsed(line)
+        model = Model("m", "0" * 64, {"steps": 6, "guidance_scale": 1.0, "share_ratio": 0.3}, (64, 64), 8, 1)
+        batch_lines.checked(0, found, 1, None, Limits(), model)
+    except RequestError as error:
+        assert error.status in (400, 404, 422) and str(error).isprintable()
 
 
 @given(

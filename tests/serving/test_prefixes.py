@@ -2,14 +2,13 @@
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
 
 from flows.serving.prefixes import Prefixes
 from sage.sampling.continuous import Prefix
 
 
 def prefix(step=2):
-    return Prefix(step, torch.zeros(1, 10), torch.zeros(10), DDIMScheduler())  # 80 bytes
+    return Prefix(step, torch.zeros(1, 10), torch.zeros(10))  # 80 bytes
 
 
 def direction(degrees):

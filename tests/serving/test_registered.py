@@ -1,5 +1,7 @@
 """`sage serve models:/sage@champion`: a registered version, and the next one when the alias moves."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import sage.torchvision_ops  # noqa: F401
 
 import pytest
@@ -44,9 +46,22 @@ def test_the_champion_is_served_with_its_settings_and_so_is_the_next_one(project
         assert listed()["settings"]["steps"] == 2
         first = server.ask("red cat", seed=1).json()
         assert first["usage"]["evaluations_alone"] == 4  # two steps under guidance, as the version says
-        register(weights(project / "second", 1), alignment=0.6)
-        promotion.promote()
-        wait_for(lambda: listed()["version"] == "2", 120, server.process, server.log)
+        going, statuses = [True], []
+
+        def load():
+            while going:
+                statuses.append(server.ask(["red cat", "tall tree"]).status_code)
+
+        with ThreadPoolExecutor(3) as pool:
+            loads = [pool.submit(load) for _ in range(3)]
+            register(weights(project / "second", 1), alignment=0.6)
+            promotion.promote()
+            wait_for(lambda: listed()["version"] == "2", 120, server.process, server.log)
+            before = len(statuses)
+            wait_for(lambda: len(statuses) > before + 3, 60, server.process, server.log)
+            going.clear()
+            [one.result() for one in loads]
+        assert set(statuses) == {200}  # no request failed while the model was swapped
         second = server.ask("red cat", seed=1).json()
         assert second["data"][0]["b64_json"] != first["data"][0]["b64_json"]
 

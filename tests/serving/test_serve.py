@@ -6,10 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import openai
+import psutil
 import pytest
 import tiny
 from PIL import Image
 from served import sage
+from waiting import wait_for
 
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
@@ -97,9 +99,48 @@ def test_a_tenants_reworded_prompt_begins_where_the_first_branched(server):
     assert server.metric("sage_prefixes_bytes") > 0
 
 
+def test_prefixes_on_disk_survive_a_restart_even_by_a_kill(model, tmp_path):
+    settings = {"share": "tenant", "user": "u", "steps": 4, "share_ratio": 0.5, "branch_noise": 1.0}
+    arguments = (model, tmp_path, "--prefix-folder", str(tmp_path / "prefixes"))
+
+    def asked(prompt, **changes):
+        item = server.ask(prompt, **settings | changes).json()["data"][0]
+        return item["prefix"], item["evaluations"]
+
+    with sage(*arguments) as server:
+        server.wait(90)
+        first = asked("a red cat on a mat")
+        wait_for(lambda: server.metric("sage_prefix_files") >= 1, 10)
+        (path,) = (tmp_path / "prefixes").glob("*.safetensors")
+    with sage(*arguments) as server:
+        server.wait(90)
+        assert asked("a red cat on a rug") == ("similar", first[1] / 2)
+        assert asked("a red cat on a rug", user="v") == first
+    path.write_bytes(path.read_bytes()[:-1])
+    with sage(*arguments) as server:
+        server.wait(90)
+        assert asked("a red cat on a rug") == first
+        assert server.metric("sage_prefix_files_damaged") == 1
+
+
+def test_tenants_use_each_others_prefixes_only_if_the_server_is_told_so(model, tmp_path):
+    settings = {"share": "tenant", "steps": 4, "share_ratio": 0.5, "branch_noise": 1.0}
+    with sage(model, tmp_path, "--prefixes-across-tenants") as server:
+        server.wait(90)
+        server.ask("a red cat on a mat", user="u", **settings)
+        assert server.ask("a red cat on a rug", user="v", **settings).json()["data"][0]["prefix"] == "similar"
+
+
 def test_what_cannot_be_drawn_is_the_clients_error(server):
     assert server.ask("a", size="16x16", branch_noise=1.0, steps=1).status_code == 200
     assert server.ready()["ready"]
+
+
+def test_only_the_loopback_address_listens(server):
+    family = psutil.Process(server.process.pid)
+    members = [family, *family.children(recursive=True)]
+    listening = [c.laddr for one in members for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert listening == [("127.0.0.1", server.port)]
 
 
 def test_a_model_that_is_missing_is_said_at_once(tmp_path):
