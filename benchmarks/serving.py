@@ -432,8 +432,8 @@ async def _soaked(server: Running, first: int, last: int, at_once: int, sent: _S
 
 
 def soak(options: argparse.Namespace) -> list[Row]:
-    """Send many requests; compare memory, descriptors and threads with those after the first tenth."""
-    sent, warm = _Sent(Counter()), options.requests // 10
+    """Send many requests; compare memory, descriptors and threads with those after the first tenth (at least 100)."""
+    sent, warm = _Sent(Counter()), max(options.requests // 10, 100)
     with started(options) as server:
 
         def rest() -> dict[str, int]:
