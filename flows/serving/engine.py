@@ -22,7 +22,8 @@ from sage.grouping.auto import DEFAULT
 from sage.grouping.embedding import embed
 from sage.grouping.online import StreamingGrouper
 from sage.grouping.policy import Policy
-from sage.sampling.continuous import Call, Continuous, Finished, Prefix, Start, begins_as_noise
+from sage.sampling.branch_noise import begins_as_noise
+from sage.sampling.continuous import Call, Continuous, Finished, Prefix, Start
 from sage.sampling.plan import Block, Node, Plan, shared_steps
 
 _HOLD = 0.05  # seconds that an image waits at most for others of its tenant to share with

@@ -1,7 +1,7 @@
 """The groups that a call of the pipeline forms; by default as the shipped `params.yaml` does."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,18 @@ class Grouping(Policy):
         if not given:
             object.__setattr__(self, "threshold", DEFAULT.threshold)
 
+    def of_rows(self, rows: Sequence[int], count: int) -> "Grouping":
+        """Return the grouping of some of `count` prompts, by their numbers; raise DataError for other embeddings."""
+        if self.embeddings is None:
+            return self
+        tensor: Any = self.embeddings
+        found = tensor.detach().float().cpu().numpy() if hasattr(tensor, "detach") else np.asarray(tensor)
+        if found.ndim != 2 or len(found) != count:
+            raise DataError(
+                f"the embeddings have shape {found.shape}, but there are {count} prompts; give one row for each"
+            )
+        return replace(self, embeddings=found[list(rows)])
+
     def groups(self, prompts: Sequence[str] | None, keys: Keys, share_ratio: float) -> Groups:
         """Return groups of similar prompts, a partition of their indices.
 
@@ -52,7 +64,7 @@ class Grouping(Policy):
         keys         one share key for each prompt (`sage.grouping.share_key`)
         share_ratio  what `saving` and `max_damage` refer to
 
-        Raises ConfigurationError if prompts are needed and None, DataError if `embeddings` has another number of rows.
+        Raises ConfigurationError if prompts are needed and None.
         """
         if prompts is None and (self.embeddings is None or self.guard):
             raise ConfigurationError(
@@ -63,12 +75,7 @@ class Grouping(Policy):
             assert prompts is not None
             rows = embed(distinct(prompts), self.encoder)
         else:
-            tensor: Any = self.embeddings
-            rows = tensor.detach().float().cpu().numpy() if hasattr(tensor, "detach") else np.asarray(tensor)
-            if rows.ndim != 2 or len(rows) != len(keys):
-                raise DataError(
-                    f"the embeddings have shape {rows.shape}, but there are {len(keys)} prompts; give one row for each"
-                )
+            rows = np.asarray(self.embeddings)
         model = None if self.model is None else Path(self.model)
         threshold = self.choose_threshold(rows, share_ratio, model, prompts, keys)
         return self.form(prompts or [""] * len(keys), rows, threshold, keys)

@@ -35,11 +35,12 @@ from torch import Generator, Tensor
 
 from sage import diffusion
 from sage.errors import ConfigurationError, DataError, PlanError, UnsupportedError
-from sage.numbers import real, whole
+from sage.numbers import real, single, whole
 from sage.sampling import loop, saved
+from sage.sampling.branch_noise import safe_image_steps
 from sage.sampling.conditions import Condition
 from sage.sampling.hooks import check_hooks
-from sage.sampling.partition import as_groups, check_keys, share_keys
+from sage.sampling.partition import as_groups, check_keys, equal, share_keys
 from sage.sampling.plan import Plan, shared_steps
 from sage.sampling.seeds import prompt_seed as prompt_seed
 from sage.sampling.stream import Cost, Stream
@@ -210,6 +211,7 @@ class SharedSamplingPipeline:
         guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
+        image_steps: int | None = None,
         seed: int | Sequence[int] | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         latents: Tensor | None = None,
@@ -236,7 +238,11 @@ class SharedSamplingPipeline:
         num_inference_steps    sampler steps
         guidance_scale         guidance if above 1; None: default of the stock class
         negative_prompt        one for all prompts or one for each
-        num_images_per_prompt  images of each prompt; they do not share steps with each other
+        num_images_per_prompt  images of each prompt
+        image_steps            number of first steps that the images of one prompt share, also those of a prompt that is
+                               repeated in the list, unless you give groups or a plan; 0: none; None: the first, if the
+                               call shares steps at all, `branch_noise` is 1, and the schedule begins with noise alone
+                               (`sage.sampling.branch_noise`), else none
         seed                   seed of the run, from which each image's seed is derived with its prompt and the number
                                of earlier copies of that prompt; or a list with one seed for each image; None: drawn
                                from torch's global generator
@@ -303,6 +309,12 @@ class SharedSamplingPipeline:
             allowed = ", ".join(("latents", *self._callback_conditions))
             raise ConfigurationError(f"the callback can get {allowed}, not {', '.join(extra)}")
         loop.check_scheduler(self.scheduler, branch_noise)
+        image_steps = None if image_steps is None else whole("image_steps", image_steps)
+        if image_steps and not branch_noise:
+            raise ConfigurationError(
+                f"image_steps is {image_steps}, but branch_noise is 0: the images of a prompt would come out alike; "
+                "give branch_noise=1, or image_steps=0"
+            )
         check_hooks(self._network)
         if self._network.config.get("time_cond_proj_dim") is not None:
             raise UnsupportedError(
@@ -316,12 +328,18 @@ class SharedSamplingPipeline:
         call._prepare_call(prompts, negatives, given, num_inference_steps, scale, options)
         diffusion.check_start(call.scheduler)
         steps = len(call.scheduler.timesteps)
+        if plan is not None and groups is not None:
+            raise ConfigurationError("give either groups or a plan, and not both")
+        sharing = np.any(np.asarray(share_ratio) != 0) if plan is None else plan.saving > 0
+        if image_steps is None:
+            image_steps = safe_image_steps(call.scheduler, branch_noise) if sharing and steps > 1 else 0
+        copies = [[number] for number in range(count)]
         if plan is None:
             keys = share_keys(share_key, negatives if scale > 1 else None, given, count)
-            plan = Plan.shared(_groups(groups, prompts, keys, share_ratio, steps), steps, share_ratio)
-        elif groups is not None:
-            raise ConfigurationError("give either groups or a plan, and not both")
-        if plan.prompts != count:
+            if image_steps and prompts is not None and not isinstance(groups, (Iterable, Tensor)):
+                copies = _copies(prompts, keys, seed, num_images_per_prompt)
+            plan = Plan.shared(_groups(groups, prompts, keys, copies, share_ratio, steps), steps, share_ratio)
+        if plan.prompts != len(copies):
             raise PlanError(f"the plan is for {plan.prompts} prompts, but {count} were given; build a plan for these")
         if plan.steps != steps:
             raise PlanError(
@@ -329,15 +347,19 @@ class SharedSamplingPipeline:
                 f"times at num_inference_steps={num_inference_steps}; build the plan for {steps} steps"
             )
         if share_key is not None:
-            check_keys(plan, share_key)
+            check_keys(plan, [share_key[numbers[0]] for numbers in copies] if len(copies) < count else share_key)
         call._guidance_scale, call._num_timesteps = scale, steps
+        times = num_images_per_prompt
+        images = [[number * times + r for number in numbers for r in range(times)] for numbers in copies]
+        first = {number: numbers[0] for numbers in copies for number in numbers}
         return Stream(
             call,
-            plan.repeat(num_images_per_prompt),
+            plan.for_images(images, image_steps),
             prompts=prompts,
             given=given,
             negatives=negatives,
             images=num_images_per_prompt,
+            alike=[first[number] for number in range(count)],
             guidance_scale=scale,
             seed=seed,
             generator=generator,
@@ -563,14 +585,24 @@ def _loading(path: str | Path) -> Iterator[None]:
         ) from error
 
 
+def _copies(prompts: Sequence[str], keys: Sequence[Hashable], seed: Any, images: int) -> list[list[int]]:
+    """Return lists of the numbers of equal prompts, by the seeds of their first images if each image's is given."""
+    found = equal(list(zip(prompts, keys, strict=True)))
+    if seed is None or single(seed) or len(seed) != len(prompts) * images:
+        return found
+    # The order of the list must not decide which copy shares with which of another prompt.
+    return [sorted(numbers, key=lambda number: int(seed[number * images])) for numbers in found]
+
+
 def _groups(
     groups: Any,
     prompts: list[str] | None,
     keys: Sequence[Hashable],
+    copies: Sequence[Sequence[int]],
     share_ratio: float | Sequence[float],
     steps: int,
 ) -> list[list[int]]:
-    """Return the groups that are given, or form them."""
+    """Return the groups that are given, or form groups of `copies`: lists of the numbers of equal prompts."""
     if isinstance(groups, (Iterable, Tensor)):
         return as_groups(groups, len(keys))
     if np.ndim(share_ratio):
@@ -583,10 +615,13 @@ def _groups(
         raise ConfigurationError(
             f"groups is {groups!r}; give lists of prompt numbers, a label for each prompt, or sage.Grouping(...)"
         )
-    if share_ratio == 0 or len(keys) == 1:
-        return [[number] for number in range(len(keys))]
+    if share_ratio == 0 or len(copies) == 1:
+        return [[number] for number in range(len(copies))]
+    first = [numbers[0] for numbers in copies]
     # A budget counts whole steps, as the plan does.
-    return grouping.groups(prompts, keys, shared_steps(share_ratio, steps) / steps)  # type: ignore[arg-type]
+    ratio = shared_steps(share_ratio, steps) / steps  # type: ignore[arg-type]
+    texts = None if prompts is None else [prompts[number] for number in first]
+    return grouping.of_rows(first, len(keys)).groups(texts, [keys[number] for number in first], ratio)
 
 
 def _stock(family: type) -> Any:

@@ -72,6 +72,7 @@ class Stream:
         given: dict[str, Tensor],
         negatives: list[str] | None,
         images: int,
+        alike: Sequence[int],
         guidance_scale: float,
         seed: int | Sequence[int] | None,
         generator: Generator | Sequence[Generator] | None,
@@ -92,6 +93,7 @@ class Stream:
         given           the embeddings by name, one row for each prompt
         negatives       negative prompts, one for each prompt, or None
         images          number of images of each prompt
+        alike           for each prompt the number of the first one that it equals, if these share as one prompt
         guidance_scale  guidance if above 1
         seed            one seed, or one for each image; None: drawn from torch's global generator
         generator       instead of `seed`: one for all noise, or one for each image
@@ -110,6 +112,7 @@ class Stream:
         self.plan = plan
         self._pipe, self._prompts, self._negatives = pipe, prompts, negatives
         self._images, self._scale, self._batch_size = images, guidance_scale, batch_size
+        self._alike = alike
         self._medoid, self._branch_noise = medoid, branch_noise
         self._output_type, self._options = output_type, options
         self._callback, self._callback_inputs = callback, callback_inputs
@@ -153,6 +156,10 @@ class Stream:
         finally:
             self._seconds += time.perf_counter() - begin
 
+    def prompt_of(self, image: int) -> int:
+        """Return a number that the images of one prompt have in common."""
+        return self._alike[image // self._images]
+
     @property
     def cost(self) -> Cost:
         """The cost so far; `formula` and `independent` are for the whole plan."""
@@ -173,6 +180,7 @@ class Stream:
                 noise=self._noise,
                 generator=self._generator,
                 rank=lambda image: (self.seeds[image], self._keys[image], image),
+                prompt_of=self.prompt_of,
                 batch_size=self._batch_size,
                 guidance=self._scale,
                 medoid=self._medoid,
