@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.machine import device
+from sage.sampling.partition import equal
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
 from sage.sampling.schedulers import exchanged
@@ -26,6 +27,30 @@ def open_pipeline(model: str | Path, on: Any = None, scheduler: str | None = Non
     return pipe
 
 
+def image_steps(pipe: Any, settings: Mapping[str, Any]) -> int:
+    """Return the number of first steps that the images of one prompt share; `settings` are those of `draw`."""
+    # Versions registered before this setting existed were evaluated with 0; None: the pipeline's rule.
+    asked = settings.get("image_steps", 0)
+    if asked is not None or not settings["share_ratio"]:
+        return int(asked or 0)
+    return int(pipe.safe_image_steps(settings["steps"], settings["branch_noise"]))
+
+
+def planned(
+    groups: Sequence[Sequence[int]], texts: Sequence[str], steps: int, share_ratio: float, image_steps: int
+) -> Plan:
+    """Return the plan of groups of images; if `image_steps` is above 0, equal texts of a group are one prompt."""
+    if not image_steps:
+        return Plan.shared(groups, steps, share_ratio)
+    images: list[list[int]] = []
+    prompts = []
+    for members in groups:
+        found = equal([texts[member] for member in members])
+        prompts.append(range(len(images), len(images) + len(found)))
+        images += [[members[place] for place in places] for places in found]
+    return Plan.shared(prompts, steps, share_ratio).for_images(images, image_steps)
+
+
 def draw(
     pipe: Any,
     texts: Sequence[str],
@@ -43,18 +68,20 @@ def draw(
     texts     prompts
     seeds     seed of each image
     groups    indices of prompts, each prompt in one group
-    settings  steps, share_ratio, branch_noise, guidance_scale, negative_prompt, batch_size
+    settings  steps, share_ratio, branch_noise, image_steps, guidance_scale, negative_prompt, batch_size
     wanted    whether the image of a prompt is yielded, by index; default: all
     """
-    steps = pipe.evaluations(settings["steps"])
+    steps, shared = pipe.evaluations(settings["steps"]), image_steps(pipe, settings)
     for batch in batches(groups, 4 * settings["batch_size"]):
         members = [member for group in batch for member in group]
         if not any(map(wanted, members)):
             continue
         place = {member: i for i, member in enumerate(members)}
+        drawn = [texts[member] for member in members]
+        blocks = [[place[m] for m in group] for group in batch]
         stream = pipe.stream(
-            [texts[member] for member in members],
-            plan=Plan.shared([[place[m] for m in group] for group in batch], steps, settings["share_ratio"]),
+            drawn,
+            plan=planned(blocks, drawn, steps, settings["share_ratio"], shared),
             num_inference_steps=settings["steps"],
             guidance_scale=settings["guidance_scale"],
             # Versions registered before this setting existed were evaluated without branch noise.

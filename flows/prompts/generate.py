@@ -34,6 +34,7 @@ from sage.grouping.boilerplate import distinct
 from sage.grouping.doubts import doubts
 from sage.grouping.embedding import embed
 from sage.grouping.policy import ENCODER, Policy
+from sage.sampling.partition import equal
 from sage.sampling.plan import Plan, shared_steps
 from sage.sampling.seeds import image_seeds
 
@@ -75,7 +76,7 @@ def main(
     ] = "models/sage",
     plan: Annotated[bool, typer.Option("--plan", help="Only show groups and cost.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pictures.")] = 0,
-    # Without it, and the same for the next four: how a registered model was judged; for another model, params.yaml.
+    # Without it, and the same for the next five: how a registered model was judged; for another model, params.yaml.
     steps: Annotated[int | None, typer.Option(min=1, help="Inference steps; else the model's, or params.yaml.")] = None,
     share_ratio: Annotated[
         float | None, typer.Option(min=0, max=1, callback=finite, help="Fraction of the steps that a group shares.")
@@ -83,6 +84,12 @@ def main(
     branch_noise: Annotated[
         float | None,
         typer.Option(min=0, max=1, callback=finite, help="Amount of fresh noise per image at a branch: 0 none, 1 all."),
+    ] = None,
+    image_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="First steps that images of one prompt share, if it is repeated in the list; 0: none."
+        ),
     ] = None,
     guidance_scale: Annotated[
         float | None,
@@ -93,7 +100,7 @@ def main(
 ) -> None:
     """Generate images for a list of prompts, sharing early steps among similar ones; print the cost first."""
     given = {"steps": steps, "share_ratio": share_ratio, "branch_noise": branch_noise, "batch_size": batch_size}
-    given["guidance_scale"] = guidance_scale
+    given |= {"guidance_scale": guidance_scale, "image_steps": image_steps}
     job = prepare(prompts, model, given, negative_prompt, seed)
     typer.echo(cost_line(job.plan, len(job.groups), job.settings["guidance_scale"] > 1))
     refused = [item for item in job.items if item.error is not None]
@@ -115,6 +122,8 @@ def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: 
 
     Raises DataError if no prompt can be drawn, RegistryError for a registered model that is damaged or unknown.
     """
+    from flows import drawing
+
     items = read_prompts(source)
     texts = [item.prompt for item in items if item.error is None]
     keys = [item.share_key for item in items if item.error is None]
@@ -123,16 +132,22 @@ def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: 
     pipe, name, settings, grouping = open_model(model)
     settings |= {key: value for key, value in given.items() if value is not None}
     settings |= {"negative_prompt": negative_prompt, "seed": seed, "group": grouping.model_dump()}
-    with progress(len(texts), "embedding") as advance:
-        embeddings = embed(distinct(texts), ENCODER, cache=embedding_cache(), progress=advance)
+    settings["image_steps"] = drawing.image_steps(pipe, settings)
+    # The images of one prompt are grouped as one if they share steps; else no group has a prompt twice.
+    alike = list(zip(texts, keys, strict=True))
+    images = equal(alike) if settings["image_steps"] else [[number] for number in range(len(texts))]
+    prompts, prompt_keys = ([column[numbers[0]] for numbers in images] for column in (texts, keys))
+    with progress(len(prompts), "embedding") as advance:
+        embeddings = embed(distinct(prompts), ENCODER, cache=embedding_cache(), progress=advance)
     policy = Policy(**grouping.model_dump())
     steps = pipe.evaluations(settings["steps"])
     ratio = shared_steps(settings["share_ratio"], steps) / steps
-    threshold = policy.choose_threshold(embeddings, ratio, Path(model), texts, keys)
-    for doubt in doubts(texts, embeddings, threshold):
+    threshold = policy.choose_threshold(embeddings, ratio, Path(model), prompts, prompt_keys)
+    for doubt in doubts(prompts, embeddings, threshold):
         typer.echo(doubt, err=True)
-    groups = policy.form(texts, embeddings, threshold, keys)
-    whole = Plan.shared(groups, steps, settings["share_ratio"])
+    groups = policy.form(prompts, embeddings, threshold, prompt_keys)
+    groups = [sorted(image for prompt in members for image in images[prompt]) for members in groups]
+    whole = drawing.planned(groups, texts, steps, settings["share_ratio"], settings["image_steps"])
     return Job(items, groups, whole, settings, name, pipe)
 
 
@@ -215,6 +230,10 @@ def drawn(
         texts = [item.prompt for item in items]
         for member, result, truncated in drawing.draw(pipe, texts, seeds, groups, settings, wanted.__contains__):
             item, group_members = items[member], groups[number[member]]
+            others = {items[other].prompt for other in group_members} - {item.prompt}
+            plan = {"steps": steps, "share_ratio": settings["share_ratio"] if others else 0.0}
+            if settings.get("image_steps"):
+                plan["image_steps"] = settings["image_steps"]
             facts = {
                 "id": item.id,
                 "prompt": item.prompt,
@@ -222,7 +241,7 @@ def drawn(
                 "seed": result.seed,
                 "group": number[member],
                 "shared_with": [items[other].id for other in group_members if other != member],
-                "plan": {"steps": steps, "share_ratio": settings["share_ratio"] if len(group_members) > 1 else 0.0},
+                "plan": plan,
                 "guidance_scale": settings["guidance_scale"],
                 "scheduler": type(pipe.scheduler).__name__,
                 "model": model,

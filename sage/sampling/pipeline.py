@@ -351,7 +351,6 @@ class SharedSamplingPipeline:
         call._guidance_scale, call._num_timesteps = scale, steps
         times = num_images_per_prompt
         images = [[number * times + r for number in numbers for r in range(times)] for numbers in copies]
-        first = {number: numbers[0] for numbers in copies for number in numbers}
         return Stream(
             call,
             plan.for_images(images, image_steps),
@@ -359,7 +358,6 @@ class SharedSamplingPipeline:
             given=given,
             negatives=negatives,
             images=num_images_per_prompt,
-            alike=[first[number] for number in range(count)],
             guidance_scale=scale,
             seed=seed,
             generator=generator,
@@ -381,6 +379,12 @@ class SharedSamplingPipeline:
         call = self._begin_call()
         call._set_timesteps(num_inference_steps, *self._size(height, width, dict(self._options)))
         return len(call.scheduler.timesteps)
+
+    def safe_image_steps(self, num_inference_steps: int, branch_noise: float) -> int:
+        """Return how many steps the images of one prompt share by default, 0 or 1 (`sage.sampling.branch_noise`)."""
+        call = self._begin_call()
+        call._set_timesteps(num_inference_steps, *self._size(None, None, dict(self._options)))
+        return safe_image_steps(call.scheduler, branch_noise) if len(call.scheduler.timesteps) > 1 else 0
 
     # Overridden by families.
 

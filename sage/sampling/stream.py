@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,6 @@ class Stream:
         given: dict[str, Tensor],
         negatives: list[str] | None,
         images: int,
-        alike: Sequence[int],
         guidance_scale: float,
         seed: int | Sequence[int] | None,
         generator: Generator | Sequence[Generator] | None,
@@ -93,7 +92,6 @@ class Stream:
         given           the embeddings by name, one row for each prompt
         negatives       negative prompts, one for each prompt, or None
         images          number of images of each prompt
-        alike           for each prompt the number of the first one that it equals, if these share as one prompt
         guidance_scale  guidance if above 1
         seed            one seed, or one for each image; None: drawn from torch's global generator
         generator       instead of `seed`: one for all noise, or one for each image
@@ -112,7 +110,6 @@ class Stream:
         self.plan = plan
         self._pipe, self._prompts, self._negatives = pipe, prompts, negatives
         self._images, self._scale, self._batch_size = images, guidance_scale, batch_size
-        self._alike = alike
         self._medoid, self._branch_noise = medoid, branch_noise
         self._output_type, self._options = output_type, options
         self._callback, self._callback_inputs = callback, callback_inputs
@@ -156,9 +153,12 @@ class Stream:
         finally:
             self._seconds += time.perf_counter() - begin
 
-    def prompt_of(self, image: int) -> int:
-        """Return a number that the images of one prompt have in common."""
-        return self._alike[image // self._images]
+    def prompt_of(self, image: int) -> Hashable:
+        """Return a key that images of equal prompts, and so of equal conditions, have in common."""
+        number = image // self._images
+        if any(name.startswith("negative") for name in self._given):
+            return number
+        return self._keys[image], None if self._negatives is None else self._negatives[number]
 
     @property
     def cost(self) -> Cost:

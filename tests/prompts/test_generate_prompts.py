@@ -94,6 +94,25 @@ def test_the_cost_is_shown_first_and_with_plan_nothing_else_happens(generate, tm
     assert not out.exists()
 
 
+def test_a_repeated_prompt_shares_its_first_steps_if_asked(generate, tmp_path, capsys):
+    texts = ["a red house", "a blue house", "a red house", "a red house"]
+    call = {"branch_noise": 1.0, "image_steps": 1}
+    out = generate(write(tmp_path, texts), **call)
+    # Guidance 2: a group's first step, its second one for each copy, and two steps of four images; or no group.
+    assert any(f" {2 * nfe} network evaluations instead of 32" in capsys.readouterr().out for nfe in (1 + 3 + 8,))
+    lines = lines_of(out)
+    assert [line["seed"] for line in lines] == image_seeds(0, texts)
+    assert lines[0]["shared_with"] == ["000002", "000003", "000004"]
+    assert lines[0]["plan"] == {"steps": 4, "share_ratio": 0.5, "image_steps": 1}
+    assert len({line["sha256"] for line in lines}) == 4
+    whole = sha256_tree(out)
+    (out / "000003.png").unlink()
+    generate(write(tmp_path, texts), **call)
+    assert sha256_tree(out) == whole
+    with pytest.raises(ConfigurationError, match=r"image_steps 1 \(now 0\)"):
+        generate(write(tmp_path, texts), **call | {"image_steps": 0})
+
+
 def test_what_is_missing_is_made_again_to_the_same_bytes(generate, tmp_path):
     source = write(tmp_path)
     out = generate(source)
