@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.machine import device
+from sage.sampling.first_prediction import FirstPredictions
 from sage.sampling.partition import equal
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
@@ -25,6 +26,18 @@ def open_pipeline(model: str | Path, on: Any = None, scheduler: str | None = Non
     pipe.to(on)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def first_predictions(pipe: Any, texts: Sequence[str], settings: Mapping[str, Any]) -> FirstPredictions:
+    """Return the pipeline's first predictions of prompts; `settings` are those of `draw`."""
+    found: FirstPredictions = pipe.first_predictions(
+        list(texts),
+        num_inference_steps=settings["steps"],
+        guidance_scale=settings["guidance_scale"],
+        negative_prompt=settings.get("negative_prompt") or None,
+        batch_size=settings["batch_size"],
+    )
+    return found
 
 
 def image_steps(pipe: Any, settings: Mapping[str, Any]) -> int:
@@ -58,6 +71,7 @@ def draw(
     groups: Sequence[Sequence[int]],
     settings: Mapping[str, Any],
     wanted: Callable[[int], bool] = lambda number: True,
+    predictions: FirstPredictions | None = None,
 ) -> Iterator[tuple[int, Result, int]]:
     """Yield the index of each wanted prompt, its result, and how many of its tokens the text encoder cut off.
 
@@ -70,6 +84,7 @@ def draw(
     groups    indices of prompts, each prompt in one group
     settings  steps, share_ratio, branch_noise, image_steps, guidance_scale, negative_prompt, batch_size
     wanted    whether the image of a prompt is yielded, by index; default: all
+    predictions  first predictions of the texts, to take first steps from, or None
     """
     steps, shared = pipe.evaluations(settings["steps"]), image_steps(pipe, settings)
     for batch in batches(groups, 4 * settings["batch_size"]):
@@ -87,6 +102,7 @@ def draw(
             # Versions registered before this setting existed were evaluated without branch noise.
             branch_noise=settings.get("branch_noise", 0.0),
             negative_prompt=settings["negative_prompt"] or None,
+            predictions=None if predictions is None else predictions.of(members),
             seed=[seeds[member] for member in members],
             batch_size=settings["batch_size"],
         )

@@ -16,6 +16,7 @@ from sage.errors import ConfigurationError
 from sage.evaluation.arms import REFERENCES
 from sage.evaluation.registry import GATEABLE
 from sage.grouping.guard import Kind
+from sage.grouping.policy import By
 
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 HeldOut = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
@@ -137,6 +138,7 @@ class Group(Section):
     max_size: Count
     near_duplicate: Cosine
     guard: list[Kind] | None = None
+    by: By | None = None
 
     @model_validator(mode="after")
     def _one_of_three(self) -> "Group":

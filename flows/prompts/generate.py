@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from PIL import Image
@@ -38,6 +38,9 @@ from sage.sampling.partition import equal
 from sage.sampling.plan import Plan, shared_steps
 from sage.sampling.seeds import image_seeds
 
+if TYPE_CHECKING:
+    from sage.sampling.first_prediction import FirstPredictions
+
 KEY = "sage"  # text chunk of a PNG that holds its metadata
 CONTACT = "contact.jpg"  # never the image of a prompt, which ends in .png
 TILE, TILES, COLUMNS = 128, 240, 12
@@ -53,6 +56,12 @@ class Job:
     settings: dict[str, Any]
     model: str
     pipe: Any
+    first: "FirstPredictions | None" = None
+
+    @property
+    def cost(self) -> str:
+        """A sentence on the cost of the run, compared with independent sampling."""
+        return cost_line(self.plan, len(self.groups), self.settings["guidance_scale"] > 1, self.first)
 
     @property
     def drawn(self) -> list[Item]:
@@ -102,7 +111,7 @@ def main(
     given = {"steps": steps, "share_ratio": share_ratio, "branch_noise": branch_noise, "batch_size": batch_size}
     given |= {"guidance_scale": guidance_scale, "image_steps": image_steps}
     job = prepare(prompts, model, given, negative_prompt, seed)
-    typer.echo(cost_line(job.plan, len(job.groups), job.settings["guidance_scale"] > 1))
+    typer.echo(job.cost)
     refused = [item for item in job.items if item.error is not None]
     for item in refused:
         typer.echo(f"not drawn: {item.id}: {item.error}", err=True)
@@ -110,7 +119,7 @@ def main(
         return
 
     begin(out, job.identity)
-    for _ in drawn(job.pipe, job.drawn, job.groups, job.plan.steps, job.settings, job.model, out):
+    for _ in drawn(job.pipe, job.drawn, job.groups, job.plan.steps, job.settings, job.model, out, first=job.first):
         pass
     report_blank(manifest(out, job.items))
     contact_sheet(out, [item.id for item in job.drawn], job.groups)
@@ -137,18 +146,22 @@ def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: 
     alike = list(zip(texts, keys, strict=True))
     images = equal(alike) if settings["image_steps"] else [[number] for number in range(len(texts))]
     prompts, prompt_keys = ([column[numbers[0]] for numbers in images] for column in (texts, keys))
-    with progress(len(prompts), "embedding") as advance:
-        embeddings = embed(distinct(prompts), ENCODER, cache=embedding_cache(), progress=advance)
-    policy = Policy(**grouping.model_dump())
+    policy, first = Policy(**grouping.model_dump()), None
+    if policy.by == "prediction":
+        first = drawing.first_predictions(pipe, texts, settings)
+        embeddings = first.of([numbers[0] for numbers in images]).embeddings()
+    else:
+        with progress(len(prompts), "embedding") as advance:
+            embeddings = embed(distinct(prompts), ENCODER, cache=embedding_cache(), progress=advance)
     steps = pipe.evaluations(settings["steps"])
     ratio = shared_steps(settings["share_ratio"], steps) / steps
     threshold = policy.choose_threshold(embeddings, ratio, Path(model), prompts, prompt_keys)
-    for doubt in doubts(prompts, embeddings, threshold):
+    for doubt in doubts(prompts, embeddings, threshold, policy.by):
         typer.echo(doubt, err=True)
     groups = policy.form(prompts, embeddings, threshold, prompt_keys)
     groups = [sorted(image for prompt in members for image in images[prompt]) for members in groups]
     whole = drawing.planned(groups, texts, steps, settings["share_ratio"], settings["image_steps"])
-    return Job(items, groups, whole, settings, name, pipe)
+    return Job(items, groups, whole, settings, name, pipe, first)
 
 
 def open_model(model: str) -> tuple[Any, str, dict[str, Any], Group]:
@@ -173,12 +186,16 @@ def open_model(model: str) -> tuple[Any, str, dict[str, Any], Group]:
     return drawing.open_pipeline(model, scheduler=params.generate.scheduler), name, settings, params.group
 
 
-def cost_line(plan: Plan, groups: int, guided: bool) -> str:
-    """Return a sentence on the cost of a plan, compared with independent sampling."""
+def cost_line(plan: Plan, groups: int, guided: bool, first: "FirstPredictions | None" = None) -> str:
+    """Return a sentence on the cost of a plan, and of the first predictions, compared with independent sampling."""
     alone = Plan.independent(plan.prompts, plan.steps).nfe(guided)
+    nfe = plan.nfe(guided)
+    if first is not None:
+        nfe += first.network_evaluations - (len(plan.roots) * (2 if guided else 1) if first.reusable else 0)
+    predicted = f", {first.network_evaluations} of them first predictions" if first is not None else ""
     return (
-        f"{plan.prompts} prompts in {groups} groups; {plan.nfe(guided)} network evaluations instead of {alone}, "
-        f"{plan.saving:.1%} saved"
+        f"{plan.prompts} prompts in {groups} groups; {nfe} network evaluations instead of {alone}{predicted}, "
+        f"{1 - nfe / alone:.1%} saved"
     )
 
 
@@ -206,6 +223,7 @@ def drawn(
     model: str,
     out: Path,
     wanted: Collection[int] | None = None,
+    first: "FirstPredictions | None" = None,
 ) -> Iterator[Path]:
     """Draw the wanted images; yield the file of each.
 
@@ -217,6 +235,7 @@ def drawn(
     model     hash or name of the weights, for the metadata
     out       folder for the images
     wanted    indices of `items`; default: those that have no file yet
+    first     first predictions of `items`, to take first steps from, or None
     """
     from flows import drawing
 
@@ -228,7 +247,8 @@ def drawn(
     with progress(total, "generating") as advance:
         advance(total - len(wanted))
         texts = [item.prompt for item in items]
-        for member, result, truncated in drawing.draw(pipe, texts, seeds, groups, settings, wanted.__contains__):
+        images = drawing.draw(pipe, texts, seeds, groups, settings, wanted.__contains__, first)
+        for member, result, truncated in images:
             item, group_members = items[member], groups[number[member]]
             others = {items[other].prompt for other in group_members} - {item.prompt}
             plan = {"steps": steps, "share_ratio": settings["share_ratio"] if others else 0.0}

@@ -64,7 +64,11 @@ def plan(
         local = folder / Path(source).name
         _get(source, local)
         job = prompts.prepare(str(local), model, given, "", seed)
-        typer.echo(prompts.cost_line(job.plan, len(job.groups), job.settings["guidance_scale"] > 1))
+        if job.first is not None:
+            raise ConfigurationError(
+                "shards draw on machines that do not have all prompts' first predictions; set group.by to text"
+            )
+        typer.echo(job.cost)
         known = folder / "out"
         known.mkdir()
         for name in _names(out):

@@ -17,7 +17,7 @@ import numpy as np
 from flows.serving.prefixes import Prefixes
 from flows.serving.requests import Drawn, Failed, Job, Progress
 from sage.data.images import is_blank
-from sage.errors import DivergedError
+from sage.errors import ConfigurationError, DivergedError
 from sage.grouping.auto import DEFAULT
 from sage.grouping.embedding import embed
 from sage.grouping.online import StreamingGrouper
@@ -99,6 +99,11 @@ class Engine:
         model          folder of the model, for a policy with `max_damage`
         prefix_bytes   bytes of prefixes kept for later requests
         """
+        if policy.by == "prediction":
+            raise ConfigurationError(
+                "the server groups prompts by their texts, as it does not know them beforehand, but group.by is "
+                "prediction; set it to text"
+            )
         self._pipe, self._policy, self._model = pipe, policy, model
         self.batch_size = batch_size
         self._rows = 1 if deterministic else batch_size

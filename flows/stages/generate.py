@@ -16,7 +16,7 @@ import torch
 import typer
 from PIL import Image
 
-from flows.drawing import image_steps, open_pipeline
+from flows.drawing import first_predictions, image_steps, open_pipeline
 from flows.preflight import check
 from flows.report.sheet import opened, sheet
 from flows.terminal import progress, run
@@ -39,7 +39,8 @@ Made = tuple[str, Plan, int]
 class Arm:
     """One way to generate the images; arms with equal `made` give the same images.
 
-    The plan is for the prompts; the images of a prompt share `image_steps` steps.
+    The plan is for the prompts; the images of a prompt share `image_steps` steps. `predicts`: the groups are by first
+    prediction, which costs an evaluation a prompt; `reuses`: first steps are taken from it.
     """
 
     name: str
@@ -49,6 +50,8 @@ class Arm:
     plan: Plan
     share_ratio: float
     image_steps: int
+    predicts: int = 0  # prompts of different texts
+    reuses: bool = False
 
     @property
     def made(self) -> Made:
@@ -61,7 +64,9 @@ class Arm:
 
     def nfe(self, seeds: int, guided: bool) -> int:
         """Return the network evaluations of all images of this many seeds."""
-        return self.plan.repeat(seeds, self.image_steps).nfe(guided)
+        plan = self.plan.repeat(seeds, self.image_steps)
+        known = len(plan.roots) if self.reuses else 0
+        return (2 if guided else 1) * (plan.nfe(guidance=False) + self.predicts - known)
 
 
 def main(
@@ -79,7 +84,17 @@ def main(
     members, _ = read_groups(groups / f"{settings.split}.json", examples)
     pipe = open_pipeline(base, scheduler=settings.scheduler)
     check(pipe, params, data, groups)
-    arms = plan_arms(base, model, members, settings, pipe.evaluations, image_steps(pipe, settings.model_dump()))
+    predicts = len({example.text for example in examples}) if params.group.by == "prediction" else 0
+    arms = plan_arms(
+        base,
+        model,
+        members,
+        settings,
+        pipe.evaluations,
+        image_steps(pipe, settings.model_dump()),
+        predicts,
+        reuses=bool(predicts and pipe.safe_image_steps(settings.steps, 1.0)),
+    )
     made: dict[Made, dict[str, Any]] = {}
     first: dict[Made, str] = {}
     figures: dict[str, dict[str, Any]] = {}
@@ -127,6 +142,8 @@ def plan_arms(
     settings: Generate,
     evaluations: Callable[[int], int],
     image_steps: int,
+    predicts: int = 0,
+    reuses: bool = False,
 ) -> list[Arm]:
     """Return the four arms.
 
@@ -135,22 +152,25 @@ def plan_arms(
     settings     the section generate of params.yaml
     evaluations  how often the sampler evaluates the network in a number of steps
     image_steps  first steps that the images of a prompt share in the arms that share
+    predicts     first predictions that these arms need for their groups
+    reuses       whether they take first steps from these
     """
-    count = sum(map(len, groups))
+    count, seeds = sum(map(len, groups)), len(settings.seeds)
     whole = Plan.independent(count, evaluations(settings.steps))
     shared = Plan.shared(groups, evaluations(settings.steps), settings.share_ratio)
+    base_hash, model_hash = sha256_tree(base), sha256_tree(model)
+    sharing = (settings.steps, shared, settings.share_ratio, image_steps, predicts, reuses)
+    shares = Arm(SHARED, base, base_hash, *sharing)
     # At least as many evaluations as sharing needs, so that the baseline never gets fewer.
-    fewer, images = settings.steps, count * len(settings.seeds)
-    needed = shared.repeat(len(settings.seeds), image_steps).nfe(guidance=False)
-    while fewer > 1 and evaluations(fewer - 1) * images >= needed:
+    fewer = settings.steps
+    while fewer > 1 and evaluations(fewer - 1) * count * seeds >= shares.nfe(seeds, guided=False):
         fewer -= 1
     same_nfe = Plan.independent(count, evaluations(fewer))
-    base_hash, model_hash = sha256_tree(base), sha256_tree(model)
     return [
         Arm(INDEPENDENT, base, base_hash, settings.steps, whole, 0.0, 0),
         Arm(SAME_NFE, base, base_hash, fewer, same_nfe, 0.0, 0),
-        Arm(SHARED, base, base_hash, settings.steps, shared, settings.share_ratio, image_steps),
-        Arm(SAGE, model, model_hash, settings.steps, shared, settings.share_ratio, image_steps),
+        shares,
+        Arm(SAGE, model, model_hash, *sharing),
     ]
 
 
@@ -163,13 +183,16 @@ def make(
     """
     pipe = open_pipeline(arm.model, scheduler=settings.scheduler)
     seconds = 0.0
+    texts = [example.text for example in examples]
     with counted(pipe._network) as evaluations:
+        first = first_predictions(pipe, texts, settings.model_dump()) if arm.predicts else None
         for seeds in arm.seeds(settings.seeds):
             for seed in seeds:
                 (folder / f"seed-{seed}").mkdir(parents=True)
             stream = pipe.stream(
-                [example.text for example in examples],
+                texts,
                 plan=arm.plan,
+                predictions=first,
                 num_inference_steps=arm.steps,
                 guidance_scale=settings.guidance_scale,
                 branch_noise=settings.branch_noise,
@@ -191,7 +214,9 @@ def make(
     return {
         "nfe": nfe,
         "nfe_per_image": nfe / images,
-        "saving": 1 - arm.nfe(len(settings.seeds), guided=False) / independent if arm.image_steps else arm.plan.saving,
+        "saving": 1 - arm.nfe(len(settings.seeds), guided=False) / independent
+        if arm.image_steps or arm.predicts
+        else arm.plan.saving,
     }, seconds / images
 
 

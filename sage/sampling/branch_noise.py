@@ -100,10 +100,14 @@ def recentred(
     own = predicted_x_0(scheduler, step, x[rows], output[rows])
     alpha = float(levels(scheduler, step)[0])
     x[rows] += (s**2 * alpha * (own - x_0)).to(x.dtype)
-    kind, level, x_t = _normalised(scheduler, step, x[rows])
-    eps = diffusion.implied_noise(x_t, own, *level)
-    output[rows] = diffusion.target(kind, own, eps, *level).to(output.dtype)
+    output[rows] = output_for(scheduler, step, x[rows], own).to(output.dtype)
     return x, output
+
+
+def output_for(scheduler: Any, step: int, x: Tensor, x_0: Tensor) -> Tensor:
+    """Return the network output that predicts x_0 from the input latents x of a step; inverse of `predicted_x_0`."""
+    kind, level, x_t = _normalised(scheduler, step, x)
+    return diffusion.target(kind, x_0, diffusion.implied_noise(x_t, x_0, *level), *level)
 
 
 def predicted_x_0(scheduler: Any, step: int, x: Tensor, output: Tensor) -> Tensor:

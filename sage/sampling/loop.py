@@ -32,6 +32,7 @@ from sage.sampling.branch_noise import (
     begins_as_noise,
     check_branch_noise,
     levels,
+    output_for,
     predicted_x_0,
     recentred,
     rotated,
@@ -132,6 +133,7 @@ def sample(
     generator: Callable[[int], Generator],
     rank: Callable[[int], Any],
     prompt_of: Callable[[int], Any] = lambda prompt: prompt,
+    first: Callable[[list[int]], Tensor] | None = None,
     batch_size: int,
     guidance: float = 1.0,
     medoid: bool = False,
@@ -152,6 +154,8 @@ def sample(
     rank(prompt)                returns a sort key that does not depend on the prompt's place in the list
     prompt_of(prompt)           returns a key that images of one prompt have in common, if the plan is one of images;
                                 it counts once in the condition of a block
+    first(prompts)              returns the x_0 that a block of these prompts predicts at its first step, which is then
+                                not evaluated; None: it is evaluated
     batch_size                  the largest number of blocks in a network call
     guidance                    the guidance scale from which every pack starts
     medoid                      give a block the condition of the member nearest to the mean instead of the mean
@@ -192,7 +196,11 @@ def sample(
                 return
             t = timesteps[step]
             x = pack.scheduler.scale_model_input(pack.latents, t) if scales else pack.latents
-            output = predict(x, t, pack.condition, pack.guidance)
+            if first is None or step:
+                output = predict(x, t, pack.condition, pack.guidance)
+            else:
+                x_0 = torch.stack([first(block) for block in blocks]).to(pack.latents)
+                output = output_for(pack.scheduler, step, pack.latents, x_0).to(pack.latents.dtype)
             if branch_noise and step == end - 1 < plan.steps - 1:
                 pack.clean = predicted_x_0(pack.scheduler, step, pack.latents, output)
             if pack.inherited is not None:

@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -39,6 +39,7 @@ from sage.numbers import real, single, whole
 from sage.sampling import loop, saved
 from sage.sampling.branch_noise import safe_image_steps
 from sage.sampling.conditions import Condition
+from sage.sampling.first_prediction import FirstPredictions, first_predictions
 from sage.sampling.hooks import check_hooks
 from sage.sampling.partition import as_groups, check_keys, equal, share_keys
 from sage.sampling.plan import Plan, shared_steps
@@ -58,6 +59,11 @@ FAMILIES = {
 # With sage.grouping.auto.DEFAULT the operating point of params.yaml, but for branch noise (tests/test_config.py).
 SHARE_RATIO = 0.34
 BATCH_SIZE = 8
+# Arguments of a call that its first step does not depend on.
+_NOT_FIRST = {
+    "groups", "share_key", "plan", "share_ratio", "num_images_per_prompt", "image_steps", "predictions", "seed",
+    "generator", "latents", "branch_noise", "output_type", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
+}  # fmt: skip
 # The methods of stock classes that shared sampling does without.
 _NOT_CALLED = ("__call__", "check_inputs", "prepare_latents", "prepare_extra_step_kwargs", "decode_latents")
 
@@ -212,6 +218,7 @@ class SharedSamplingPipeline:
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         image_steps: int | None = None,
+        predictions: FirstPredictions | None = None,
         seed: int | Sequence[int] | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         latents: Tensor | None = None,
@@ -243,6 +250,8 @@ class SharedSamplingPipeline:
                                repeated in the list, unless you give groups or a plan; 0: none; None: the first, if the
                                call shares steps at all, `branch_noise` is 1, and the schedule begins with noise alone
                                (`sage.sampling.branch_noise`), else none
+        predictions            the prompts' `first_predictions` with these settings: what their first steps need not
+                               evaluate again, if the schedule begins with noise alone
         seed                   seed of the run, from which each image's seed is derived with its prompt and the number
                                of earlier copies of that prompt; or a list with one seed for each image; None: drawn
                                from torch's global generator
@@ -338,7 +347,13 @@ class SharedSamplingPipeline:
             keys = share_keys(share_key, negatives if scale > 1 else None, given, count)
             if image_steps and prompts is not None and not isinstance(groups, (Iterable, Tensor)):
                 copies = _copies(prompts, keys, seed, num_images_per_prompt)
-            plan = Plan.shared(_groups(groups, prompts, keys, copies, share_ratio, steps), steps, share_ratio)
+            by_prediction = getattr(groups, "by", None) == "prediction" and getattr(groups, "embeddings", None) is None
+            if predictions is None and by_prediction and count > 1 and sharing:
+                # Made by the copy of this call, which so counts them.
+                predictions = call._first_predictions(prompts, negatives, given, scale, batch_size, options)
+            rows = None if predictions is None else predictions.embeddings
+            found = _groups(groups, prompts, keys, copies, share_ratio, steps, rows)
+            plan = Plan.shared(found, steps, share_ratio)
         if plan.prompts != len(copies):
             raise PlanError(f"the plan is for {plan.prompts} prompts, but {count} were given; build a plan for these")
         if plan.steps != steps:
@@ -358,6 +373,7 @@ class SharedSamplingPipeline:
             given=given,
             negatives=negatives,
             images=num_images_per_prompt,
+            predictions=predictions,
             guidance_scale=scale,
             seed=seed,
             generator=generator,
@@ -379,6 +395,51 @@ class SharedSamplingPipeline:
         call = self._begin_call()
         call._set_timesteps(num_inference_steps, *self._size(height, width, dict(self._options)))
         return len(call.scheduler.timesteps)
+
+    def first_predictions(self, prompt: str | Sequence[str] | None = None, **arguments: Any) -> FirstPredictions:
+        """Return what the model expects of each prompt at its first step (`sage.sampling.first_prediction`).
+
+        `arguments` are those of `stream` that its first step depends on: num_inference_steps, guidance_scale,
+        negative_prompt, height, width, batch_size, embeddings and options. Prompts are grouped by them with
+        `groups=Grouping(by="prediction")`, and a call that gets them as `predictions` does not evaluate them again.
+        """
+        if unknown := sorted(set(arguments) & _NOT_FIRST):
+            raise ConfigurationError(f"first predictions do not depend on {', '.join(unknown)}; leave these out")
+        return first_predictions(self.stream(prompt, share_ratio=0.0, seed=0, **arguments))
+
+    def _first_predictions(
+        self,
+        prompts: list[str] | None,
+        negatives: list[str] | None,
+        given: dict[str, Tensor],
+        scale: float,
+        batch_size: int,
+        options: dict[str, Any],
+    ) -> FirstPredictions:
+        """Return the first predictions of a call that is under way, on its own copy of the pipeline."""
+        count = len(prompts) if prompts is not None else len(given["prompt_embeds"])
+        self._guidance_scale, self._num_timesteps = scale, len(self.scheduler.timesteps)
+        stream = Stream(
+            self,
+            Plan.independent(count, len(self.scheduler.timesteps)),
+            prompts=prompts,
+            given=given,
+            negatives=negatives,
+            images=1,
+            predictions=None,
+            guidance_scale=scale,
+            seed=0,
+            generator=None,
+            latents=None,
+            batch_size=batch_size,
+            medoid=False,
+            branch_noise=0.0,
+            output_type="latent",
+            callback=None,
+            callback_inputs=(),
+            options=options,
+        )
+        return first_predictions(stream)
 
     def safe_image_steps(self, num_inference_steps: int, branch_noise: float) -> int:
         """Return how many steps the images of one prompt share by default, 0 or 1 (`sage.sampling.branch_noise`)."""
@@ -605,8 +666,18 @@ def _groups(
     copies: Sequence[Sequence[int]],
     share_ratio: float | Sequence[float],
     steps: int,
+    predicted: Callable[[], np.ndarray] | None,
 ) -> list[list[int]]:
-    """Return the groups that are given, or form groups of `copies`: lists of the numbers of equal prompts."""
+    """Return the groups that are given, or form groups of `copies`: lists of the numbers of equal prompts.
+
+    groups       as given to the call
+    prompts      the prompts, or None
+    keys         a share key for each prompt
+    copies       numbers of equal prompts
+    share_ratio  one, or one for each given group
+    steps        steps of the plan
+    predicted    returns the embeddings of the prompts' first predictions, if it is to group by them
+    """
     if isinstance(groups, (Iterable, Tensor)):
         return as_groups(groups, len(keys))
     if np.ndim(share_ratio):
@@ -625,6 +696,8 @@ def _groups(
     # A budget counts whole steps, as the plan does.
     ratio = shared_steps(share_ratio, steps) / steps  # type: ignore[arg-type]
     texts = None if prompts is None else [prompts[number] for number in first]
+    if grouping.by == "prediction" and grouping.embeddings is None and predicted is not None:
+        grouping = replace(grouping, embeddings=predicted())
     return grouping.of_rows(first, len(keys)).groups(texts, [keys[number] for number in first], ratio)
 
 

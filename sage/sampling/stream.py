@@ -17,6 +17,7 @@ from sage.errors import ConfigurationError, DataError, DivergedError, PlanError,
 from sage.numbers import single, whole
 from sage.sampling import loop
 from sage.sampling.conditions import Condition, concatenated, select
+from sage.sampling.first_prediction import FirstPredictions, made_for
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import image_seeds
 
@@ -72,6 +73,7 @@ class Stream:
         given: dict[str, Tensor],
         negatives: list[str] | None,
         images: int,
+        predictions: FirstPredictions | None,
         guidance_scale: float,
         seed: int | Sequence[int] | None,
         generator: Generator | Sequence[Generator] | None,
@@ -92,6 +94,7 @@ class Stream:
         given           the embeddings by name, one row for each prompt
         negatives       negative prompts, one for each prompt, or None
         images          number of images of each prompt
+        predictions     first predictions of the prompts, which take the place of the first step if they can
         guidance_scale  guidance if above 1
         seed            one seed, or one for each image; None: drawn from torch's global generator
         generator       instead of `seed`: one for all noise, or one for each image
@@ -120,6 +123,10 @@ class Stream:
             for name, rows in given.items()
         }
         self._latents = latents
+        # Evaluations of this call before the plan's own: first predictions that it was grouped by.
+        self._spent = pipe._evaluations
+        self._first = predictions if predictions is not None and predictions.reusable else None
+        self._check_predictions(predictions)
         self._keys = [_key(prompts, given, number) for number in range(plan.prompts // images) for _ in range(images)]
         self._generators: list[Generator] | None = None
         self.seeds = self._take_seeds(seed, generator)
@@ -163,9 +170,31 @@ class Stream:
     @property
     def cost(self) -> Cost:
         """The cost so far; `formula` and `independent` are for the whole plan."""
-        formula = self.plan.nfe(self._guided)
-        independent = (2 if self._guided else 1) * self.plan.prompts * self.plan.steps
-        return Cost(self._pipe._evaluations, formula, independent, self.plan.saving, self._seconds)
+        each = 2 if self._guided else 1
+        formula = self._spent + each * self._planned
+        independent = each * self.plan.prompts * self.plan.steps
+        plain = self._planned == self.plan.nfe(guidance=False) and not self._spent
+        saving = self.plan.saving if plain else 1 - formula / independent
+        return Cost(self._pipe._evaluations, formula, independent, saving, self._seconds)
+
+    @property
+    def _planned(self) -> int:
+        """The latents that the network evaluates in this stream's plan: all, without a first step that is known."""
+        return self.plan.nfe(guidance=False) - (len(self.plan.roots) if self._first is not None else 0)
+
+    def _first_of(self, images: list[int]) -> Tensor:
+        assert self._first is not None
+        return self._first.mean([image // self._images for image in images])
+
+    def _check_predictions(self, given: FirstPredictions | None) -> None:
+        if given is None:
+            return
+        count = self.plan.prompts // self._images
+        if len(given.x_0) != count or given.made_for != made_for(self):
+            raise ConfigurationError(
+                f"the first predictions are of {len(given.x_0)} prompts with (scheduler, timestep, guidance scale) "
+                f"{given.made_for}, but the call has {count} prompts with {made_for(self)}; make them for this call"
+            )
 
     @torch.no_grad()
     def _run(self) -> Iterator[Result]:
@@ -181,6 +210,7 @@ class Stream:
                 generator=self._generator,
                 rank=lambda image: (self.seeds[image], self._keys[image], image),
                 prompt_of=self.prompt_of,
+                first=None if self._first is None else self._first_of,
                 batch_size=self._batch_size,
                 guidance=self._scale,
                 medoid=self._medoid,
@@ -194,7 +224,7 @@ class Stream:
                     yield from self._results_of(part)
             finally:
                 pipe._end_call()
-        if not pipe._interrupt and (self._steps, self._rows) != (self.plan.nfe(guidance=False), pipe._evaluations):
+        if not pipe._interrupt and (self._steps, self._rows + self._spent) != (self._planned, pipe._evaluations):
             raise PlanError(
                 f"the network was evaluated {pipe._evaluations} times, but the plan has {self.cost.formula}; "
                 "this is a bug in this package, please report it"
