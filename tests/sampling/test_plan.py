@@ -207,6 +207,21 @@ def test_a_budget_is_met_at_the_highest_threshold_that_meets_it():
     assert plan_for_budget(nested, 50, 0.1).threshold > plan_for_budget(nested, 50, 0.6).threshold
 
 
+def test_a_budget_over_groups_prompts_and_images_spends_the_images_share_first():
+    nested = clusters(6, [(0, 1, 0.9), (2, 3, 0.8), (4, 5, 0.7)])
+    tree = {"images": 4, "image_steps": 2}
+    # Two of ten steps of four images save 15%, so no cluster has to share.
+    alone = plan_for_budget(nested, 10, 0.15, **tree)
+    assert alone.plan == Plan.independent(6, 10).repeat(4, 2)
+    assert alone.merges == []
+    budget = plan_for_budget(nested, 10, 0.3, **tree)
+    assert 0.3 <= budget.plan.saving < 0.35
+    assert budget.plan.prompts == 24
+    without = plan_for_budget(nested, 10, 0.3, images=4)
+    assert sum(share for _, share, _ in budget.merges) < sum(share for _, share, _ in without.merges)
+    assert budget.threshold > without.threshold
+
+
 def test_a_budget_from_flat_groups_branches_each_by_its_tightness():
     nested = [Cluster(0.95, (0, 1, 2)), Cluster(0.75, (3, 4)), 5]
     budget = plan_for_budget(nested, 100, 0.3)

@@ -126,6 +126,30 @@ def test_seeds_of_a_prompt_share_their_first_steps_if_asked(project, made, monke
         assert np.array_equal(*unshared)
 
 
+def test_first_predictions_count_and_first_steps_are_not_evaluated_again(project, monkeypatch):
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    for name in ("base", "tuned"):
+        shutil.copytree(project / name, project / "zero" / name)
+        config = project / "zero" / name / "scheduler/scheduler_config.json"
+        zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+        config.write_text(json.dumps(json.loads(config.read_text()) | zero))
+    settings = {"generate": params["generate"] | {"image_steps": None}, "group": params["group"] | {"by": "prediction"}}
+    try:
+        (project / "params.yaml").write_text(yaml.safe_dump(params | settings))
+        monkeypatch.chdir(project)
+        monkeypatch.setenv("SAGE_DEVICE", "cpu")
+        out = project / "predicted"
+        paths = {"base": project / "zero/base", "model": project / "zero/tuned", "data": project / "data/prepared"}
+        generate.main(**paths, groups=project / "data/groups", out=out / "images", metrics=out / "generate.json")
+    finally:
+        (project / "params.yaml").write_text(yaml.safe_dump(params))
+    arms = json.loads((out / "generate.json").read_text())["arms"]
+    # Guidance 2: 5 predictions and no first step, then 2 steps of 2 groups for each of 2 seeds, 3 steps of 10 images.
+    assert arms["shared"]["nfe"] == arms["sage"]["nfe"] == 2 * (5 + 2 * 2 * 2 + 3 * 10)
+    assert arms["shared"]["saving"] == pytest.approx(1 - 43 / 60)
+    assert arms["independent"]["nfe"] == 2 * 60
+
+
 def test_every_prompt_has_one_picture_an_arm_and_seed(project, made):
     lines = made[1]
     assert Counter((line["arm"], line["seed"]) for line in lines) == {
