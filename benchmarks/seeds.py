@@ -129,7 +129,9 @@ def by_prediction(texts: Sequence[str], first: FirstPredictions, count: int) -> 
     shipped = load_params().group
     policy = Policy(shipped.max_size, shipped.near_duplicate, saving=1 - count / len(texts), by="prediction")
     embeddings = first.embeddings()
-    return policy.form(texts, embeddings, policy.choose_threshold(embeddings, 1.0))
+    threshold = policy.choose_threshold(embeddings, 1.0)
+    typer.echo(f"by text {count} groups; by prediction as many or fewer at cosine {threshold:.3f}")
+    return policy.form(texts, embeddings, threshold)
 
 
 def planned(point: Point, groups: Groups, seeds: int) -> Plan:

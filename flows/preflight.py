@@ -103,6 +103,8 @@ def doubts(params: Params, evaluations: int, groups: Sequence[Sequence[int]], im
             f"never sees it (finetune.drop_text {tuning.drop_text}, weights.diffusion {tuning.weights.diffusion})"
         )
     yield from _too_few(params.evaluate.gates, groups)
+    if len(drawing.seeds) < 2 and any(gate.metric == "seed_diversity" for gate in params.evaluate.gates):
+        yield f"the gate on seed_diversity cannot pass: generate.seeds {drawing.seeds} are fewer than two"
     plan = Plan.shared(groups, evaluations, drawing.share_ratio).repeat(len(drawing.seeds), image_steps)
     for gate in params.evaluate.gates:
         if METRICS[gate.metric].cost and gate.reference == INDEPENDENT:
