@@ -147,18 +147,20 @@ def prepare(source: str, model: str, given: Mapping[str, Any], negative_prompt: 
     images = equal(alike) if settings["image_steps"] else [[number] for number in range(len(texts))]
     prompts, prompt_keys = ([column[numbers[0]] for numbers in images] for column in (texts, keys))
     policy, first = Policy(**grouping.model_dump()), None
-    if policy.by == "prediction":
-        first = drawing.first_predictions(pipe, texts, settings)
-        embeddings = first.of([numbers[0] for numbers in images]).embeddings()
-    else:
+    steps = pipe.evaluations(settings["steps"])
+    if policy.by != "prediction":
         with progress(len(prompts), "embedding") as advance:
             embeddings = embed(distinct(prompts), ENCODER, cache=embedding_cache(), progress=advance)
-    steps = pipe.evaluations(settings["steps"])
-    ratio = shared_steps(settings["share_ratio"], steps) / steps
-    threshold = policy.choose_threshold(embeddings, ratio, Path(model), prompts, prompt_keys)
-    for doubt in doubts(prompts, embeddings, threshold, policy.by):
-        typer.echo(doubt, err=True)
-    groups = policy.form(prompts, embeddings, threshold, prompt_keys)
+    elif settings["share_ratio"]:
+        first = drawing.first_predictions(pipe, texts, settings)
+        embeddings = first.of([numbers[0] for numbers in images]).embeddings()
+    groups = [[number] for number in range(len(prompts))]
+    if policy.by != "prediction" or first is not None:
+        ratio = shared_steps(settings["share_ratio"], steps) / steps
+        threshold = policy.choose_threshold(embeddings, ratio, Path(model), prompts, prompt_keys)
+        for doubt in doubts(prompts, embeddings, threshold, policy.by):
+            typer.echo(doubt, err=True)
+        groups = policy.form(prompts, embeddings, threshold, prompt_keys)
     groups = [sorted(image for prompt in members for image in images[prompt]) for members in groups]
     whole = drawing.planned(groups, texts, steps, settings["share_ratio"], settings["image_steps"])
     return Job(items, groups, whole, settings, name, pipe, first)
