@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from PIL import Image
 from waiting import wait_for
 
 from flows.prompts import generate as prompts
+from flows.prompts import shards
 from sage.errors import ConfigurationError, DataError
 from sage.files import sha256, sha256_tree
 from sage.sampling.pipeline import SharedSamplingPipeline
@@ -111,6 +114,36 @@ def test_a_repeated_prompt_shares_its_first_steps_if_asked(generate, tmp_path, c
     assert sha256_tree(out) == whole
     with pytest.raises(ConfigurationError, match=r"image_steps 1 \(now 0\)"):
         generate(write(tmp_path, texts), **call | {"image_steps": 0})
+
+
+def test_groups_by_first_prediction_cost_what_the_first_line_says(generate, model, tmp_path, monkeypatch, capsys):
+    zero = tmp_path / "zero"
+    shutil.copytree(model, zero)
+    config = zero / "scheduler/scheduler_config.json"
+    changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    opened, rows = prompts.open_model, []
+
+    def by_prediction(model):
+        pipe, name, settings, group = opened(model)
+        pipe.unet.register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
+        return pipe, name, settings, group.model_copy(update={"by": "prediction", "threshold": 0.0})
+
+    monkeypatch.setattr(prompts, "open_model", by_prediction)
+    out = generate(write(tmp_path), model=str(zero), branch_noise=1.0)
+    said = re.search(r"(\d+) network evaluations instead of 56, 12 of them first predictions", capsys.readouterr().out)
+    assert said and int(said[1]) == sum(rows)
+    lines = lines_of(out)
+    assert any(line["shared_with"] for line in lines)
+    whole = sha256_tree(out)
+    (out / f"{lines[0]['file']}").unlink()
+    generate(write(tmp_path), model=str(zero), branch_noise=1.0)
+    assert sha256_tree(out) == whole
+    rows.clear()
+    generate(write(tmp_path), tmp_path / "alone", model=str(zero), share_ratio=0.0)
+    assert sum(rows) == 56
+    with pytest.raises(ConfigurationError, match=r"set group\.by to text"):
+        shards.plan(write(tmp_path), str(tmp_path / "shards"), str(zero))
 
 
 def test_what_is_missing_is_made_again_to_the_same_bytes(generate, tmp_path):
