@@ -8,12 +8,12 @@ for its own draw xi: the variance is kept, the noise is rotated by arcsin(s). s 
 
 At its first step a child predicts its own x_0', and the scheduler would mistake the difference alpha (x_0 - x_0') for
 noise and carry it on. A fraction s^2 of the noise variance is freshly drawn, so this step instead starts from
-x + s^2 alpha (x_0' - x_0): at s = 1 this is x_0' with exactly the drawn noise. It costs no network evaluation. A child
-of the same prompts as its block predicts from the same condition, so its first step is an ordinary one.
+x + s^2 alpha (x_0' - x_0): at s = 1 this is x_0' with exactly the drawn noise. It costs no network evaluation.
 
 A block's first step is special if the latents are then noise alone (`begins_as_noise`): the prediction is E[x_0 | c],
-whatever the noise, and at s = 1 a child continues with the noise that it begins with alone. For an ideal network, an
-image that shares this step with others of its prompt is the image that it is alone.
+whatever the noise, and at s = 1 a child continues with the noise that it begins with alone. A child of the same prompts
+as its block is then where it is alone, and is not moved: for an ideal network, an image that shares this step with
+others of its prompt is the image that it is alone.
 """
 
 from typing import Any

@@ -276,7 +276,7 @@ class Continuous:
                 latents = rotated(rows.scheduler, step, latents, clean, xi, call.stream._branch_noise)
             index = torch.tensor([parent.row], device=latents.device)
             own_rows = _Rows(latents[None], branched(rows.scheduler, index), joined(condition))
-            moved = prompts_of(node, call.stream.prompt_of) != before
+            moved = parent.begun is None or prompts_of(node, call.stream.prompt_of) != before
             child = _Track(call, node, leader, generator, condition, step, own_rows, inherited=clean if moved else None)
             child.evaluations, child.held = parent.evaluations, parent.held
             children.append(child)

@@ -93,8 +93,8 @@ class Pack:
     diverged: Tensor
     condition: Condition = field(default_factory=dict)
     # Only with branch noise: the blocks' own x_0 predictions at their last step (`clean`), and, until the first step
-    # after a branch, the rows of another condition that drew noise there, with their parents' predictions
-    # (`inherited`). `begun`: the initial latents, until the first step, if children continue with theirs.
+    # after a branch, the rows that drew noise there and are recentred, with their parents' predictions (`inherited`).
+    # `begun`: the initial latents, until the first step, if children continue with theirs.
     clean: Tensor | None = None
     begun: Tensor | None = None
     inherited: tuple[list[int], Tensor] | None = None
@@ -300,8 +300,10 @@ def _start(
             else:
                 xi = torch.randn(latents.shape[1:], generator=generators[i], device=generators[i].device).to(latents)
             latents[i] = rotated(parent.scheduler, parent.step, latents[i], x_0, xi, branch_noise)
-        before = {row: prompts_of(parent.nodes[row], prompt_of) for row in {task.rows[i] for i in noisy}}
-        moved = [i for i in noisy if prompts_of(task.nodes[i], prompt_of) != before[task.rows[i]]]
+        moved = noisy
+        if parent.begun is not None:  # the first step of a child of the same prompts is the one that it has alone
+            before = {row: prompts_of(parent.nodes[row], prompt_of) for row in {task.rows[i] for i in noisy}}
+            moved = [i for i in noisy if prompts_of(task.nodes[i], prompt_of) != before[task.rows[i]]]
         inherited = (moved, parent.clean.index_select(0, rows[moved])) if moved else None
     child = branched(parent.scheduler, rows)
     diverged = parent.diverged.index_select(0, rows)
