@@ -8,6 +8,8 @@ from flows.machine import device
 from sage.errors import DivergedError, UnsupportedError
 from sage.sampling import proof, saved
 from sage.sampling.families import derived
+from sage.sampling.first_prediction import FirstPredictions
+from sage.sampling.partition import equal
 from sage.sampling.pipeline import SharedSamplingPipeline, is_known
 from sage.sampling.plan import Plan
 from sage.sampling.schedulers import exchanged
@@ -39,6 +41,42 @@ def open_pipeline(model: str | Path, on: Any = None, scheduler: str | None = Non
     return pipe
 
 
+def first_predictions(pipe: Any, texts: Sequence[str], settings: Mapping[str, Any]) -> FirstPredictions:
+    """Return the pipeline's first predictions of prompts; `settings` are those of `draw`."""
+    found: FirstPredictions = pipe.first_predictions(
+        list(texts),
+        num_inference_steps=settings["steps"],
+        guidance_scale=settings["guidance_scale"],
+        negative_prompt=settings.get("negative_prompt") or None,
+        batch_size=settings["batch_size"],
+    )
+    return found
+
+
+def image_steps(pipe: Any, settings: Mapping[str, Any]) -> int:
+    """Return the number of first steps that the images of one prompt share; `settings` are those of `draw`."""
+    # Versions registered before this setting existed were evaluated with 0; None: the pipeline's rule.
+    asked = settings.get("image_steps", 0)
+    if asked is not None or not settings["share_ratio"]:
+        return int(asked or 0)
+    return int(pipe.safe_image_steps(settings["steps"], settings["branch_noise"]))
+
+
+def planned(
+    groups: Sequence[Sequence[int]], texts: Sequence[str], steps: int, share_ratio: float, image_steps: int
+) -> Plan:
+    """Return the plan of groups of images; if `image_steps` is above 0, equal texts of a group are one prompt."""
+    if not image_steps:
+        return Plan.shared(groups, steps, share_ratio)
+    images: list[list[int]] = []
+    prompts = []
+    for members in groups:
+        found = equal([texts[member] for member in members])
+        prompts.append(range(len(images), len(images) + len(found)))
+        images += [[members[place] for place in places] for places in found]
+    return Plan.shared(prompts, steps, share_ratio).for_images(images, image_steps)
+
+
 def draw(
     pipe: Any,
     texts: Sequence[str],
@@ -46,6 +84,7 @@ def draw(
     groups: Sequence[Sequence[int]],
     settings: Mapping[str, Any],
     wanted: Callable[[int], bool] = lambda number: True,
+    predictions: FirstPredictions | None = None,
 ) -> Iterator[tuple[int, Result | str, int]]:
     """Yield the index of each wanted prompt, its result, and how many of its tokens the text encoder cut off.
 
@@ -58,23 +97,27 @@ def draw(
     texts     prompts
     seeds     seed of each image
     groups    indices of prompts, each prompt in one group
-    settings  steps, share_ratio, branch_noise, guidance_scale, negative_prompt, batch_size
+    settings  steps, share_ratio, branch_noise, image_steps, guidance_scale, negative_prompt, batch_size
     wanted    whether the image of a prompt is yielded, by index; default: all
+    predictions  first predictions of the texts, to take first steps from, or None
     """
-    steps = pipe.evaluations(settings["steps"])
+    steps, shared = pipe.evaluations(settings["steps"]), image_steps(pipe, settings)
     for batch in batches(groups, 4 * settings["batch_size"]):
         members = [member for group in batch for member in group]
         if not any(map(wanted, members)):
             continue
         place = {member: i for i, member in enumerate(members)}
+        drawn = [texts[member] for member in members]
+        blocks = [[place[m] for m in group] for group in batch]
         stream = pipe.stream(
-            [texts[member] for member in members],
-            plan=Plan.shared([[place[m] for m in group] for group in batch], steps, settings["share_ratio"]),
+            drawn,
+            plan=planned(blocks, drawn, steps, settings["share_ratio"], shared),
             num_inference_steps=settings["steps"],
             guidance_scale=settings["guidance_scale"],
             # Versions registered before this setting existed were evaluated without branch noise.
             branch_noise=settings.get("branch_noise", 0.0),
             negative_prompt=settings["negative_prompt"] or None,
+            predictions=None if predictions is None else predictions.of(members),
             seed=[seeds[member] for member in members],
             batch_size=settings["batch_size"],
         )

@@ -31,6 +31,8 @@ def check(pipe: Any, params: Params, data: Path, groups: Path) -> None:
     Raises ConfigurationError or UnsupportedError if stage generate would raise, draw images of another size than the
     prepared ones, or share no step.
     """
+    from flows.drawing import image_steps  # late: stage group imports this module and needs no pipeline
+
     settings = params.generate
     examples = read_split(data, settings.split)
     _check_size(pipe, load_pixels(examples[:1]).shape[1:3])
@@ -43,6 +45,7 @@ def check(pipe: Any, params: Params, data: Path, groups: Path) -> None:
             share_ratio=settings.share_ratio,
             guidance_scale=settings.guidance_scale,
             branch_noise=settings.branch_noise,
+            image_steps=settings.image_steps,
             seed=[0, 1],
             batch_size=settings.batch_size,
         )
@@ -53,7 +56,8 @@ def check(pipe: Any, params: Params, data: Path, groups: Path) -> None:
         ) from error
     evaluations = pipe.evaluations(settings.steps)
     _check_sharing(settings.share_ratio, evaluations)
-    for problem in doubts(params, evaluations, read_groups(groups / f"{settings.split}.json", examples)[0]):
+    shared = image_steps(pipe, settings.model_dump())
+    for problem in doubts(params, evaluations, read_groups(groups / f"{settings.split}.json", examples)[0], shared):
         log.warning(problem)
 
 
@@ -76,12 +80,13 @@ def _check_sharing(share_ratio: float, evaluations: int) -> None:
         )
 
 
-def doubts(params: Params, evaluations: int, groups: Sequence[Sequence[int]]) -> Iterator[str]:
+def doubts(params: Params, evaluations: int, groups: Sequence[Sequence[int]], image_steps: int = 0) -> Iterator[str]:
     """Yield a sentence for each setting that is likely a mistake, with both values.
 
     params       the whole configuration
     evaluations  network evaluations of one image, as the scheduler counts them
     groups       groups of the split that is drawn
+    image_steps  first steps that the images of a prompt share
     """
     tuning, drawing = params.finetune, params.generate
     low, high = (max(1, shared_steps(ratio, evaluations)) for ratio in tuning.share_ratios)
@@ -98,7 +103,9 @@ def doubts(params: Params, evaluations: int, groups: Sequence[Sequence[int]]) ->
             f"never sees it (finetune.drop_text {tuning.drop_text}, weights.diffusion {tuning.weights.diffusion})"
         )
     yield from _too_few(params.evaluate.gates, groups)
-    plan = Plan.shared(groups, evaluations, drawing.share_ratio)
+    if len(drawing.seeds) < 2 and any(gate.metric == "seed_diversity" for gate in params.evaluate.gates):
+        yield f"the gate on seed_diversity cannot pass: generate.seeds {drawing.seeds} are fewer than two"
+    plan = Plan.shared(groups, evaluations, drawing.share_ratio).repeat(len(drawing.seeds), image_steps)
     for gate in params.evaluate.gates:
         if METRICS[gate.metric].cost and gate.reference == INDEPENDENT:
             yield from _out_of_reach(gate, plan, drawing.guidance_scale > 1)
@@ -111,6 +118,8 @@ def cost_doubts(params: Params, saving: Mapping[str, float]) -> Iterator[str]:
     saving  saving of each split's groups at share ratio 1
     """
     drawing = params.generate
+    if drawing.image_steps != 0:
+        return  # the images of a prompt save more than its group does
     saved = saving[drawing.split] * shared_steps(drawing.share_ratio, drawing.steps) / drawing.steps
     for gate in params.evaluate.gates:
         asked = -gate.worse_by_at_most

@@ -16,6 +16,7 @@ from sage.errors import ConfigurationError
 from sage.evaluation.arms import REFERENCES
 from sage.evaluation.registry import GATEABLE
 from sage.grouping.guard import Kind
+from sage.grouping.policy import By
 
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 HeldOut = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
@@ -137,6 +138,7 @@ class Group(Section):
     max_size: Count
     near_duplicate: Cosine
     guard: list[Kind] | None = None
+    by: By | None = None
 
     @model_validator(mode="after")
     def _one_of_three(self) -> "Group":
@@ -218,6 +220,7 @@ class Generate(Section):
     guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     share_ratio: Share
     branch_noise: Annotated[float, Field(ge=0, le=1)]
+    image_steps: Annotated[int, Field(ge=0)] | None
     seeds: Annotated[list[Seed], Field(min_length=1)]
     batch_size: Count
 
@@ -225,11 +228,17 @@ class Generate(Section):
     def _distinct(self) -> "Generate":
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} repeat; list each once, or the same images are counted twice")
+        if self.image_steps and (not self.branch_noise or self.image_steps >= self.steps):
+            raise ValueError(
+                f"image_steps {self.image_steps} needs branch_noise above 0 (found {self.branch_noise}) and more steps "
+                f"(found {self.steps}), or the images of a prompt come out alike"
+            )
         return self
 
     def sampling(self) -> dict[str, Any]:
         """Return the settings that apply to any prompts; split and seeds belong to the evaluation alone."""
-        return self.model_dump(include={"steps", "share_ratio", "branch_noise", "guidance_scale", "batch_size"})
+        names = {"steps", "share_ratio", "branch_noise", "image_steps", "guidance_scale", "batch_size"}
+        return self.model_dump(include=names)
 
 
 class Gate(Section):

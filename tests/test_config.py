@@ -87,6 +87,8 @@ def test_a_number_is_a_number_however_dvc_writes_it(tmp_path, number):
             ["finetune.weights: ", "nothing to train"],
         ),
         ({"generate__seeds": [1, 1]}, ["generate: ", "seeds [1, 1] repeat"]),
+        ({"generate__image_steps": 6}, ["generate: ", "image_steps 6 needs", "more steps (found 6)"]),
+        ({"generate__image_steps": 1, "generate__branch_noise": 0.0}, ["generate: ", "above 0 (found 0.0)"]),
         ({"generate__branch_noise": 1.5}, ["generate.branch_noise: ", "less than or equal to 1", "found 1.5"]),
         ({"generate__seeds": []}, ["generate.seeds: "]),
         ({"generate__split": "train"}, ["generate.split: ", "'validation' or 'test'"]),

@@ -76,7 +76,13 @@ def write_results(
     model: Path, *, alignment: float = 0.5, held_out: str = "a" * 64, failed: str = "", **changes
 ) -> Path:
     """Write results of stages such that all gates pass but the one on the metric `failed`; return their folder."""
-    sage = {"kernel_distance": 0.1, "alignment": alignment, "group_diversity": 0.4, "nfe_per_image": 12.0}
+    sage = {
+        "kernel_distance": 0.1,
+        "alignment": alignment,
+        "group_diversity": 0.4,
+        "seed_diversity": 0.4,
+        "nfe_per_image": 12.0,
+    }
     gates = [
         evaluated.verdict(gate.metric, gate.reference, gate.metric != failed, f"{gate.metric}!")
         for gate in params().evaluate.gates

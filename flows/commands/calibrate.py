@@ -24,11 +24,11 @@ from sage.grouping.boilerplate import distinct
 from sage.grouping.cost import FILE, Damage, kept_form, model_digest
 from sage.grouping.embedding import embed
 from sage.grouping.groups import Groups, group, worst_similarity
-from sage.grouping.policy import ENCODER
+from sage.grouping.policy import ENCODER, Policy
 from sage.sampling.seeds import prompt_seed
 
 SPLIT = "validation"
-THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8)
+THRESHOLDS = {"minilm": (0.4, 0.5, 0.6, 0.7, 0.8), "prediction": (0.84, 0.88, 0.92, 0.95, 0.98)}
 SEEDS = (0, 1)
 _PARTS = 8  # at most, and at least two: a relation of damage and similarity needs two points
 _PIECE = 64  # prompts that are kept together
@@ -49,8 +49,16 @@ def main(
 
     from sage.evaluation.extractors import EfficientNetLite0
 
-    embeddings = embed(distinct([example.text for example in examples]), ENCODER, cache=embedding_cache())
-    groups = groups_at(THRESHOLDS, embeddings, grouping.max_size, grouping.near_duplicate)
+    texts = [example.text for example in examples]
+    policy = Policy(**grouping.model_dump())
+    if policy.by == "prediction":
+        from flows.drawing import first_predictions, open_pipeline
+
+        pipe = open_pipeline(model, scheduler=settings.scheduler)
+        embeddings = first_predictions(pipe, texts, settings.model_dump()).embeddings()
+    else:
+        embeddings = embed(distinct(texts), ENCODER, cache=embedding_cache())
+    groups = groups_at(THRESHOLDS[policy.space], embeddings, grouping.max_size, grouping.near_duplicate)
     # Before anything is drawn: each part gets an interval.
     parts = min(_PARTS, len(groups) // bootstrap.LEAST_GROUPS)
     if parts < 2:
@@ -61,9 +69,9 @@ def main(
     how: dict[str, Any] = {
         "split": SPLIT,
         "data": sha256_tree(data),
-        "encoder": ENCODER,
+        "encoder": policy.space,
         "features": EfficientNetLite0.name,
-        "thresholds": list(THRESHOLDS),
+        "thresholds": list(THRESHOLDS[policy.space]),
         "seeds": list(SEEDS),
         "scheduler": settings.scheduler,
         "steps": settings.steps,

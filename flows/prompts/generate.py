@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from PIL import Image
@@ -37,8 +37,12 @@ from sage.grouping.boilerplate import distinct
 from sage.grouping.doubts import doubts
 from sage.grouping.embedding import embed
 from sage.grouping.policy import ENCODER, Policy
+from sage.sampling.partition import equal
 from sage.sampling.plan import Plan, shared_steps
 from sage.sampling.seeds import image_seeds
+
+if TYPE_CHECKING:
+    from sage.sampling.first_prediction import FirstPredictions
 
 MODEL = "models/sage"
 KEY = "sage"  # text chunk of a PNG that holds its metadata
@@ -60,6 +64,12 @@ class Job:
     settings: dict[str, Any]
     model: str
     pipe: Any
+    first: "FirstPredictions | None" = None
+
+    @property
+    def cost(self) -> str:
+        """A sentence on the cost of the run, compared with independent sampling."""
+        return cost_line(self.plan, len(self.groups), self.settings["guidance_scale"] > 1, self.first)
 
     @property
     def drawn(self) -> list[Item]:
@@ -87,7 +97,7 @@ def main(
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only show groups and cost.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pictures.")] = 0,
-    # Without it, and the same for the next four: how a registered model was judged; for another model, params.yaml.
+    # Without it, and the same for the next five: how a registered model was judged; for another model, params.yaml.
     steps: Annotated[int | None, typer.Option(min=1, help="Inference steps; else the model's, or params.yaml.")] = None,
     share_ratio: Annotated[
         float | None, typer.Option(min=0, max=1, callback=finite, help="Fraction of the steps that a group shares.")
@@ -95,6 +105,12 @@ def main(
     branch_noise: Annotated[
         float | None,
         typer.Option(min=0, max=1, callback=finite, help="Amount of fresh noise per image at a branch: 0 none, 1 all."),
+    ] = None,
+    image_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="First steps that images of one prompt share, if it is repeated in the list; 0: none."
+        ),
     ] = None,
     guidance_scale: Annotated[
         float | None,
@@ -115,10 +131,10 @@ def main(
 ) -> None:
     """Generate images for a list of prompts, sharing early steps among similar ones; print the cost first."""
     given = {"steps": steps, "share_ratio": share_ratio, "branch_noise": branch_noise, "batch_size": batch_size}
-    given["guidance_scale"] = guidance_scale
+    given |= {"guidance_scale": guidance_scale, "image_steps": image_steps}
     items = read_prompts(prompts, syntax(expand, wildcards, literal, seed))
     job = prepare(items, model, given, negative_prompt, seed, server)
-    typer.echo(cost_line(job.plan, len(job.groups), job.settings["guidance_scale"] > 1))
+    typer.echo(job.cost)
     report_errors(job.items)
     if plan:
         return
@@ -127,7 +143,7 @@ def main(
     if server is not None:
         _draw_remotely(job, out)
         return
-    for _ in drawn(job.pipe, job.drawn, job.groups, job.plan.steps, job.settings, job.model, out):
+    for _ in drawn(job.pipe, job.drawn, job.groups, job.plan.steps, job.settings, job.model, out, first=job.first):
         pass
     say_count(out, conclude(out, job.items, job.groups))
 
@@ -151,26 +167,42 @@ def prepare(
 
     Raises DataError if no prompt can be drawn, RegistryError for a registered model that is damaged or unknown.
     """
+    from flows import drawing
+
     texts = [item.prompt for item in items if item.error is None]
     keys = [item.share_key for item in items if item.error is None]
     if not texts:
         raise DataError("the list has no prompt that can be drawn" + (f": {items[0].error}" if items else ""))
     if server is not None and given.get("batch_size") is not None:
         raise ConfigurationError("--batch-size is the server's own; leave it out, or start the server with another one")
+    if server is not None and given.get("image_steps"):
+        raise ConfigurationError("a server shares no steps among the images of a prompt; leave out --image-steps")
     pipe, name, settings, grouping = open_model(model or MODEL) if server is None else Server(server, model).opened()
     settings |= {key: value for key, value in given.items() if value is not None}
     settings |= {"negative_prompt": negative_prompt, "seed": seed, "group": grouping.model_dump()}
-    with progress(len(texts), "embedding") as advance:
-        embeddings = embed(distinct(texts), ENCODER, cache=embedding_cache(), progress=advance)
-    policy = Policy(**grouping.model_dump())
+    settings["image_steps"] = drawing.image_steps(pipe, settings) if server is None else 0
+    # The images of one prompt are grouped as one if they share steps; else no group has a prompt twice.
+    alike = list(zip(texts, keys, strict=True))
+    images = equal(alike) if settings["image_steps"] else [[number] for number in range(len(texts))]
+    prompts, prompt_keys = ([column[numbers[0]] for numbers in images] for column in (texts, keys))
+    policy, first = Policy(**grouping.model_dump()), None
     steps = pipe.evaluations(settings["steps"])
-    ratio = shared_steps(settings["share_ratio"], steps) / steps
-    threshold = policy.choose_threshold(embeddings, ratio, Path(model or MODEL), texts, keys)
-    for doubt in doubts(texts, embeddings, threshold):
-        typer.echo(doubt, err=True)
-    groups = policy.form(texts, embeddings, threshold, keys)
-    whole = Plan.shared(groups, steps, settings["share_ratio"])
-    return Job(items, groups, whole, settings, name, pipe)
+    if policy.by != "prediction":
+        with progress(len(prompts), "embedding") as advance:
+            embeddings = embed(distinct(prompts), ENCODER, cache=embedding_cache(), progress=advance)
+    elif settings["share_ratio"]:
+        first = drawing.first_predictions(pipe, texts, settings)
+        embeddings = first.of([numbers[0] for numbers in images]).embeddings()
+    groups = [[number] for number in range(len(prompts))]
+    if policy.by != "prediction" or first is not None:
+        ratio = shared_steps(settings["share_ratio"], steps) / steps
+        threshold = policy.choose_threshold(embeddings, ratio, Path(model or MODEL), prompts, prompt_keys)
+        for doubt in doubts(prompts, embeddings, threshold, policy.by):
+            typer.echo(doubt, err=True)
+        groups = policy.form(prompts, embeddings, threshold, prompt_keys)
+    groups = [sorted(image for prompt in members for image in images[prompt]) for members in groups]
+    whole = drawing.planned(groups, texts, steps, settings["share_ratio"], settings["image_steps"])
+    return Job(items, groups, whole, settings, name, pipe, first)
 
 
 def open_model(model: str) -> tuple[Any, str, dict[str, Any], Group]:
@@ -195,12 +227,16 @@ def open_model(model: str) -> tuple[Any, str, dict[str, Any], Group]:
     return drawing.open_pipeline(model, scheduler=params.generate.scheduler), name, settings, params.group
 
 
-def cost_line(plan: Plan, groups: int, guided: bool) -> str:
-    """Return a sentence on the cost of a plan, compared with independent sampling."""
+def cost_line(plan: Plan, groups: int, guided: bool, first: "FirstPredictions | None" = None) -> str:
+    """Return a sentence on the cost of a plan, and of the first predictions, compared with independent sampling."""
     alone = Plan.independent(plan.prompts, plan.steps).nfe(guided)
+    nfe = plan.nfe(guided)
+    if first is not None:
+        nfe += first.network_evaluations - (len(plan.roots) * (2 if guided else 1) if first.reusable else 0)
+    predicted = f", {first.network_evaluations} of them first predictions" if first is not None else ""
     return (
-        f"{plan.prompts} prompts in {groups} groups; {plan.nfe(guided)} network evaluations instead of {alone}, "
-        f"{plan.saving:.1%} saved"
+        f"{plan.prompts} prompts in {groups} groups; {nfe} network evaluations instead of {alone}{predicted}, "
+        f"{1 - nfe / alone:.1%} saved"
     )
 
 
@@ -228,6 +264,7 @@ def drawn(
     model: str,
     out: Path,
     wanted: Collection[int] | None = None,
+    first: "FirstPredictions | None" = None,
 ) -> Iterator[Path]:
     """Draw the wanted images; yield the file of each, or that of its error.
 
@@ -239,6 +276,7 @@ def drawn(
     model     hash or name of the weights, for the metadata
     out       folder for the images
     wanted    indices of `items`; default: those that have neither image nor error yet
+    first     first predictions of `items`, to take first steps from, or None
     """
     from flows import drawing
 
@@ -251,7 +289,8 @@ def drawn(
     with progress(total, "generating") as advance:
         advance(total - len(wanted))
         texts = [item.prompt for item in items]
-        for member, result, truncated in drawing.draw(pipe, texts, seeds, groups, settings, wanted.__contains__):
+        images = drawing.draw(pipe, texts, seeds, groups, settings, wanted.__contains__, first)
+        for member, result, truncated in images:
             advance(1)
             item = items[member]
             if isinstance(result, str):
@@ -259,7 +298,7 @@ def drawn(
                 write_text(path, result)
                 yield path
                 continue
-            mates = [items[other].id for other in groups[number[member]] if other != member]
+            mates = [items[other] for other in groups[number[member]] if other != member]
             scheduler = type(pipe.scheduler).__name__
             facts = _facts(item, result.seed, number[member], mates, steps, settings, scheduler, model, truncated)
             path = out / f"{item.id}.png"
@@ -307,7 +346,7 @@ def _facts(
     item: Item,
     seed: int,
     group: int,
-    mates: list[str],
+    mates: list[Item],
     steps: int,
     settings: Mapping[str, Any],
     scheduler: str,
@@ -318,21 +357,27 @@ def _facts(
 
     item, seed  its prompt and its seed
     group       number of its group
-    mates       ids of the prompts that it shared steps with
+    mates       the items that it shared steps with
     steps       number of sampler steps
     settings    sampling settings (`Job.settings`)
     scheduler   class name of the scheduler
     model       hash or name of the weights
     truncated   number of the prompt's tokens that the text encoder cut off
     """
+    plan = {
+        "steps": steps,
+        "share_ratio": settings["share_ratio"] if {mate.prompt for mate in mates} - {item.prompt} else 0.0,
+    }
+    if settings.get("image_steps"):
+        plan["image_steps"] = settings["image_steps"]
     return {
         "id": item.id,
         "prompt": item.prompt,
         "negative_prompt": settings["negative_prompt"],
         "seed": seed,
         "group": group,
-        "shared_with": mates,
-        "plan": {"steps": steps, "share_ratio": settings["share_ratio"] if mates else 0.0},
+        "shared_with": [mate.id for mate in mates],
+        "plan": plan,
         "guidance_scale": settings["guidance_scale"],
         "scheduler": scheduler,
         "model": model,
@@ -358,7 +403,7 @@ def _draw_remotely(job: Job, out: Path) -> None:
             if member in there:
                 return
             if isinstance(found, Picture):
-                mates = [items[other].id for other in found.shared_with]
+                mates = [items[other] for other in found.shared_with]
                 group, truncated, steps = number[member], found.truncated_tokens, job.plan.steps
                 scheduler, model = server.scheduler_name, job.model
                 facts = _facts(

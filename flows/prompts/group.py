@@ -17,7 +17,7 @@ from sage.grouping.doubts import doubts
 from sage.grouping.embedding import embed
 from sage.grouping.groups import worst_similarity
 from sage.grouping.guard import KINDS
-from sage.grouping.policy import ENCODER, Policy, figures
+from sage.grouping.policy import ENCODER, By, Policy, figures
 from sage.sampling.plan import shared_steps
 
 _RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6)
@@ -33,9 +33,15 @@ def main(
         float | None, typer.Option(min=-1, max=1, callback=finite, help="Instead of what params.yaml asks for.")
     ] = None,
     max_size: Annotated[int | None, typer.Option(min=1, help="Instead of what params.yaml asks for.")] = None,
-    model: Annotated[Path, typer.Option(help="The model whose measured damage group.max_damage reads.")] = Path(
-        "models/base"
-    ),
+    by: Annotated[
+        By | None,
+        typer.Option(
+            help="Compare texts, or the model's first predictions, which cost an evaluation each; else as params.yaml."
+        ),
+    ] = None,
+    model: Annotated[
+        Path, typer.Option(help="The model that predicts, or whose measured damage group.max_damage reads.")
+    ] = Path("models/base"),
     guard: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,11 +66,17 @@ def main(
         raise DataError(
             f"{prompts} has no prompt" + (f": {items[0].error}" if items else "; write one prompt per line")
         )
-    with progress(len(texts), "embedding") as advance:
-        embeddings = embed(distinct(texts), ENCODER, cache=embedding_cache(), progress=advance)
-    given = {"max_size": max_size, "guard": guard}
+    given = {"max_size": max_size, "guard": guard, "by": by}
     settings = params.group.model_copy(update={name: value for name, value in given.items() if value is not None})
     policy = Policy(**settings.model_dump())
+    if policy.by == "prediction":
+        from flows.drawing import first_predictions, open_pipeline
+
+        pipe = open_pipeline(model, scheduler=params.generate.scheduler)
+        embeddings = first_predictions(pipe, texts, params.generate.model_dump()).embeddings()
+    else:
+        with progress(len(texts), "embedding") as advance:
+            embeddings = embed(distinct(texts), ENCODER, cache=embedding_cache(), progress=advance)
     steps = params.generate.steps
     if threshold is None:
         ratio = shared_steps(params.generate.share_ratio, steps) / steps
@@ -77,7 +89,7 @@ def main(
         f"(mean size {values['mean_size']:.2f}, worst pair {values['worst_similarity']:.3f})"
     )
     typer.echo(summary)
-    for doubt in doubts(texts, embeddings, threshold):
+    for doubt in doubts(texts, embeddings, threshold, policy.by):
         typer.echo(doubt)
     _tables(texts, groups, worst, values["saving"], sorted({*_RATIOS, params.generate.share_ratio}), steps)
     write_text(page, groups_page("Groups of prompts", summary, texts, embeddings, groups, worst))

@@ -37,7 +37,6 @@ from sage.evaluation.extractors import EfficientNetLite0, read_images
 from sage.evaluation.shards import MEASURES, Sums, figures, sums
 from sage.files import new_file, write_json
 from sage.grouping.embedding import embed
-from sage.sampling.plan import Plan
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 PLAN, RUN, EVALUATION = "plan.json", "run.json", "evaluation.json"
@@ -69,7 +68,11 @@ def plan(
         _get(source, local)
         items = read_prompts(str(local), syntax(expand, wildcards, literal, seed))
         job = prompts.prepare(items, model, given, "", seed)
-        typer.echo(prompts.cost_line(job.plan, len(job.groups), job.settings["guidance_scale"] > 1))
+        if job.first is not None:
+            raise ConfigurationError(
+                "shards draw on machines that do not have all prompts' first predictions; set group.by to text"
+            )
+        typer.echo(job.cost)
         known = folder / "out"
         known.mkdir()
         for name in _names(out):
@@ -198,7 +201,9 @@ def _evaluation(out: str, found: dict[str, Any], shards: int) -> dict[str, Any]:
         )
     rows = [Sums(**row) for name in names for row in _read(out, name)]
     settings, groups, params = found["settings"], found["groups"], load_params().evaluate
-    plan = Plan.shared(groups, found["steps"], settings["share_ratio"])
+    texts = [item.prompt for item in _drawable(found)]
+    image_steps = settings.get("image_steps", 0)
+    plan = drawing.planned(groups, texts, found["steps"], settings["share_ratio"], image_steps)
     measured = figures(rows, len(groups), draws=params.resamples, confidence=params.confidence, seed=params.seed)
     cost = {"nfe_per_image": plan.nfe(settings["guidance_scale"] > 1) / plan.prompts, "saving": plan.saving}
     errors = sum(item.error is not None for item in found["items"])

@@ -20,13 +20,14 @@ from flows.serving.encoder import Embedded
 from flows.serving.prefixes import Prefixes
 from flows.serving.requests import Drawn, Failed, Job, Progress
 from sage.data.images import is_blank
-from sage.errors import DivergedError
+from sage.errors import ConfigurationError, DivergedError
 from sage.grouping.auto import DEFAULT
 from sage.grouping.embedding import embed
 from sage.grouping.online import StreamingGrouper
 from sage.grouping.policy import Policy
 from sage.sampling.adapters import Worn
-from sage.sampling.continuous import Call, Continuous, Finished, Prefix, Start, begins_as_noise
+from sage.sampling.branch_noise import begins_as_noise
+from sage.sampling.continuous import Call, Continuous, Finished, Prefix, Start
 from sage.sampling.plan import Block, Node, Plan, shared_steps
 
 _HOLD = 0.05  # seconds that an image waits at most for others of its tenant to share with
@@ -105,6 +106,11 @@ class Engine:
         prefixes        prefixes of earlier requests; by default none, and 64 MiB of memory for those to come
         across_tenants  whether tenants use each other's prefixes
         """
+        if policy.by == "prediction":
+            raise ConfigurationError(
+                "the server groups prompts by their texts, as it does not know them beforehand, but group.by is "
+                "prediction; set it to text"
+            )
         self._pipe, self._policy, self._model = pipe, policy, model
         self._evaluations = functools.lru_cache(1024)(pipe.evaluations)  # it sets a scheduler, for every image
         self.batch_size = batch_size

@@ -16,7 +16,7 @@ import torch
 import typer
 from PIL import Image
 
-from flows.drawing import open_pipeline
+from flows.drawing import first_predictions, image_steps, open_pipeline
 from flows.preflight import check
 from flows.report.sheet import opened, sheet
 from flows.terminal import progress, run
@@ -32,11 +32,16 @@ from sage.sampling.plan import Plan
 from sage.sampling.seeds import prompt_seed
 
 GRID_COLUMNS = 12
+Made = tuple[str, Plan, int]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to generate the images; arms with equal `made` give the same images."""
+    """One way to generate the images; arms with equal `made` give the same images.
+
+    The plan is for the prompts; the images of a prompt share `image_steps` steps. `predicts`: the groups are by first
+    prediction, which costs an evaluation a prompt; `reuses`: first steps are taken from it.
+    """
 
     name: str
     model: Path
@@ -44,11 +49,24 @@ class Arm:
     steps: int
     plan: Plan
     share_ratio: float
+    image_steps: int
+    predicts: int = 0  # prompts of different texts
+    reuses: bool = False
 
     @property
-    def made(self) -> tuple[str, Plan]:
-        """Hash of the weights and plan, which together determine the images."""
-        return self.model_hash, self.plan
+    def made(self) -> Made:
+        """Hash of the weights, plan and shared steps of a prompt's images, which together determine the images."""
+        return self.model_hash, self.plan, self.image_steps
+
+    def seeds(self, seeds: list[int]) -> list[list[int]]:
+        """Return the seeds in the lists that are drawn together: all, if their images share, else one at a time."""
+        return [seeds] if self.image_steps else [[seed] for seed in seeds]
+
+    def nfe(self, seeds: int, guided: bool) -> int:
+        """Return the network evaluations of all images of this many seeds."""
+        plan = self.plan.repeat(seeds, self.image_steps)
+        known = len(plan.roots) if self.reuses else 0
+        return (2 if guided else 1) * (plan.nfe(guidance=False) + self.predicts - known)
 
 
 def main(
@@ -66,9 +84,19 @@ def main(
     members, _ = read_groups(groups / f"{settings.split}.json", examples)
     pipe = open_pipeline(base, scheduler=settings.scheduler)
     check(pipe, params, data, groups)
-    arms = plan_arms(base, model, members, settings, pipe.evaluations)
-    made: dict[tuple[str, Plan], dict[str, Any]] = {}
-    first: dict[tuple[str, Plan], str] = {}
+    predicts = len({example.text for example in examples}) if params.group.by == "prediction" else 0
+    arms = plan_arms(
+        base,
+        model,
+        members,
+        settings,
+        pipe.evaluations,
+        image_steps(pipe, settings.model_dump()),
+        predicts,
+        reuses=bool(predicts and pipe.safe_image_steps(settings.steps, 1.0)),
+    )
+    made: dict[Made, dict[str, Any]] = {}
+    first: dict[Made, str] = {}
     figures: dict[str, dict[str, Any]] = {}
     seconds: dict[str, float] = {}
     images = len(examples) * len(settings.seeds)
@@ -87,6 +115,7 @@ def main(
                     "model": str(arm.model),
                     "steps": arm.steps,
                     "share_ratio": arm.share_ratio,
+                    **({"image_steps": arm.image_steps} if arm.image_steps else {}),
                     "prompts": len(examples),
                     "images": images,
                     **made[arm.made],
@@ -107,23 +136,41 @@ def main(
 
 
 def plan_arms(
-    base: Path, model: Path, groups: list[list[int]], settings: Generate, evaluations: Callable[[int], int]
+    base: Path,
+    model: Path,
+    groups: list[list[int]],
+    settings: Generate,
+    evaluations: Callable[[int], int],
+    image_steps: int,
+    predicts: int = 0,
+    reuses: bool = False,
 ) -> list[Arm]:
-    """Return the four arms; `evaluations` is how often the sampler evaluates the network in a number of steps."""
-    count = sum(map(len, groups))
+    """Return the four arms.
+
+    base, model  folders of the base model and of the fine-tuned model
+    groups       groups of prompts
+    settings     the section generate of params.yaml
+    evaluations  how often the sampler evaluates the network in a number of steps
+    image_steps  first steps that the images of a prompt share in the arms that share
+    predicts     first predictions that these arms need for their groups
+    reuses       whether they take first steps from these
+    """
+    count, seeds = sum(map(len, groups)), len(settings.seeds)
     whole = Plan.independent(count, evaluations(settings.steps))
     shared = Plan.shared(groups, evaluations(settings.steps), settings.share_ratio)
+    base_hash, model_hash = sha256_tree(base), sha256_tree(model)
+    sharing = (settings.steps, shared, settings.share_ratio, image_steps, predicts, reuses)
+    shares = Arm(SHARED, base, base_hash, *sharing)
     # At least as many evaluations as sharing needs, so that the baseline never gets fewer.
     fewer = settings.steps
-    while fewer > 1 and evaluations(fewer - 1) * count >= shared.nfe(guidance=False):
+    while fewer > 1 and evaluations(fewer - 1) * count * seeds >= shares.nfe(seeds, guided=False):
         fewer -= 1
     same_nfe = Plan.independent(count, evaluations(fewer))
-    base_hash, model_hash = sha256_tree(base), sha256_tree(model)
     return [
-        Arm(INDEPENDENT, base, base_hash, settings.steps, whole, 0.0),
-        Arm(SAME_NFE, base, base_hash, fewer, same_nfe, 0.0),
-        Arm(SHARED, base, base_hash, settings.steps, shared, settings.share_ratio),
-        Arm(SAGE, model, model_hash, settings.steps, shared, settings.share_ratio),
+        Arm(INDEPENDENT, base, base_hash, settings.steps, whole, 0.0, 0),
+        Arm(SAME_NFE, base, base_hash, fewer, same_nfe, 0.0, 0),
+        shares,
+        Arm(SAGE, model, model_hash, *sharing),
     ]
 
 
@@ -136,31 +183,40 @@ def make(
     """
     pipe = open_pipeline(arm.model, scheduler=settings.scheduler)
     seconds = 0.0
+    texts = [example.text for example in examples]
     with counted(pipe._network) as evaluations:
-        for seed in settings.seeds:
-            (folder / f"seed-{seed}").mkdir(parents=True)
+        first = first_predictions(pipe, texts, settings.model_dump()) if arm.predicts else None
+        for seeds in arm.seeds(settings.seeds):
+            for seed in seeds:
+                (folder / f"seed-{seed}").mkdir(parents=True)
             stream = pipe.stream(
-                [example.text for example in examples],
+                texts,
                 plan=arm.plan,
+                predictions=first,
                 num_inference_steps=arm.steps,
                 guidance_scale=settings.guidance_scale,
                 branch_noise=settings.branch_noise,
+                num_images_per_prompt=len(seeds),
+                image_steps=arm.image_steps,
                 # Depends only on the run's seed and the prompt's id, so it is the same in every arm.
-                seed=[prompt_seed(seed, example.id) for example in examples],
+                seed=[prompt_seed(seed, example.id) for example in examples for seed in seeds],
                 batch_size=settings.batch_size,
             )
             for result in stream:
-                result.image.save(folder / f"seed-{seed}" / f"{examples[result.index].id}.png")
+                number, place = divmod(result.index, len(seeds))
+                result.image.save(folder / f"seed-{seeds[place]}" / f"{examples[number].id}.png")
                 advance(1)
             seconds += stream.cost.seconds
     images = len(examples) * len(settings.seeds)
-    nfe = len(settings.seeds) * arm.plan.nfe(settings.guidance_scale > 1)
+    nfe, independent = arm.nfe(len(settings.seeds), settings.guidance_scale > 1), images * arm.plan.steps
     if sum(evaluations) != nfe:
         raise PlanError(f"arm {arm.name} evaluated the network {sum(evaluations)} times, but its plan says {nfe}")
     return {
         "nfe": nfe,
         "nfe_per_image": nfe / images,
-        "saving": arm.plan.saving,
+        "saving": 1 - arm.nfe(len(settings.seeds), guided=False) / independent
+        if arm.image_steps or arm.predicts
+        else arm.plan.saving,
     }, seconds / images
 
 

@@ -36,21 +36,33 @@ def main(
     steps = params.generate.steps
     shared = shared_steps(params.generate.share_ratio, steps)
     results = {}
+    pipe, drawing = None, {"steps": steps, "guidance_scale": params.generate.guidance_scale}
+    drawing["batch_size"] = params.generate.batch_size
+    if policy.by == "prediction":
+        from flows.drawing import first_predictions, open_pipeline  # late: groups by text need no network
+
+        pipe = open_pipeline(base, scheduler=params.generate.scheduler)
     with stage_run("group", settings.model_dump(exclude_none=True)) as record, new_folder(out) as folder:
         record.dataset("prepared", sha256_tree(data), "grouping")
         for split in SPLITS:
             examples = read_split(data, split)
             texts = [example.text for example in examples]
+            evaluations = {}
             with progress(len(examples), f"embedding {split}") as advance:
-                embeddings = embed(distinct(texts), ENCODER, cache=embedding_cache(), progress=advance)
+                if pipe is not None:
+                    found = first_predictions(pipe, texts, drawing)
+                    embeddings, evaluations = found.embeddings(), {"network_evaluations": found.network_evaluations}
+                    advance(len(examples))
+                else:
+                    embeddings = embed(distinct(texts), ENCODER, cache=embedding_cache(), progress=advance)
             threshold = policy.choose_threshold(embeddings, shared / steps, base, texts)
-            for doubt in doubts(texts, embeddings, threshold):
+            for doubt in doubts(texts, embeddings, threshold, policy.by):
                 typer.echo(f"{split}: {doubt}")
             groups = policy.form(texts, embeddings, threshold)
             worst = worst_similarity(embeddings, groups)
             path, size = folder / f"{split}.json", settings.max_size
-            write_groups(path, groups, worst, examples, encoder=ENCODER, threshold=threshold, max_size=size)
-            results[split] = figures(groups, worst) | {"unusable": int((~usable(embeddings)).sum())}
+            write_groups(path, groups, worst, examples, encoder=policy.space, threshold=threshold, max_size=size)
+            results[split] = figures(groups, worst) | {"unusable": int((~usable(embeddings)).sum())} | evaluations
         flat = {f"{split}.{name}": value for split, values in results.items() for name, value in values.items()}
         record.metrics(flat)
         write_json(metrics, results)

@@ -17,7 +17,7 @@ import mlflow.models
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from flows.drawing import draw, open_pipeline
+from flows.drawing import draw, first_predictions, open_pipeline
 from flows.tracking.content import check_loaded
 from sage.data.captions import clean_caption
 from sage.data.images import is_blank
@@ -28,6 +28,7 @@ from sage.grouping.boilerplate import distinct
 from sage.grouping.embedding import embed
 from sage.grouping.policy import Policy
 from sage.numbers import whole
+from sage.sampling.first_prediction import FirstPredictions
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import image_seeds
 
@@ -79,9 +80,13 @@ class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow
             seeds = [settings["seeds"][number] for number in drawn]
         with self._alone:
             steps = self._pipeline.evaluations(settings["steps"])
-            groups = Policy(**config["group"]).form(texts, embed(distinct(texts)), config["group"]["threshold"])
+            policy, first = Policy(**config["group"]), None
+            if policy.by == "prediction":
+                first = first_predictions(self._pipeline, texts, settings)
+            embeddings = embed(distinct(texts)) if first is None else first.embeddings()
+            groups = policy.form(texts, embeddings, config["group"]["threshold"])
             of = {member: place for place, members in enumerate(groups) for member in members}
-            for member, result, truncated in draw(self._pipeline, texts, seeds, groups, settings):
+            for member, result, truncated in draw(self._pipeline, texts, seeds, groups, settings, predictions=first):
                 if isinstance(result, str):
                     items[drawn[member]] = {"error": result}
                     continue
@@ -94,7 +99,7 @@ class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow
                     "group": of[member],
                     "shared_with": [drawn[other] for other in groups[of[member]] if other != member],
                     "truncated_tokens": truncated,
-                    **_cost(steps, len(groups[of[member]]), settings),
+                    **_cost(steps, len(groups[of[member]]), settings, first),
                 }
         return items
 
@@ -135,11 +140,17 @@ def _item(prompt: str, characters: int) -> Answer:
         return {"error": f"{error.reason}: {error.detail}"}
 
 
-def _cost(steps: int, size: int, settings: dict[str, Any]) -> dict[str, float]:
-    """Return network evaluations per prompt of a group of `size` prompts, and of sampling a prompt alone."""
-    guided = settings["guidance_scale"] > 1
+def _cost(steps: int, size: int, settings: dict[str, Any], first: FirstPredictions | None = None) -> dict[str, float]:
+    """Return network evaluations per prompt of a group of `size` prompts, and of sampling a prompt alone.
+
+    With first predictions, those of the group count, and its first step does not if it is taken from them.
+    """
+    each = 2 if settings["guidance_scale"] > 1 else 1
     plan = Plan.shared([list(range(size))], steps, settings["share_ratio"])
-    return {"network_evaluations": plan.nfe(guided) / size, "independent": steps * (2 if guided else 1)}
+    nfe = each * plan.nfe(guidance=False)
+    if first is not None:
+        nfe += each * (size - len(plan.roots) if first.reusable else size)
+    return {"network_evaluations": nfe / size, "independent": steps * each}
 
 
 def _png(image: Any) -> str:

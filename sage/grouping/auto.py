@@ -1,7 +1,7 @@
 """The groups that a call of the pipeline forms; by default as the shipped `params.yaml` does."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from sage.grouping.groups import Groups
 from sage.grouping.policy import ENCODER, Policy
 from sage.grouping.share_key import Keys
 
-DEFAULT = Policy(max_size=6, near_duplicate=0.999, threshold=0.5)
+DEFAULT = Policy(max_size=6, near_duplicate=0.999, threshold=0.5, by="text")
+# Groups by first prediction that save as much as DEFAULT on the captions of this project (docs/grouping.md).
+PREDICTION_THRESHOLD = 0.88
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +25,9 @@ class Grouping(Policy):
 
         pipe(prompts, groups=Grouping(threshold=0.8, guard=["number"]))
 
-    Of `threshold`, `saving` and `max_damage` at most one is given; without them the threshold is that of `params.yaml`.
+    Of `threshold`, `saving` and `max_damage` at most one is given; without them the threshold is that of `params.yaml`,
+    or PREDICTION_THRESHOLD with `by="prediction"`: similarity is then measured on the model's own first predictions,
+    which cost a network evaluation a prompt.
 
     encoder     "minilm", or a name or folder that SentenceTransformer loads
     embeddings  instead of `encoder`: one row for each prompt, shape (n, d), an array or a tensor on any device
@@ -42,8 +46,23 @@ class Grouping(Policy):
         given = {name: value for name, value in given.items() if value is not None}
         if len(given) > 1:
             raise ConfigurationError(f"give one of threshold, saving and max_damage, not all of {given}")
+        if self.by == "prediction" and self.encoder != ENCODER:
+            raise ConfigurationError(f"by='prediction' compares no texts; leave out encoder={self.encoder!r}, or by")
         if not given:
-            object.__setattr__(self, "threshold", DEFAULT.threshold)
+            default = PREDICTION_THRESHOLD if self.by == "prediction" else DEFAULT.threshold
+            object.__setattr__(self, "threshold", default)
+
+    def of_rows(self, rows: Sequence[int], count: int) -> "Grouping":
+        """Return the grouping of some of `count` prompts, by their numbers; raise DataError for other embeddings."""
+        if self.embeddings is None:
+            return self
+        tensor: Any = self.embeddings
+        found = tensor.detach().float().cpu().numpy() if hasattr(tensor, "detach") else np.asarray(tensor)
+        if found.ndim != 2 or len(found) != count:
+            raise DataError(
+                f"the embeddings have shape {found.shape}, but there are {count} prompts; give one row for each"
+            )
+        return replace(self, embeddings=found[list(rows)])
 
     def groups(self, prompts: Sequence[str] | None, keys: Keys, share_ratio: float) -> Groups:
         """Return groups of similar prompts, a partition of their indices.
@@ -52,7 +71,7 @@ class Grouping(Policy):
         keys         one share key for each prompt (`sage.grouping.share_key`)
         share_ratio  what `saving` and `max_damage` refer to
 
-        Raises ConfigurationError if prompts are needed and None, DataError if `embeddings` has another number of rows.
+        Raises ConfigurationError if prompts are needed and None.
         """
         if prompts is None and (self.embeddings is None or self.guard):
             raise ConfigurationError(
@@ -63,12 +82,7 @@ class Grouping(Policy):
             assert prompts is not None
             rows = embed(distinct(prompts), self.encoder)
         else:
-            tensor: Any = self.embeddings
-            rows = tensor.detach().float().cpu().numpy() if hasattr(tensor, "detach") else np.asarray(tensor)
-            if rows.ndim != 2 or len(rows) != len(keys):
-                raise DataError(
-                    f"the embeddings have shape {rows.shape}, but there are {len(keys)} prompts; give one row for each"
-                )
+            rows = np.asarray(self.embeddings)
         model = None if self.model is None else Path(self.model)
         threshold = self.choose_threshold(rows, share_ratio, model, prompts, keys)
         return self.form(prompts or [""] * len(keys), rows, threshold, keys)

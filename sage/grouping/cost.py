@@ -53,11 +53,11 @@ def model_digest(model: Path) -> str:
     return digest({part.name: sha256_tree(part) for part in sorted(model.iterdir()) if part.is_dir()})
 
 
-def read_damage(model: Path, share_ratio: float, max_size: int) -> Damage:
+def read_damage(model: Path, share_ratio: float, max_size: int, space: str = "minilm") -> Damage:
     """Return the damage measured on the model in this folder.
 
-    Raises ConfigurationError if there is no measurement, or if it is of other weights, of a lower share ratio or of
-    smaller groups than asked for.
+    Raises ConfigurationError if there is no measurement, or if it is of other weights, of a lower share ratio, of
+    smaller groups than asked for, or of groups formed in another space than `space` (`Policy.space`).
     """
     path = model / FILE
     remedy = "Run `sage calibrate`, or give group.threshold instead of group.max_damage."
@@ -67,6 +67,10 @@ def read_damage(model: Path, share_ratio: float, max_size: int) -> Damage:
     damage = Damage(stored["share_ratio"], stored["max_size"], [Point(**point) for point in stored["points"]])
     if stored["model"] != model_digest(model):
         raise ConfigurationError(f"{path} was measured on other weights than {model} has now. {remedy}")
+    if stored.get("encoder", space) != space:
+        raise ConfigurationError(
+            f"{path} was measured on groups by {stored['encoder']}, but prompts are grouped by {space}. {remedy}"
+        )
     if share_ratio > damage.share_ratio or max_size > damage.max_size:
         raise ConfigurationError(
             f"{path} was measured at share ratio {damage.share_ratio} in groups of at most {damage.max_size}, "

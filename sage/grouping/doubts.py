@@ -7,15 +7,22 @@ import numpy as np
 
 from sage.grouping.boilerplate import boilerplate, mean_cosine
 from sage.grouping.groups import usable
+from sage.grouping.policy import By
 
 _SHOWN = 8
 # Mean cosine from which a set is suspicious: 0.2 for unrelated prompts, 0.3 for the captions of Twemoji.
 _ALIKE = 0.4
 
 
-def doubts(prompts: Sequence[str], embeddings: np.ndarray, threshold: float) -> list[str]:
-    """Return sentences for a user whose prompts are grouped by their embeddings, shape (n, d), at a threshold."""
+def doubts(prompts: Sequence[str], embeddings: np.ndarray, threshold: float, by: By | None = None) -> list[str]:
+    """Return sentences for a user whose prompts are grouped by their embeddings, shape (n, d), at a threshold.
+
+    `by` is the space of the embeddings: first predictions are of whole prompts, and know nothing of scripts.
+    """
     found = []
+    if by == "prediction":
+        alone = int((~usable(embeddings)).sum())
+        return [f"{alone} prompts have no finite first prediction, so each is a group of its own"] if alone else []
     if cut := boilerplate(prompts):
         shown = ", ".join(phrase[:50] for phrase in cut[:_SHOWN]) + (", ..." if len(cut) > _SHOWN else "")
         found.append(f"prompts are compared without {len(cut)} phrases that more than a quarter of them have: {shown}")

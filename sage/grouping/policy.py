@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from sage.grouping.share_key import Keys, group_apart, tree_apart
 from sage.grouping.thresholds import threshold_for_saving
 
 ENCODER = "minilm"
+# The spaces in which prompts are compared: embeddings of their text, or the model's own first predictions of them.
+By = Literal["text", "prediction"]
 # Lowest threshold that a target saving may lead to: with MiniLM the cosine of unrelated prompts is around 0.
 FLOOR = 0.0
 
@@ -28,6 +31,8 @@ class Policy:
     saving          fraction of the network evaluations to save; the threshold follows from the prompts
     max_damage      largest measured damage of sharing (`sage.grouping.cost`); the threshold follows from the model
     guard           kinds of difference between prompts that never share a group (`sage.grouping.guard`); None: none
+    by              the space of the embeddings, to which threshold and damage refer: "text", or "prediction", the
+                    model's first predictions (`sage.sampling.first_prediction`); None: text
     """
 
     max_size: int
@@ -36,6 +41,12 @@ class Policy:
     saving: float | None = None
     max_damage: float | None = None
     guard: Sequence[Kind] | None = None
+    by: By | None = None
+
+    @property
+    def space(self) -> str:
+        """The name of the space in files: that of the sentence encoder, or "prediction"."""
+        return "prediction" if self.by == "prediction" else ENCODER
 
     def choose_threshold(
         self,
@@ -65,7 +76,7 @@ class Policy:
                     f"group.max_damage {self.max_damage} needs the damage measured in a model's folder, but "
                     f"{model or 'this model'} is not a folder. Give group.threshold instead."
                 )
-            return read_damage(model, share_ratio, self.max_size).threshold(self.max_damage)
+            return read_damage(model, share_ratio, self.max_size, self.space).threshold(self.max_damage)
         if self.threshold is None:
             raise ConfigurationError("the grouping policy is empty; give one of threshold, saving and max_damage")
         return self.threshold

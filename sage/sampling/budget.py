@@ -69,7 +69,14 @@ class Budget:
 
 
 def plan_for_budget(
-    nested: Sequence[Cluster | int], steps: int, saving: float, most: float = 0.9, at_least: float = -1.0
+    nested: Sequence[Cluster | int],
+    steps: int,
+    saving: float,
+    most: float = 0.9,
+    at_least: float = -1.0,
+    *,
+    images: int = 1,
+    image_steps: int = 0,
 ) -> Budget:
     """Return a Budget whose plan saves at least `saving`, with the highest similarity threshold that does.
 
@@ -80,6 +87,8 @@ def plan_for_budget(
     saving    fraction of the network evaluations to save, in [0, 1)
     most      share ratio of a cluster of similarity 1; it falls linearly to 0 at the threshold
     at_least  similarity below which a cluster never shares as a whole; tighter clusters inside it may
+    images, image_steps  number of images of each prompt, and the first steps that these share (`Plan.repeat`): the plan
+              is then one of images. What they save counts, and clusters share only for what is still missing
 
     To bound the loss of quality, give the similarity measured for that bound as `at_least` and the share ratio of the
     measurement as `most` (`sage.grouping.cost`). Raises PlanError if `saving` is outside [0, 1) or out of reach.
@@ -93,7 +102,7 @@ def plan_for_budget(
         return most * max(0.0, 1 - (1 - similarity) / width) if similarity >= at_least else 0.0
 
     def plan(width: float) -> Plan:
-        return nested_plan(nested, steps, lambda s: share(s, width))
+        return nested_plan(nested, steps, lambda s: share(s, width)).repeat(images, image_steps)
 
     # Bisect the width 1 - threshold, with which the saving grows; at 1e12 every cluster shares `most`.
     low, high = 1e-9, 1e12

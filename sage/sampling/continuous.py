@@ -24,9 +24,9 @@ from torch import Generator, Tensor
 
 from sage.errors import ConfigurationError, UnsupportedError
 from sage.sampling.adapters import Wearer, Worn
-from sage.sampling.branch_noise import SCHEDULERS, levels, predicted_x_0, recentred, rotated
+from sage.sampling.branch_noise import SCHEDULERS, begins_as_noise, levels, predicted_x_0, recentred, rotated
 from sage.sampling.conditions import Condition, block_conditions, concatenated, joined
-from sage.sampling.loop import HISTORY, branched
+from sage.sampling.loop import HISTORY, branched, one_of_each, prompts_of
 from sage.sampling.plan import Block, Node, leaves_of
 from sage.sampling.stream import Stream
 
@@ -119,14 +119,6 @@ class Start:
     own_noise: bool
 
 
-def begins_as_noise(scheduler: Any) -> bool:
-    """Return whether the first step's latents are noise alone, so that its prediction depends on the condition only."""
-    if type(scheduler).__name__ not in SCHEDULERS:
-        return False
-    alpha, sigma = levels(scheduler, 0)
-    return float(alpha) <= 0.01 * float(sigma)
-
-
 @dataclass
 class _Rows:
     """What tracks evaluated together keep between steps; every tensor has one row per track."""
@@ -151,6 +143,7 @@ class _Track:
     evaluations: float = 0.0  # of one member
     held: int = 0  # network calls for which it waited for others to catch up
     inherited: Tensor | None = None  # the parent's prediction, until the first step after a branch with branch noise
+    begun: Tensor | None = None  # the initial latents, until the first step, if children continue with theirs
 
 
 class Continuous:
@@ -235,8 +228,9 @@ class Continuous:
             fresh = branched(scheduler, None)
             if hasattr(fresh, "set_begin_index"):
                 fresh.set_begin_index(0)
+            begun = noises[leader][0] if stream._branch_noise == 1 and begins_as_noise(fresh) else None
             rows = _Rows(noises[leader], fresh, joined(condition))
-            tracks.append(_Track(call, node, leader, generator, condition, 0, rows))
+            tracks.append(_Track(call, node, leader, generator, condition, 0, rows, begun=begun))
         self._tracks += tracks
         return call
 
@@ -269,6 +263,7 @@ class Continuous:
         finished = []
         for row, track in enumerate(tracks):
             track.step, track.rows, track.row, track.inherited = step + 1, rows, row, None
+            track.begun = track.begun if step == 0 else None
             if clean is not None and track.step in track.call.keep:
                 track.call.kept.append((track.call.alive(track.node), _prefix(track, clean[row])))
             if ends[row]:
@@ -306,20 +301,28 @@ class Continuous:
         """Replace a track by its children, as `sage.sampling.loop` does at a branch."""
         call, rows, step = parent.call, parent.rows, parent.step
         assert isinstance(parent.node, Block)
+        before = prompts_of(parent.node, call.stream.prompt_of)
         nodes = [node for node in parent.node.children if call.alive(node)]
         children = []
         for node, condition in zip(nodes, _conditions(call, nodes), strict=True):
             leader = min(leaves_of((node,)), key=call.rank)
             own = call.stream._generator(leader)
             same = leader == parent.leader or own.initial_seed() == parent.generator.initial_seed()
+            begun = parent.begun
+            if begun is not None and leader != parent.leader:
+                begun = call.stream._noise([leader], [own])[0]
             generator = parent.generator.clone_state() if same else own
             latents = rows.latents[parent.row].clone()
             if clean is not None:
-                xi = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents)
+                if begun is not None:
+                    xi = begun / levels(rows.scheduler, 0)[1]
+                else:
+                    xi = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents)
                 latents = rotated(rows.scheduler, step, latents, clean, xi, call.stream._branch_noise)
             index = torch.tensor([parent.row], device=latents.device)
             own_rows = _Rows(latents[None], branched(rows.scheduler, index), joined(condition))
-            child = _Track(call, node, leader, generator, condition, step, own_rows, inherited=clean)
+            moved = parent.begun is None or prompts_of(node, call.stream.prompt_of) != before
+            child = _Track(call, node, leader, generator, condition, step, own_rows, inherited=clean if moved else None)
             child.evaluations, child.held = parent.evaluations, parent.held
             children.append(child)
         place = self._tracks.index(parent)
@@ -382,7 +385,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _conditions(call: Call, nodes: Sequence[Node]) -> list[Condition]:
     """Return the condition of each block, (1, g, ...)."""
-    stream, blocks = call.stream, [list(leaves_of((node,))) for node in nodes]
+    stream, blocks = call.stream, [one_of_each(node, call.rank, call.stream.prompt_of) for node in nodes]
     rows = block_conditions(blocks, stream._encode, call.rank, stream._batch_size, stream._medoid)
     apart = {name: values.reshape(-1, len(nodes), *values.shape[1:]).transpose(0, 1) for name, values in rows.items()}
     return [{name: values[i : i + 1] for name, values in apart.items()} for i in range(len(nodes))]

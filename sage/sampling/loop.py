@@ -11,6 +11,8 @@ An image depends only on its own prompt, seed and group, because random numbers 
 - At a branch, the child that contains the block's leader (or a member with the same seed) continues the leader's random
   stream; every other child starts its own. So a prompt in a group of its own, and equal prompts with equal seeds, get
   exactly their independent image, even with schedulers that draw noise.
+- With full branch noise after a first step from noise alone, every child continues with the noise that it begins with
+  alone (`sage.sampling.branch_noise`).
 """
 
 import copy
@@ -27,7 +29,15 @@ from torch import Generator, Tensor
 from sage import diffusion
 from sage.diffusion import NoiseSchedule
 from sage.errors import PlanError, UnsupportedError
-from sage.sampling.branch_noise import check_branch_noise, predicted_x_0, recentred, rotated
+from sage.sampling.branch_noise import (
+    begins_as_noise,
+    check_branch_noise,
+    levels,
+    output_for,
+    predicted_x_0,
+    recentred,
+    rotated,
+)
 from sage.sampling.conditions import Condition, block_conditions
 from sage.sampling.plan import Block, Node, Plan, leaves_of
 
@@ -88,8 +98,10 @@ class Pack:
     diverged: Tensor
     condition: Condition = field(default_factory=dict)
     # Only with branch noise: the blocks' own x_0 predictions at their last step (`clean`), and, until the first step
-    # after a branch, the rows that drew noise there with their parents' predictions (`inherited`).
+    # after a branch, the rows that drew noise there and are recentred, with their parents' predictions (`inherited`).
+    # `begun`: the initial latents, until the first step, if children continue with theirs.
     clean: Tensor | None = None
+    begun: Tensor | None = None
     inherited: tuple[list[int], Tensor] | None = None
 
 
@@ -125,6 +137,8 @@ def sample(
     noise: Callable[[list[int], list[Generator]], Tensor],
     generator: Callable[[int], Generator],
     rank: Callable[[int], Any],
+    prompt_of: Callable[[int], Any] = lambda prompt: prompt,
+    first: Callable[[list[int]], Tensor] | None = None,
     batch_size: int,
     guidance: float = 1.0,
     medoid: bool = False,
@@ -145,6 +159,10 @@ def sample(
     noise(prompts, generators)  returns their initial latents (n, ...)
     generator(prompt)           returns the prompt's random generator
     rank(prompt)                returns a sort key that does not depend on the prompt's place in the list
+    prompt_of(prompt)           returns a key that images of one prompt have in common, if the plan is one of images;
+                                it counts once in the condition of a block
+    first(prompts)              returns the x_0 that a block of these prompts predicts at its first step, which is then
+                                not evaluated; None: it is evaluated
     batch_size                  the largest number of blocks in a network call
     guidance                    the guidance scale from which every pack starts
     medoid                      give a block the condition of the member nearest to the mean instead of the mean
@@ -175,8 +193,8 @@ def sample(
     packs = partial(_packs, steps=plan.steps, batch_size=batch_size, fill=fill, apart=begin is not None)
     waiting = [_Waiting([roots[i] for i in rows]) for rows in reversed(packs(roots))]
     while waiting:
-        pack = _start(waiting.pop(), plan.steps, scheduler, noise, generator, rank, branch_noise, guidance)
-        blocks = [list(leaves_of((node,))) for node in pack.nodes]
+        pack = _start(waiting.pop(), plan.steps, scheduler, noise, generator, rank, prompt_of, branch_noise, guidance)
+        blocks = [one_of_each(node, rank, prompt_of) for node in pack.nodes]
         pack.condition = block_conditions(blocks, encode, rank, batch_size, medoid)
         kwargs = dict(step_kwargs or {}) | ({"generator": pack.generators} if takes_generator else {})
         end = min(_end(node, plan.steps) for node in pack.nodes)
@@ -190,7 +208,11 @@ def sample(
                 return
             t = timesteps[step]
             x = pack.scheduler.scale_model_input(pack.latents, t) if scales else pack.latents
-            output = predict(x, t, pack.condition, pack.guidance)
+            if first is None or step:
+                output = predict(x, t, pack.condition, pack.guidance)
+            else:
+                x_0 = torch.stack([first(block) for block in blocks]).to(pack.latents)
+                output = output_for(pack.scheduler, step, pack.latents, x_0).to(pack.latents.dtype)
             if branch_noise and step == end - 1 < plan.steps - 1:
                 pack.clean = predicted_x_0(pack.scheduler, step, pack.latents, output)
             if pack.inherited is not None:
@@ -199,6 +221,8 @@ def sample(
             pack.latents = pack.scheduler.step(output, t, pack.latents, **kwargs, return_dict=False)[0]
             on_step(step, t, pack)
             _note_divergence(pack, step, output)
+            if step:
+                pack.begun = None
         pack.step = end
 
         if end == plan.steps:
@@ -261,6 +285,7 @@ def _start(
     noise: Callable[[list[int], list[Generator]], Tensor],
     generator: Callable[[int], Generator],
     rank: Callable[[int], Any],
+    prompt_of: Callable[[int], Any],
     branch_noise: float,
     guidance: float,
 ) -> Pack:
@@ -277,23 +302,33 @@ def _start(
             fresh.set_begin_index(0)  # else the scheduler looks it up on the device, which synchronises
         latents = noise(leaders, generators)
         fine = torch.full((len(leaders),), steps, device=latents.device)
-        return Pack(task.nodes, leaders, 0, latents, fresh, generators, guidance, fine)
+        begun = latents if branch_noise == 1 and begins_as_noise(fresh) else None
+        return Pack(task.nodes, leaders, 0, latents, fresh, generators, guidance, fine, begun=begun)
     rows = torch.tensor(task.rows, device=parent.latents.device)
-    generators = []
+    generators, started = [], []
     for leader, row in zip(leaders, task.rows, strict=True):
-        before, own = parent.generators[row], generator(leader)
-        same = leader == parent.leaders[row] or own.initial_seed() == before.initial_seed()
-        generators.append(before.clone_state() if same else own)
+        old, own = parent.generators[row], generator(leader)
+        same = leader == parent.leaders[row] or own.initial_seed() == old.initial_seed()
+        if parent.begun is not None:
+            started.append(parent.begun[row] if leader == parent.leaders[row] else noise([leader], [own])[0])
+        generators.append(old.clone_state() if same else own)
     latents = parent.latents.index_select(0, rows)
     inherited = None
     if parent.clean is not None:
         pairs = enumerate(zip(task.nodes, task.rows, strict=True))
         noisy = [i for i, (node, row) in pairs if node is not parent.nodes[row]]
-        clean = parent.clean.index_select(0, rows[noisy])
-        for i, x_0 in zip(noisy, clean, strict=True):
-            xi = torch.randn(latents.shape[1:], generator=generators[i], device=generators[i].device).to(latents)
+        for i in noisy:
+            x_0 = parent.clean[task.rows[i]]
+            if parent.begun is not None:
+                xi = started[i] / levels(parent.scheduler, 0)[1]
+            else:
+                xi = torch.randn(latents.shape[1:], generator=generators[i], device=generators[i].device).to(latents)
             latents[i] = rotated(parent.scheduler, parent.step, latents[i], x_0, xi, branch_noise)
-        inherited = noisy, clean
+        moved = noisy
+        if parent.begun is not None:  # the first step of a child of the same prompts is the one that it has alone
+            before = {row: prompts_of(parent.nodes[row], prompt_of) for row in {task.rows[i] for i in noisy}}
+            moved = [i for i in noisy if prompts_of(task.nodes[i], prompt_of) != before[task.rows[i]]]
+        inherited = (moved, parent.clean.index_select(0, rows[moved])) if moved else None
     child = branched(parent.scheduler, rows)
     diverged = parent.diverged.index_select(0, rows)
     return Pack(
@@ -307,6 +342,19 @@ def _start(
         diverged,
         inherited=inherited,
     )
+
+
+def one_of_each(node: Node, rank: Callable[[int], Any], prompt_of: Callable[[int], Any]) -> list[int]:
+    """Return an image of each prompt of a node: the one of lowest rank."""
+    found: dict[Any, int] = {}
+    for image in sorted(leaves_of((node,)), key=rank):
+        found.setdefault(prompt_of(image), image)
+    return list(found.values())
+
+
+def prompts_of(node: Node, prompt_of: Callable[[int], Any]) -> frozenset[Any]:
+    """Return the prompts of a node's images; nodes with the same ones have the same condition."""
+    return frozenset(prompt_of(image) for image in leaves_of((node,)))
 
 
 def branched(scheduler: Any, rows: Tensor | None) -> Any:

@@ -67,6 +67,14 @@ def check_keys(plan: Plan, own: Sequence[Hashable]) -> None:
                 )
 
 
+def equal(values: Sequence[Hashable]) -> list[list[int]]:
+    """Return the places of equal values, in the order in which they first appear."""
+    places: dict[Hashable, list[int]] = {}
+    for place, value in enumerate(values):
+        places.setdefault(value, []).append(place)
+    return list(places.values())
+
+
 def _by_label(labels: Sequence[int | str], count: int) -> list[list[int]]:
     if len(labels) != count:
         raise PlanError(f"{len(labels)} labels were given for {count} prompts; give one for each")

@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -34,12 +34,14 @@ from torch import Generator, Tensor
 
 from sage import diffusion
 from sage.errors import ConfigurationError, DataError, PlanError, UnsupportedError
-from sage.numbers import real, whole
+from sage.numbers import real, single, whole
 from sage.sampling import loop, saved
+from sage.sampling.branch_noise import safe_image_steps
 from sage.sampling.caches import StepCaches
 from sage.sampling.conditions import Condition
+from sage.sampling.first_prediction import FirstPredictions, first_predictions
 from sage.sampling.hooks import check_hooks
-from sage.sampling.partition import as_groups, check_keys, share_keys
+from sage.sampling.partition import as_groups, check_keys, equal, share_keys
 from sage.sampling.plan import Plan, shared_steps
 from sage.sampling.seeds import prompt_seed as prompt_seed
 from sage.sampling.stream import Cost, Stream
@@ -64,6 +66,11 @@ _REASONS = {
     "ip_adapter_image": "image prompts (IP-Adapter) are not shared: a group would need their mean, which is no image",
     "image": "sharing starts from text and noise, and an image belongs to a single prompt",
 }
+# Arguments of a call that its first step does not depend on.
+_NOT_FIRST = {
+    "groups", "share_key", "plan", "share_ratio", "num_images_per_prompt", "image_steps", "predictions", "seed",
+    "generator", "latents", "branch_noise", "output_type", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
+}  # fmt: skip
 # The methods of stock classes that shared sampling does without.
 _NOT_CALLED = ("__call__", "check_inputs", "prepare_latents", "prepare_extra_step_kwargs", "decode_latents")
 
@@ -213,6 +220,8 @@ class SharedSamplingPipeline:
         guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
+        image_steps: int | None = None,
+        predictions: FirstPredictions | None = None,
         seed: int | Sequence[int] | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         latents: Tensor | None = None,
@@ -239,7 +248,13 @@ class SharedSamplingPipeline:
         num_inference_steps    sampler steps
         guidance_scale         guidance if above 1; None: default of the stock class
         negative_prompt        one for all prompts or one for each
-        num_images_per_prompt  images of each prompt; they do not share steps with each other
+        num_images_per_prompt  images of each prompt
+        image_steps            number of first steps that the images of one prompt share, also those of a prompt that is
+                               repeated in the list, unless you give groups or a plan; 0: none; None: the first, if the
+                               call shares steps at all, `branch_noise` is 1, and the schedule begins with noise alone
+                               (`sage.sampling.branch_noise`), else none
+        predictions            the prompts' `first_predictions` with these settings: what their first steps need not
+                               evaluate again, if the schedule begins with noise alone
         seed                   seed of the run, from which each image's seed is derived with its prompt and the number
                                of earlier copies of that prompt; or a list with one seed for each image; None: drawn
                                from torch's global generator
@@ -308,6 +323,12 @@ class SharedSamplingPipeline:
         loop.check_scheduler(self.scheduler, branch_noise)
         for network in self._networks:
             check_hooks(network)
+        image_steps = None if image_steps is None else whole("image_steps", image_steps)
+        if image_steps and not branch_noise:
+            raise ConfigurationError(
+                f"image_steps is {image_steps}, but branch_noise is 0: the images of a prompt would come out alike; "
+                "give branch_noise=1, or image_steps=0"
+            )
         if self._network.config.get("time_cond_proj_dim") is not None:
             raise UnsupportedError(
                 "this network takes the guidance scale as an input (time_cond_proj_dim), as consistency models do; use "
@@ -321,12 +342,24 @@ class SharedSamplingPipeline:
         call._prepare_call(prompts, negatives, given, num_inference_steps, scale, options)
         diffusion.check_start(call.scheduler)
         steps = len(call.scheduler.timesteps)
+        if plan is not None and groups is not None:
+            raise ConfigurationError("give either groups or a plan, and not both")
+        sharing = np.any(np.asarray(share_ratio) != 0) if plan is None else plan.saving > 0
+        if image_steps is None:
+            image_steps = safe_image_steps(call.scheduler, branch_noise) if sharing and steps > 1 else 0
+        copies = [[number] for number in range(count)]
         if plan is None:
             keys = share_keys(share_key, negatives if scale > 1 else None, given, count)
-            plan = Plan.shared(_groups(groups, prompts, keys, share_ratio, steps), steps, share_ratio)
-        elif groups is not None:
-            raise ConfigurationError("give either groups or a plan, and not both")
-        if plan.prompts != count:
+            if image_steps and prompts is not None and not isinstance(groups, (Iterable, Tensor)):
+                copies = _copies(prompts, keys, seed, num_images_per_prompt)
+            by_prediction = getattr(groups, "by", None) == "prediction" and getattr(groups, "embeddings", None) is None
+            if predictions is None and by_prediction and count > 1 and sharing:
+                # Made by the copy of this call, which so counts them.
+                predictions = call._first_predictions(prompts, negatives, given, scale, batch_size, options)
+            rows = None if predictions is None else predictions.embeddings
+            found = _groups(groups, prompts, keys, copies, share_ratio, steps, rows)
+            plan = Plan.shared(found, steps, share_ratio)
+        if plan.prompts != len(copies):
             raise PlanError(f"the plan is for {plan.prompts} prompts, but {count} were given; build a plan for these")
         if plan.steps != steps:
             raise PlanError(
@@ -334,17 +367,20 @@ class SharedSamplingPipeline:
                 f"times at num_inference_steps={num_inference_steps}; build the plan for {steps} steps"
             )
         if share_key is not None:
-            check_keys(plan, share_key)
+            check_keys(plan, [share_key[numbers[0]] for numbers in copies] if len(copies) < count else share_key)
         caches = vars(call)["_caches"] = StepCaches(self._networks)
         caches.check(plan, call._is_guided(scale, negatives, given))
         call._guidance_scale, call._num_timesteps = scale, steps
+        times = num_images_per_prompt
+        images = [[number * times + r for number in numbers for r in range(times)] for numbers in copies]
         return Stream(
             call,
-            plan.repeat(num_images_per_prompt),
+            plan.for_images(images, image_steps),
             prompts=prompts,
             given=given,
             negatives=negatives,
             images=num_images_per_prompt,
+            predictions=predictions,
             guidance_scale=scale,
             seed=seed,
             generator=generator,
@@ -368,6 +404,59 @@ class SharedSamplingPipeline:
         call = self._begin_call()
         call._set_timesteps(num_inference_steps, *self._size(height, width, dict(self._options)))
         return len(call.scheduler.timesteps)
+
+    def first_predictions(self, prompt: str | Sequence[str] | None = None, **arguments: Any) -> FirstPredictions:
+        """Return what the model expects of each prompt at its first step (`sage.sampling.first_prediction`).
+
+        `arguments` are those of `stream` that its first step depends on: num_inference_steps, guidance_scale,
+        negative_prompt, height, width, batch_size, embeddings and options. Prompts are grouped by them with
+        `groups=Grouping(by="prediction")`, and a call that gets them as `predictions` does not evaluate them again.
+        """
+        if unknown := sorted(set(arguments) & _NOT_FIRST):
+            raise ConfigurationError(f"first predictions do not depend on {', '.join(unknown)}; leave these out")
+        return first_predictions(self.stream(prompt, share_ratio=0.0, seed=0, **arguments))
+
+    def _first_predictions(
+        self,
+        prompts: list[str] | None,
+        negatives: list[str] | None,
+        given: dict[str, Tensor],
+        scale: float,
+        batch_size: int,
+        options: dict[str, Any],
+    ) -> FirstPredictions:
+        """Return the first predictions of a call that is under way, on its own copy of the pipeline."""
+        count = len(prompts) if prompts is not None else len(given["prompt_embeds"])
+        self._guidance_scale, self._num_timesteps = scale, len(self.scheduler.timesteps)
+        stream = Stream(
+            self,
+            Plan.independent(count, len(self.scheduler.timesteps)),
+            prompts=prompts,
+            given=given,
+            negatives=negatives,
+            images=1,
+            predictions=None,
+            guidance_scale=scale,
+            seed=0,
+            generator=None,
+            latents=None,
+            batch_size=batch_size,
+            padded_sizes=(),
+            caches=StepCaches(self._networks),
+            medoid=False,
+            branch_noise=0.0,
+            output_type="latent",
+            callback=None,
+            callback_inputs=(),
+            options=options,
+        )
+        return first_predictions(stream)
+
+    def safe_image_steps(self, num_inference_steps: int, branch_noise: float) -> int:
+        """Return how many steps the images of one prompt share by default, 0 or 1 (`sage.sampling.branch_noise`)."""
+        call = self._begin_call()
+        call._set_timesteps(num_inference_steps, *self._size(None, None, dict(self._options)))
+        return safe_image_steps(call.scheduler, branch_noise) if len(call.scheduler.timesteps) > 1 else 0
 
     # Overridden by families.
 
@@ -595,14 +684,34 @@ def _loading(path: str | Path) -> Iterator[None]:
         ) from error
 
 
+def _copies(prompts: Sequence[str], keys: Sequence[Hashable], seed: Any, images: int) -> list[list[int]]:
+    """Return lists of the numbers of equal prompts, by the seeds of their first images if each image's is given."""
+    found = equal(list(zip(prompts, keys, strict=True)))
+    if seed is None or single(seed) or len(seed) != len(prompts) * images:
+        return found
+    # The order of the list must not decide which copy shares with which of another prompt.
+    return [sorted(numbers, key=lambda number: int(seed[number * images])) for numbers in found]
+
+
 def _groups(
     groups: Any,
     prompts: list[str] | None,
     keys: Sequence[Hashable],
+    copies: Sequence[Sequence[int]],
     share_ratio: float | Sequence[float],
     steps: int,
+    predicted: Callable[[], np.ndarray] | None,
 ) -> list[list[int]]:
-    """Return the groups that are given, or form them."""
+    """Return the groups that are given, or form groups of `copies`: lists of the numbers of equal prompts.
+
+    groups       as given to the call
+    prompts      the prompts, or None
+    keys         a share key for each prompt
+    copies       numbers of equal prompts
+    share_ratio  one, or one for each given group
+    steps        steps of the plan
+    predicted    returns the embeddings of the prompts' first predictions, if it is to group by them
+    """
     if isinstance(groups, (Iterable, Tensor)):
         return as_groups(groups, len(keys))
     if np.ndim(share_ratio):
@@ -615,10 +724,15 @@ def _groups(
         raise ConfigurationError(
             f"groups is {groups!r}; give lists of prompt numbers, a label for each prompt, or sage.Grouping(...)"
         )
-    if share_ratio == 0 or len(keys) == 1:
-        return [[number] for number in range(len(keys))]
+    if share_ratio == 0 or len(copies) == 1:
+        return [[number] for number in range(len(copies))]
+    first = [numbers[0] for numbers in copies]
     # A budget counts whole steps, as the plan does.
-    return grouping.groups(prompts, keys, shared_steps(share_ratio, steps) / steps)  # type: ignore[arg-type]
+    ratio = shared_steps(share_ratio, steps) / steps  # type: ignore[arg-type]
+    texts = None if prompts is None else [prompts[number] for number in first]
+    if grouping.by == "prediction" and grouping.embeddings is None and predicted is not None:
+        grouping = replace(grouping, embeddings=predicted())
+    return grouping.of_rows(first, len(keys)).groups(texts, [keys[number] for number in first], ratio)
 
 
 def adopted(family: Any, pipeline: Any) -> Any:

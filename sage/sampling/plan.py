@@ -171,19 +171,57 @@ class Plan:
                 alive.append(sorted(leaves_of((node,))))
         return sorted(alive)
 
-    def repeat(self, times: int) -> "Plan":
+    def repeat(self, times: int, image_steps: int = 0) -> "Plan":
         """Return the plan for `times` images of each prompt: image r of prompt i has number i * times + r.
 
-        Images of one prompt never share steps, because they are meant to differ.
+        `image_steps` is as in `for_images`.
         """
-
-        def moved(node: Node, r: int) -> Node:
-            flat = node.flat() if isinstance(node, Block) else (node,)
-            tree: Node = rebuilt(Block, (item if isinstance(item, tuple) else item * times + r for item in flat))
-            return tree
-
         times = whole("times", times)
-        return self if times == 1 else Plan(self.steps, tuple(moved(n, r) for n in self.roots for r in range(times)))
+        rows = [range(prompt * times, (prompt + 1) * times) for prompt in range(self.prompts)]
+        return self if times == 1 else self.for_images(rows, image_steps)
+
+    def for_images(self, images: Sequence[Sequence[int]], image_steps: int) -> "Plan":
+        """Return the plan for several images of each prompt: a tree of groups, prompts and images.
+
+        images       the numbers of each prompt's images; together they are 0 to N - 1
+        image_steps  number of first steps in which the images of a prompt are one, in [0, steps)
+
+        Prompts share as in this plan. In the first `image_steps` steps they share with all of their images, afterwards
+        the r-th image of a prompt shares with the r-th images of the others. Raises PlanError for other arguments.
+        """
+        image_steps = whole("image_steps", image_steps)
+        if not 0 <= image_steps < self.steps:
+            raise PlanError(
+                f"the images of a prompt cannot share {image_steps} of {self.steps} steps; give 0 for none, or at most "
+                f"{self.steps - 1}, as they would else be one image"
+            )
+        if len(images) != self.prompts or not all(images):
+            raise PlanError(
+                f"the numbers of {sum(map(bool, images))} prompts' images were given for {self.prompts} prompts; "
+                "give each prompt one image or more"
+            )
+
+        def leaf(prompt: int) -> _Copies:
+            numbers: dict[int, Node] = dict(enumerate(images[prompt]))
+            return _Copies(_block(image_steps, numbers.values()), numbers)
+
+        def made(until: int, children: tuple[_Copies, ...]) -> _Copies:
+            apart: dict[int, Node] = {}
+            for r in sorted({r for child in children for r in child.apart}):
+                apart[r] = _block(until, [child.apart[r] for child in children if r in child.apart])
+            if until < image_steps:
+                return _Copies(Block(until, tuple(child.together for child in children)), apart)
+            after = until > image_steps
+            below = apart.values() if after else [copy for child in children for copy in child.apart.values()]
+            return _Copies(_block(image_steps, below), apart)
+
+        copies = []
+        for root in self.roots:
+            flat = root.flat() if isinstance(root, Block) else (root,)
+            copies.append(rebuilt(made, [item if isinstance(item, tuple) else leaf(item) for item in flat]))
+        if image_steps:
+            return Plan(self.steps, tuple(found.together for found in copies))
+        return Plan(self.steps, tuple(copy for found in copies for copy in found.apart.values()))
 
     def _walk(self) -> Iterator[tuple[Node, int]]:
         """Yield every node with its first step."""
@@ -193,6 +231,20 @@ class Plan:
             yield node, start
             if isinstance(node, Block):
                 open_nodes.extend((child, node.until) for child in reversed(node.children))
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """A node for several images of each prompt: `together` while these are one, `apart` the node of each r-th image."""
+
+    together: Node
+    apart: dict[int, Node]
+
+
+def _block(until: int, children: Iterable[Node]) -> Node:
+    """Return a block of these children, or the only child itself."""
+    nodes = tuple(children)
+    return Block(until, nodes) if len(nodes) > 1 else nodes[0]
 
 
 def leaves_of(nodes: Sequence[Node]) -> Iterator[int]:

@@ -21,6 +21,7 @@ import torch
 from torch import Generator, Tensor
 
 from sage.errors import ConfigurationError, UnsupportedError
+from sage.sampling.branch_noise import safe_image_steps
 from sage.sampling.conditions import Condition, stacked
 from sage.sampling.pipeline import TEXTS, SharedSamplingPipeline
 
@@ -332,12 +333,18 @@ class SegmentedPipeline(SharedSamplingPipeline):
 
     def evaluations(self, num_inference_steps: int, height: int | None = None, width: int | None = None) -> int:
         """Return how often the network is evaluated for one image alone, without guidance: the steps of a plan."""
+        return len(self._scheduled(num_inference_steps).timesteps)
+
+    def safe_image_steps(self, num_inference_steps: int, branch_noise: float) -> int:
+        """Return how many steps the images of one prompt share by default, 0 or 1 (`sage.sampling.branch_noise`)."""
+        scheduler = self._scheduled(num_inference_steps)
+        return safe_image_steps(scheduler, branch_noise) if len(scheduler.timesteps) > 1 else 0
+
+    def _scheduled(self, steps: int) -> Any:
+        """Return the scheduler with timesteps set; a shift by the image size changes neither their number nor 1."""
         scheduler = copy.copy(self.scheduler)
-        # The shift depends on the size, the number of steps does not.
-        scheduler.set_timesteps(
-            num_inference_steps, **({"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {})
-        )
-        return len(scheduler.timesteps)
+        scheduler.set_timesteps(steps, **({"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}))
+        return scheduler
 
     def _drawn(self, generators: Any, count: int) -> Any:
         """Return what the stock `prepare_latents` returns for fresh noise: latents, or latents and their positions."""

@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from sage.numbers import single, whole
 from sage.sampling import loop
 from sage.sampling.caches import StepCaches
 from sage.sampling.conditions import Condition, concatenated, padded, select
+from sage.sampling.first_prediction import FirstPredictions, made_for
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import image_seeds
 
@@ -76,6 +77,7 @@ class Stream:
         given: dict[str, Any],
         negatives: list[str] | None,
         images: int,
+        predictions: FirstPredictions | None,
         guidance_scale: float,
         seed: int | Sequence[int] | None,
         generator: Generator | Sequence[Generator] | None,
@@ -98,6 +100,7 @@ class Stream:
         given           embeddings, and texts of further encoders, by name, one row for each prompt
         negatives       negative prompts, one for each prompt, or None
         images          number of images of each prompt
+        predictions     first predictions of the prompts, which take the place of the first step if they can
         guidance_scale  guidance if above 1
         seed            one seed, or one for each image; None: drawn from torch's global generator
         generator       instead of `seed`: one for all noise, or one for each image
@@ -131,6 +134,10 @@ class Stream:
             for name, rows in given.items()
         }
         self._latents = latents
+        # Evaluations of this call before the plan's own: first predictions that it was grouped by.
+        self._spent = pipe._evaluations
+        self._first = predictions if predictions is not None and predictions.reusable else None
+        self._check_predictions(predictions)
         self._keys = [_key(prompts, given, number) for number in range(plan.prompts // images) for _ in range(images)]
         self._generators: list[Generator] | None = None
         self.seeds = self._take_seeds(seed, generator)
@@ -166,13 +173,47 @@ class Stream:
         finally:
             self._seconds += time.perf_counter() - begin
 
+    def prompt_of(self, image: int) -> Hashable:
+        """Return a key that images of equal prompts, and so of equal conditions, have in common."""
+        number = image // self._images
+        if any(name.startswith("negative") for name in self._given):
+            return number
+        return self._keys[image], None if self._negatives is None else self._negatives[number]
+
     @property
     def cost(self) -> Cost:
         """The cost so far; `formula` and `independent` are for the whole plan."""
-        formula = self.plan.nfe(self._guided)
-        independent = (2 if self._guided else 1) * self.plan.prompts * self.plan.steps
+        each = 2 if self._guided else 1
+        formula = self._spent + each * self._planned
+        independent = each * self.plan.prompts * self.plan.steps
+        plain = self._planned == self.plan.nfe(guidance=False) and not self._spent
+        saving = self.plan.saving if plain else 1 - formula / independent
         counted = self._pipe._evaluations - self._padding
-        return Cost(counted, formula, independent, self.plan.saving, self._seconds, self._padding)
+        return Cost(counted, formula, independent, saving, self._seconds, self._padding)
+
+    @property
+    def _planned(self) -> int:
+        """The latents that the network evaluates in this stream's plan: all, without a first step that is known."""
+        return self.plan.nfe(guidance=False) - (len(self.plan.roots) if self._first is not None else 0)
+
+    def _first_of(self, images: list[int]) -> Tensor:
+        assert self._first is not None
+        return self._first.mean([image // self._images for image in images])
+
+    def _check_predictions(self, given: FirstPredictions | None) -> None:
+        if given is None:
+            return
+        if self._caches:
+            raise UnsupportedError(
+                "a step cache begins with the first step, which first predictions take the place of; give none, or call "
+                "disable_cache() of the transformer"
+            )
+        count = self.plan.prompts // self._images
+        if len(given.x_0) != count or given.made_for != made_for(self):
+            raise ConfigurationError(
+                f"the first predictions are of {len(given.x_0)} prompts with (scheduler, timestep, guidance scale) "
+                f"{given.made_for}, but the call has {count} prompts with {made_for(self)}; make them for this call"
+            )
 
     @torch.no_grad()
     def _run(self) -> Iterator[Result]:
@@ -187,6 +228,8 @@ class Stream:
                 noise=self._noise,
                 generator=self._generator,
                 rank=lambda image: (self.seeds[image], self._keys[image], image),
+                prompt_of=self.prompt_of,
+                first=None if self._first is None else self._first_of,
                 batch_size=self._batch_size,
                 guidance=self._scale,
                 medoid=self._medoid,
@@ -204,7 +247,7 @@ class Stream:
                 with _ONE_AT_A_TIME:  # it empties step caches
                     pipe._end_call()
         counted = self.cost.network_evaluations
-        if not pipe._interrupt and (self._steps, self._rows) != (self.plan.nfe(guidance=False), counted):
+        if not pipe._interrupt and (self._steps, self._rows + self._spent) != (self._planned, counted):
             raise PlanError(
                 f"the network was evaluated {counted} times, but the plan has {self.cost.formula}; "
                 "this is a bug in this package, please report it"

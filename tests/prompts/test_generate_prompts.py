@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from PIL import Image
 from waiting import wait_for
 
 from flows.prompts import generate as prompts
+from flows.prompts import shards
 from flows.prompts.files import read_prompts
 from sage.errors import ConfigurationError, DataError, DivergedError
 from sage.files import sha256, sha256_tree, write_json
@@ -97,6 +99,55 @@ def test_the_cost_is_shown_first_and_with_plan_nothing_else_happens(generate, tm
     assert "7 prompts in" in shown
     assert "network evaluations instead of 56" in shown
     assert not out.exists()
+
+
+def test_a_repeated_prompt_shares_its_first_steps_if_asked(generate, tmp_path, capsys):
+    texts = ["a red house", "a blue house", "a red house", "a red house"]
+    call = {"branch_noise": 1.0, "image_steps": 1}
+    out = generate(write(tmp_path, texts), **call)
+    # Guidance 2: a group's first step, its second one for each copy, and two steps of four images; or no group.
+    assert any(f" {2 * nfe} network evaluations instead of 32" in capsys.readouterr().out for nfe in (1 + 3 + 8,))
+    lines = lines_of(out)
+    assert [line["seed"] for line in lines] == image_seeds(0, texts)
+    assert lines[0]["shared_with"] == ["000002", "000003", "000004"]
+    assert lines[0]["plan"] == {"steps": 4, "share_ratio": 0.5, "image_steps": 1}
+    assert len({line["sha256"] for line in lines}) == 4
+    whole = sha256_tree(out)
+    (out / "000003.png").unlink()
+    generate(write(tmp_path, texts), **call)
+    assert sha256_tree(out) == whole
+    with pytest.raises(ConfigurationError, match=r"image_steps 1 \(now 0\)"):
+        generate(write(tmp_path, texts), **call | {"image_steps": 0})
+
+
+def test_groups_by_first_prediction_cost_what_the_first_line_says(generate, model, tmp_path, monkeypatch, capsys):
+    zero = tmp_path / "zero"
+    shutil.copytree(model, zero)
+    config = zero / "scheduler/scheduler_config.json"
+    changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    opened, rows = prompts.open_model, []
+
+    def by_prediction(model):
+        pipe, name, settings, group = opened(model)
+        pipe.unet.register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
+        return pipe, name, settings, group.model_copy(update={"by": "prediction", "threshold": 0.0})
+
+    monkeypatch.setattr(prompts, "open_model", by_prediction)
+    out = generate(write(tmp_path), model=str(zero), branch_noise=1.0)
+    said = re.search(r"(\d+) network evaluations instead of 56, 12 of them first predictions", capsys.readouterr().out)
+    assert said and int(said[1]) == sum(rows)
+    lines = lines_of(out)
+    assert any(line["shared_with"] for line in lines)
+    whole = sha256_tree(out)
+    (out / f"{lines[0]['file']}").unlink()
+    generate(write(tmp_path), model=str(zero), branch_noise=1.0)
+    assert sha256_tree(out) == whole
+    rows.clear()
+    generate(write(tmp_path), tmp_path / "alone", model=str(zero), share_ratio=0.0)
+    assert sum(rows) == 56
+    with pytest.raises(ConfigurationError, match=r"set group\.by to text"):
+        shards.plan(write(tmp_path), str(tmp_path / "shards"), str(zero))
 
 
 def test_what_is_missing_is_made_again_to_the_same_bytes(generate, tmp_path):

@@ -15,7 +15,8 @@ from diffusers import (
 )
 
 from sage.errors import ConfigurationError
-from sage.sampling.continuous import Continuous, Start, begins_as_noise
+from sage.sampling.branch_noise import begins_as_noise
+from sage.sampling.continuous import Continuous, Start
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Block, Plan
 
@@ -227,6 +228,17 @@ def test_a_first_prediction_that_does_not_depend_on_the_noise_gives_exactly_the_
     found = finish(running)
     torch.testing.assert_close(images(found, call), wanted, rtol=1e-3, atol=5e-3)
     assert call.evaluations == call.planned == found[0].evaluations == 10
+
+
+def test_images_of_one_prompt_share_as_in_the_pipeline(pipe, monkeypatch):
+    zero_snr(pipe, monkeypatch)
+    settings = {"branch_noise": 1.0, "num_images_per_prompt": 3, "image_steps": 2, "seed": [5, 3, 9, 4, 8, 2]}
+    call = arguments(Plan.shared([[0, 1]], 6, 0.2), **settings)
+    wanted = pipe(**call | {"batch_size": 1}).images
+    running = Continuous(pipe, 1)
+    admitted = running.admit(pipe.stream(**call))
+    assert torch.equal(images(finish(running), admitted), wanted)
+    assert admitted.evaluations == 2 * (1 + 2 + 4 * 6)
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler])

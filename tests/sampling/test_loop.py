@@ -22,7 +22,7 @@ from diffusers import (
 from sage import diffusion
 from sage.errors import ConfigurationError, PlanError, UnsupportedError
 from sage.sampling import loop
-from sage.sampling.branch_noise import rotated
+from sage.sampling.branch_noise import levels, rotated, safe_image_steps
 from sage.sampling.conditions import merge
 from sage.sampling.plan import Block, Plan
 
@@ -303,6 +303,115 @@ def test_a_childs_first_step_carries_on_the_noise_that_it_drew(name, s):
     assert not torch.allclose(drawn, apparent, atol=1e-2)
     carried = s**2 * drawn + (1 - s**2) * apparent
     torch.testing.assert_close(after, alpha_after * own + sigma_after * carried, rtol=1e-3, atol=1e-3)
+
+
+class Ideal:
+    """The ideal network of latents that are normal given the condition: mean of the condition, variance 0.3."""
+
+    def __init__(self, scheduler):
+        self.scheduler, self.kind, self.rows = scheduler, diffusion.prediction_type(scheduler), 0
+
+    def __call__(self, x, t, condition, guidance):
+        self.rows += len(x)
+        step = self.scheduler.timesteps.tolist().index(float(t))
+        alpha, sigma = (torch.as_tensor(level) for level in levels(self.scheduler, step))
+        norm = torch.ones(()) if self.kind == "flow_prediction" else torch.hypot(alpha, sigma)
+        alpha, sigma = alpha / norm, sigma / norm
+        mean = condition["states"][:, :2, None, None]
+        x_0 = mean + alpha * 0.3 / (0.3 * alpha**2 + sigma**2) * (x - alpha * mean)
+        return diffusion.target(self.kind, x_0, diffusion.implied_noise(x, x_0, alpha, sigma), alpha, sigma)
+
+
+ZERO_SNR = BETAS | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+FROM_NOISE = {
+    "ddim": lambda: DDIMScheduler(**ZERO_SNR, clip_sample=False),
+    "dpm multistep": lambda: DPMSolverMultistepScheduler(**ZERO_SNR),
+    "euler": lambda: EulerDiscreteScheduler(**ZERO_SNR),
+    "flow": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+}
+# Two prompts with three images each; image r of prompt i is 3 i + r.
+IMAGES = {"prompts": [0, 0, 0, 1, 1, 1], "prompt_of": lambda image: image // 3, "branch_noise": 1.0}
+
+
+@pytest.mark.parametrize("name", FROM_NOISE)
+def test_an_ideal_network_gives_each_image_that_shares_its_first_step_as_alone(name):
+    scheduler = FROM_NOISE[name]()
+    scheduler.set_timesteps(6)
+    assert safe_image_steps(scheduler, 1.0) == 1
+    independent = Plan.independent(2, 6)
+    alone = run(scheduler, independent.repeat(3), network=Ideal(scheduler), **IMAGES)
+    assert (alone[0] - alone[1]).abs().max() > 0.3
+    network = Ideal(scheduler)
+    shared = run(scheduler, independent.repeat(3, 1), network=network, **IMAGES)
+    torch.testing.assert_close(shared, alone, rtol=0, atol=2e-3)
+    assert network.rows == 2 * (1 + 5 * 3)
+    # The second step sees its noise.
+    further = run(scheduler, independent.repeat(3, 2), network=Ideal(scheduler), **IMAGES)
+    assert (further - alone).abs().max() > 0.02
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "s", "steps"),
+    [
+        (DDIMScheduler(**ZERO_SNR), 1.0, 1),
+        (DDIMScheduler(**ZERO_SNR), 0.9, 0),
+        (DDIMScheduler(**ZERO_SNR), 0.0, 0),
+        (DDIMScheduler(**ZERO_SNR | {"timestep_spacing": "leading"}), 1.0, 0),  # its first timestep is 831
+        (DDIMScheduler(**BETAS, timestep_spacing="trailing"), 1.0, 0),  # Stable Diffusion 1.5: 0.068
+        (DDPMScheduler(timestep_spacing="trailing"), 1.0, 0),  # the linear schedule: 0.006
+        (FlowMatchEulerDiscreteScheduler(), 1.0, 1),
+        (UniPCMultistepScheduler(**ZERO_SNR), 1.0, 0),
+    ],
+)
+def test_images_of_a_prompt_share_their_first_step_only_from_noise_alone(scheduler, s, steps):
+    scheduler.set_timesteps(6)
+    assert safe_image_steps(scheduler, s) == steps
+
+
+def test_sharing_a_first_step_that_sees_its_noise_is_not_exact():
+    scheduler = DDIMScheduler(**BETAS, clip_sample=False, timestep_spacing="trailing", prediction_type="v_prediction")
+    scheduler.set_timesteps(6)
+    plans = (Plan.independent(2, 6).repeat(3, image_steps) for image_steps in (0, 1))
+    alone, shared = (run(scheduler, plan, network=Ideal(scheduler), **IMAGES) for plan in plans)
+    assert (shared - alone).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", FROM_NOISE)
+def test_images_of_a_prompt_do_not_depend_on_order_or_other_prompts(name):
+    scheduler = FROM_NOISE[name]()
+    scheduler.set_timesteps(6)
+    pair = Plan.shared([[0, 1]], 6, 0.5)
+    plan = pair.for_images([[0, 1, 2], [3, 4]], 1)
+    call = {"branch_noise": 1.0, "seeds": range(100, 105), "prompts": [0, 0, 0, 1, 1]}
+    wanted = run(scheduler, plan, prompt_of=lambda image: image // 3, **call)
+    order = [4, 0, 2, 3, 1]
+    places = [[order.index(image) for image in images] for images in ([0, 1, 2], [3, 4])]
+    call = {"branch_noise": 1.0, "seeds": [100 + i for i in order], "prompts": [i // 3 for i in order]}
+    moved = run(scheduler, pair.for_images(places, 1), prompt_of=lambda place: order[place] // 3, batch_size=2, **call)
+    torch.testing.assert_close(moved, wanted[order], **TOLERANCE)
+    # Company that shares nothing changes nothing.
+    prompts, seeds = [0, 0, 0, 2, 2, 2], [100, 101, 102, 7, 8, 9]
+    apart = Plan.independent(2, 6).repeat(3, 1)
+    with_others = run(scheduler, apart, seeds, prompts, prompt_of=lambda image: image // 3, branch_noise=1.0)
+    alone = run(
+        scheduler, Plan.independent(1, 6).repeat(3, 1), seeds[:3], prompts[:3], prompt_of=lambda i: 0, branch_noise=1.0
+    )
+    torch.testing.assert_close(with_others[:3], alone, **TOLERANCE)
+
+
+def test_a_prompt_counts_once_in_the_condition_of_its_group():
+    scheduler = FROM_NOISE["ddim"]()
+    scheduler.set_timesteps(6)
+    seen = []
+
+    class Watched(Network):
+        def forward(self, x, t, condition, guidance=1.0):
+            seen.append(condition["states"])
+            return super().forward(x, t, condition)
+
+    plan = Plan.shared([[0, 1]], 6, 0.5).for_images([[0, 1, 2], [3]], 1)
+    run(scheduler, plan, prompts=[0, 0, 0, 1], network=Watched(), prompt_of=lambda image: image // 3, branch_noise=1.0)
+    torch.testing.assert_close(seen[0][0], CONDITIONS[:2].mean(0))
 
 
 def test_branch_noise_leaves_those_who_do_not_branch():

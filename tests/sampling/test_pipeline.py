@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from diffusers import (
+    DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -119,6 +120,58 @@ def test_a_repeated_prompt_is_grouped_with_others_and_not_with_itself(pipe):
     assert out.plan.partition(0) in ([[0, 2], [1], [3]], [[0], [1], [2, 3]])
     sixtyfour = pipe(["red cat"] * 64, share_ratio=0.5, seed=1, **CALL | {"num_inference_steps": 2})
     assert len({image.tobytes() for image in sixtyfour.images}) == 64
+
+
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+
+
+def begin_as_noise(pipe, monkeypatch):
+    monkeypatch.setattr(pipe, "scheduler", DDIMScheduler.from_config(pipe.scheduler.config, **ZERO_SNR))
+
+
+def test_images_of_one_prompt_share_the_first_step_if_it_is_noise_alone(pipe, monkeypatch):
+    call = CALL | {"share_ratio": 0.5, "num_images_per_prompt": 3, "seed": 1, "groups": [[0, 1], [2]]}
+
+    def parts(**changes):
+        plan = pipe.stream(["red cat", "red dog", "tree"], **call | changes).plan
+        return [plan.partition(step) for step in range(2)]
+
+    apart = [[0, 3], [1, 4], [2, 5], [6], [7], [8]]
+    assert parts(branch_noise=1.0) == [apart, apart]  # this schedule begins with some signal
+    begin_as_noise(pipe, monkeypatch)
+    assert parts(branch_noise=1.0) == [[[0, 1, 2, 3, 4, 5], [6, 7, 8]], apart]
+    assert parts(branch_noise=1.0, image_steps=0) == parts(branch_noise=0.5) == parts() == [apart, apart]
+    assert parts(branch_noise=0.5, image_steps=2)[1] == [[0, 1, 2, 3, 4, 5], [6, 7, 8]]
+    assert len(parts(branch_noise=1.0, share_ratio=0)[0]) == 9  # sharing is off altogether
+    assert parts(branch_noise=1.0, share_ratio=0, image_steps=1)[0] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    out = pipe(["red cat", "red dog", "tree"], **call, branch_noise=1.0)
+    assert out.cost.network_evaluations == 2 * (2 + 6 + 2 * 9)
+    assert len({image.tobytes() for image in out.images}) == 9
+
+
+def test_a_repeated_prompt_shares_its_first_step_with_itself(pipe, monkeypatch):
+    begin_as_noise(pipe, monkeypatch)
+    prompts = ["tall tree", "red cat", "tall trees", "tall tree"]
+    call = CALL | {"share_ratio": 0.5, "branch_noise": 1.0}
+    plan = pipe.stream(prompts, seed=1, **call).plan
+    assert plan.partition(0) == [[0, 2, 3], [1]]
+    assert plan.partition(1) == [[0, 2], [1], [3]]
+    assert pipe.stream(prompts, seed=1, **call, num_images_per_prompt=2).plan.partition(0) == [
+        [0, 1, 4, 5, 6, 7],
+        [2, 3],
+    ]
+    # Embeddings of one's own have a row for each prompt; keys keep copies apart.
+    rows = np.eye(4)[[0, 1, 0, 0]] + 0.1 * np.eye(4)[[0, 1, 3, 0]]
+    assert pipe.stream(prompts, groups=Grouping(embeddings=rows), **call).plan.partition(0) == [[0, 2, 3], [1]]
+    assert [0, 3] not in pipe.stream(prompts, share_key=list("abcd"), **call).plan.partition(0)
+    # Given groups are taken as they are.
+    given = pipe.stream(prompts, groups=[[0, 1], [2], [3]], **call).plan
+    assert given.partition(0) == [[0, 1], [2], [3]]
+    # Order changes nothing, and each image keeps its seed and noise.
+    seeds = [11, 12, 13, 14]
+    images = pipe(prompts, seed=seeds, **call).images
+    turned = pipe(prompts[::-1], seed=seeds[::-1], **call).images
+    np.testing.assert_allclose(turned[::-1], images, **TOLERANCE)
 
 
 LABELS = {
@@ -460,6 +513,9 @@ BAD = [
     ({"height": 15}, ConfigurationError, "height 15 and width 16 must be multiples of 2"),
     ({"batch_size": 0}, ConfigurationError, "batch_size 0"),
     ({"num_images_per_prompt": 0}, ConfigurationError, "num_images_per_prompt 0"),
+    ({"image_steps": 1}, ConfigurationError, "image_steps is 1, but branch_noise is 0"),
+    ({"image_steps": 0.5}, ConfigurationError, "image_steps is 0.5"),
+    ({"image_steps": 50, "branch_noise": 1.0}, PlanError, "cannot share 50 of 4 steps"),
     ({"num_inference_steps": 0}, ConfigurationError, "num_inference_steps 0 must each be at least 1"),
     ({"branch_noise": 2.0}, ConfigurationError, "branch_noise 2.0"),
     ({"guidance_scale": math.nan}, ConfigurationError, "guidance_scale is nan"),

@@ -84,6 +84,54 @@ def test_repeated_images_share_with_others_but_not_with_themselves():
     assert plan.saving == Plan.shared([[0, 1]], 10, 0.5).saving
 
 
+@given(plans(), st.data())
+@settings(deadline=None)
+def test_a_prompts_images_are_one_in_the_first_steps_and_then_share_as_their_prompts_do(plan, data):
+    counts = data.draw(st.lists(st.integers(1, 3), min_size=plan.prompts, max_size=plan.prompts))
+    image_steps = data.draw(st.integers(0, plan.steps - 1))
+    numbers = iter(data.draw(st.permutations(range(sum(counts)))))
+    images = [list(itertools.islice(numbers, count)) for count in counts]
+    found = plan.for_images(images, image_steps)
+    for step in range(plan.steps):
+        layers = [range(3)] if step < image_steps else [[r] for r in range(3)]
+        expected = [
+            sorted(images[prompt][r] for prompt in part for r in layer if r < len(images[prompt]))
+            for part in plan.partition(step)
+            for layer in layers
+        ]
+        assert found.partition(step) == sorted(filter(None, expected))
+
+
+@pytest.mark.parametrize("group_steps", [0, 1, 2, 4])
+@pytest.mark.parametrize("image_steps", [0, 1, 2, 4])
+@pytest.mark.parametrize(("size", "images"), [(1, 4), (3, 1), (3, 4)])
+def test_a_tree_of_groups_prompts_and_images_costs_what_the_formula_says(group_steps, image_steps, size, images):
+    steps, groups = 6, [list(range(size)), list(range(size, 2 * size))]
+    plan = Plan.shared(groups, steps, group_steps / steps).repeat(images, image_steps)
+    if size == 1:
+        group_steps = 0
+    together, apart = min(group_steps, image_steps), steps - max(group_steps, image_steps)
+    by_rank, by_prompt = max(0, group_steps - image_steps), max(0, image_steps - group_steps)
+    each = together + by_rank * images + by_prompt * size + apart * size * images
+    assert plan.nfe(guidance=False) == 2 * each
+    assert plan.nfe(guidance=True) == 4 * each
+
+
+@pytest.mark.parametrize(
+    ("images", "image_steps", "says"),
+    [
+        ([[0, 1], [2]], 6, "6 of 6 steps; give 0 for none, or at most 5"),
+        ([[0, 1], [2]], -1, "share -1 of 6 steps"),
+        ([[0, 1]], 1, "1 prompts' images were given for 2 prompts"),
+        ([[0, 1], []], 1, "1 prompts' images were given for 2 prompts"),
+        ([[0, 1], [1]], 1, "names every prompt from 0 on once"),
+    ],
+)
+def test_images_that_make_no_plan_are_refused(images, image_steps, says):
+    with pytest.raises(PlanError, match=says):
+        Plan.independent(2, 6).for_images(images, image_steps)
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -159,6 +207,21 @@ def test_a_budget_is_met_at_the_highest_threshold_that_meets_it():
     assert plan_for_budget(nested, 50, 0.1).threshold > plan_for_budget(nested, 50, 0.6).threshold
 
 
+def test_a_budget_over_groups_prompts_and_images_spends_the_images_share_first():
+    nested = clusters(6, [(0, 1, 0.9), (2, 3, 0.8), (4, 5, 0.7)])
+    tree = {"images": 4, "image_steps": 2}
+    # Two of ten steps of four images save 15%, so no cluster has to share.
+    alone = plan_for_budget(nested, 10, 0.15, **tree)
+    assert alone.plan == Plan.independent(6, 10).repeat(4, 2)
+    assert alone.merges == []
+    budget = plan_for_budget(nested, 10, 0.3, **tree)
+    assert 0.3 <= budget.plan.saving < 0.35
+    assert budget.plan.prompts == 24
+    without = plan_for_budget(nested, 10, 0.3, images=4)
+    assert sum(share for _, share, _ in budget.merges) < sum(share for _, share, _ in without.merges)
+    assert budget.threshold > without.threshold
+
+
 def test_a_budget_from_flat_groups_branches_each_by_its_tightness():
     nested = [Cluster(0.95, (0, 1, 2)), Cluster(0.75, (3, 4)), 5]
     budget = plan_for_budget(nested, 100, 0.3)
@@ -190,6 +253,7 @@ def test_trees_may_be_thousands_deep():
     nested = clusters(depth + 1, merges)
     plan = nested_plan(nested, 10 * depth, lambda similarity: similarity)
     assert plan.partition(0) == [list(range(depth + 1))] and plan.repeat(2).prompts == 2 * (depth + 1)
+    assert plan.repeat(2, 1).partition(0) == [list(range(2 * depth + 2))]
     assert plan_for_budget(nested, 10 * depth, 0.3).merges[0][2] == depth + 1
     (root,), (cluster,) = plan.roots, nested
     for tree in (plan, root, cluster):

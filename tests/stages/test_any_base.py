@@ -20,7 +20,7 @@ from diffusers import (
 from PIL import Image
 from typer.testing import CliRunner
 
-from flows.preflight import check
+from flows.preflight import check, doubts
 from flows.stages import finetune, generate
 from sage.config import load_params
 from sage.data import dataset
@@ -198,6 +198,14 @@ def test_what_is_likely_a_mistake_is_said_before_training(name, project, tmp_pat
     with caplog.at_level(logging.WARNING, "flows.preflight"):
         check(pipe, load_params(tmp_path / "params.yaml"), project / "prepared", project / "groups")
     assert len(caplog.messages) == (said is not None) and (said is None or re.search(said, caplog.messages[0]))
+
+
+def test_a_gate_on_diversity_over_seeds_needs_two(tmp_path):
+    gates = [GATE | {"metric": "seed_diversity", "worse_by_at_most": 0.1}]
+    for seeds, count in (([0], 1), ([0, 1], 0)):
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(params_of(evaluate__gates=gates, generate__seeds=seeds)))
+        said = list(doubts(load_params(tmp_path / "params.yaml"), 6, [[number] for number in range(30)]))
+        assert said == ["the gate on seed_diversity cannot pass: generate.seeds [0] are fewer than two"] * count
 
 
 @pytest.mark.parametrize("stage", [finetune, generate])

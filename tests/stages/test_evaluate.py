@@ -107,8 +107,8 @@ def test_the_stage_writes_figures_verdicts_and_the_page(project, monkeypatch):
     assert found["features"] == "efficientnet_lite0"
     assert found["saving"] == 0.25
     assert {"n_real", "n_prompts", "seeds", "digest", "generated"} == set(found["set"])
-    assert len(found["gates"]) == 4 and found["passed"] == all(gate["passed"] for gate in found["gates"])
-    assert found["gates"][3]["passed"] and found["gates"][3]["value"] == -0.25
+    assert len(found["gates"]) == 5 and found["passed"] == all(gate["passed"] for gate in found["gates"])
+    assert found["gates"][4]["passed"] and found["gates"][4]["value"] == -0.25
     assert f"only 4 groups; an interval needs at least {LEAST_GROUPS}." in found["gates"][0]["reason"]
     assert "only 3 groups of two or more prompts; an interval" in found["gates"][2]["reason"]
     page = (project / "report" / "index.html").read_text()

@@ -100,6 +100,56 @@ def test_costs_follow_from_the_plans(made):
     )
 
 
+def test_seeds_of_a_prompt_share_their_first_steps_if_asked(project, made, monkeypatch):
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    try:
+        changed = params | {"generate": params["generate"] | {"image_steps": 2}}
+        (project / "params.yaml").write_text(yaml.safe_dump(changed))
+        figures, lines = run(project, monkeypatch, "sharing")
+        # This schedule does not begin with noise alone, so the rule shares nothing.
+        changed = params | {"generate": params["generate"] | {"image_steps": None}}
+        (project / "params.yaml").write_text(yaml.safe_dump(changed))
+        assert run(project, monkeypatch, "rule")[0] == made[0]
+    finally:
+        (project / "params.yaml").write_text(yaml.safe_dump(params))
+    arms = figures["arms"]
+    # 5 prompts, 2 seeds, guidance 2: 2 steps of 2 groups, a step of 2 groups for each seed, 3 steps of 10 images.
+    assert arms["shared"]["nfe"] == arms["sage"]["nfe"] == 2 * (2 * 2 + 2 * 2 + 3 * 10)
+    assert arms["shared"]["saving"] == pytest.approx(1 - arms["shared"]["nfe"] / (2 * 6 * 10))
+    assert arms["independent_same_nfe"]["nfe"] >= arms["shared"]["nfe"] > 2 * 10 * 3
+    assert arms["independent"] == made[0]["arms"]["independent"]
+    assert len(lines) == len(made[1])
+    for id in (id for group in GROUPS for id in group):
+        first, second = (drawn_image(project, "sharing", "shared", seed, id) for seed in (0, 3))
+        assert not np.array_equal(first, second)
+        unshared = [drawn_image(project, out, "independent", 0, id) for out in ("first", "sharing")]
+        assert np.array_equal(*unshared)
+
+
+def test_first_predictions_count_and_first_steps_are_not_evaluated_again(project, monkeypatch):
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    for name in ("base", "tuned"):
+        shutil.copytree(project / name, project / "zero" / name)
+        config = project / "zero" / name / "scheduler/scheduler_config.json"
+        zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+        config.write_text(json.dumps(json.loads(config.read_text()) | zero))
+    settings = {"generate": params["generate"] | {"image_steps": None}, "group": params["group"] | {"by": "prediction"}}
+    try:
+        (project / "params.yaml").write_text(yaml.safe_dump(params | settings))
+        monkeypatch.chdir(project)
+        monkeypatch.setenv("SAGE_DEVICE", "cpu")
+        out = project / "predicted"
+        paths = {"base": project / "zero/base", "model": project / "zero/tuned", "data": project / "data/prepared"}
+        generate.main(**paths, groups=project / "data/groups", out=out / "images", metrics=out / "generate.json")
+    finally:
+        (project / "params.yaml").write_text(yaml.safe_dump(params))
+    arms = json.loads((out / "generate.json").read_text())["arms"]
+    # Guidance 2: 5 predictions and no first step, then 2 steps of 2 groups for each of 2 seeds, 3 steps of 10 images.
+    assert arms["shared"]["nfe"] == arms["sage"]["nfe"] == 2 * (5 + 2 * 2 * 2 + 3 * 10)
+    assert arms["shared"]["saving"] == pytest.approx(1 - 43 / 60)
+    assert arms["independent"]["nfe"] == 2 * 60
+
+
 def test_every_prompt_has_one_picture_an_arm_and_seed(project, made):
     lines = made[1]
     assert Counter((line["arm"], line["seed"]) for line in lines) == {

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
 import yaml
 
 from flows.stages.group import main
@@ -13,6 +15,7 @@ from sage.data.dataset import SPLITS
 from sage.errors import ConfigurationError
 from sage.files import write_json
 from sage.grouping.cost import FILE, Damage, Point, kept_form
+from sage.grouping.policy import Policy
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [
@@ -98,6 +101,25 @@ def test_the_stage_prints_the_saving_and_says_at_once_that_a_gate_on_it_cannot_p
     configure(project, threshold=0.0)
     stage(project)
     assert "a gate asks" not in capsys.readouterr().err
+
+
+def test_the_stage_groups_by_first_prediction_and_counts_it(project, tmp_path):
+    tiny.stable_diffusion(tmp_path).save_pretrained(project / "base")
+    configure(project, by="prediction", threshold=0.9)
+    groups, metrics = stage(project)
+    for number, split in enumerate(SPLITS):
+        assert groups[split]["encoder"] == "prediction"
+        ids = sorted(id for members in groups[split]["groups"] for id in members["ids"])
+        assert ids == [f"{split}-{k}" for k in range(len(TEXTS) - number)]
+        assert metrics[split]["network_evaluations"] == len(TEXTS[number:])
+
+
+def test_damage_measured_in_another_space_is_refused(project):
+    measured_model(project)
+    path = project / "base" / FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"encoder": "minilm"}))
+    with pytest.raises(ConfigurationError, match="measured on groups by minilm, but prompts are grouped by prediction"):
+        Policy(6, 0.999, max_damage=0.1, by="prediction").choose_threshold(np.zeros((2, 3)), 0.3, project / "base")
 
 
 def measured_model(folder, share_ratio=RATIO):
