@@ -205,8 +205,8 @@ class Stream:
             return
         if self._caches:
             raise UnsupportedError(
-                "a step cache begins with the first step, which first predictions take the place of; give none, or call "
-                "disable_cache() of the transformer"
+                "a step cache begins with the first step, which first predictions take the place of; give none, or "
+                "call disable_cache() of the transformer"
             )
         count = self.plan.prompts // self._images
         if len(given.x_0) != count or given.made_for != made_for(self):
