@@ -35,7 +35,8 @@ def changed(folder: Path, **changes: object) -> Path:
 
 
 def test_the_schedulers_are_the_supported_ones():
-    assert set(get_args(Scheduler)) == set(HISTORY)
+    # EDM and cosine schedulers come with a pipeline: they are made with no other scheduler's configuration.
+    assert set(get_args(Scheduler)) == {name for name in HISTORY if not name.startswith(("EDM", "Cosine"))}
 
 
 def test_the_shipped_file_is_valid_and_frozen():

@@ -163,7 +163,7 @@ class SegmentedPipeline(SharedSamplingPipeline):
         if "negative_prompt" in inspect.signature(self._stock.__call__).parameters:
             arguments["negative_prompt"] = None
         self._segmented = _Call(arguments)
-        for name in ("transformer", "transformer_2"):
+        for name in ("unet", "transformer", "transformer_2"):
             if (network := getattr(self, name, None)) is not None:
                 self._segmented.networks[name] = _Counted(network, self._count)
         self._segmented.guided = self._is_guided(scale, negatives, given)

@@ -237,7 +237,7 @@ def test_images_that_are_not_finite_are_errors_as_on_this_machine(generate, quic
     assert "1 prompts were not drawn" in said.out
     lost = {0, 1}
     with pytest.raises(DivergedError, match="the server drew none of 2 prompts"):
-        generate(["blue cat", "stock exchange"], quick.url)
+        generate(["blue cat", "stock exchange"], quick.url, "again")
 
 
 def test_a_terminated_command_does_not_wait_for_its_images(tmp_path):
