@@ -37,7 +37,6 @@ from sage.grouping.boilerplate import distinct
 from sage.grouping.doubts import doubts
 from sage.grouping.embedding import embed
 from sage.grouping.policy import ENCODER, Policy
-from sage.sampling.partition import equal
 from sage.sampling.plan import Plan, shared_steps
 from sage.sampling.seeds import image_seeds
 
@@ -168,6 +167,7 @@ def prepare(
     Raises DataError if no prompt can be drawn, RegistryError for a registered model that is damaged or unknown.
     """
     from flows import drawing
+    from sage.sampling.partition import equal
 
     texts = [item.prompt for item in items if item.error is None]
     keys = [item.share_key for item in items if item.error is None]
