@@ -55,7 +55,7 @@ def test_two_runs_stand_side_by_side(project, monkeypatch):
     assert not [row for row in rows if row[0] == "group.max_size"]
     # Alignment 0.5 and 0.7, each with 0.05 to either side, lie apart; the other figures are equal.
     assert page.count('<tr class="apart judged">') == 1
-    assert page.count('<tr class="equal judged">') == 3
+    assert page.count('<tr class="equal judged">') == 4
     # Two prompts that both drew, each with the real picture and two arms a run.
     red, blue = (side.samples["groups"][0][0]["images"][3] for side in sides)
     assert page.count("<figure><img") == 2 * 5
