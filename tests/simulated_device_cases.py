@@ -34,7 +34,8 @@ pytestmark = [
     # diffusers 0.42's Chroma imports a name that it deprecates.
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
 ]
-FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
+# Not Stable Audio: its scheduler takes no branch noise, and sounds are not served.
+FAMILIES = [name for name in ([*tiny.FAMILIES, *tiny_families.FAMILIES]) if name != "StableAudioPipeline"]
 STEPS, SEEDS = 4, [5, 6, 7, 8, 9]
 GROUPS = ((0, 1, 2), (3, 4))
 
