@@ -226,7 +226,7 @@ def test_a_model_that_passes_becomes_challenger_once(project, weights):
     assert sha256_tree(fetched.weights) == sha256_tree(weights)
     model, sampling, group = fetched.settings()
     assert model == sha256_tree(weights)
-    shipped = {"branch_noise": 1.0, "batch_size": 128}
+    shipped = {"branch_noise": 1.0, "batch_size": 128, "image_steps": 0}
     assert sampling == {"steps": 2, "guidance_scale": 3.0, "share_ratio": 0.5} | shipped
     assert (group.threshold, group.max_size, group.near_duplicate) == (0.72, 6, 0.999)
 
