@@ -179,10 +179,9 @@ def _encoded(path: Path, autoencoder: Any, examples: "list[Example]", texts: lis
         with progress(len(examples) + len(texts), "encoding images and captions") as advance:
             latents = pretraining.encode_images(autoencoder, _images(examples), advance)
             states = pretraining.encode_texts([*texts, ""], advance)
-        path.parent.mkdir(parents=True, exist_ok=True)
         latents = (latents * autoencoder.config.scaling_factor).contiguous()
-        save_file({"latents": latents, "states": states}, f"{path}.new")
-        Path(f"{path}.new").replace(path)
+        with files.new_file(path) as temporary:
+            save_file({"latents": latents, "states": states}, temporary)
     found = load_file(path)
     return found["latents"], found["states"]
 

@@ -9,6 +9,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -56,8 +57,13 @@ class DualEncoderJudge:
 
     def __call__(self, examples: Sequence[Example], features: np.ndarray, images: Sequence[Sequence[Path]]) -> Scores:
         """Return the cosines."""
-        texts = embed([example.text for example in examples])
+        texts = _embedded(tuple(example.text for example in examples))
         return Scores(alignment.text_image_cosines(self.encoder, features, texts))
+
+
+@lru_cache(maxsize=1)  # the arms of an evaluation have the same prompts
+def _embedded(texts: tuple[str, ...]) -> np.ndarray:
+    return embed(list(texts))
 
 
 @dataclass(frozen=True)
