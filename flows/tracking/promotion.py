@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.tracking import content
-from flows.tracking.registry import CHALLENGER, CHAMPION, GATES, METRIC, MODEL, SET, aliases, connect, find
+from flows.tracking.registry import CHALLENGER, CHAMPION, GATES, METRIC, MODEL, SET, aliases, connect, find, name_alias
 from sage.errors import RegistryError
 from sage.evaluation.registry import METRICS, label
 from sage.evaluation.results import parse_figure
@@ -34,7 +34,7 @@ def promote(version: str | None = None, to: str = MODEL) -> str:
             _check_against(candidate, find(tracker, champion, to))
             # Set this tag before the alias moves, so that a rollback is possible at any time.
             tracker.set_model_version_tag(to, number, _REPLACED, champion)
-        tracker.set_registered_model_alias(to, CHAMPION, number)
+        name_alias(tracker, to, CHAMPION, number)
     if named.get(CHALLENGER) == number:
         tracker.delete_registered_model_alias(to, CHALLENGER)
     return number
@@ -52,7 +52,7 @@ def rollback(of: str = MODEL) -> str:
     if not before:
         raise RegistryError(f"version {champion.version} replaced no champion, so there is no version to go back to.")
     _check(tracker, find(tracker, before, of))
-    tracker.set_registered_model_alias(of, CHAMPION, before)
+    name_alias(tracker, of, CHAMPION, before)
     return str(before)
 
 

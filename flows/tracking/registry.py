@@ -72,8 +72,21 @@ def register(model: Path, metrics: Path, groups: Path, params: Params) -> Regist
         says = content.describe(params, threshold, tags[_MODEL_HASH])
         version = _create(tracker, home, model, metrics, says, tags)
     if version != aliases(tracker).get(CHAMPION):
-        tracker.set_registered_model_alias(MODEL, CHALLENGER, version)
+        name_alias(tracker, MODEL, CHALLENGER, version)
     return Registration(version, new, [])
+
+
+def name_alias(tracker: Any, model: str, alias: str, version: str) -> None:
+    """Let an alias name a version, also if another process gives a model the same new alias at this moment."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        tracker.set_registered_model_alias(model, alias, version)
+    except MlflowException as error:
+        if "registered_model_aliases" not in str(error):
+            raise
+        # MLflow looks for the alias and then inserts it; the other process was between. Now it is there to be changed.
+        tracker.set_registered_model_alias(model, alias, version)
 
 
 def fetch(name: str, folder: Path) -> content.Version:

@@ -555,6 +555,23 @@ def test_a_kill_at_any_point_of_a_promotion_leaves_a_champion(project, weights):
     assert number > 5
 
 
+def test_an_alias_that_another_process_gives_at_the_same_moment_is_given_again(project, weights, monkeypatch):
+    version, real = register(weights).version, MlflowClient.set_registered_model_alias
+    said = ["(sqlite3.IntegrityError) UNIQUE constraint failed: registered_model_aliases.name", "no such column"]
+
+    def collides(self, *given):
+        if said:
+            raise MlflowException(said.pop(0))
+        real(self, *given)
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", collides)
+    with pytest.raises(MlflowException, match="no such column"):
+        promotion.promote(version)
+    said[:] = ["UNIQUE constraint failed: registered_model_aliases.name"]
+    assert promotion.promote(version) == version
+    assert aliases() == {"champion": version}
+
+
 @pytest.mark.slow
 def test_processes_that_register_and_promote_at_once_make_one_version_each(project, weights):
     processes, each = 8, 5
