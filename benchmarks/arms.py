@@ -23,6 +23,7 @@ from PIL import Image
 from benchmarks.trials import Point, Recipe, Trials, standard
 from flows.terminal import exit_on_error
 from sage.config import Params, load_params
+from sage.data.dataset import load_pixels
 from sage.evaluation import figures as judging
 from sage.evaluation import registry
 from sage.evaluation.bootstrap import Array, Statistic, percentiles
@@ -456,7 +457,7 @@ def sheet(trials: Trials, arms: Arms, image: Path, groups: int = 4, members: int
     largest = sorted(trials.groups, key=len, reverse=True)
     wanted = [place for group in largest[:: max(1, len(largest) // (3 * groups))][:groups] for place in group[:members]]
     main = list(arms.main(trials).values())
-    rows = [[np.asarray(Image.open(trials.examples[place].path).convert("RGB")) for place in wanted]]
+    rows = [list(load_pixels([trials.examples[place] for place in wanted]))]
     for points in (main[0], main[1], main[4], main[5], main[6]):
         drawn = trials.draw(points[0], trials.params.generate.seeds[0])
         rows.append([drawn[place] for place in wanted])

@@ -46,7 +46,7 @@ def main(
     """Print kernel distance, Frechet distance and alignment of independent sampling for each number of steps."""
     examples = read_split(data, "validation")
     extract = EfficientNetLite0()
-    real = extract(read_images(example.path for example in examples))
+    real = extract(read_images(example.image for example in examples))
     texts = embed([example.text for example in examples])
     encoder = load_alignment(alignment)
     each = [[place] for place in range(len(examples))]

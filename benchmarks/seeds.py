@@ -93,7 +93,7 @@ def main(
     def seen(features: np.ndarray) -> ImageFeatures:
         return ImageFeatures(features, text_image_cosines(encoder, features, embeddings))
 
-    real = seen(extract(read_images(example.path for example in examples))[:, None])
+    real = seen(extract(read_images(example.image for example in examples))[:, None])
     names = ["evaluations an image", *(name.replace("_", " ") for name in METRICS)]
     title = f"{len(texts)} prompts, {seeds} seeds, {len(groups['text'])} groups by text"
     table = Table("plan", "by", "steps", *names, title=title)

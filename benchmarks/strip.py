@@ -13,13 +13,15 @@ import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import typer
 from PIL import Image, ImageDraw, ImageFont
 
 from flows.terminal import run
 from sage.config import Generate, load_params
+from sage.data.dataset import Example, read_split
+from sage.data.shards import rgb
 from sage.files import new_file
 
 MEMBERS = 3
@@ -27,14 +29,6 @@ QUARTILES = (0.25, 0.5, 0.75)
 TILE, GAP, GUTTER, MARGIN, LABELS = 128, 6, 30, 20, 210  # pixels
 LINE = 25
 INK, GREY, ACCENT = "#1f2328", "#57606a", "#bc4c00"
-
-
-class Member(NamedTuple):
-    """A held-out prompt: its id, its caption and its real picture."""
-
-    id: str
-    text: str
-    real: Path
 
 
 def main(
@@ -45,7 +39,7 @@ def main(
 ) -> None:
     """Choose the groups and draw the strip."""
     settings = load_params().generate
-    chosen = choose(data / settings.split, groups / f"{settings.split}.json")
+    chosen = choose(read_split(data, settings.split), groups / f"{settings.split}.json")
     for group in chosen:
         typer.echo(", ".join(member.text for member in group))
     with new_file(out) as temporary:
@@ -53,11 +47,9 @@ def main(
     typer.echo(f"wrote {out}")
 
 
-def choose(split: Path, groups: Path) -> list[list[Member]]:
+def choose(examples: Sequence[Example], groups: Path) -> list[list[Example]]:
     """Return the eligible groups at the quartiles of similarity."""
-    lines = (split / "metadata.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
-    rows = map(json.loads, lines)
-    members = {row["id"]: Member(row["id"], row["text"], split / row["file_name"]) for row in rows}
+    members = {example.id: example for example in examples}
     formed = json.loads(groups.read_text(encoding="utf-8"))["groups"]
     ordered = sorted(formed, key=lambda group: (group["similarity"], group["ids"]))
     found = [[members[id] for id in group["ids"]] for group in ordered]
@@ -70,7 +62,7 @@ def telling(caption: str) -> bool:
     return len(caption.split()) > 1 and "skin tone" not in caption
 
 
-def draw(groups: Sequence[Sequence[Member]], generated: Path, settings: Generate) -> Image.Image:
+def draw(groups: Sequence[Sequence[Example]], generated: Path, settings: Generate) -> Image.Image:
     """Return the strip: columns are prompts, rows are arms, captions and network evaluations below."""
     steps, seed = settings.steps, f"seed-{settings.seeds[0]}"
     shared = math.floor(settings.share_ratio * steps)
@@ -95,9 +87,8 @@ def draw(groups: Sequence[Sequence[Member]], generated: Path, settings: Generate
             canvas.text((MARGIN, y), text, GREY if line else colour, words if line else bold, anchor="lm")
         for start, group in zip(left, groups, strict=True):
             for place, member in enumerate(group):
-                path = member.real if arm is None else generated / arm / seed / f"{member.id}.png"
-                with Image.open(path) as found:
-                    tile = found.convert("RGB").resize((TILE, TILE), Image.Resampling.BICUBIC)
+                found = rgb(member.image if arm is None else generated / arm / seed / f"{member.id}.png")
+                tile = found.resize((TILE, TILE), Image.Resampling.BICUBIC)
                 image.paste(tile, (start + place * (TILE + GAP), top))
 
     canvas.text((MARGIN, bottom + LINE), "prompt", GREY, words, anchor="lm")

@@ -99,7 +99,7 @@ class Trials:
     def real(self) -> ImageFeatures:
         """The split's own pictures."""
         extract = EfficientNetLite0(device())
-        return self._seen(extract(read_images(example.path for example in self.examples))[:, None])
+        return self._seen(extract(read_images(example.image for example in self.examples))[:, None])
 
     def plan(self, point: Point) -> Plan:
         """Return which steps are shared."""

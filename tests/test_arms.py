@@ -1,5 +1,6 @@
 import numpy as np
 import tiny
+from prepared_files import NOWHERE
 
 from benchmarks import knee, trials
 from benchmarks.arms import WHOLE, recipes
@@ -26,7 +27,7 @@ def test_every_term_is_left_out_once_and_nothing_else_with_it():
 def test_benchmarks_draw_with_the_scheduler_of_the_parameters(tmp_path):
     tiny.stable_diffusion(tmp_path).save_pretrained(tmp_path / "model")
     shipped = load_params()
-    examples = [Example(text, tmp_path, text, "") for text in ("red cat", "blue dog")]
+    examples = [Example(text, NOWHERE, text, "") for text in ("red cat", "blue dog")]
 
     def drawn(scheduler):
         drawing = shipped.generate.model_copy(update={"scheduler": scheduler})

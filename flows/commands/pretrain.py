@@ -119,7 +119,7 @@ def dual_encoder(data: Data = Path("data/prepared"), out: Out = Path("models/ali
     hashed = files.sha256_tree(data / "train")
     alignment.save(model, out, f"{len(examples)} images and their captions, {data / 'train'}, SHA-256 {hashed}")
     unseen = read_split(data, "validation")
-    features = EfficientNetLite0()(read_images(example.path for example in unseen))
+    features = EfficientNetLite0()(read_images(example.image for example in unseen))
     embeddings = embed([example.text for example in unseen])
     for k in (1, 5):
         captions, images = alignment.retrieval(model, features, embeddings, k)

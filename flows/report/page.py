@@ -15,6 +15,7 @@ from PIL import Image
 
 from flows.report.groups_page import groups_image
 from flows.report.sheet import sheet
+from sage.data.shards import ImageFile, rgb
 from sage.evaluation import arms
 from sage.evaluation.arms import ARMS, INDEPENDENT, JUDGED, SAME_NFE
 from sage.evaluation.registry import BY_SIMILARITY, METRICS
@@ -89,7 +90,10 @@ def group_rows(judged: Judged, saving: float, lost: Sequence[float], texts: np.n
     def row(k: int) -> GroupRow:
         members = judged.groups[k]
         images = [
-            (judged.examples[m].text, [_open(judged.examples[m].path), *(_open(p[m][0]) for p in judged.arms.values())])
+            (
+                judged.examples[m].text,
+                [_open(judged.examples[m].image), *(_open(p[m][0]) for p in judged.arms.values())],
+            )
             for m in members
         ]
         return GroupRow(judged.similarity[k], ratio * (1 - 1 / len(members)), lost[k], columns, images)
@@ -242,8 +246,7 @@ def _draw(axes: Any, metric: str, measured: Mapping[str, Mapping[str, Figure]], 
     axes.margins(x=0.25)
 
 
-def _open(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        small = image.convert("RGB")
+def _open(image: ImageFile) -> Image.Image:
+    small = rgb(image)
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     return small

@@ -17,6 +17,7 @@ from flows.terminal import progress, run
 from flows.tracking.runs import stage_run
 from sage.config import Evaluate, load_params
 from sage.data.dataset import read_split
+from sage.data.shards import ImageFile
 from sage.errors import MetricError
 from sage.evaluation import figures as judging
 from sage.evaluation import gates
@@ -93,15 +94,15 @@ def measure(
     total = prompts * (1 + seeds * len(judged.arms)) + len(others)
     with progress(total, "extracting features") as advance:
 
-        def see(paths: Sequence[Sequence[Path]]) -> judging.ImageFeatures:
-            features = extract(read_images(path for row in paths for path in row), advance)
+        def see(images: Sequence[Sequence[ImageFile]]) -> judging.ImageFeatures:
+            features = extract(read_images(image for row in images for image in row), advance)
             features = features.reshape(prompts, -1, features.shape[-1])
-            scores = aligned(judged.examples, features, paths)
+            scores = aligned(judged.examples, features, images)
             return judging.ImageFeatures(features, scores.values, scores.parts)
 
-        real = see([[example.path] for example in judged.examples])
+        real = see([[example.image] for example in judged.examples])
         arms = {arm: see(paths) for arm, paths in judged.arms.items()}
-        return real, arms, extract(read_images(example.path for example in others), advance)
+        return real, arms, extract(read_images(example.image for example in others), advance)
 
 
 def judge(

@@ -1,11 +1,10 @@
-"""The prepared dataset, which all stages read: captioned images, one Hugging Face ImageFolder per split.
+"""The prepared dataset, which all stages read: captioned images, a folder of Parquet shards for each split.
 
 A prepared folder also holds `accounting.jsonl`, one line per input row, and SHA256SUMS, for `sha256sum --check`.
-`sage.data.preparation` writes it.
+`sage.data.preparation` writes it; `sage.data.shards` describes the shards.
 """
 
 import hashlib
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from sage.data.shards import StoredImage, read_rows, rgb
 from sage.errors import DataError
 from sage.files import sha256
 
@@ -26,14 +25,14 @@ SMALL_FAMILY = 4  # images; a family with fewer is used for training only
 
 @dataclass(frozen=True)
 class Example:
-    """One prepared image with its caption.
+    """One prepared image with its caption. Its pixels stay in the shard until `image` is read.
 
     `other_texts` are further captions, used in training only; `asked` are the attributes that `text` asks for, if they
     are known, with their words.
     """
 
     id: str
-    path: Path
+    image: StoredImage
     text: str
     family: str
     other_texts: tuple[str, ...] = ()
@@ -103,22 +102,16 @@ def _sums(folder: Path) -> dict[str, str]:
 
 
 def read_split(folder: Path, split: str) -> list[Example]:
-    """Return the examples of one split of a prepared folder, in the order of its metadata.jsonl.
+    """Return the examples of one split of a prepared folder, in the order of its shards; no pixels are read.
 
-    Raises DataError if the split has no metadata.jsonl.
+    Raises DataError if the split has no shards, or one is damaged.
     """
-    metadata = folder / split / "metadata.jsonl"
-    if not metadata.is_file():
-        raise DataError(f"{metadata} does not exist. Run `dvc repro prepare`.")
-    # Not splitlines, which also splits at Unicode line separators, and JSON strings may contain them.
-    lines = metadata.read_text(encoding="utf-8").rstrip("\n").split("\n")
-    return [_example(folder / split, json.loads(line)) for line in lines]
+    return [_example(image, row) for image, row in read_rows(folder / split)]
 
 
-def _example(folder: Path, row: dict[str, Any]) -> Example:
-    others = tuple(row.get("other_texts", ()))
-    asked = {one["name"]: one["words"] for one in row.get("attributes", ()) if one["asked"]}
-    return Example(row["id"], folder / row["file_name"], row["text"], row["family"], others, asked)
+def _example(image: StoredImage, row: dict[str, Any]) -> Example:
+    asked = {one["name"]: one["words"] for one in row["attributes"] if one["asked"]}
+    return Example(row["id"], image, row["text"], row["family"], tuple(row["other_texts"]), asked)
 
 
 def captions_of(texts: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray]:
@@ -135,4 +128,4 @@ def captions_of(texts: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray]:
 
 def load_pixels(examples: Sequence[Example]) -> np.ndarray:
     """Return the images as uint8 RGB of shape (n, height, width, 3); all must have the same size."""
-    return np.stack([np.asarray(Image.open(example.path).convert("RGB")) for example in examples])
+    return np.stack([np.asarray(rgb(example.image)) for example in examples])

@@ -4,8 +4,10 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from io import SEEK_END
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 from PIL import Image
 
@@ -13,6 +15,7 @@ from sage.data.captions import clean_caption
 from sage.data.dataset import SMALL_FAMILY, SPLITS, assign_splits, write_sums
 from sage.data.images import compose, decode, pixel_hash
 from sage.data.rows import Rejected, Row
+from sage.data.shards import write_shards
 from sage.errors import DataError
 from sage.files import new_folder, sha256_tree
 
@@ -42,8 +45,9 @@ def prepare(
     A duplicate has the same pixels and the same caption as an earlier row. If rows name their splits, an image in
     several of them stays in the held-out one. Raises DataError if no row can be used or a split would be empty.
     """
-    with new_folder(folder) as temporary:
-        entries = _without_overlap(_screen(rows, temporary, size, advance), temporary)
+    with new_folder(folder) as temporary, TemporaryFile(dir=temporary) as file:
+        images = _Spool(file)
+        entries = _without_overlap(_screen(rows, images, size, advance))
         kept = [entry for entry in entries if entry["status"] == "kept"]
         if not kept:
             raise DataError(_nothing_kept(rows, entries))
@@ -54,14 +58,32 @@ def prepare(
         for entry, split in zip(kept, splits, strict=True):
             entry["split"] = split
         for split in SPLITS:
-            _write_split(temporary, split, [entry for entry in kept if entry["split"] == split])
+            own = (entry for entry in kept if entry["split"] == split)
+            write_shards(temporary / split, (entry | {"image": images.read(entry["id"])} for entry in own))
         _write_lines(temporary / ACCOUNTING, entries)
         write_sums(temporary)
     return _summary(entries, counts) | {"digest": sha256_tree(folder)}
 
 
-def _screen(rows: Sequence[Row], folder: Path, size: int, advance: Callable[[int], None]) -> list[dict[str, Any]]:
-    """Return the accounting entry of each row, and write the images that are kept into `folder`."""
+class _Spool:
+    """The encoded images that are kept, in one file, until all rows are read and their splits are known."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._spans = file, dict[str, tuple[int, int]]()
+
+    def write(self, id: str, image: Image.Image) -> None:
+        start = self._file.seek(0, SEEK_END)
+        image.save(self._file, "PNG")
+        self._spans[id] = start, self._file.tell() - start
+
+    def read(self, id: str) -> bytes:
+        start, length = self._spans[id]
+        self._file.seek(start)
+        return self._file.read(length)
+
+
+def _screen(rows: Sequence[Row], images: _Spool, size: int, advance: Callable[[int], None]) -> list[dict[str, Any]]:
+    """Return the accounting entry of each row, and write the images that are kept into the spool."""
     entries: list[dict[str, Any]] = []
     first: dict[tuple[str, str], str] = {}
     for row in rows:
@@ -77,13 +99,13 @@ def _screen(rows: Sequence[Row], folder: Path, size: int, advance: Callable[[int
             else:
                 first[key] = row.id
                 entry |= {"status": "kept"} | found
-                square.save(folder / f"{row.id}.png")
+                images.write(row.id, square)
         entries.append(entry)
         advance(1)
     return entries
 
 
-def _without_overlap(entries: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+def _without_overlap(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Reject rows whose image the user put into several splits, except in the one that is held out most strictly."""
     splits: dict[str, set[str]] = defaultdict(set)
     for entry in entries:
@@ -94,7 +116,6 @@ def _without_overlap(entries: list[dict[str, Any]], folder: Path) -> list[dict[s
     for entry in entries:
         other = strictest[entry["pixels"]] if "split" in entry else None
         if other not in (None, entry.get("split")):
-            (folder / f"{entry['id']}.png").unlink()
             detail = f"the same image is in {other}, and this row is in {entry['split']}"
             entry = {"id": entry["id"], "file": entry["file"], "status": "rejected"}
             entry |= {"reason": "split_overlap", "detail": detail}
@@ -144,20 +165,6 @@ def _check(row: Row, size: int) -> tuple[Image.Image, dict[str, Any]]:
             {"name": name, "words": words, "asked": name in row.asked} for name, words in row.attributes.items()
         ]
     return square, found
-
-
-def _write_split(folder: Path, split: str, entries: Sequence[dict[str, Any]]) -> None:
-    (folder / split).mkdir()
-    several = any("other_texts" in entry for entry in entries)
-    lines = []
-    for entry in entries:
-        name = f"{entry['id']}.png"
-        (folder / name).rename(folder / split / name)
-        line = {"file_name": name, "text": entry["text"], "id": entry["id"], "family": entry["family"] or ""}
-        # All lines or none have `other_texts`, because datasets reads the file as a table.
-        known = {"attributes": entry["attributes"]} if "attributes" in entry else {}
-        lines.append(line | known | ({"other_texts": entry.get("other_texts", [])} if several else {}))
-    _write_lines(folder / split / "metadata.jsonl", lines)
 
 
 def _write_lines(path: Path, values: Sequence[dict[str, Any]]) -> None:

@@ -134,7 +134,7 @@ def train_alignment(
     `on_batch(k)` is called after each batch of k images whose features were computed.
     """
     extract = EfficientNetLite0()
-    features = extract(read_images(example.path for example in examples), on_batch)
+    features = extract(read_images(example.image for example in examples), on_batch)
     own = np.repeat(np.arange(len(examples)), [len(example.texts) for example in examples])
     # Embed each distinct text once: in another batch its last digits would differ, and equal captions must be equal.
     texts, places = np.unique([text for example in examples for text in example.texts], return_inverse=True)

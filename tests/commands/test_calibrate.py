@@ -1,6 +1,6 @@
 """`sage calibrate` on a tiny model: what it writes is what a bound reads, and a killed run goes on."""
 
-import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +8,7 @@ import pytest
 import tiny
 import yaml
 from diffusers import HeunDiscreteScheduler, PNDMScheduler
+from prepared_files import write_split
 
 from flows.commands import calibrate
 from flows.drawing import open_pipeline
@@ -25,10 +26,8 @@ THINGS = ["fox", "house", "apple", "guitar", "train", "cloud", "sword", "nurse"]
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     split = tmp_path / "prepared" / "validation"
-    split.mkdir(parents=True)
     texts = [f"{colour} {thing}" for thing in THINGS for colour in COLOURS]
-    rows = [{"file_name": f"{k}.png", "text": text, "id": f"p{k}", "family": "f"} for k, text in enumerate(texts)]
-    (split / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_split(split, ({"id": f"p{k}", "text": text} for k, text in enumerate(texts)))
     tiny.stable_diffusion(tmp_path).save_pretrained(tmp_path / "model")
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["generate"] |= {"steps": 3, "share_ratio": 0.4, "batch_size": 64}
@@ -112,8 +111,8 @@ def test_a_scheduler_that_evaluates_the_network_more_often_than_it_steps_is_meas
 
 
 def test_too_few_groups_are_refused(project):
-    rows = (project / "prepared/validation/metadata.jsonl").read_text().splitlines()[:4]
-    (project / "prepared/validation/metadata.jsonl").write_text("\n".join(rows) + "\n")
+    shutil.rmtree(project / "prepared/validation")
+    write_split(project / "prepared/validation", ({"id": f"p{k}", "text": f"red {THINGS[k]}"} for k in range(4)))
     with pytest.raises(DataError, match="too few"):
         measure(project)
 

@@ -1,12 +1,12 @@
 """`sage pretrain` on a handful of pictures: the autoencoder, then the denoiser, into a folder that loads."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from prepared_files import write_split
 
 from flows.commands import pretrain
 from sage.evaluation import alignment, attributes
@@ -23,14 +23,9 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     random = np.random.default_rng(0)
     for split in ("train", "validation"):
-        folder = tmp_path / "data/prepared" / split
-        folder.mkdir(parents=True)
-        lines = []
-        for i, name in enumerate(NAMES):
-            image = random.integers(0, 255, (64, 64, 3), dtype=np.uint8)
-            Image.fromarray(image).save(folder / f"{i}.png")
-            lines.append(json.dumps({"file_name": f"{i}.png", "text": name, "id": f"{i}", "family": "f"}) + "\n")
-        (folder / "metadata.jsonl").write_text("".join(lines))
+        images = [Image.fromarray(random.integers(0, 255, (64, 64, 3), dtype=np.uint8)) for _ in NAMES]
+        rows = ({"id": f"{i}", "text": NAMES[i], "image": image} for i, image in enumerate(images))
+        write_split(tmp_path / "data/prepared" / split, rows)
     values = yaml.safe_load(SHIPPED.read_text())
     for part in values["pretrain"].values():
         part |= {"steps": 2, "warmup": 1, "decay": 1, "batch_size": 2}

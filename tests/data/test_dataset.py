@@ -1,4 +1,3 @@
-import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -7,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from prepared_files import write_split
 
 from sage.data.dataset import SMALL_FAMILY, SPLITS, assign_splits, load_pixels, read_split
 
@@ -80,16 +80,10 @@ def test_a_family_is_not_drawn_by_what_is_in_others() -> None:
 
 
 def test_a_split_is_read_in_its_order(tmp_path: Path) -> None:
-    lines = [
-        {"file_name": f"{name}.png", "text": text, "id": name, "family": ""}
-        # A line separator of Unicode is no end of a line of JSON.
-        for name, text in (("b", "zwei"), ("a", "one\u2028two"))
-    ]
-    (tmp_path / "train").mkdir()
-    text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
-    (tmp_path / "train" / "metadata.jsonl").write_text(text, encoding="utf-8")
-    for place, name in enumerate("ba"):
-        Image.new("RGB", (8, 4), (place, 1, 2)).save(tmp_path / "train" / f"{name}.png")
+    rows = (("b", "zwei"), ("a", "one\u2028two"))
+    images = (Image.new("RGB", (8, 4), (place, 1, 2)) for place in range(2))
+    both = zip(rows, images, strict=True)
+    write_split(tmp_path / "train", ({"id": id, "text": text, "image": image} for (id, text), image in both))
     examples = read_split(tmp_path, "train")
     assert [(example.id, example.text) for example in examples] == [("b", "zwei"), ("a", "one\u2028two")]
     pixels = load_pixels(examples)

@@ -1,16 +1,15 @@
 """Composed figures: captions are true, what is held out is never drawn in training, and words that differ look it."""
 
-import json
 import random
 from collections import defaultdict
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from sage.data import figures as source
 from sage.data.figures import GRID, Captioned, Combinations, Figure, figures, load_style, sentence
 from sage.data.preparation import prepare
+from sage.data.shards import read_rows, rgb
 from sage.errors import DataError
 
 STYLES = tuple(source._glossary())
@@ -175,10 +174,8 @@ def test_prepared_figures_keep_their_split_their_attributes_and_what_was_asked(t
     assert found["splits"] == numbers and not found["rejected"] and not found["duplicates"]
     for split, number in numbers.items():
         drawn = list(figures(["critters", "moods"], split, number, 0, 0.1))
-        lines = (tmp_path / "out" / split / "metadata.jsonl").read_text().splitlines()
-        for line, captioned in zip(map(json.loads, lines), drawn, strict=True):
+        for (image, line), captioned in zip(read_rows(tmp_path / "out" / split), drawn, strict=True):
             assert [line["text"], *line["other_texts"]] == list(captioned.texts) if split == "train" else True
             assert {own["name"]: own["words"] for own in line["attributes"]} == captioned.figure.attributes
             assert {own["name"] for own in line["attributes"] if own["asked"]} == set(captioned.asked)
-            image = np.asarray(Image.open(tmp_path / "out" / split / line["file_name"])).astype(int)
-            assert np.array_equal(image, pixels(captioned.figure, 32))
+            assert np.array_equal(np.asarray(rgb(image)).astype(int), pixels(captioned.figure, 32))

@@ -1,10 +1,9 @@
 """Judges of alignment: a folder says which it is, and the attribute judge scores only what a prompt asks for."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
+from prepared_files import NOWHERE
 
 from sage.data.dataset import Example
 from sage.errors import CheckpointError, MetricError
@@ -35,7 +34,7 @@ def images(tmp_path):
 
 
 def example(**asked):
-    return Example("p", Path("p.png"), "a dot", "dots", (), asked)
+    return Example("p", NOWHERE, "a dot", "dots", (), asked)
 
 
 def test_an_image_scores_the_share_of_what_its_prompt_asks_for(images):

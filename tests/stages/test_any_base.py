@@ -18,6 +18,7 @@ from diffusers import (
     PNDMScheduler,
 )
 from PIL import Image
+from prepared_files import write_split
 from typer.testing import CliRunner
 
 from flows.preflight import check, doubts
@@ -46,12 +47,9 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     random = np.random.default_rng(0)
     for split in ("train", "validation"):
-        images = folder / "prepared" / split
-        images.mkdir(parents=True)
-        rows = [{"file_name": f"p{i}.png", "text": text, "id": f"p{i}", "family": "f"} for i, text in enumerate(TEXTS)]
-        (images / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for row in rows:
-            Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(images / row["file_name"])
+        images = [Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in TEXTS]
+        rows = ({"id": f"p{i}", "text": TEXTS[i], "image": image} for i, image in enumerate(images))
+        write_split(folder / "prepared" / split, rows)
         groups = {"groups": [{"ids": ids, "similarity": 0.8} for ids in GROUPS]}
         write_json(folder / f"groups/{split}.json", groups)
     dataset.write_sums(folder / "prepared")

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image, ImageFilter
+from prepared_files import NOWHERE, write_split
 
 from flows.stages import evaluate
-from sage.data.dataset import Example
+from sage.data.dataset import Example, read_split
+from sage.data.shards import rgb
 from sage.data.twemoji import images
 from sage.errors import DataError, MetricError
 from sage.evaluation import gates
@@ -30,16 +32,12 @@ def build(folder):
     """A project folder with everything that the stage reads."""
     found = list(images())[:20]
     for split, names, rows in (("test", "p", found[:8]), ("train", "t", found[8:])):
-        (folder / "prepared" / split).mkdir(parents=True)
         lines = []
         for number, (path, text) in enumerate(rows):
-            name = f"{names}{number}"
-            Image.open(path).convert("RGBA").convert("RGB").resize((24, 24)).save(
-                folder / "prepared" / split / f"{name}.png"
-            )
-            lines.append({"file_name": f"{name}.png", "text": text, "id": name, "family": f"family {number % 4}"})
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / "prepared" / split / "metadata.jsonl").write_text(text)
+            image = Image.open(path).convert("RGBA").convert("RGB").resize((24, 24))
+            lines.append({"image": image, "text": text, "id": f"{names}{number}", "family": f"family {number % 4}"})
+        write_split(folder / "prepared" / split, lines)
+    reals = {example.id: rgb(example.image) for example in read_split(folder / "prepared", "test")}
     (folder / "groups").mkdir()
     groups = [{"ids": ids, "similarity": 0.75 + 0.05 * k} for k, ids in enumerate(GROUPS)]
     (folder / "groups" / "test.json").write_text(json.dumps({"groups": groups}))
@@ -49,9 +47,8 @@ def build(folder):
             (folder / "generated" / arm / f"seed-{seed}").mkdir(parents=True)
             for group, ids in enumerate(GROUPS):
                 for name in ids:
-                    real = Image.open(folder / "prepared" / "test" / f"{name}.png")
                     path = folder / "generated" / arm / f"seed-{seed}" / f"{name}.png"
-                    real.filter(ImageFilter.GaussianBlur(blur * (1 + seed / 2))).save(path)
+                    reals[name].filter(ImageFilter.GaussianBlur(blur * (1 + seed / 2))).save(path)
                     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
                     line = {"arm": arm, "seed": seed, "id": name, "group": group, "sha256": sha256}
                     manifest.append(line)
@@ -223,7 +220,7 @@ def test_a_fault_is_one_message_and_exit_code_2(project, monkeypatch, capsys):
 
 
 def example(name, family):
-    return Example(name, Path(name), name, family)
+    return Example(name, NOWHERE, name, family)
 
 
 def test_siblings_are_of_the_same_family_while_there_are_some_and_each_is_taken_once():

@@ -1,17 +1,17 @@
 """What one stage writes and another reads: the groups of prompts, and the manifest of images."""
 
 import json
-from pathlib import Path
 
 import pytest
 from PIL import Image
+from prepared_files import NOWHERE
 
 from sage.data.dataset import Example
 from sage.data.groups import read_groups, read_threshold, write_groups
 from sage.errors import DataError, MetricError
 from sage.evaluation.manifest import MANIFEST, Line, image_path, read_manifest, write_manifest
 
-EXAMPLES = [Example(f"p{k}", Path(f"p{k}.png"), f"text {k}", "family") for k in range(5)]
+EXAMPLES = [Example(f"p{k}", NOWHERE, f"text {k}", "family") for k in range(5)]
 
 
 def test_groups_are_read_as_they_were_written(tmp_path):

@@ -17,6 +17,7 @@ import yaml
 from diffusers import StableDiffusion3Pipeline
 from faults import in_child
 from PIL import Image
+from prepared_files import write_split
 
 from flows.stages import finetune
 from flows.terminal import exit_on_error
@@ -38,12 +39,9 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     random = np.random.default_rng(0)
     for split in ("train", "validation"):
-        images = folder / "data/prepared" / split
-        images.mkdir(parents=True)
-        rows = [{"file_name": f"p{i}.png", "text": text, "id": f"p{i}", "family": "f"} for i, text in enumerate(TEXTS)]
-        (images / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for row in rows:
-            Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(images / row["file_name"])
+        images = [Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in TEXTS]
+        rows = ({"id": f"p{i}", "text": TEXTS[i], "image": image} for i, image in enumerate(images))
+        write_split(folder / "data/prepared" / split, rows)
         write_groups(folder / "data/groups", split, GROUPS)
     dataset.write_sums(folder / "data/prepared")
     torch.manual_seed(0)
@@ -220,20 +218,23 @@ def test_groups_of_other_data_are_refused(groups, tune, tmp_path):
 def test_damaged_data_is_never_trained_on(fault, project, tune, tmp_path):
     prepared = tmp_path / "prepared"
     shutil.copytree(project / "data/prepared", prepared)
-    named = prepared / {"another caption": "train/metadata.jsonl", "no sums": dataset.SUMS}.get(fault, "train/p1.png")
+    named = prepared / {"no sums": dataset.SUMS}.get(fault, "train/00000.parquet")
     content = named.read_bytes()
     match fault:
         case "a bit":
-            # In a chunk that no decoder needs, so that only the hash tells.
-            named.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            # In the name of the program that wrote it, which no reader needs, so that only the hash tells.
+            assert content.count(b"parquet-cpp") == 1
+            named.write_bytes(content.replace(b"parquet-cpp", b"parquet-cpq"))
         case "another caption":
-            named.write_bytes(content.replace(b"red dog", b"red fog"))
+            rows = ({"id": f"p{i}", "text": text.replace("dog", "fog")} for i, text in enumerate(TEXTS))
+            shutil.rmtree(named.parent)
+            write_split(named.parent, rows)
         case "cut off":
             named.write_bytes(content[:-20])
         case "missing" | "no sums":
             named.unlink()
         case "extra":
-            named = prepared / "train/p9.png"
+            named = prepared / "train/00001.parquet"
             named.write_bytes(content)
     with pytest.raises(DataError, match=re.escape(named.relative_to(prepared).as_posix())):
         tune(prepared=prepared)

@@ -10,6 +10,7 @@ import tiny
 import torch
 import yaml
 from PIL import Image
+from prepared_files import write_split
 
 from flows.stages import generate
 from sage.errors import DataError
@@ -24,11 +25,7 @@ def project(tmp_path_factory):
     """A folder with prepared data, groups, two tiny models and params.yaml."""
     folder = tmp_path_factory.mktemp("project")
     split = folder / "data/prepared/test"
-    split.mkdir(parents=True)
-    rows = [{"file_name": f"p{i}.png", "text": text, "id": f"p{i}", "family": "f"} for i, text in enumerate(TEXTS)]
-    (split / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for row in rows:
-        Image.new("RGB", (16, 16)).save(split / row["file_name"])
+    write_split(split, ({"id": f"p{i}", "text": text} for i, text in enumerate(TEXTS)))
     (folder / "data/groups").mkdir()
     groups = {"groups": [{"ids": ids, "similarity": 0.8} for ids in GROUPS]}
     (folder / "data/groups/test.json").write_text(json.dumps(groups))

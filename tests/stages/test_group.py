@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import yaml
+from prepared_files import write_split
 
 from flows.stages.group import main
 from sage.data.dataset import SPLITS
@@ -31,13 +32,8 @@ TEXTS = [
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     for number, split in enumerate(SPLITS):
-        folder = tmp_path / "prepared" / split
-        folder.mkdir(parents=True)
-        rows = [
-            {"file_name": f"{k}.png", "text": text, "id": f"{split}-{k}", "family": "x"}
-            for k, text in enumerate(TEXTS[number:])
-        ]
-        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = ({"id": f"{split}-{k}", "text": text} for k, text in enumerate(TEXTS[number:]))
+        write_split(tmp_path / "prepared" / split, rows)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SAGE_CACHE", str(tmp_path / "cache"))
     return tmp_path
