@@ -55,6 +55,15 @@ def _one_of(names: Sequence[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _source(value: str) -> str:
+    """Check that a text names a source of images or is an fsspec address."""
+    if value not in ("twemoji", "figures", "folder") and "://" not in value:
+        raise PydanticCustomError(
+            "literal_error", "Input should be 'twemoji', 'figures' or 'folder', or an address such as s3://bucket/*.tar"
+        )
+    return value
+
+
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, types are not converted, values do not change after parsing."""
 
@@ -74,7 +83,7 @@ class Figures(Section):
 class Prepare(Section):
     """Source of the images, their size, and the fractions held out for validation and test."""
 
-    source: Literal["twemoji", "figures", "folder"]
+    source: Annotated[str, AfterValidator(_source)]
     words: Annotated[float, Field(gt=0, le=1)]
     figures: Figures
     image_size: Annotated[int, Field(ge=8, le=2048)]

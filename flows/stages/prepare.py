@@ -1,4 +1,4 @@
-"""Stage prepare: turn images and captions into a checked image folder with splits."""
+"""Stage prepare: turn images and captions into checked shards, a folder for each split."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from flows.tracking.runs import stage_run
 from sage.config import Prepare, load_params
 from sage.data import figures, twemoji
 from sage.data.dataset import load_pixels, read_split
-from sage.data.imagefolder import read_folder
+from sage.data.imagefolder import read_address, read_folder
 from sage.data.preparation import prepare
 from sage.data.rows import Row
 from sage.files import write_json
@@ -24,7 +24,7 @@ _SHEET_COLUMNS = 8
 
 def main(
     raw: Annotated[Path, typer.Option(help="Your own pictures; read if prepare.source is `folder`.")],
-    out: Annotated[Path, typer.Option(help="Folder to write: one image folder a split, and the accounting.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: shards of each split, and the accounting.")],
     metrics: Annotated[Path, typer.Option(help="File to write: what became of the rows.")],
 ) -> None:
     """Check every image and caption, assign the splits, and count kept, rejected and duplicate rows."""
@@ -57,6 +57,8 @@ def _rows(params: Prepare, raw: Path) -> list[Row]:
         return twemoji.rows(params.words)
     if params.source == "folder":
         return read_folder(raw)
+    if params.source != "figures":
+        return read_address(params.source)
     drawn = params.figures
     numbers = {"train": drawn.train, "validation": drawn.validation, "test": drawn.test}
     return figures.rows(drawn.styles, numbers, size=params.image_size, seed=params.seed, held_out=drawn.held_out)

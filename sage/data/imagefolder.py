@@ -1,8 +1,9 @@
 """Reads a user's folder of captioned images and never opens a file outside it.
 
-Two layouts, which may be mixed and nested: `metadata.jsonl`, `.csv` or `.parquet` beside or above the images that it
-names (Hugging Face's ImageFolder), and `name.png` beside `name.txt` or `name.caption`, one caption a line. Hidden files
-and folders are ignored. Folders `train` and `test` or `validation` at the top are the user's own split.
+Three layouts, which may be mixed and nested: `metadata.jsonl`, `.csv` or `.parquet` beside or above the images that it
+names (Hugging Face's ImageFolder), `name.png` beside `name.txt` or `name.caption`, one caption a line, and Parquet and
+tar files of many images (`sage.data.packed`). Hidden files and folders are ignored. Folders `train` and `test` or
+`validation` at the top, or packed files named so (`train-00000.parquet`), are the user's own split.
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from sage.data import metadata
+from sage.data import metadata, packed
 from sage.data.captions import clean_caption
 from sage.data.images import is_image
 from sage.data.rows import Rejected, Row, read_below
@@ -29,6 +30,7 @@ _CAPTIONS = (".caption", ".txt")
 # Suffixes of images that Pillow does not know. Content decides what is accepted, but a damaged image has only a suffix.
 _FOREIGN = {".svg", ".heic", ".heif", ".jxl"}
 _SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+_OF_SPLIT = re.compile(f"({'|'.join(_SPLITS)})[-_.]")
 _MAX_METADATA = 1_000_000_000  # bytes
 _MAX_CAPTION = 100_000  # bytes
 _MAX_CAPTIONS = 100  # of an image
@@ -49,6 +51,8 @@ def read_folder(root: Path) -> list[Row]:
             f"{root} is no folder. Put images with captions there, or set prepare.source to twemoji in params.yaml."
         )
     names = sorted(_walk(root), key=str)
+    many = [name for name in names if packed.is_packed(str(name))]
+    names = [name for name in names if name not in set(many)]
     rows = [row for name in names if _is_metadata(name) for row in _listed(root, name)]
     listed = {row.file for row in rows}
     captions: dict[str, list[PurePosixPath]] = defaultdict(list)
@@ -62,12 +66,30 @@ def read_folder(root: Path) -> list[Row]:
     lone = Rejected("missing_file", "a caption without an image")
     for base in sorted(captions.keys() - with_image):
         rows += [_row(root, str(name), [None], rejected=lone) for name in captions[base]]
+    for name in many:
+        rows += _packed(root, name)
     if not rows:
         raise DataError(
             f"{root} holds no images. Put some there, with a metadata.jsonl (file_name, text) or a .txt beside each, "
             "or set prepare.source to twemoji in params.yaml."
         )
     return _with_splits(root, _with_distinct_ids(_without_collisions(rows)))
+
+
+def _packed(root: Path, name: PurePosixPath) -> Iterator[Row]:
+    try:
+        yield from packed.rows(packed.below(root, name))
+    except Rejected as rejected:
+        yield _row(root, str(name), [None], rejected=rejected)
+
+
+def read_address(address: str) -> list[Row]:
+    """Return the rows of the Parquet and tar files at an fsspec address.
+
+    Raises DataError if a file cannot be used, or if they are split into train and test only in part.
+    """
+    rows = [row for file in packed.at_address(address) for row in packed.rows(file)]
+    return _with_splits(address, _with_distinct_ids(rows))
 
 
 def _is_metadata(name: PurePosixPath) -> bool:
@@ -188,11 +210,18 @@ def _check_name(name: str) -> None:
         raise Rejected("unsafe_path", f"{reserved} names a device on Windows")
 
 
+def _top(row: Row) -> str:
+    """Return the name that could be a split: of the folder at the top, or at the beginning of a packed file's name."""
+    named = row.draw and _OF_SPLIT.match(PurePosixPath(row.path).name.lower())
+    return named[1] if named else PurePosixPath(row.file).parts[0]
+
+
 def _without_collisions(rows: list[Row]) -> list[Row]:
     """Reject rows whose file names differ only in case or Unicode form: on some systems they are one file."""
     alike: dict[str, set[str]] = defaultdict(set)
     for row in rows:
-        alike[_folded(row.file)].add(row.file)
+        if row.draw is None:  # a member of a packed file is no file
+            alike[_folded(row.file)].add(row.file)
     collision = Rejected("unsafe_path", "another file name differs only in case or Unicode form")
     return [
         replace(row, rejected=collision) if row.rejected is None and len(alike[_folded(row.file)]) > 1 else row
@@ -214,12 +243,12 @@ def _with_distinct_ids(rows: list[Row]) -> list[Row]:
     return distinct
 
 
-def _with_splits(root: Path, rows: list[Row]) -> list[Row]:
+def _with_splits(source: Path | str, rows: list[Row]) -> list[Row]:
     """Return the rows with the user's own split; without a folder for held-out images, there is none.
 
     `train` alone, or among others, is a folder like any other.
     """
-    tops = {row.id: PurePosixPath(row.file).parts[0] for row in rows if row.rejected is None}
+    tops = {row.id: _top(row) for row in rows if row.rejected is None}
     found = {top: _SPLITS[top.lower()] for top in sorted({*tops.values()}) if top.lower() in _SPLITS}
     if not {"validation", "test"} & {*found.values()}:
         return rows
@@ -227,8 +256,8 @@ def _with_splits(root: Path, rows: list[Row]) -> list[Row]:
     if outside or "train" not in found.values():
         lies = f"{len(outside)} images lie outside of them, first {outside[0]!a}" if outside else "there is no train"
         raise DataError(
-            f"{root} holds {', '.join(found)}, but {lies}. To keep your split, put every image into train, validation "
-            "or test; for a split by chance, give these folders other names."
+            f"{source} holds {', '.join(found)}, but {lies}. To keep your split, put every image into train, "
+            "validation or test; for a split by chance, give these folders other names."
         )
     rows = [replace(row, split=found[tops[row.id]]) if row.id in tops else row for row in rows]
     # Held-out images first: of duplicates the first is kept.

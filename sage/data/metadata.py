@@ -5,7 +5,7 @@ Read are `file_name`; the captions in `text`, `caption` and `other_texts`, each 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from io import BytesIO
 from typing import Any
 
@@ -29,7 +29,7 @@ def records(name: str, data: bytes) -> Iterator[tuple[int, Record | Rejected]]:
     return ((number, _checked(record)) for number, record in found)
 
 
-def captions(record: Record) -> list[object]:
+def captions(record: Mapping[str, Any]) -> list[object]:
     """Return the captions of a record, at least one; raise Rejected (`no_caption`), naming the keys, if it has none."""
     texts: list[object] = []
     for key in _TEXTS:
@@ -51,7 +51,7 @@ def _checked(record: object) -> Record | Rejected:
     return record
 
 
-def _keys(record: Record) -> str:
+def _keys(record: Mapping[str, Any]) -> str:
     return ascii(list(record))[:200]
 
 

@@ -14,13 +14,12 @@ from PIL import Image
 from sage.data.captions import clean_caption
 from sage.data.dataset import SMALL_FAMILY, SPLITS, assign_splits, write_sums
 from sage.data.images import compose, decode, pixel_hash
-from sage.data.rows import Rejected, Row
+from sage.data.rows import MAX_BYTES, Rejected, Row
 from sage.data.shards import write_shards
 from sage.errors import DataError
 from sage.files import new_folder, sha256_tree
 
 ACCOUNTING = "accounting.jsonl"
-MAX_BYTES = 200_000_000  # of an image file
 
 
 def prepare(
@@ -201,8 +200,9 @@ def _nothing_kept(rows: Sequence[Row], entries: Sequence[dict[str, Any]]) -> str
     reasons = _counts(entry["reason"] for entry in entries)
     for reason, count in reasons.items():
         index = next(index for index, entry in enumerate(entries) if entry["reason"] == reason)
+        example = rows[index].file if rows[index].draw else str(rows[index].path)
         # !a, because a user's file name may contain terminal control sequences.
-        lines.append(f"  {reason}: {count}, for example {str(rows[index].path)!a} ({entries[index]['detail']})")
+        lines.append(f"  {reason}: {count}, for example {example!a} ({entries[index]['detail']})")
     return "\n".join([*lines, "Correct these, or set prepare.source to twemoji in params.yaml."])
 
 

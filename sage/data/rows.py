@@ -2,9 +2,11 @@
 
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 
 class Rejected(Exception):
@@ -57,11 +59,22 @@ class Row:
         return read_below(self.root, PurePosixPath(self.path.relative_to(self.root)), limit)
 
 
-def read_below(root: Path, name: PurePosixPath, limit: int | None, first: int | None = None) -> bytes:
-    """Return the bytes of a regular file below `root`; links are not followed, other kinds of file are not opened.
+MAX_BYTES = 200_000_000  # of an image file
 
-    `first` asks for its first bytes only. Raises Rejected with `unsafe_path`, `missing_file`, `unreadable` or
-    `too_large` (more than `limit` bytes). Disk errors stay OSError.
+
+def read_below(root: Path, name: PurePosixPath, limit: int | None, first: int | None = None) -> bytes:
+    """Return the bytes of a file below `root`, opened as `opened_below` does; `first` asks for its first bytes only."""
+    with opened_below(root, name, limit) as file:
+        wanted = limit if first is None else first
+        return file.read(-1 if wanted is None else wanted)
+
+
+@contextmanager
+def opened_below(root: Path, name: PurePosixPath, limit: int | None = None) -> Iterator[BinaryIO]:
+    """Open a regular file below `root` for reading; links are not followed, other kinds of file are not opened.
+
+    Raises Rejected with `unsafe_path`, `missing_file`, `unreadable` or `too_large` (more than `limit` bytes). Disk
+    errors stay OSError.
     """
     path = root
     try:
@@ -75,9 +88,10 @@ def read_below(root: Path, name: PurePosixPath, limit: int | None, first: int | 
         if limit is not None and found.st_size > limit:
             raise Rejected("too_large", f"{name} has {found.st_size} bytes, more than {limit}")
         # If the file became a link or a pipe since lstat, O_NOFOLLOW does not follow it and O_NONBLOCK does not wait.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            return file.read(limit if first is None else first)
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Rejected("missing_file", f"{name} does not exist") from error
     except PermissionError as error:
         raise Rejected("unreadable", f"{name}: permission denied") from error
+    with os.fdopen(handle, "rb") as file:
+        yield file
