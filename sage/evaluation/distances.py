@@ -22,7 +22,8 @@ def frechet_distance(x: Array, y: Array, of_x: Array | None = None, of_y: Array 
 
     |mean_x - mean_y|^2 + Tr(C_x + C_y - 2 (C_x C_y)^(1/2)). Tr((C_x C_y)^(1/2)) is the sum of the singular values of
     A B^T, for scaled, centred features A and B with C_x = A^T A and C_y = B^T B. The distance is biased upward at small
-    m and n, so compare it at equal numbers only. `of_x` (m,) and `of_y` (n,) are how often each row counts; by default 1.
+    m and n, so compare it at equal numbers only. `of_x` (m,) and `of_y` (n,) tell how often each row counts, by default
+    once.
     """
     (mean_x, a), (mean_y, b) = _centred(x, of_x), _centred(y, of_y)
     shared = np.linalg.svd(_short(a) @ _short(b).T, compute_uv=False).sum()
