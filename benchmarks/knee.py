@@ -58,7 +58,8 @@ def main(
     def row(name: str, features: np.ndarray) -> None:
         features = features.reshape(len(examples), -1, features.shape[-1])
         kernel, frechet = (
-            value(statistic(real, features, each), len(each)) for statistic in (kernel_statistic, frechet_statistic)
+            value(statistic(real[:, None], features, each), len(each))
+            for statistic in (kernel_statistic, frechet_statistic)
         )
         table.add_row(
             name, f"{kernel:.4g}", f"{frechet:.4g}", f"{text_image_cosines(encoder, features, texts).mean():.4f}"

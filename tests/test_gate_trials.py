@@ -15,7 +15,7 @@ def test_the_true_kernel_distance_is_the_mean_of_measured_ones(spread):
     random, groups = np.random.default_rng(0), [[k] for k in range(200)]
     found = []
     for _ in range(20):
-        real, drawn = random.normal(size=(200, WIDTH)), random.normal(shift, spread, size=(200, 2, WIDTH))
+        real, drawn = random.normal(size=(200, 1, WIDTH)), random.normal(shift, spread, size=(200, 2, WIDTH))
         found.append(kernel_statistic(real, drawn, groups)(np.ones((1, 200)))[0])
     assert abs(np.mean(found) - 0.15) < 3 * np.std(found) / np.sqrt(20)
 

@@ -17,14 +17,15 @@ Groups = Sequence[Sequence[int]]
 _ROWS = 1024  # rows of the kernel matrix computed at a time, so memory does not grow with the square of the prompts
 
 
-def frechet_distance(x: Array, y: Array, repeats: Array | None = None) -> float:
-    """Return the Frechet distance of Gaussians fitted to two feature sets of shape (n, width) (Heusel et al., 2017).
+def frechet_distance(x: Array, y: Array, of_x: Array | None = None, of_y: Array | None = None) -> float:
+    """Return the Frechet distance of Gaussians fitted to feature sets (m, width) and (n, width) (Heusel et al., 2017).
 
     |mean_x - mean_y|^2 + Tr(C_x + C_y - 2 (C_x C_y)^(1/2)). Tr((C_x C_y)^(1/2)) is the sum of the singular values of
     A B^T, for scaled, centred features A and B with C_x = A^T A and C_y = B^T B. The distance is biased upward at small
-    n, so compare it at equal n only. `repeats`, of shape (n,), is how often each row of both sets counts; by default 1.
+    m and n, so compare it at equal numbers only. `of_x` (m,) and `of_y` (n,) tell how often each row counts, by default
+    once.
     """
-    (mean_x, a), (mean_y, b) = (_centred(features, repeats) for features in (x, y))
+    (mean_x, a), (mean_y, b) = _centred(x, of_x), _centred(y, of_y)
     shared = np.linalg.svd(_short(a) @ _short(b).T, compute_uv=False).sum()
     return float(np.square(mean_x - mean_y).sum() + np.square(a).sum() + np.square(b).sum() - 2 * shared)
 
@@ -32,9 +33,9 @@ def frechet_distance(x: Array, y: Array, repeats: Array | None = None) -> float:
 def frechet_statistic(real: Array, generated: Array, groups: Groups) -> Statistic:
     """Return the mean over seeds of the Frechet distance as a statistic.
 
-    Features: `real` has shape (prompts, width), `generated` (prompts, seeds, width).
+    Features: `real` has shape (prompts, references, width), `generated` (prompts, seeds, width).
     """
-    group_of = _group_of(groups)
+    group_of, references = _group_of(groups), real.shape[1]
 
     def statistic(counts: Array) -> Array:
         def one(count: Array) -> float:
@@ -42,8 +43,9 @@ def frechet_statistic(real: Array, generated: Array, groups: Groups) -> Statisti
             kept = repeats > 0
             if repeats.sum() < 2:
                 return float("nan")
+            x, of_x = real[kept].reshape(-1, real.shape[-1]), np.repeat(repeats[kept], references)
             seeds = (generated[kept, seed] for seed in range(generated.shape[1]))
-            return float(np.mean([frechet_distance(real[kept], y, repeats[kept]) for y in seeds]))
+            return float(np.mean([frechet_distance(x, y, of_x, repeats[kept]) for y in seeds]))
 
         return np.array([one(count) for count in counts])
 
@@ -58,22 +60,28 @@ def kernel(x: Array, y: Array) -> Array:
 def kernel_statistic(real: Array, generated: Array, groups: Groups) -> Statistic:
     """Return the kernel distance (KID) as a statistic.
 
-    Features: `real` x has shape (prompts, width), `generated` y (prompts, seeds, width). The distance is the mean over
-    pairs of different prompts i, j of k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(y_i, x_j), the unbiased estimate of
-    Gretton et al. (2012, lemma 6) for paired samples; k(y, .) is the mean over seeds. It can be negative. clean-fid
-    also counts k(x_i, y_i); here x_i and y_i belong to the same prompt, so counting it would lower the distance.
+    Features: `real` x has shape (prompts, references, width), `generated` y (prompts, seeds, width). The distance is
+    the mean over pairs of different prompts i, j of k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(y_i, x_j), the unbiased
+    estimate of Gretton et al. (2012, lemma 6) for paired samples; k(x, .) is the mean over references and k(y, .) over
+    seeds. It can be negative. clean-fid also counts k(x_i, y_i); here x_i and y_i belong to the same prompt, so
+    counting it would lower the distance.
     """
     x, y = real.astype(float), generated.astype(float)
-    prompts, seeds, _ = y.shape
+    prompts, references, _ = x.shape
+    seeds = y.shape[1]
     group_of, sizes = _group_of(groups), np.array([len(group) for group in groups], float)
     member = np.zeros((prompts, len(groups)))
     member[np.arange(prompts), group_of] = 1
     sums = np.zeros((len(groups), len(groups)))
     for start in range(0, prompts, _ROWS):
         rows = np.arange(start, min(start + _ROWS, prompts))
-        h = kernel(x[rows], x)
+        h = np.zeros((len(rows), prompts))
+        for one in range(references):
+            for other in range(references):
+                h += kernel(x[rows, one], x[:, other]) / references**2
+            for s in range(seeds):
+                h -= (kernel(x[rows, one], y[:, s]) + kernel(y[rows, s], x[:, one])) / (references * seeds)
         for s in range(seeds):
-            h -= (kernel(x[rows], y[:, s]) + kernel(y[rows, s], x)) / seeds
             for other in range(seeds):
                 h += kernel(y[rows, s], y[:, other]) / seeds**2
         h[np.arange(len(rows)), rows] = 0

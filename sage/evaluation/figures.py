@@ -73,8 +73,8 @@ def _difference(absolute: Figure, relative: Figure) -> Difference:
 def statistics(real: ImageFeatures, arm: ImageFeatures, groups: Groups) -> dict[str, Statistic]:
     """Return the statistic of each metric for an arm; distances are to the real images of the same prompts."""
     return {
-        "kernel_distance": kernel_statistic(real.features[:, 0], arm.features, groups),
-        "frechet_distance": frechet_statistic(real.features[:, 0], arm.features, groups),
+        "kernel_distance": kernel_statistic(real.features, arm.features, groups),
+        "frechet_distance": frechet_statistic(real.features, arm.features, groups),
     } | _means(arm, groups)
 
 
@@ -113,10 +113,10 @@ def floor(real: Array, siblings: Array, groups: Groups, bootstrap: Bootstrap) ->
     n = len(siblings)
     kept = [kept for group in groups if (kept := [prompt for prompt in group if prompt < n])]
     again = Bootstrap.over(kept, len(bootstrap.counts), bootstrap.confidence, bootstrap.seed)
-    frechet = frechet_statistic(real[:n], siblings[:, None], kept)
+    frechet = frechet_statistic(real[:n, None], siblings[:, None], kept)
     ends = jackknife(frechet, len(kept), bootstrap.confidence, bootstrap.seed)
     return {
-        "kernel_distance": again.figure(kernel_statistic(real[:n], siblings[:, None], kept), n),
+        "kernel_distance": again.figure(kernel_statistic(real[:n, None], siblings[:, None], kept), n),
         "frechet_distance": figure(value(frechet, len(kept)), *ends, n),
     }
 

@@ -47,7 +47,7 @@ def test_frechet_distance_with_repeats_is_that_of_repeated_rows(random):
     x, y = random.normal(size=(9, 4)), random.normal(size=(9, 4))
     repeats = np.array([2, 1, 3, 1, 1, 2, 1, 1, 1])
     repeated = frechet_distance(np.repeat(x, repeats, 0), np.repeat(y, repeats, 0))
-    assert frechet_distance(x, y, repeats) == pytest.approx(repeated)
+    assert frechet_distance(x, y, repeats, repeats) == pytest.approx(repeated)
 
 
 def test_kernel_distance_is_clean_fids_without_the_pairs_of_one_prompt(random):
@@ -57,13 +57,14 @@ def test_kernel_distance_is_clean_fids_without_the_pairs_of_one_prompt(random):
     cross = k.sum() * 2 / n**2 - (k.sum() - np.trace(k)) * 2 / (n * (n - 1))
     # The subset is the whole set, so clean-fid's draws change only the order.
     theirs = cleanfid.fid.kernel_distance(x, y, num_subsets=1, max_subset_size=n) + cross
-    assert bootstrap.value(kernel_statistic(x, y[:, None], GROUPS), len(GROUPS)) == pytest.approx(theirs)
+    assert bootstrap.value(kernel_statistic(x[:, None], y[:, None], GROUPS), len(GROUPS)) == pytest.approx(theirs)
 
 
-def test_kernel_distance_has_no_bias_at_small_n_and_sees_a_shift():
+@pytest.mark.parametrize("references", [1, 3])
+def test_kernel_distance_has_no_bias_at_small_n_and_sees_a_shift(references):
     def mean(shift):
         draws = [np.random.default_rng(seed) for seed in range(300)]
-        sets = [(features(d, 12, 1)[:, 0], features(d, 12, 2, shift=shift)) for d in draws]
+        sets = [(features(d, 12, references), features(d, 12, 2, shift=shift)) for d in draws]
         return np.array([bootstrap.value(kernel_statistic(x, y, GROUPS), 6) for x, y in sets])
 
     equal, shifted = mean(0.0), mean(0.5)
@@ -73,19 +74,22 @@ def test_kernel_distance_has_no_bias_at_small_n_and_sees_a_shift():
 
 def test_kernel_distance_of_an_exact_copy_is_0(random):
     x = random.normal(size=(12, 6))
-    assert bootstrap.value(kernel_statistic(x, x[:, None], GROUPS), 6) == pytest.approx(0, abs=1e-12)
+    assert bootstrap.value(kernel_statistic(x[:, None], x[:, None], GROUPS), 6) == pytest.approx(0, abs=1e-12)
 
 
 def test_kernel_distance_in_blocks_of_rows_is_the_same(random, monkeypatch):
-    x, y = features(random, 12, 1)[:, 0], features(random, 12, shift=0.3)
+    x, y = features(random, 12, 1), features(random, 12, shift=0.3)
     counts = bootstrap.resamples(6, 20, 0)
     whole = kernel_statistic(x, y, GROUPS)(counts)
     monkeypatch.setattr("sage.evaluation.distances._ROWS", 5)
     assert kernel_statistic(x, y, GROUPS)(counts) == pytest.approx(whole)
 
 
-def test_a_resampled_kernel_distance_is_the_plain_one_of_the_drawn_groups_but_for_pairs_of_a_groups_copies(random):
-    x, y = features(random, 12, 1)[:, 0].astype(float), features(random, 12, shift=0.3).astype(float)
+@pytest.mark.parametrize("references", [1, 3])
+def test_a_resampled_kernel_distance_is_the_plain_one_of_the_drawn_groups_but_for_pairs_of_a_groups_copies(
+    random, references
+):
+    x, y = features(random, 12, references).astype(float), features(random, 12, shift=0.3).astype(float)
     count = np.array([2, 0, 1, 1, 0, 2])
     drawn = [(k, copy) for k in range(6) for copy in range(count[k])]
     total = number = 0.0
@@ -95,8 +99,8 @@ def test_a_resampled_kernel_distance_is_the_plain_one_of_the_drawn_groups_but_fo
                 for j in GROUPS[m]:
                     if i == j or (k == m and i_copy != j_copy):
                         continue
-                    h = kernel(x[[i]], x[[j]])[0, 0] + kernel(y[i], y[j]).mean()
-                    total += h - kernel(x[[i]], y[j]).mean() - kernel(x[[j]], y[i]).mean()
+                    h = kernel(x[i], x[j]).mean() + kernel(y[i], y[j]).mean()
+                    total += h - kernel(x[i], y[j]).mean() - kernel(x[j], y[i]).mean()
                     number += 1
     assert kernel_statistic(x, y, GROUPS)(count[None].astype(float))[0] == pytest.approx(total / number)
 
@@ -104,7 +108,7 @@ def test_a_resampled_kernel_distance_is_the_plain_one_of_the_drawn_groups_but_fo
 def test_bootstrap_draws_do_not_lie_to_one_side_of_the_value_though_a_groups_pictures_are_alike(random):
     groups = [[2 * k, 2 * k + 1] for k in range(60)]
     x, y = (np.repeat(features(random, 60, 1), 2, axis=0) + 0.1 * features(random, 120, 1) for _ in range(2))
-    statistic = kernel_statistic(x[:, 0], y, groups)
+    statistic = kernel_statistic(x, y, groups)
     draws = statistic(bootstrap.resamples(60, 1000, 0))
     assert abs(draws.mean() - bootstrap.value(statistic, 60)) < 0.3 * draws.std()
 
@@ -124,6 +128,16 @@ def test_resamples_are_seeded_and_take_as_many_groups_as_there_are():
     assert (counts != bootstrap.resamples(7, 50, 4)).any()
 
 
+def test_more_references_of_each_prompt_narrow_the_distances():
+    def spread(statistic, references):
+        draws = [np.random.default_rng(seed) for seed in range(40)]
+        sets = [(features(d, 12, references), features(d, 12, 2, shift=0.5)) for d in draws]
+        return np.std([bootstrap.value(statistic(x, y, GROUPS), 6) for x, y in sets])
+
+    for statistic in (kernel_statistic, frechet_statistic):
+        assert spread(statistic, 8) < 0.9 * spread(statistic, 1)
+
+
 def test_a_draw_that_leaves_nothing_to_measure_makes_the_interval_nan():
     statistic = bootstrap.ratio(np.array([0.0, 5.0]), np.array([0.0, 1.0]))
     draws = statistic(np.array([[2.0, 0.0], [1.0, 1.0]]))
@@ -139,7 +153,7 @@ def test_jackknife_of_a_mean_is_its_standard_error(random):
 
 
 def test_jackknife_holds_the_frechet_distance_that_the_bootstrap_would_miss(random):
-    x, y = features(random, 40, 1, 64)[:, 0], features(random, 40, 1, 64)
+    x, y = features(random, 40, 1, 64), features(random, 40, 1, 64)
     groups = [[k] for k in range(40)]
     statistic = frechet_statistic(x, y, groups)
     value = bootstrap.value(statistic, 40)
