@@ -158,9 +158,9 @@ def test_other_figures_show_what_a_prompt_asks_for_and_differ_in_the_rest():
 def test_words_that_no_figure_shows_are_named():
     style = load_style("moods")
     name = next(iter(style.attributes))
-    with pytest.raises(DataError, match="no figure of style 'moods' shows .*plaid"):
+    with pytest.raises(DataError, match=r"shows .*plaid"):
         figure_with(style, {name: "plaid"}, random.Random(0), "0")
-    with pytest.raises(DataError, match="no figure of style 'moods' shows .*wheels"):
+    with pytest.raises(DataError, match=r"shows .*wheels"):
         figure_with(style, {"wheels": "four"}, random.Random(0), "0")
 
 
