@@ -12,7 +12,7 @@ import torch
 from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
 from tiny import autoencoder, t5, t5_tokenizer, unet
 from torch import Tensor
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, Qwen3Config, Qwen3Model
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
 
@@ -573,6 +573,64 @@ def bria() -> tuple[Any, dict[str, Any]]:
         tokenizer=t5_tokenizer(),
     )
     return pipe, {"height": 16, "width": 16}
+
+
+def lumina() -> tuple[Any, dict[str, Any]]:
+    transformer = diffusers.LuminaNextDiT2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=2,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=16,
+        cross_attention_dim=8,
+    )
+    return diffusers.LuminaPipeline(transformer, FLOW(), autoencoder(), t5(8), t5_tokenizer()), {}
+
+
+def ovis_image() -> tuple[Any, dict[str, Any]]:
+    transformer = diffusers.OvisImageTransformer2DModel(
+        in_channels=16,
+        out_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )
+    tokenizer = t5_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+    encoder = Qwen3Model(Qwen3Config(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    pipe = diffusers.OvisImagePipeline(
+        FLOW(use_dynamic_shifting=True), autoencoder(shift_factor=0.0), encoder, tokenizer, transformer
+    )
+    return pipe, {"height": 16, "width": 16}
+
+
+def latte() -> tuple[Any, dict[str, Any]]:
+    transformer = diffusers.LatteTransformer3DModel(
+        sample_size=8,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        caption_channels=32,
+        in_channels=4,
+        cross_attention_dim=24,
+        out_channels=8,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+    )
+    pipe = diffusers.LattePipeline(t5_tokenizer(), t5(), autoencoder(), transformer, diffusers.DDIMScheduler())
+    # By default it cleans captions, which needs Beautiful Soup.
+    return pipe, {"height": 16, "width": 16, "video_length": 1, "clean_caption": False}
 
 
 def unknown(make: Callable[[], tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:

@@ -299,7 +299,8 @@ class SegmentedPipeline(SharedSamplingPipeline):
 
     def _watched(self, name: str) -> Any:
         """Return a copy of a processor that notes which images it gets are finite."""
-        processor = copy.copy(getattr(self, name))
+        own = getattr(self, name)
+        processor = copy.copy(own)
 
         def watched(original: Callable[..., Any]) -> Callable[..., Any]:
             def postprocess(*args: Any, **kwargs: Any) -> Any:
@@ -313,8 +314,9 @@ class SegmentedPipeline(SharedSamplingPipeline):
             return postprocess
 
         for method in ("postprocess", "postprocess_video"):
-            if hasattr(processor, method):
-                setattr(processor, method, watched(getattr(processor, method)))
+            if hasattr(own, method):
+                # Bound to the own one: postprocess_video calls postprocess for each clip, which has its frames as rows.
+                setattr(processor, method, watched(getattr(own, method)))
         return processor
 
     def _example(self, rows: int) -> dict[str, Any]:

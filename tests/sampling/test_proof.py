@@ -46,7 +46,10 @@ def test_families_with_text_encoders_are_the_stock_pipeline(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [tiny_families.bria, tiny_families.mochi])
+@pytest.mark.parametrize(
+    "make",
+    [tiny_families.bria, tiny_families.latte, tiny_families.lumina, tiny_families.mochi, tiny_families.ovis_image],
+)
 def test_an_unknown_pipeline_that_is_proved_is_shared(make):
     pipe, call = tiny_families.unknown(make)
     shared = proof.proved(pipe, PROMPTS, **call)
