@@ -147,7 +147,7 @@ class Stream:
         # A negative prompt common to all images is encoded once, together with the first batch as in diffusers.
         self._one_negative = (
             pipe._joins_texts
-            and not any(name.startswith("negative") for name in given)
+            and not any(name.startswith("negative") or "image" in name for name in given)
             and len(set(negatives or [""])) == 1
         )
         self._without: Condition = {}
@@ -176,7 +176,8 @@ class Stream:
     def prompt_of(self, image: int) -> Hashable:
         """Return a key that images of equal prompts, and so of equal conditions, have in common."""
         number = image // self._images
-        if any(name.startswith("negative") for name in self._given):
+        # Texts that are equal may have control images or image prompts of their own.
+        if any(name.startswith("negative") or "image" in name for name in self._given):
             return number
         return self._keys[image], None if self._negatives is None else self._negatives[number]
 

@@ -221,7 +221,7 @@ def test_bad_input_is_named():
     with pytest.raises(ConfigurationError, match=r"takes no image .*belongs to a single prompt"):
         shared(family, family.embed(1), [5], image=1)
     flux = tiny_families.tiny("FluxPipeline")
-    with pytest.raises(ConfigurationError, match=r"takes no ip_adapter_image \(image prompts \(IP-Adapter\) are not"):
+    with pytest.raises(ConfigurationError, match=r"takes no ip_adapter_image \(image prompts \(IP-Adapter\) are for"):
         shared(flux, flux.embed(1), [5], ip_adapter_image=1)
     with pytest.raises(ConfigurationError, match="prompt_2 is for prompts, but embeddings were given"):
         shared(flux, flux.embed(1), [5], prompt_2="a cat")
