@@ -416,10 +416,7 @@ def pixart_sigma() -> Tiny:
 def _controlled(pipe: Callable[..., Any], network: Any, embeddings: dict[str, tuple[int | None, ...]]) -> Tiny:
     """A ControlNet whose control image, here one for all prompts, changes the latents."""
     control = diffusers.ControlNetModel.from_unet(network, conditioning_embedding_out_channels=(8, 16))
-    for weight in control.parameters():
-        if not weight.any():
-            torch.nn.init.normal_(weight, std=1.0)  # it begins with zeros, without any effect
-    parts = {"vae": autoencoder(), "unet": network, "controlnet": control}
+    parts = {"vae": autoencoder(), "unet": network, "controlnet": wakened(control)}
     made = pipe(**parts, scheduler=diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear"))
     return Tiny(made, embeddings, {"image": control_images(1)}, guidance=("guidance_scale", 5.0))
 
@@ -434,6 +431,50 @@ def controlnet() -> Tiny:
     absent = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     pipe = functools.partial(diffusers.StableDiffusionControlNetPipeline, **absent, requires_safety_checker=False)
     return _controlled(pipe, unet(), {"prompt_embeds": (6, 16)})
+
+
+def wakened(network: torch.nn.Module) -> torch.nn.Module:
+    """Give a ControlNet, whose last layers begin with zeros, an effect."""
+    for weight in network.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=1.0)
+    return network
+
+
+def controlnet_3() -> Tiny:
+    """Encodes control images with noise of torch's own generator."""
+    sizes = {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 4,
+        "num_layers": 2,  # the last one takes nothing from the ControlNet
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 32,
+        "out_channels": 4,
+        "pos_embed_max_size": 8,
+    }
+    pipe = diffusers.StableDiffusion3ControlNetPipeline(
+        diffusers.SD3Transformer2DModel(**sizes),
+        FLOW(shift=3.0),
+        autoencoder(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        *[None] * 6,
+        controlnet=wakened(diffusers.SD3ControlNetModel(**sizes)),
+    )
+    call = {"height": 16, "width": 16, "control_image": control_images(1)}
+    shapes = {"prompt_embeds": (6, 32), "pooled_prompt_embeds": (32,)}
+    return Tiny(pipe, shapes, call, guidance=("guidance_scale", 5.0))
+
+
+def controlnet_flux() -> Tiny:
+    """Encodes control images with noise of the images' generators."""
+    made = flux()
+    network = wakened(diffusers.FluxControlNetModel.from_transformer(made.pipe.transformer, 1, 1, 16, 2))
+    made.pipe = diffusers.FluxControlNetPipeline(**made.pipe.components, controlnet=network)
+    made.call = {"height": 16, "width": 16, "control_image": control_images(1)}
+    return made
 
 
 def controlnet_xl() -> Tiny:
@@ -662,6 +703,8 @@ FAMILIES: dict[str, Callable[[], Tiny]] = {
     "StableAudioPipeline": stable_audio,
     "StableDiffusionControlNetPipeline": controlnet,
     "StableDiffusionXLControlNetPipeline": controlnet_xl,
+    "StableDiffusion3ControlNetPipeline": controlnet_3,
+    "FluxControlNetPipeline": controlnet_flux,
 }
 
 

@@ -522,6 +522,15 @@ class SharedSamplingPipeline:
         """Return whether this is a guidance scale with which the stock pipeline guides."""
         return scale > 1
 
+    @property
+    def _encodes_control(self) -> bool:
+        """Whether the stock call draws latents of control images."""
+        return False
+
+    def _drawn_before(self, generators: Generator | Sequence[Generator], count: int) -> dict[str, Tensor]:
+        """Return what the stock call draws before the noise, by name, (count, ...), for the conditions."""
+        return {}
+
     def _noise(self, generators: Generator | Sequence[Generator], count: int, options: dict[str, Any]) -> Tensor:
         """Return standard normal initial latents, (count, ...), from one generator or one for each row."""
         shape = (count, *self._latents_shape(options))

@@ -81,7 +81,7 @@ def test_a_pipeline_that_segments_do_not_reproduce_is_refused():
         ("StableDiffusionImg2ImgPipeline", "takes image, strength"),
         ("StableDiffusionXLInpaintPipeline", "takes image, mask_image"),
         ("FluxKontextPipeline", "takes image"),
-        ("StableDiffusion3ControlNetPipeline", "takes control_image"),
+        ("HunyuanDiTControlNetPipeline", "takes control_image"),
         ("LTX2Pipeline", r"calls audio_scheduler.step, self.scheduler.step, and segments need one"),
         ("StableDiffusionAttendAndExcitePipeline", "needs token_indices beside prompts"),
         ("AudioLDM2Pipeline", "attention_mask is the mask of no known embeddings|encode_prompt"),
