@@ -34,8 +34,10 @@ pytestmark = [
     # diffusers 0.42's Chroma imports a name that it deprecates.
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
 ]
-# Not Stable Audio: its scheduler takes no branch noise, and sounds are not served.
-FAMILIES = [name for name in ([*tiny.FAMILIES, *tiny_families.FAMILIES]) if name != "StableAudioPipeline"]
+AUDIO = "StableAudioPipeline"
+FAMILIES = [*tiny.FAMILIES, *tiny_families.FAMILIES]
+# Not Stable Audio: sounds are not served. Not the ControlNet of SD 3: calls draw from torch's own generator in turn.
+SERVED = [name for name in FAMILIES if name not in (AUDIO, "StableDiffusion3ControlNetPipeline")]
 STEPS, SEEDS = 4, [5, 6, 7, 8, 9]
 GROUPS = ((0, 1, 2), (3, 4))
 
@@ -66,6 +68,7 @@ class Subject:
         return SharedSamplingPipeline.from_pipe(self.pipe)
 
     def shared(self, plan: Plan, **changes: Any) -> Any:
+        torch.manual_seed(0)  # the ControlNet of SD 3 draws from torch's own generator
         return self.shared_pipe(**self.arguments(plan, **changes)).images
 
     def stock(self, count: int, **changes: Any) -> Any:
@@ -76,6 +79,7 @@ class Subject:
         if type(self.pipe).__name__ in ("SanaPipeline", "PixArtSigmaPipeline"):
             call["negative_prompt"] = None
         seeds = tiny_families.generators(SEEDS[:count])
+        torch.manual_seed(0)
         return tiny_families.latents(self.pipe(**inputs, **self.options | call | changes, generator=seeds))
 
     def tree(self, steps: int = STEPS) -> Plan:
@@ -199,12 +203,14 @@ def test_every_family_shares_on_the_device(name: str, tmp_path: Path) -> None:
     assert torch.equal(there.shared(there.alone(2)), there.stock(2))
     images = there.shared(there.alone(2), output_type="np")
     assert np.array_equal(np.asarray(images), np.asarray(there.stock(2, output_type="np")))
-    changes = {"branch_noise": 0.7, "output_type": "pt"}
+    # The schedulers of Stable Audio take no branch noise.
+    changes = {"branch_noise": 0.0 if name == AUDIO else 0.7, "output_type": "pt"}
     assert_near(there.shared(there.tree(), **changes), here.shared(here.tree(), **changes))
 
 
-# Copies of a step beside those of a stock step: sizes of which the stock call makes tensors before its loop.
-BESIDE = {"CogView4Pipeline": 3, "HunyuanDiTPipeline": 2, "StableDiffusionXLControlNetPipeline": 1}
+# Copies of a step beside those of a stock step: sizes, or the seconds of a sound, of which the stock call makes tensors
+# before its loop.
+BESIDE = {"CogView4Pipeline": 3, "HunyuanDiTPipeline": 2, "StableDiffusionXLControlNetPipeline": 1, AUDIO: 2}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -221,7 +227,7 @@ def test_a_step_waits_and_copies_no_more_than_a_stock_step(name: str, tmp_path: 
         running.admit(it.shared_pipe.stream(**it.arguments(it.alone(5, steps), num_inference_steps=steps)))
         finished(running)
 
-    for run in (share, serve):
+    for run in (share, serve) if name in SERVED else (share,):
         assert_no_more(per_step(run), stock, BESIDE.get(name, 0))
 
 
@@ -325,7 +331,7 @@ def finished(running: Continuous) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SERVED)
 def test_calls_that_join_in_the_middle_get_their_images(name: str, tmp_path: Path) -> None:
     it = subject(name, tmp_path)
     calls = [(it.tree(), SEEDS), (it.alone(2), [1, 2])]

@@ -12,7 +12,7 @@ import torch
 from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
 from tiny import autoencoder, t5, t5_tokenizer, unet
 from torch import Tensor
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, Qwen3Config, Qwen3Model
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
 
@@ -416,10 +416,7 @@ def pixart_sigma() -> Tiny:
 def _controlled(pipe: Callable[..., Any], network: Any, embeddings: dict[str, tuple[int | None, ...]]) -> Tiny:
     """A ControlNet whose control image, here one for all prompts, changes the latents."""
     control = diffusers.ControlNetModel.from_unet(network, conditioning_embedding_out_channels=(8, 16))
-    for weight in control.parameters():
-        if not weight.any():
-            torch.nn.init.normal_(weight, std=1.0)  # it begins with zeros, without any effect
-    parts = {"vae": autoencoder(), "unet": network, "controlnet": control}
+    parts = {"vae": autoencoder(), "unet": network, "controlnet": wakened(control)}
     made = pipe(**parts, scheduler=diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear"))
     return Tiny(made, embeddings, {"image": control_images(1)}, guidance=("guidance_scale", 5.0))
 
@@ -434,6 +431,50 @@ def controlnet() -> Tiny:
     absent = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     pipe = functools.partial(diffusers.StableDiffusionControlNetPipeline, **absent, requires_safety_checker=False)
     return _controlled(pipe, unet(), {"prompt_embeds": (6, 16)})
+
+
+def wakened(network: torch.nn.Module) -> torch.nn.Module:
+    """Give a ControlNet, whose last layers begin with zeros, an effect."""
+    for weight in network.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=1.0)
+    return network
+
+
+def controlnet_3() -> Tiny:
+    """Encodes control images with noise of torch's own generator."""
+    sizes = {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 4,
+        "num_layers": 2,  # the last one takes nothing from the ControlNet
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 32,
+        "out_channels": 4,
+        "pos_embed_max_size": 8,
+    }
+    pipe = diffusers.StableDiffusion3ControlNetPipeline(
+        diffusers.SD3Transformer2DModel(**sizes),
+        FLOW(shift=3.0),
+        autoencoder(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        *[None] * 6,
+        controlnet=wakened(diffusers.SD3ControlNetModel(**sizes)),
+    )
+    call = {"height": 16, "width": 16, "control_image": control_images(1)}
+    shapes = {"prompt_embeds": (6, 32), "pooled_prompt_embeds": (32,)}
+    return Tiny(pipe, shapes, call, guidance=("guidance_scale", 5.0))
+
+
+def controlnet_flux() -> Tiny:
+    """Encodes control images with noise of the images' generators."""
+    made = flux()
+    network = wakened(diffusers.FluxControlNetModel.from_transformer(made.pipe.transformer, 1, 1, 16, 2))
+    made.pipe = diffusers.FluxControlNetPipeline(**made.pipe.components, controlnet=network)
+    made.call = {"height": 16, "width": 16, "control_image": control_images(1)}
+    return made
 
 
 def controlnet_xl() -> Tiny:
@@ -575,6 +616,64 @@ def bria() -> tuple[Any, dict[str, Any]]:
     return pipe, {"height": 16, "width": 16}
 
 
+def lumina() -> tuple[Any, dict[str, Any]]:
+    transformer = diffusers.LuminaNextDiT2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=2,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=16,
+        cross_attention_dim=8,
+    )
+    return diffusers.LuminaPipeline(transformer, FLOW(), autoencoder(), t5(8), t5_tokenizer()), {}
+
+
+def ovis_image() -> tuple[Any, dict[str, Any]]:
+    transformer = diffusers.OvisImageTransformer2DModel(
+        in_channels=16,
+        out_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )
+    tokenizer = t5_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+    encoder = Qwen3Model(Qwen3Config(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    pipe = diffusers.OvisImagePipeline(
+        FLOW(use_dynamic_shifting=True), autoencoder(shift_factor=0.0), encoder, tokenizer, transformer
+    )
+    return pipe, {"height": 16, "width": 16}
+
+
+def latte() -> tuple[Any, dict[str, Any]]:
+    transformer = diffusers.LatteTransformer3DModel(
+        sample_size=8,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        caption_channels=32,
+        in_channels=4,
+        cross_attention_dim=24,
+        out_channels=8,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+    )
+    pipe = diffusers.LattePipeline(t5_tokenizer(), t5(), autoencoder(), transformer, diffusers.DDIMScheduler())
+    # By default it cleans captions, which needs Beautiful Soup.
+    return pipe, {"height": 16, "width": 16, "video_length": 1, "clean_caption": False}
+
+
 def unknown(make: Callable[[], tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
     """Return a pipeline of no row, and the arguments of a small call; the same weights each time."""
     torch.manual_seed(0)
@@ -604,6 +703,8 @@ FAMILIES: dict[str, Callable[[], Tiny]] = {
     "StableAudioPipeline": stable_audio,
     "StableDiffusionControlNetPipeline": controlnet,
     "StableDiffusionXLControlNetPipeline": controlnet_xl,
+    "StableDiffusion3ControlNetPipeline": controlnet_3,
+    "FluxControlNetPipeline": controlnet_flux,
 }
 
 

@@ -61,9 +61,11 @@ SHARE_RATIO = 0.34
 BATCH_SIZE = 8
 # Texts beside the prompts, for further text encoders; one for each prompt, or one for all.
 TEXTS = ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")
+# Image prompts of IP-Adapters, as the stock classes that have them call them.
+IMAGE_PROMPTS = ("ip_adapter_image", "ip_adapter_image_embeds")
 # Why some arguments of stock classes are refused.
 _REASONS = {
-    "ip_adapter_image": "image prompts (IP-Adapter) are not shared: a group would need their mean, which is no image",
+    "ip_adapter_image": "image prompts (IP-Adapter) are for Stable Diffusion 1.x and XL without ControlNet",
     "image": "sharing starts from text and noise, and an image belongs to a single prompt",
 }
 # Arguments of a call that its first step does not depend on.
@@ -350,7 +352,8 @@ class SharedSamplingPipeline:
         copies = [[number] for number in range(count)]
         if plan is None:
             keys = share_keys(share_key, negatives if scale > 1 else None, given, count)
-            if image_steps and prompts is not None and not isinstance(groups, (Iterable, Tensor)):
+            own_images = any("image" in name for name in given)  # equal texts with other images are other prompts
+            if image_steps and prompts is not None and not own_images and not isinstance(groups, (Iterable, Tensor)):
                 copies = _copies(prompts, keys, seed, num_images_per_prompt)
             by_prediction = getattr(groups, "by", None) == "prediction" and getattr(groups, "embeddings", None) is None
             if predictions is None and by_prediction and count > 1 and sharing:
@@ -519,6 +522,15 @@ class SharedSamplingPipeline:
         """Return whether this is a guidance scale with which the stock pipeline guides."""
         return scale > 1
 
+    @property
+    def _encodes_control(self) -> bool:
+        """Whether the stock call draws latents of control images."""
+        return False
+
+    def _drawn_before(self, generators: Generator | Sequence[Generator], count: int) -> dict[str, Tensor]:
+        """Return what the stock call draws before the noise, by name, (count, ...), for the conditions."""
+        return {}
+
     def _noise(self, generators: Generator | Sequence[Generator], count: int, options: dict[str, Any]) -> Tensor:
         """Return standard normal initial latents, (count, ...), from one generator or one for each row."""
         shape = (count, *self._latents_shape(options))
@@ -648,7 +660,7 @@ class SharedSamplingPipeline:
         if (prompt is None) == ("prompt_embeds" not in given):
             raise ConfigurationError("give either prompts or prompt_embeds, and not both")
         for name, rows in given.items():
-            if name in TEXTS:
+            if name in (*TEXTS, *IMAGE_PROMPTS):
                 continue
             bad = [number for number, row in enumerate(rows) if not torch.isfinite(row).all()]
             if bad:
@@ -791,7 +803,8 @@ def _callback_inputs(callback: Any, names: Sequence[str]) -> Sequence[str]:
     for one in callback.callbacks if isinstance(callback, MultiPipelineCallbacks) else [callback]:
         if isinstance(one, IPAdapterScaleCutoffCallback):
             raise UnsupportedError(
-                "IPAdapterScaleCutoffCallback is for image prompts, which cannot be shared; leave it out"
+                "IPAdapterScaleCutoffCallback changes the networks, and batches are not all at the same step; leave it "
+                "out, or call set_ip_adapter_scale before the call"
             )
     return callback.tensor_inputs if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)) else names
 

@@ -13,11 +13,13 @@ import inspect
 import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal
 
 import sage.torchvision_ops  # noqa: F401
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from sage.errors import ConfigurationError, UnsupportedError
@@ -39,8 +41,10 @@ UNSUPPORTED = {
     "negative_ip_adapter_image_embeds", "initial_audio_waveforms", "initial_audio_sampling_rate",
 }  # fmt: skip
 
-# The name of the condition that holds the control images.
+# The name of the condition that holds the control images, or their latents.
 _CONTROL = "control"
+# Noise that is drawn for the latents of control images, in the order of their rows.
+_CONTROL_NOISE = ("control_noise_without", "control_noise")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class Family:
     encode      instead of `encoded`, if `encode_prompt` returns no arguments of the call: (pipeline, prompts, negative
                 prompts or None) to embeddings by argument
     control     the argument that takes a control image for each prompt, or one for all
+    posterior   None, or by what the stock call draws the control images' latents from the autoencoder's posterior:
+                "generator", each image's before its noise, or "global", torch's own generator, also without text
     fixed       options that have to keep their default: the stock loop counts its steps with them, or may
     defaults    defaults of options that mean the same as the stock ones, but do not wait for the device in each step
     output      the attribute of the stock output: images, frames, audios
@@ -72,6 +78,7 @@ class Family:
     implicit: bool = False
     encode: "Callable[[Any, list[str], list[str] | None], dict[str, Any]] | None" = None
     control: str | None = None
+    posterior: Literal["generator", "global"] | None = None
     fixed: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     output: str = "images"
@@ -96,6 +103,8 @@ class _Call:
     # What `prepare_latents` returns beside the latents, by number of rows.
     positions: dict[int, Any] = field(default_factory=dict)
     networks: dict[str, Any] = field(default_factory=dict)
+    # The shape (channels, height, width) of a control image, if the stock call encodes it to latents.
+    pixels: tuple[int, ...] = ()
     # What the steps of a pack have in common.
     pack: "_Pack | None" = None
 
@@ -123,6 +132,7 @@ class SegmentedPipeline(SharedSamplingPipeline):
     # Provided by the stock class, if it has a ControlNet.
     controlnet: Any
     control_image_processor: Any
+    image_processor: Any
 
     family: ClassVar[Family]
     _stock: ClassVar[Any]
@@ -155,7 +165,8 @@ class SegmentedPipeline(SharedSamplingPipeline):
         height, width = options["size"]
         if self.family.control is not None:
             count = len(given["prompt_embeds"] if prompts is None else prompts)
-            given[self.family.control] = self._control_images(given.get(self.family.control), count, height, width)
+            images = self._control_images(given.get(self.family.control), count, height, width)
+            given[self.family.control] = images
         arguments = {name: value for name, value in options.items() if name != "size"}
         arguments |= {"num_inference_steps": steps, self.family.guidance: scale}
         arguments |= {name: side for name, side in (("height", height), ("width", width)) if side is not None}
@@ -167,6 +178,9 @@ class SegmentedPipeline(SharedSamplingPipeline):
             if (network := getattr(self, name, None)) is not None:
                 self._segmented.networks[name] = _Counted(network, self._count)
         self._segmented.guided = self._is_guided(scale, negatives, given)
+        if self._encodes_control:
+            self._segmented.pixels = tuple(images.shape[1:])
+            given |= self._control_noise(count)
         one = None if prompts is None else prompts[:1], None if negatives is None else negatives[:1]
         device = self._execution_device
         rows = {
@@ -188,12 +202,52 @@ class SegmentedPipeline(SharedSamplingPipeline):
             raise ConfigurationError(f"{self.family.stock} needs {argument}: one for each prompt, or one for all")
         if not hasattr(self.controlnet, "config"):
             raise UnsupportedError(f"{self.family.stock} with several ControlNets cannot share sampling; give it one")
-        found: Tensor = self.control_image_processor.preprocess(images, height=height, width=width).float()
+        if self.family.posterior is None:
+            images = self.control_image_processor.preprocess(images, height=height, width=width)
+        elif not torch.is_tensor(images):  # tensors are taken as they are
+            images = self.image_processor.preprocess(images, height=height, width=width)
+        found: Tensor = images.float()
         if len(found) not in (1, count):
             raise ConfigurationError(
                 f"{len(found)} of {argument} were given for {count} prompts; give one, or one each"
             )
         return found.expand(count, *found.shape[1:])
+
+    @property
+    def _encodes_control(self) -> bool:
+        """Whether the stock call encodes control images to latents; a ControlNet may read the pixels itself."""
+        return self.family.posterior is not None and getattr(self.controlnet, "input_hint_block", None) is None
+
+    def _posterior_shape(self) -> tuple[int, ...]:
+        _, height, width = self._segmented.pixels
+        return self.vae.config.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
+
+    def _control_noise(self, count: int) -> dict[str, Tensor]:
+        """Return the noise of the control images' latents: of torch's own generator, or 0 until the images' draw it."""
+        if self.family.posterior == "generator":
+            return {_CONTROL_NOISE[1]: torch.zeros(1).expand(count, *self._posterior_shape())}
+        names = _CONTROL_NOISE if self._segmented.guided else _CONTROL_NOISE[1:]
+        shape = (len(names) * count, *self._posterior_shape())
+        drawn = randn_tensor(shape, device=self._execution_device, dtype=self._network.dtype)
+        return dict(zip(names, drawn.split(count), strict=True))
+
+    def _drawn_before(self, generators: Any, count: int) -> dict[str, Tensor]:
+        """Return the noise of the control images' latents if the stock call draws it from the images' generators."""
+        if self.family.posterior != "generator" or not self._encodes_control:
+            return {}
+        shape = (count, *self._posterior_shape())
+        return {_CONTROL_NOISE[1]: randn_tensor(shape, generators, self._execution_device, self.vae.dtype)}
+
+    def _control_conditions(self, given: Mapping[str, Any], images: Tensor) -> dict[str, Tensor]:
+        """Return the control images of some prompts as a condition, or their latents if the stock call encodes them."""
+        if not self._encodes_control:
+            return {_CONTROL: images}
+        dtype = self.vae.dtype if self.family.posterior == "generator" else self._network.dtype
+        noise = {name: given[name] for name in _CONTROL_NOISE if name in given}
+        pixels = images.to(self._execution_device, dtype).repeat(len(noise), 1, 1, 1)
+        posterior = self.vae.encode(pixels).latent_dist
+        latents = (posterior.mean + posterior.std * torch.cat([*noise.values()])).split(len(images))
+        return dict(zip(("negative_" + _CONTROL, _CONTROL)[-len(noise) :], latents, strict=True))
 
     def _is_guided(self, scale: float, negatives: Any, given: Mapping[str, Any]) -> bool:
         asked = negatives is not None or any(name.startswith("negative_") for name in given)
@@ -221,6 +275,7 @@ class SegmentedPipeline(SharedSamplingPipeline):
         options: dict[str, Any],
     ) -> Condition:
         further = {name: given[name] for name in (*TEXTS, self.family.control) if name is not None and name in given}
+        control = {} if self.family.control is None else self._control_conditions(given, given[self.family.control])
         if prompts is not None and self.family.encode is not None:
             given = self.family.encode(self, prompts, negatives if guided else None)
         elif prompts is not None:
@@ -236,9 +291,7 @@ class SegmentedPipeline(SharedSamplingPipeline):
         found: dict[str, Tensor] = {}
         for prefix in ("negative_", "") if without else ("",):
             found |= {prefix + name: rows for name, rows in self._condition(given, prefix).items()}
-        if self.family.control is not None:
-            found[_CONTROL] = further[self.family.control]
-        return stacked(None, found)
+        return stacked(None, found | control)
 
     def _condition(self, given: Mapping[str, Any], prefix: str) -> Condition:
         """Return the conditions among embeddings by argument; lists of tensors become rows with a mask."""
@@ -273,7 +326,10 @@ class SegmentedPipeline(SharedSamplingPipeline):
                     rows = [row[mask] for row, mask in zip(rows, masks, strict=True)]
                 found[prefix + argument] = rows
         if self.family.control is not None:
-            found[self.family.control] = condition[_CONTROL]
+            rows = condition[_CONTROL]
+            if (without_text := condition.get("negative_" + _CONTROL)) is not None and guided:
+                rows = torch.cat([without_text, rows])
+            found[self.family.control] = rows
         return found
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition, scale: float, options: dict[str, Any]) -> Tensor:
@@ -292,14 +348,15 @@ class SegmentedPipeline(SharedSamplingPipeline):
         }
         inner = self._inner(scheduler, prepare_latents=lambda *args, **kwargs: self._placed(latents), **processors)
         arguments = self._segmented.arguments | self._example(len(latents)) | {"output_type": output_type}
-        out = getattr(self._stock.__call__(inner, **arguments), self.family.output)
+        out = getattr(self._call_stock(inner, arguments), self.family.output)
         if not processors and output_type != "latent":
             self._finite = torch.as_tensor(out).isfinite().flatten(1).all(1).tolist()
         return out, None
 
     def _watched(self, name: str) -> Any:
         """Return a copy of a processor that notes which images it gets are finite."""
-        processor = copy.copy(getattr(self, name))
+        own = getattr(self, name)
+        processor = copy.copy(own)
 
         def watched(original: Callable[..., Any]) -> Callable[..., Any]:
             def postprocess(*args: Any, **kwargs: Any) -> Any:
@@ -313,8 +370,9 @@ class SegmentedPipeline(SharedSamplingPipeline):
             return postprocess
 
         for method in ("postprocess", "postprocess_video"):
-            if hasattr(processor, method):
-                setattr(processor, method, watched(getattr(processor, method)))
+            if hasattr(own, method):
+                # Bound to the own one: postprocess_video calls postprocess for each clip, which has its frames as rows.
+                setattr(processor, method, watched(getattr(own, method)))
         return processor
 
     def _example(self, rows: int) -> dict[str, Any]:
@@ -324,6 +382,7 @@ class SegmentedPipeline(SharedSamplingPipeline):
         return self._arguments(repeated, self._segmented.guided)
 
     def _noise(self, generators: Generator | Sequence[Generator], count: int, options: dict[str, Any]) -> Tensor:
+        self._drawn_before(generators, count)
         drawn = self._drawn(generators, count)
         latents: Tensor = drawn[0] if isinstance(drawn, tuple) else drawn
         return latents
@@ -373,6 +432,17 @@ class SegmentedPipeline(SharedSamplingPipeline):
         vars(inner)["_progress_bar_config"] = {"disable": True}
         return inner
 
+    def _call_stock(self, inner: Any, arguments: dict[str, Any]) -> Any:
+        """Call the stock pipeline; control images that it encodes are in `arguments` as the latents of them."""
+        control = self.family.control
+        if control is not None and self._encodes_control:
+            latents, (channels, height, width) = arguments[control], self._segmented.pixels
+            rows = len(arguments["prompt"] if "prompt" in arguments else arguments["prompt_embeds"])
+            blank = latents.new_zeros(1).expand(rows, channels, height, width)
+            arguments = arguments | {control: blank}
+            vars(inner)["vae"] = _Encoded(self.vae, latents)
+        return self._stock.__call__(inner, **arguments)
+
     def _reach(
         self,
         point: str,
@@ -412,7 +482,9 @@ class SegmentedPipeline(SharedSamplingPipeline):
             replaced = {"prepare_latents": lambda *args, **kwargs: self._placed(latents)}
             replaced |= self._segmented.networks
         elif point == "encode_prompt":
-            replaced = {"encode_prompt": encode_prompt, "prepare_latents": lambda *args, **kwargs: stop(None)}
+            # A call that encodes control images does so before it prepares the latents.
+            ends = ("prepare_image",) if self._encodes_control else ("prepare_latents",)
+            replaced = {"encode_prompt": encode_prompt} | dict.fromkeys(ends, lambda *args, **kwargs: stop(None))
             scheduler = _recorder(scheduler, stop)
         elif point == "set_timesteps":
             scheduler = _recorder(scheduler, stop)
@@ -423,10 +495,25 @@ class SegmentedPipeline(SharedSamplingPipeline):
         if encoded is not None:
             vars(inner)["encode_prompt"] = _once(inner.encode_prompt, encoded)
         try:
-            self._stock.__call__(inner, **(self._segmented.arguments | dict(arguments)))
+            self._call_stock(inner, self._segmented.arguments | dict(arguments))
         except _Stopped as stopped:
             return found if point == "encode_prompt" else stopped.value
         raise UnsupportedError(f"{self.family.stock} ended before {point}; its loop is not one that segments can drive")
+
+
+class _Encoded:
+    """An autoencoder that encodes whatever it is given to these latents."""
+
+    def __init__(self, autoencoder: Any, latents: Tensor) -> None:
+        self._autoencoder = autoencoder
+        self._posterior = SimpleNamespace(sample=lambda generator=None: latents)
+
+    def encode(self, images: Tensor) -> Any:
+        """Return a posterior of which every sample is the latents."""
+        return SimpleNamespace(latent_dist=self._posterior)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._autoencoder, name)
 
 
 class _Counted:

@@ -140,14 +140,23 @@ class Stream:
         self._check_predictions(predictions)
         self._keys = [_key(prompts, given, number) for number in range(plan.prompts // images) for _ in range(images)]
         self._generators: list[Generator] | None = None
+        if pipe._encodes_control and images > 1:
+            raise UnsupportedError(
+                f"num_images_per_prompt is {images}, but each image has latents of its own of its control image, which "
+                "are drawn; give 1, and the prompt several times"
+            )
+        one = _copied(generator) if isinstance(generator, Generator) else None
         self.seeds = self._take_seeds(seed, generator)
+        if pipe._encodes_control:
+            own = one or [_copied(self._generator(image)) for image in range(plan.prompts)]
+            self._given |= pipe._drawn_before(own, plan.prompts)
         self.truncated_tokens = [0] * (plan.prompts // images)
         self._encoded: dict[int, Condition] = {}
         self._undone = [images] * (plan.prompts // images)
         # A negative prompt common to all images is encoded once, together with the first batch as in diffusers.
         self._one_negative = (
             pipe._joins_texts
-            and not any(name.startswith("negative") for name in given)
+            and not any(name.startswith("negative") or "image" in name for name in given)
             and len(set(negatives or [""])) == 1
         )
         self._without: Condition = {}
@@ -176,7 +185,8 @@ class Stream:
     def prompt_of(self, image: int) -> Hashable:
         """Return a key that images of equal prompts, and so of equal conditions, have in common."""
         number = image // self._images
-        if any(name.startswith("negative") for name in self._given):
+        # Texts that are equal may have control images or image prompts of their own.
+        if any(name.startswith("negative") or "image" in name for name in self._given):
             return number
         return self._keys[image], None if self._negatives is None else self._negatives[number]
 
@@ -456,6 +466,11 @@ class Stream:
             self._latents = self._pipe._noise(generator, self.plan.prompts, self._options)
         draws = torch.randint(2**62, (self.plan.prompts,), generator=generator, device=generator.device)
         return [int(draw) for draw in draws.tolist()]
+
+
+def _copied(generator: Generator) -> Generator:
+    """Return a generator that draws what this one will draw."""
+    return Generator(generator.device).set_state(generator.get_state())
 
 
 def bad_rows(values: Tensor) -> list[int]:

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_families
+import torch
 from diffusers import StableDiffusionPAGPipeline
 from evaluated import figure, results, verdict
+from PIL import Image
 
 from flows.cli import main
 from flows.report import tables
+from sage.config import load_params
 from sage.evaluation.results import parse
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +101,8 @@ def test_help_a_missing_file_and_a_wrong_argument_wait_for_no_heavy_import(tmp_p
     shutil.copy(ROOT / "params.yaml", tmp_path)
     script = """
 import io, json, os, sys
+from PIL import Image
+
 from flows.cli import main
 for arguments in json.loads(sys.argv[1]):
     shown = sys.stderr = io.StringIO()
@@ -200,6 +206,29 @@ def test_doctor_tries_a_pipeline_and_says_whether_it_can_be_shared(sage, tmp_pat
     assert done.code == 1 and "StableDiffusionPAGPipeline (perturbed), by the general rules" in done.out
     assert "NO   segments equal the stock run: the network was evaluated 24 times, but the plan has 16" in done.out
     assert done.out.endswith("StableDiffusionPAGPipeline cannot share sampling.\n")
+
+
+@pytest.mark.slow
+def test_a_pipeline_of_no_row_is_proved_and_draws(sage, project, monkeypatch):
+    """The whole way of a user whose model's class no row names: is it fit, images, and the same as the stock ones."""
+    stock, _ = tiny_families.unknown(tiny_families.lumina)
+    stock.save_pretrained(project / "model")
+    prompts = ["--prompt", "red cat", "--prompt", "a tree"]
+    done = sage("doctor", "--pipeline", "model", *prompts, cwd=project)
+    assert done.code == 0 and done.out.startswith("LuminaPipeline (model), by the general rules\n")
+    assert done.out.endswith("LuminaPipeline can share sampling: sage generate --model model\n")
+    monkeypatch.setenv("SAGE_CACHE", str(project / "cache"))
+    (project / "prompts.txt").write_text("red cat\nred cats\na tall tree\n", encoding="utf-8")
+    call = ["generate", "prompts.txt", "--model", "model", "--steps", "4", "--branch-noise", "0"]
+    shared = sage(*call, "--out", "shared", "--share-ratio", "0.5", cwd=project)
+    assert shared.code == 0 and "10 network evaluations instead of 12" in shared.out
+    assert sage(*call, "--out", "alone", "--share-ratio", "0", "--batch-size", "1", cwd=project).code == 0
+    drawn = [json.loads(line) for line in (project / "alone/manifest.jsonl").read_text().splitlines()]
+    scale = load_params(project / "params.yaml").generate.guidance_scale
+    for row in drawn:
+        generator = torch.Generator().manual_seed(row["seed"])
+        (expected,) = stock(row["prompt"], num_inference_steps=4, guidance_scale=scale, generator=generator).images
+        assert Image.open(project / "alone" / row["file"]).tobytes() == expected.tobytes()
 
 
 def test_doctor_reads_no_pickled_weights(sage, tmp_path):

@@ -162,7 +162,7 @@ def test_what_a_callback_cannot_change_is_said(pipe):
     says = r"set the guidance scale to 3.0, but the call began without guidance \(scale 1.0\)"
     refuse(pipe, guide, says, ConfigurationError, guidance_scale=1.0)
     adapter = IPAdapterScaleCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
-    refuse(pipe, MultiPipelineCallbacks([adapter]), "IPAdapterScaleCutoffCallback is for image prompts")
+    refuse(pipe, MultiPipelineCallbacks([adapter]), "IPAdapterScaleCutoffCallback changes the networks")
 
 
 def test_an_interrupted_call_has_the_latents_that_the_stock_one_has(pipe, stock):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import tiny
+import tiny_families
 import torch
 
 from sage.errors import ConfigurationError, DataError, DivergedError
@@ -101,6 +102,24 @@ def test_an_autoencoder_that_overflows_makes_no_image(pipe, options, output_type
     assert error.value.images[1].startswith("the decoded pixels; the autoencoder")
     assert [result.index for result in results] == [0, 2, 3]
     assert all(np.array_equal(np.asarray(result.image), np.asarray(good[result.index])) for result in results)
+
+
+def test_a_clip_that_overflows_is_left_out(monkeypatch):
+    """A clip has several frames, which are decoded and finished one clip at a time."""
+    family = tiny_families.tiny("WanPipeline")
+    decode = family.pipe.vae.decode
+
+    def overflowing(latents, return_dict):
+        (clips,) = decode(latents, return_dict=False)
+        clips[1, 0, 0, 0, 0] = math.nan
+        return (clips,)
+
+    monkeypatch.setattr(family.pipe.vae, "decode", overflowing)
+    pipe, results = SharedSamplingPipeline.from_pipe(family.pipe), []
+    call = {"share_ratio": 0, "num_inference_steps": 2, "output_type": "np", "seed": 0}
+    with pytest.raises(DivergedError, match="the decoded pixels of 1") as error:
+        collect(pipe.stream(**family.embed(3), **family.call, **call), results)
+    assert list(error.value.images) == [1] and [result.index for result in results] == [0, 2]
 
 
 def test_latents_that_cannot_be_used_are_refused(pipe, options):

@@ -82,7 +82,7 @@ def test_an_unsupported_folder_is_refused_before_its_weights_are_read(tmp_path):
     [
         ("StableDiffusionImg2ImgPipeline", "cannot share sampling: it takes image, strength, from which single images"),
         ("StableDiffusionXLInpaintPipeline", "cannot share sampling: it takes image, mask_image, strength"),
-        ("FluxControlNetPipeline", "cannot share sampling: it takes control_image"),
+        ("FluxControlPipeline", "cannot share sampling: it takes control_image"),
         ("MochiPipeline", "can share sampling only if it is proved to: `sage doctor --pipeline` tries it"),
     ],
 )

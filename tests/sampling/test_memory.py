@@ -9,6 +9,7 @@ import tiny
 import tiny_families
 import torch
 from tiny_families import generators, latents
+from torch.ao.quantization import quantize_dynamic
 
 from sage.errors import ConfigurationError
 from sage.sampling.pipeline import SharedSamplingPipeline
@@ -69,6 +70,24 @@ def test_layerwise_cast_weights_are_the_stock_pipelines(stock):
     expected = stock[0](**stock[1], num_inference_steps=3, generator=generators([5, 6, 7]), output_type="latent")
     assert torch.equal(found, latents(expected)) and not torch.equal(found, plain)
     assert {weight.dtype for weight in pipe._network.parameters()} >= {torch.float8_e4m3fn}
+
+
+@pytest.mark.filterwarnings("ignore:.*quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_weights_of_8_bits_are_the_stock_pipelines(stock):
+    """Linear layers of whole numbers, scaled for each call, as torch has them on a CPU."""
+    if type(stock[0]).__name__ == "WanPipeline":
+        pytest.skip("Wan's transformer asks a layer for its weights, which are none of a quantised layer's parameters")
+    pipe = SharedSamplingPipeline.from_pipe(stock[0])
+    call = {"num_inference_steps": 3, "output_type": "latent"}
+    plain = pipe(**_own(stock[1]), **call, share_ratio=0, seed=[5, 6, 7]).images
+    for network in pipe._networks:
+        quantize_dynamic(network, {torch.nn.Linear}, inplace=True)
+    found = pipe(**_own(stock[1]), **call, share_ratio=0, seed=[5, 6, 7]).images
+    assert torch.equal(found, latents(stock[0](**stock[1], **call, generator=generators([5, 6, 7]))))
+    assert not torch.equal(found, plain)
+    shared = pipe(**_own(stock[1]), **call, share_ratio=0.4, groups=[[0, 2], [1]], seed=[5, 6, 7])
+    assert shared.cost.saving > 0 and shared.images.isfinite().all()
 
 
 def _own(call):

@@ -247,20 +247,21 @@ def test_a_budget_out_of_reach_says_what_is_in_reach():
         plan_for_budget([Cluster(0.9, (0, 1)), 2, 3], 100, 0.4)
 
 
-def test_trees_may_be_thousands_deep():
-    depth = 5000
-    merges = [(0, 1, 0.9), *((k + 1, depth + k, 0.9 - 1e-5 * k) for k in range(1, depth))]
+def test_trees_may_be_deeper_than_python_recurses():
+    depth = sys.getrecursionlimit() + 100
+    steps = 80_000  # two between one branch and the next, so that no cluster dissolves
+    merges = [(0, 1, 0.9), *((k + 1, depth + k, 0.9 - 2.5e-5 * k) for k in range(1, depth))]
     nested = clusters(depth + 1, merges)
-    plan = nested_plan(nested, 10 * depth, lambda similarity: similarity)
+    plan = nested_plan(nested, steps, lambda similarity: similarity)
     assert plan.partition(0) == [list(range(depth + 1))] and plan.repeat(2).prompts == 2 * (depth + 1)
     assert plan.repeat(2, 1).partition(0) == [list(range(2 * depth + 2))]
-    assert plan_for_budget(nested, 10 * depth, 0.3).merges[0][2] == depth + 1
+    assert plan_for_budget(nested, steps, 0.3).merges[0][2] == depth + 1
     (root,), (cluster,) = plan.roots, nested
     for tree in (plan, root, cluster):
         again = pickle.loads(pickle.dumps(tree))
         assert again == tree and hash(again) == hash(tree) and repr(again) == repr(tree)
         assert copy.deepcopy(tree) == tree
-    assert plan != nested_plan(nested, 10 * depth, lambda similarity: similarity - 0.01)
+    assert plan != nested_plan(nested, steps, lambda similarity: similarity - 0.01)
     # Chains of clusters that share no more than those around them dissolve.
     (block,) = nested_plan(nested, 10, lambda similarity: 0.5).roots
     assert block.until == 5 and sorted(block.children) == list(range(depth + 1))

@@ -46,7 +46,10 @@ def test_families_with_text_encoders_are_the_stock_pipeline(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [tiny_families.bria, tiny_families.mochi])
+@pytest.mark.parametrize(
+    "make",
+    [tiny_families.bria, tiny_families.latte, tiny_families.lumina, tiny_families.mochi, tiny_families.ovis_image],
+)
 def test_an_unknown_pipeline_that_is_proved_is_shared(make):
     pipe, call = tiny_families.unknown(make)
     shared = proof.proved(pipe, PROMPTS, **call)
@@ -78,7 +81,7 @@ def test_a_pipeline_that_segments_do_not_reproduce_is_refused():
         ("StableDiffusionImg2ImgPipeline", "takes image, strength"),
         ("StableDiffusionXLInpaintPipeline", "takes image, mask_image"),
         ("FluxKontextPipeline", "takes image"),
-        ("StableDiffusion3ControlNetPipeline", "takes control_image"),
+        ("HunyuanDiTControlNetPipeline", "takes control_image"),
         ("LTX2Pipeline", r"calls audio_scheduler.step, self.scheduler.step, and segments need one"),
         ("StableDiffusionAttendAndExcitePipeline", "needs token_indices beside prompts"),
         ("AudioLDM2Pipeline", "attention_mask is the mask of no known embeddings|encode_prompt"),

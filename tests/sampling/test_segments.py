@@ -5,6 +5,7 @@ import inspect
 import json
 import textwrap
 
+import diffusers
 import numpy as np
 import pytest
 import tiny_families
@@ -46,6 +47,7 @@ def stock(family: Tiny, embeddings, seeds, guided=True, output="latent", **chang
         call[name] = scale if guided else family.unguided
     if name_of(family) in ASKING:
         call["negative_prompt"] = None
+    torch.manual_seed(0)  # the ControlNet of SD 3 draws from torch's own generator
     return latents(family.pipe(**embeddings, **call, generator=generators(seeds)))
 
 
@@ -54,6 +56,7 @@ def shared(family: Tiny, embeddings, seeds, guided=True, output="latent", **chan
     call = family.call | {"num_inference_steps": STEPS, "output_type": output, "share_ratio": 0} | changes
     if family.guidance:
         call["guidance_scale"] = family.guidance[1] if guided else family.unguided
+    torch.manual_seed(0)
     return pipe(**embeddings, **call, seed=seeds)
 
 
@@ -221,7 +224,7 @@ def test_bad_input_is_named():
     with pytest.raises(ConfigurationError, match=r"takes no image .*belongs to a single prompt"):
         shared(family, family.embed(1), [5], image=1)
     flux = tiny_families.tiny("FluxPipeline")
-    with pytest.raises(ConfigurationError, match=r"takes no ip_adapter_image \(image prompts \(IP-Adapter\) are not"):
+    with pytest.raises(ConfigurationError, match=r"takes no ip_adapter_image \(image prompts \(IP-Adapter\) are for"):
         shared(flux, flux.embed(1), [5], ip_adapter_image=1)
     with pytest.raises(ConfigurationError, match="prompt_2 is for prompts, but embeddings were given"):
         shared(flux, flux.embed(1), [5], prompt_2="a cat")
@@ -229,16 +232,20 @@ def test_bad_input_is_named():
         shared(flux, {"prompt_embeds": flux.embed(1)["prompt_embeds"]}, [5])
 
 
-CONTROLLED = ("StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline")
+CONTROLLED = tuple(name for name in TABLE if TABLE[name].control)
+# These draw latents of their control images.
+DRAWN = tuple(name for name in TABLE if TABLE[name].posterior)
 
 
 @pytest.mark.parametrize("name", CONTROLLED)
 def test_each_prompt_has_its_control_image_and_a_group_their_mean(name):
-    family = tiny_families.tiny(name)
+    family, argument = tiny_families.tiny(name), TABLE[name].control
     embeddings, images = family.embed(2), tiny_families.control_images(2)
-    found = shared(family, embeddings, [5, 6], image=images).images
-    assert torch.equal(found, stock(family, embeddings, [5, 6], image=images))
-    assert not torch.equal(found, shared(family, embeddings, [5, 6], image=images.flip(0)).images)
+    found = shared(family, embeddings, [5, 6], **{argument: images}).images
+    assert torch.equal(found, stock(family, embeddings, [5, 6], **{argument: images}))
+    assert not torch.equal(found, shared(family, embeddings, [5, 6], **{argument: images.flip(0)}).images)
+    if name in DRAWN:
+        return  # the mean of the images has latents of its own
     # Before the branch the control image is the mean, here exactly 0, 1/2 or 1; after it each member's own.
     seen: list[torch.Tensor] = []
 
@@ -248,11 +255,36 @@ def test_each_prompt_has_its_control_image_and_a_group_their_mean(name):
 
     call = {"groups": [[0, 1]], "share_ratio": 0.5, "callback_on_step_end": watch}
     for given in (images, images.mean(0, keepdim=True), images[:1], images[1:]):
-        shared(family, embeddings, [5, 6], image=given, **call)
+        shared(family, embeddings, [5, 6], **{argument: given}, **call)
     own, mean, first, second = seen[:STEPS], seen[STEPS : 2 * STEPS], seen[2 * STEPS : -STEPS], seen[-STEPS:]
     assert torch.equal(own[1], mean[1])
     assert not torch.equal(own[1], first[1]) and not torch.equal(own[1], second[1])
     assert not torch.equal(own[-1], mean[-1])
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_latents_of_control_images_are_drawn_as_in_the_stock_pipeline(name):
+    """By the seeds or generators of the images, or by torch's own; in a group, the members' mean until its branch."""
+    family = tiny_families.tiny(name)
+    embeddings = family.embed(2)
+    found = shared(family, embeddings, [5, 6]).images
+    assert torch.equal(shared(family, embeddings, None, generator=generators([5, 6])).images, found)
+    group = shared(family, embeddings, [5, 6], groups=[[0, 1]], share_ratio=0.5).images
+    assert not torch.equal(group[0], found[0])
+    with pytest.raises(UnsupportedError, match="num_images_per_prompt is 2, but each image has latents of its own"):
+        shared(family, embeddings, [5, 6, 7, 8], num_images_per_prompt=2)
+
+
+def test_a_controlnet_that_reads_pixels_draws_nothing():
+    """FLUX's have two forms: latents of the control image, or the image itself (`input_hint_block`)."""
+    family = tiny_families.tiny("FluxControlNetPipeline")
+    network = family.pipe.controlnet
+    hint = diffusers.models.controlnets.controlnet.ControlNetConditioningEmbedding(16, block_out_channels=(8, 8))
+    network.input_hint_block = tiny_families.wakened(hint).eval()
+    network.controlnet_x_embedder = torch.nn.Linear(16, network.inner_dim).eval()
+    embeddings, call = family.embed(2), {"control_image": tiny_families.control_images(2)}
+    found = shared(family, embeddings, [5, 6], **call).images
+    assert torch.equal(found, stock(family, embeddings, [5, 6], **call))
 
 
 def test_control_images_that_do_not_fit_are_named():

@@ -40,7 +40,7 @@ def candidates(stock: Any) -> list[Family]:
         raise UnsupportedError(
             f"{name} cannot share sampling: it takes {', '.join(starts)}, from which single images start or for which "
             "it draws noise of its own; only pipelines that start from text and noise alone can, and ControlNets of "
-            "Stable Diffusion and SDXL"
+            "Stable Diffusion, SDXL, SD 3 and FLUX.1"
         )
     empty = inspect.Parameter.empty
     needed = [p.name for p in parameters.values() if p.default is empty and p.name not in ("self", "prompt", "kwargs")]

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from sage.sampling import pipeline
 from sage.sampling.conditions import Condition, stacked
+from sage.sampling.families.image_prompts import ImagePrompted, network_inputs
 
 
-class SharedStableDiffusionPipeline(pipeline.SharedSamplingPipeline, StableDiffusionPipeline):  # type: ignore[misc]
+class SharedStableDiffusionPipeline(ImagePrompted, StableDiffusionPipeline):  # type: ignore[misc]
     """A Stable Diffusion pipeline whose similar prompts share their early steps."""
 
     _callback_tensor_inputs: ClassVar = ["latents", "prompt_embeds"]
+    _embeddings: ClassVar = ("prompt_embeds", "negative_prompt_embeds", *pipeline.IMAGE_PROMPTS)
     _options: ClassVar = {"eta": 0.0, "guidance_rescale": 0.0, "clip_skip": None, "cross_attention_kwargs": None}
 
     def _encode(
@@ -23,9 +25,10 @@ class SharedStableDiffusionPipeline(pipeline.SharedSamplingPipeline, StableDiffu
         prompts: list[str] | None,
         negatives: list[str] | None,
         guided: bool,
-        given: dict[str, Tensor],
+        given: dict[str, Any],
         options: dict[str, Any],
     ) -> Condition:
+        without_image, with_image = self._image_conditions(given, guided)
         with_text, without = self.encode_prompt(
             prompts,
             self._execution_device,
@@ -34,9 +37,9 @@ class SharedStableDiffusionPipeline(pipeline.SharedSamplingPipeline, StableDiffu
             negative_prompt=negatives,
             lora_scale=(options["cross_attention_kwargs"] or {}).get("scale"),
             clip_skip=options["clip_skip"],
-            **given,
+            **{name: rows for name, rows in given.items() if name not in pipeline.IMAGE_PROMPTS},
         )
-        return stacked({"states": without} if guided else None, {"states": with_text})
+        return stacked({"states": without, **without_image} if guided else None, {"states": with_text, **with_image})
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition, scale: float, options: dict[str, Any]) -> Tensor:
         states = condition["states"]
@@ -45,6 +48,7 @@ class SharedStableDiffusionPipeline(pipeline.SharedSamplingPipeline, StableDiffu
             t,
             encoder_hidden_states=states,
             cross_attention_kwargs=options["cross_attention_kwargs"],
+            added_cond_kwargs=network_inputs(condition) or None,
         )
         return pipeline.guided(output, len(x), scale, options["guidance_rescale"])
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from sage.errors import ConfigurationError
 from sage.sampling import pipeline
 from sage.sampling.conditions import Condition, stacked
+from sage.sampling.families.image_prompts import ImagePrompted, network_inputs
 
 
-class SharedStableDiffusionXLPipeline(pipeline.SharedSamplingPipeline, StableDiffusionXLPipeline):  # type: ignore[misc]
+class SharedStableDiffusionXLPipeline(ImagePrompted, StableDiffusionXLPipeline):  # type: ignore[misc]
     """A Stable Diffusion XL pipeline whose similar prompts share their early steps."""
 
     _default_guidance: ClassVar = 5.0
@@ -41,6 +42,7 @@ class SharedStableDiffusionXLPipeline(pipeline.SharedSamplingPipeline, StableDif
         "negative_pooled_prompt_embeds",
         "prompt_2",
         "negative_prompt_2",
+        *pipeline.IMAGE_PROMPTS,
     )
 
     def _encode(
@@ -48,9 +50,10 @@ class SharedStableDiffusionXLPipeline(pipeline.SharedSamplingPipeline, StableDif
         prompts: list[str] | None,
         negatives: list[str] | None,
         guided: bool,
-        given: dict[str, Tensor],
+        given: dict[str, Any],
         options: dict[str, Any],
     ) -> Condition:
+        without_image, with_image = self._image_conditions(given, guided)
         with_text, without, pooled, pooled_without = self.encode_prompt(
             prompts,
             device=self._execution_device,
@@ -59,15 +62,15 @@ class SharedStableDiffusionXLPipeline(pipeline.SharedSamplingPipeline, StableDif
             negative_prompt=negatives,
             lora_scale=(options["cross_attention_kwargs"] or {}).get("scale"),
             clip_skip=options["clip_skip"],
-            **given,
+            **{name: rows for name, rows in given.items() if name not in pipeline.IMAGE_PROMPTS},
         )
         sizes = self._sizes(pooled, "", options).to(with_text)
         # As in diffusers, both sizes have to be given.
         given = options["negative_original_size"] and options["negative_target_size"]
         without_sizes = self._sizes(pooled, "negative_", options).to(with_text) if given else sizes
         return stacked(
-            {"states": without, "pooled": pooled_without, "sizes": without_sizes} if guided else None,
-            {"states": with_text, "pooled": pooled, "sizes": sizes},
+            {"states": without, "pooled": pooled_without, "sizes": without_sizes, **without_image} if guided else None,
+            {"states": with_text, "pooled": pooled, "sizes": sizes, **with_image},
         )
 
     def _sizes(self, pooled: Tensor, prefix: str, options: dict[str, Any]) -> Tensor:
@@ -87,7 +90,11 @@ class SharedStableDiffusionXLPipeline(pipeline.SharedSamplingPipeline, StableDif
             t,
             encoder_hidden_states=condition["states"],
             cross_attention_kwargs=options["cross_attention_kwargs"],
-            added_cond_kwargs={"text_embeds": condition["pooled"], "time_ids": condition["sizes"]},
+            added_cond_kwargs={
+                "text_embeds": condition["pooled"],
+                "time_ids": condition["sizes"],
+                **network_inputs(condition),
+            },
         )
         return pipeline.guided(output, len(x), scale, options["guidance_rescale"])
 

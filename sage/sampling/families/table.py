@@ -80,6 +80,23 @@ TABLE = {
             control="image",
             fixed=(*_KEPT, "denoising_end"),
         ),
+        Family(
+            "StableDiffusion3ControlNetPipeline",
+            _POOLED,
+            (("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),),
+            control="control_image",
+            posterior="global",
+            fixed=(*_KEPT, "controlnet_pooled_projections"),
+        ),
+        Family(
+            "FluxControlNetPipeline",
+            _POOLED,
+            (("prompt_embeds", "pooled_prompt_embeds", None),),
+            embedded=True,
+            control="control_image",
+            posterior="generator",
+            fixed=(*_KEPT, "true_cfg_scale"),
+        ),
         Family("WanPipeline", _STATES, _PLAIN_PAIR, output="frames"),
         Family("LTXPipeline", _MASKED, _MASKED_FIRST, output="frames"),
         Family(

@@ -1,0 +1,121 @@
+"""Image prompts (IP-Adapter, Ye et al., 2023) of Stable Diffusion 1.x and XL: a further condition beside the text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import sage.torchvision_ops  # noqa: F401
+
+import torch
+from torch import Tensor
+
+from sage.errors import ConfigurationError, DataError
+from sage.sampling.conditions import Condition
+from sage.sampling.pipeline import IMAGE_PROMPTS, SharedSamplingPipeline
+
+# The condition of adapter k is called "image_k".
+_CONDITION = "image_"
+
+
+class ImagePrompted(SharedSamplingPipeline):
+    """A pipeline whose prompts may each have an image prompt; a block of prompts has the mean of their embeddings.
+
+    The arguments are those of the stock call, `ip_adapter_image` or `ip_adapter_image_embeds`, with an entry for each
+    adapter. As there, an entry is an image or a list of images, for all prompts, or embeddings (g, images, ...), g = 2
+    under guidance, without image before with image. Beyond it, an entry may be a list of lists, the images of each
+    prompt, or embeddings (g * prompts, images, ...), the rows without image first.
+    """
+
+    # Of the base class; that of a family gets the parameters of its stock call.
+    __call__ = SharedSamplingPipeline.__call__
+
+    # Provided by the stock class.
+    prepare_ip_adapter_image_embeds: ClassVar[Any]
+
+    def _prepare_call(
+        self,
+        prompts: list[str] | None,
+        negatives: list[str] | None,
+        given: dict[str, Any],
+        steps: int,
+        scale: float,
+        options: dict[str, Any],
+    ) -> None:
+        adapters = 0
+        if self._network.config.encoder_hid_dim_type == "ip_image_proj":
+            adapters = self._network.encoder_hid_proj.num_ip_adapters
+        names = [name for name in IMAGE_PROMPTS if name in given]
+        if len(names) != min(adapters, 1):
+            raise ConfigurationError(
+                f"the call has {' and '.join(names) or 'no image prompt'}, and the network {adapters} image adapters "
+                "(load_ip_adapter); give ip_adapter_image or ip_adapter_image_embeds if there is an adapter, else none"
+            )
+        for name in names:
+            count = len(given["prompt_embeds"] if prompts is None else prompts)
+            entries = given[name] if isinstance(given[name], (list, tuple)) else [given[name]]
+            if len(entries) != adapters:
+                raise ConfigurationError(
+                    f"{name} has {len(entries)} entries for {adapters} adapters; give one for each"
+                )
+            columns = [
+                _images(entry, count)
+                if name == "ip_adapter_image"
+                else _rows(entry, count, 2 if self._guides(scale) else 1)
+                for entry in entries
+            ]
+            given[name] = list(zip(*columns, strict=True))
+        super()._prepare_call(prompts, negatives, given, steps, scale, options)
+
+    def _image_conditions(self, given: Mapping[str, Any], guided: bool) -> tuple[Condition, Condition]:
+        """Return the conditions (n, ...) of the image prompts in `given`, without and with image; {} if there are none.
+
+        Raises ConfigurationError if the prompts have different numbers of images.
+        """
+        name = next((name for name in IMAGE_PROMPTS if name in given), None)
+        if name is None:
+            return {}, {}
+        known: dict[tuple[int, ...], list[Tensor]] = {}  # one image prompt for all is encoded once
+        for entries in given[name]:
+            if (key := tuple(map(id, entries))) not in known:
+                found = (list(entries), None) if name == "ip_adapter_image" else (None, list(entries))
+                known[key] = self.prepare_ip_adapter_image_embeds(*found, self._execution_device, 1, guided)
+        without: dict[str, Tensor] = {}
+        with_image: dict[str, Tensor] = {}
+        for number, rows in enumerate(zip(*(known[tuple(map(id, entries))] for entries in given[name]), strict=True)):
+            if len(sizes := sorted({row.shape[1] for row in rows})) > 1:
+                raise ConfigurationError(f"adapter {number} has prompts with {sizes} images; give all the same number")
+            both = torch.stack(rows)  # (n, g, images, ...)
+            without[f"{_CONDITION}{number}"], with_image[f"{_CONDITION}{number}"] = both[:, 0], both[:, -1]
+        return without if guided else {}, with_image
+
+
+def network_inputs(condition: Condition) -> dict[str, list[Tensor]]:
+    """Return the network's further inputs for the image prompts among conditions (g * rows, ...); {} without any."""
+    found = [rows for name, rows in condition.items() if name.startswith(_CONDITION)]
+    return {"image_embeds": found} if found else {}
+
+
+def _images(entry: Any, count: int) -> Sequence[Any]:
+    """Return what each of the prompts has of an adapter's entry: an image or a list of images."""
+    if not (isinstance(entry, (list, tuple)) and entry and all(isinstance(item, (list, tuple)) for item in entry)):
+        return [entry] * count
+    if len(entry) != count:
+        raise ConfigurationError(
+            f"ip_adapter_image has lists of images for {len(entry)} prompts, but there are {count}; give one for each, "
+            "or one list of images for all"
+        )
+    return entry
+
+
+def _rows(entry: Any, count: int, each: int) -> list[Tensor]:
+    """Return the embeddings (each, images, ...) of every prompt, from rows without images and then rows with."""
+    if not torch.is_tensor(entry) or entry.ndim not in (3, 4) or len(entry) not in (each, each * count):
+        found = tuple(entry.shape) if torch.is_tensor(entry) else type(entry).__name__
+        raise ConfigurationError(
+            f"ip_adapter_image_embeds has {found} of an adapter; give a tensor (rows, images, ...) with {each} rows "
+            f"for all prompts, or {each * count} for {count} prompts, the rows without image first"
+        )
+    if not entry.isfinite().all():
+        raise DataError("ip_adapter_image_embeds holds values that are not finite; leave those out")
+    if len(entry) == each:
+        return [entry] * count
+    return [entry[number::count] for number in range(count)]
