@@ -165,11 +165,12 @@ class Server:
             error = _error(answer)
             of_prompt = answer.status_code in (413, 422) and (error["param"] or "prompt").startswith("prompt")
             if of_prompt and len(group) > 1:
-                # The answer does not say which prompt is at fault.
-                parts = [(place, self._one_of(body, place)) for place in range(len(group))]
-                return [
-                    one for place, part in parts for one in await self._group(client, group[place : place + 1], part)
-                ]
+                # The answer does not say which prompt is at fault, or all are too many.
+                half = len(group) // 2
+                found: list[Picture | int] = []
+                for part in (slice(None, half), slice(half, None)):
+                    found += await self._group(client, group[part], self._part_of(body, part))
+                return found
             if of_prompt or error["code"] == "generation_failed":
                 self.refused |= dict.fromkeys(group, f"{error['code']}: {error['message']}")
                 return list(group)
@@ -179,9 +180,9 @@ class Server:
         )
 
     @staticmethod
-    def _one_of(body: Mapping[str, Any], place: int) -> dict[str, Any]:
-        one = {name: body[name][place : place + 1] for name in ("prompt", "seeds")}
-        return {**body, **one, "share": "none"}
+    def _part_of(body: Mapping[str, Any], part: slice) -> dict[str, Any]:
+        some = {name: body[name][part] for name in ("prompt", "seeds")}
+        return {**body, **some, "share": "request" if len(some["prompt"]) > 1 else "none"}
 
     def _picture(self, group: Sequence[int], place: int, item: Mapping[str, Any]) -> Picture | int:
         if error := item.get("error"):

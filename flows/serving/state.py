@@ -51,10 +51,16 @@ class Server:
         return tenant_of(request.headers.get("authorization", ""), self.options.tokens)
 
     def take(self, count: int) -> None:
-        """Reserve room for images; raise RequestError with status 429 if there is too little."""
+        """Reserve room for images.
+
+        Raises RequestError with status 429 if there is too little now, 413 if there never is enough.
+        """
         if self.draining:
             raise RequestError(503, "draining", "the server is shutting down; ask another one", retry_after=5)
         capacity = self.options.queue + (self.worker.model.batch_size if self.worker.model else 0)
+        if count > capacity:
+            message = f"{count} images were asked for, but the server holds {capacity} at a time; send fewer in a request"
+            raise RequestError(413, "too_many_images", f"{message}, or start it with a larger --queue", "prompt")
         if self.open + count > capacity:
             wait = math.ceil((self._pace or 1.0) * self.open)
             message = f"{self.open} images are open, of {capacity} at most; try again in {max(1, min(wait, 60))} s"

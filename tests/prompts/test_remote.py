@@ -85,6 +85,7 @@ def test_a_prompt_that_is_too_long_costs_no_member_of_its_group(generate, quick)
     long = "red cat " * 300
     lines = lines_of(generate([long, "red cat red cat", "red cat"], quick.url))
     assert [line.get("error", "")[:8] for line in lines] == ["too_long", "", ""]
+    assert [line["shared_with"] for line in lines[1:]] == [["000003"], ["000002"]]
 
 
 def test_if_nothing_is_drawn_the_command_fails(generate, quick):
@@ -122,12 +123,13 @@ def test_an_address_that_is_none_is_refused_and_its_secrets_are_not_shown(addres
     assert "secret@" not in str(refused.value)
 
 
-def test_a_full_server_is_asked_again_until_all_is_drawn(generate, tmp_path):
-    with without_model(tmp_path, "--queue", "6", "--seconds", "0.05") as server:
+def test_a_full_server_is_asked_again_until_all_is_drawn_and_for_less_if_a_group_is_too_large(generate, tmp_path):
+    with without_model(tmp_path, "--queue", "3", "--seconds", "0.05") as server:
         server.wait()
         lines = lines_of(generate([f"{text} {n}" for n in range(4) for text in TEXTS], server.url))
         assert all("file" in line for line in lines)
-        assert server.metric('sage_rejected_total{reason="queue_full"}') > 0
+        for reason in ("queue_full", "too_many_images"):
+            assert server.metric(f'sage_rejected_total{{reason="{reason}"}}') > 0
 
 
 def test_a_server_that_comes_back_is_asked_again(generate, tmp_path, monkeypatch, capsys):

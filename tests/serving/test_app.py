@@ -206,6 +206,11 @@ def test_metrics_are_what_the_client_counted(tmp_path):
         assert server.metric('sage_rejected_total{reason="queue_full"}') == statuses.count(429)
         assert server.metric("sage_evaluations_total") == 4.5 * drawn
         assert server.metric("sage_images_open") == 0
+        # More than the server ever holds at a time: to ask again would be of no use.
+        refused = server.ask(["a"] * 5)
+        assert refused.status_code == 413 and "Retry-After" not in refused.headers
+        assert "5 images were asked for, but the server holds 4 at a time" in refused.json()["error"]["message"]
+        assert server.ask(["a"] * 4).status_code == 200
 
 
 @pytest.mark.slow
