@@ -119,6 +119,7 @@ class Server:
         ServerError if it does not answer.
         """
         common = {name: settings[name] for name in (*_SETTINGS, "negative_prompt") if name in settings}
+        common["literal"] = True  # the list was checked when it was read
         if self._model is not None:
             common["model"] = self._model
         self._heard = time.monotonic()

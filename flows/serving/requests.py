@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sage.data.captions import clean_caption
+from flows.serving import texts
 from sage.data.rows import Rejected
 from sage.sampling.seeds import prompt_seed
 
@@ -38,6 +38,10 @@ class ImagesRequest(BaseModel):
     share_ratio: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = None
     branch_noise: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     negative_prompt: _Prompt = ""
+    literal: bool = Field(
+        False,
+        description="Whether templates, {a|b}, and markup of web UIs, (word:1.3), are text; else they are refused.",
+    )
     lora: Annotated[str, Field(max_length=64)] | Annotated[dict[str, _Weight], Field(max_length=8)] | None = Field(
         None, description="Name of a LoRA that /v1/models lists, or names with weights."
     )
@@ -229,13 +233,13 @@ def job(request: ImagesRequest, tenant: str | None, limits: Limits, model: Model
         )
     identity = secrets.token_hex(8)
     seeds = _seeds(request, count)
-    texts: list[str] = []
+    prompts: list[str] = []
     kept: list[int] = []
     failed: dict[int, Failed] = {}
     for number, prompt in enumerate(request.prompts):
         images = range(number * request.n, (number + 1) * request.n)
         try:
-            texts += [clean_caption(prompt)] * request.n
+            prompts += [texts.drawn(prompt, request.literal)] * request.n
             kept += images
         except Rejected as error:
             failed |= {i: Failed(identity, i, str(error.reason), str(error.detail)) for i in images}
@@ -244,7 +248,7 @@ def job(request: ImagesRequest, tenant: str | None, limits: Limits, model: Model
         raise _wrong("prompt", f"no prompt can be drawn: {first.message}", first.code)
     drawn = [seeds[i] for i in kept]
     seeded = request.seed is not None or request.seeds is not None
-    return Job(identity, tenant or identity, texts, drawn, settings, request.share, seeded, request.stream), failed
+    return Job(identity, tenant or identity, prompts, drawn, settings, request.share, seeded, request.stream), failed
 
 
 def _settings(request: ImagesRequest, limits: Limits, model: Model) -> dict[str, Any]:
@@ -253,7 +257,8 @@ def _settings(request: ImagesRequest, limits: Limits, model: Model) -> dict[str,
     given = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
     settings = {name: model.settings[name] for name in names if name in model.settings} | given
     try:
-        settings["negative_prompt"] = clean_caption(request.negative_prompt) if request.negative_prompt else ""
+        negative = request.negative_prompt
+        settings["negative_prompt"] = texts.drawn(negative, request.literal) if negative else ""
     except Rejected as error:
         raise _wrong("negative_prompt", str(error.detail), str(error.reason)) from error
     height, width = model.size

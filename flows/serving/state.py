@@ -59,7 +59,9 @@ class Server:
             raise RequestError(503, "draining", "the server is shutting down; ask another one", retry_after=5)
         capacity = self.options.queue + (self.worker.model.batch_size if self.worker.model else 0)
         if count > capacity:
-            message = f"{count} images were asked for, but the server holds {capacity} at a time; send fewer in a request"
+            message = (
+                f"{count} images were asked for, but the server holds {capacity} at a time; send fewer in a request"
+            )
             raise RequestError(413, "too_many_images", f"{message}, or start it with a larger --queue", "prompt")
         if self.open + count > capacity:
             wait = math.ceil((self._pace or 1.0) * self.open)

@@ -88,6 +88,11 @@ def test_a_prompt_that_is_too_long_costs_no_member_of_its_group(generate, quick)
     assert [line["shared_with"] for line in lines[1:]] == [["000003"], ["000002"]]
 
 
+def test_what_the_command_takes_as_text_the_server_draws_as_text(generate, quick):
+    lines = lines_of(generate(["a (red cat:1.3)", "a {red|blue} cat"], quick.url, literal=True))
+    assert [line["prompt"] for line in lines] == ["a (red cat:1.3)", "a {red|blue} cat"]
+
+
 def test_if_nothing_is_drawn_the_command_fails(generate, quick):
     with pytest.raises(DataError, match="the server drew none of 1 prompts: generation_failed: poison"):
         generate(["poison"], quick.url)

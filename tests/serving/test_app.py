@@ -42,6 +42,25 @@ def test_one_poison_prompt_of_eight_is_one_error(quick):
     assert [data[number]["error"]["code"] for number in (3, 5, 6)] == ["generation_failed", "no_caption", "bad_text"]
 
 
+def test_what_is_written_for_web_uis_is_refused_by_name_unless_it_is_said_to_be_text(quick):
+    prompts = [
+        "a (red cat:1.3)",
+        "a cat BREAK a dog",
+        "a {red|blue} cat",
+        "a __colour__ cat",
+        "a <lora:sketch:0.8> cat",
+    ]
+    data = quick.ask([*prompts, "a cat (at 12:30)"]).json()["data"]
+    codes = ["markup", "markup", "bad_template", "bad_template", "markup", None]
+    assert [item.get("error", {}).get("code") for item in data] == codes
+    assert "'{red|blue}' is a template" in data[2]["error"]["message"]
+    assert "name the LoRA in the field lora" in data[4]["error"]["message"]
+    refused = quick.ask("a cat", negative_prompt="(blurred:1.3)")
+    assert refused.status_code == 422 and refused.json()["error"]["param"] == "negative_prompt"
+    data = quick.ask(prompts, negative_prompt="(blurred:1.3)", literal=True).json()["data"]
+    assert [item["revised_prompt"] for item in data] == prompts
+
+
 def test_a_url_gives_the_same_image(quick):
     item = quick.ask("red cat", response_format="url").json()["data"][0]
     image = httpx.get(item["url"])

@@ -36,6 +36,7 @@ PLAUSIBLE = st.fixed_dictionaries(
         "model": st.text(max_size=10),
         "response_format": st.sampled_from(["b64_json", "url", "png"]),
         "stream": st.booleans(),
+        "literal": st.booleans(),
     },
 )
 BODIES = st.one_of(
