@@ -175,12 +175,10 @@ def prepare(
         raise DataError("the list has no prompt that can be drawn" + (f": {items[0].error}" if items else ""))
     if server is not None and given.get("batch_size") is not None:
         raise ConfigurationError("--batch-size is the server's own; leave it out, or start the server with another one")
-    if server is not None and given.get("image_steps"):
-        raise ConfigurationError("a server shares no steps among the images of a prompt; leave out --image-steps")
     pipe, name, settings, grouping = open_model(model or MODEL) if server is None else Server(server, model).opened()
     settings |= {key: value for key, value in given.items() if value is not None}
     settings |= {"negative_prompt": negative_prompt, "seed": seed, "group": grouping.model_dump()}
-    settings["image_steps"] = drawing.image_steps(pipe, settings) if server is None else 0
+    settings["image_steps"] = drawing.image_steps(pipe, settings)
     # The images of one prompt are grouped as one if they share steps; else no group has a prompt twice.
     alike = list(zip(texts, keys, strict=True))
     images = equal(alike) if settings["image_steps"] else [[number] for number in range(len(texts))]

@@ -35,7 +35,7 @@ _QUIET = 10.0  # seconds of waiting between two messages
 _LATER = (408, 429, 502, 503, 504)
 _LOSSES = 5  # tries of a request whose images are lost with the model process
 _LOST = ("worker_lost", "draining", "not_ready")  # errors of images that another try may draw
-_SETTINGS = ("steps", "guidance_scale", "share_ratio", "branch_noise")
+_SETTINGS = ("steps", "guidance_scale", "share_ratio", "branch_noise", "image_steps")
 
 
 class ServerError(SageError):
@@ -82,6 +82,7 @@ class Server:
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._model = model
         self._serves = ""  # hash of the model
+        self._image_steps = 0  # that are safe with full branch noise
         self._heard = self._told = time.monotonic()
         self.refused: dict[int, str] = {}
 
@@ -89,10 +90,14 @@ class Server:
         """Return the steps of a plan; what a scheduler evaluates beyond them, only the server knows."""
         return steps
 
+    def safe_image_steps(self, steps: int, branch_noise: float) -> int:
+        """Return how many first steps the images of one prompt share if the model has no number for it."""
+        return self._image_steps if branch_noise == 1 else 0
+
     def opened(self) -> tuple["Server", str, dict[str, Any], Group]:
         """Return this server, the hash of its model, and the model's sampling and grouping settings."""
         found = asyncio.run(self._alone())
-        self._serves = found["sha256"]
+        self._serves, self._image_steps = found["sha256"], found.get("safe_image_steps", 0)
         self.scheduler_name = found["settings"].get("scheduler") or self.scheduler_name
         settings = {name: found["settings"][name] for name in _SETTINGS if name in found["settings"]}
         group = found["settings"].get("group") or load_params().group.model_dump()
@@ -119,28 +124,24 @@ class Server:
         ServerError if it does not answer.
         """
         common = {name: settings[name] for name in (*_SETTINGS, "negative_prompt") if name in settings}
-        common["literal"] = True  # the list was checked when it was read
+        common |= {"prompt": texts, "seeds": seeds, "literal": True}  # the list was checked when it was read
         if self._model is not None:
             common["model"] = self._model
         self._heard = time.monotonic()
         try:
-            asyncio.run(self._draw(texts, seeds, iter(groups), common, take))
+            asyncio.run(self._draw(iter(groups), common, take))
         except ExceptionGroup as several:
             raise several.exceptions[0] from None
 
     async def _draw(
         self,
-        texts: Sequence[str],
-        seeds: Sequence[int],
         groups: Iterator[Sequence[int]],
         common: Mapping[str, Any],
         take: Callable[[Picture | int], None],
     ) -> None:
         async def work() -> None:
             for group in groups:  # one iterator for all workers
-                body = {"prompt": [texts[member] for member in group], "seeds": [seeds[member] for member in group]}
-                body["share"] = "request" if len(group) > 1 else "none"
-                found = await self._group(client, group, {**common, **body})
+                found = await self._group(client, group, _part(common, group))
                 await self._check(client)
                 for picture in found:
                     take(picture)
@@ -169,8 +170,8 @@ class Server:
                 # The answer does not say which prompt is at fault, or all are too many.
                 half = len(group) // 2
                 found: list[Picture | int] = []
-                for part in (slice(None, half), slice(half, None)):
-                    found += await self._group(client, group[part], self._part_of(body, part))
+                for part in (range(half), range(half, len(group))):
+                    found += await self._group(client, [group[place] for place in part], _part(body, part))
                 return found
             if of_prompt or error["code"] == "generation_failed":
                 self.refused |= dict.fromkeys(group, f"{error['code']}: {error['message']}")
@@ -179,11 +180,6 @@ class Server:
         raise ServerError(
             f"{self._address} lost the images of {body['prompt'][0]!r} {_LOSSES} times: {lost['message']}"
         )
-
-    @staticmethod
-    def _part_of(body: Mapping[str, Any], part: slice) -> dict[str, Any]:
-        some = {name: body[name][part] for name in ("prompt", "seeds")}
-        return {**body, **some, "share": "request" if len(some["prompt"]) > 1 else "none"}
 
     def _picture(self, group: Sequence[int], place: int, item: Mapping[str, Any]) -> Picture | int:
         if error := item.get("error"):
@@ -275,6 +271,12 @@ class Server:
         if 400 <= status < 500:
             return ConfigurationError(f"{said}; set {TOKEN} to a token of the server" if status == 401 else said)
         return ServerError(said)
+
+
+def _part(body: Mapping[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
+    """Return the request for some of the prompts of another."""
+    some = {name: [body[name][number] for number in numbers] for name in ("prompt", "seeds")}
+    return {**body, **some, **({"share": "request"} if len(numbers) > 1 else {"share": "none", "image_steps": 0})}
 
 
 def _transport_errors() -> type[Exception]:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -37,6 +38,9 @@ class ImagesRequest(BaseModel):
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     share_ratio: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = None
     branch_noise: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    image_steps: Annotated[int, Field(ge=0, le=1000)] | None = Field(
+        None, description="First steps that the images of one prompt share; 0: none."
+    )
     negative_prompt: _Prompt = ""
     literal: bool = Field(
         False,
@@ -95,6 +99,7 @@ class Model:
     created: int = 0
     version: str | None = None  # of a registered model
     loras: dict[str, str] = field(default_factory=dict)  # SHA-256 by name
+    safe_image_steps: int = 0  # first steps that images of one prompt share without loss, with full branch noise
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ class Job:
     tenant: str
     prompts: list[str]
     seeds: list[int]
-    settings: dict[str, Any]  # steps, guidance_scale, share_ratio, branch_noise, negative_prompt, height, width, lora
+    settings: dict[str, Any]  # those of `flows.drawing.draw`, and height, width, lora
     share: Share
     seeded: bool  # whether the client chose the seeds
     progress: bool = False  # whether the client wants to hear of each step
@@ -268,9 +273,28 @@ def _settings(request: ImagesRequest, limits: Limits, model: Model) -> dict[str,
             raise _wrong("size", f"size is {width}x{height}; width and height must be multiples of {model.multiple}")
         if height * width > limits.pixels:
             raise _wrong("size", f"size {width}x{height} is {height * width} pixels; at most {limits.pixels}")
+    settings["image_steps"] = _image_steps(request, settings, model)
     if model.loras or request.lora:
         settings["lora"] = _loras(request, model)
     return settings | {"height": height, "width": width}
+
+
+def _image_steps(request: ImagesRequest, settings: Mapping[str, Any], model: Model) -> int | None:
+    """Return how many first steps the images of a prompt share, None for the pipeline's rule.
+
+    The model's own setting gives way to the rest of the request; raises RequestError if the request's cannot be held.
+    """
+    noise, asked = settings.get("branch_noise", 0.0), request.image_steps
+    if asked is None:
+        default = model.settings.get("image_steps", 0)
+        able = request.share != "none" and noise and (default is None or default < settings["steps"])
+        return default if able else 0
+    if asked and request.share == "none":
+        raise _wrong("image_steps", f"image_steps is {asked}, but share is none; leave one of them out")
+    if asked and (not noise or asked >= settings["steps"]):
+        needs = f"needs branch_noise above 0 (it is {noise}) and more steps than that ({settings['steps']})"
+        raise _wrong("image_steps", f"image_steps {asked} {needs}: the images would come out alike")
+    return asked
 
 
 def _loras(request: ImagesRequest, model: Model) -> tuple[tuple[str, float, str], ...]:

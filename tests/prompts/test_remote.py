@@ -57,6 +57,7 @@ def lines_of(out):
 def test_the_folder_is_the_one_that_this_machine_makes(generate, tmp_path):
     tiny.pipeline("stable_diffusion", tmp_path).save_pretrained(tmp_path / "model")
     settings = {"steps": 4, "share_ratio": 0.5, "guidance_scale": 3.0, "seed": 1, "negative_prompt": "blue"}
+    settings |= {"branch_noise": 1.0, "image_steps": 1}  # two of the prompts are equal
     local = generate(TEXTS, None, "local", model=str(tmp_path / "model"), batch_size=1, **settings)
     with sage(tmp_path / "model", tmp_path, "--deterministic") as server:
         server.wait(600)
