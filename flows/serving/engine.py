@@ -408,6 +408,8 @@ class Engine:
             others=sum(other.job is not job for other in mates),
             prefix=None if unit.start is None else "exact" if unit.start.own_noise else "similar",
             truncated_tokens=stream.truncated_tokens[one.index],
+            steps=unit.steps,
+            image_steps=0 if job.share == "none" else drawing.image_steps(self._pipe, job.settings),
         )
 
     def _progress(self, calls: set[Call]) -> Iterator[Progress]:

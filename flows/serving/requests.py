@@ -141,7 +141,10 @@ class Grouped:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One finished image of a job; `evaluations` is its part of the cost, `alone` what it would have cost alone."""
+    """One finished image of a job; `evaluations` is its part of the cost, `alone` what it would have cost alone.
+
+    `steps` are those of its plan, of which the images of its prompt shared `image_steps`.
+    """
 
     job: str
     index: int
@@ -153,6 +156,8 @@ class Drawn:
     others: int = 0  # how many images of the tenant's other requests
     prefix: str | None = None  # how it began from an earlier request's prefix: "exact", "similar"
     truncated_tokens: int = 0
+    steps: int = 0
+    image_steps: int = 0
 
 
 @dataclass(frozen=True)

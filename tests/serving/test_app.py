@@ -1,5 +1,7 @@
 """The HTTP side, on a server whose model process draws nothing."""
 
+import base64
+import io
 import json
 import os
 import signal
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from PIL import Image
 from served import PATH, without_model
 from waiting import wait_for
 
@@ -59,6 +62,33 @@ def test_what_is_written_for_web_uis_is_refused_by_name_unless_it_is_said_to_be_
     assert refused.status_code == 422 and refused.json()["error"]["param"] == "negative_prompt"
     data = quick.ask(prompts, negative_prompt="(blurred:1.3)", literal=True).json()["data"]
     assert [item["revised_prompt"] for item in data] == prompts
+
+
+def test_a_png_says_how_it_was_drawn_as_sage_generate_and_web_uis_write_it(quick):
+    fields = {"negative_prompt": "blurred", "guidance_scale": 3.0, "seeds": [5, 6, 7]}
+    data = quick.ask(["\0", "red cat, blau", "red dog"], **fields).json()["data"]
+    images = [Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))) for item in data[1:]]
+    for image in images:
+        image.load()
+    assert json.loads(images[0].text["sage"]) == {
+        "id": "1",
+        "prompt": "red cat, blau",
+        "negative_prompt": "blurred",
+        "seed": 6,
+        "group": "1",
+        "shared_with": ["2"],
+        "plan": {"steps": 6, "share_ratio": 0.34},
+        "guidance_scale": 3.0,
+        "scheduler": "unknown",
+        "model": "0" * 64,
+        "truncated_tokens": 0,
+    }
+    assert json.loads(images[1].text["sage"])["shared_with"] == ["1"]
+    assert images[1].text["parameters"].splitlines() == [
+        "red dog",
+        "Negative prompt: blurred",
+        "Steps: 6, Sampler: unknown, CFG scale: 3.0, Seed: 7, Size: 1x1, Model hash: 0000000000",
+    ]
 
 
 def test_a_url_gives_the_same_image(quick):

@@ -1,5 +1,7 @@
 """Batches over HTTP, on a server whose model process draws nothing: each accepted line gets a result."""
 
+import base64
+import io
 import json
 import os
 import signal
@@ -8,6 +10,7 @@ import time
 import httpx
 import openai
 import pytest
+from PIL import Image
 from served import without_model
 from waiting import wait_for
 
@@ -118,6 +121,15 @@ def test_lines_share_within_the_batch_unless_they_or_their_users_say_otherwise(q
     found = {one["line"]: one["response"]["body"]["data"] for one in results(quick, accept(quick, body).json()["id"])}
     assert [data[0]["shared_with_lines"] for _, data in sorted(found.items())] == [[2], [], [0], [], [5], [4], []]
     assert [item["shared_with"] for item in found[2]] == [[1], [0]]
+    told = []
+    for item in (found[0][0], found[2][1]):
+        with Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))) as image:
+            image.load()
+            told.append(json.loads(image.text["sage"]))
+    assert [(one["id"], one["group"], sorted(one["shared_with"])) for one in told] == [
+        ("0.0", "0.0", ["2.0", "2.1"]),
+        ("2.1", "0.0", ["0.0", "2.0"]),
+    ]
 
 
 def test_results_go_on_from_where_a_client_left(quick):
