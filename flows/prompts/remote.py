@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 TOKEN = "SAGE_SERVER_TOKEN"  # noqa: S105 - the name of the variable
 _AT_A_TIME = 8  # requests
 _ANSWER, _CONNECT = 600.0, 10.0  # seconds for an answer with its images, and for a connection
-_PATIENCE = 600.0  # seconds without any answer, after which the run gives up
-_LONGEST = 60.0  # seconds between two tries, unless the server asks for more
-_QUIET = 10.0  # seconds of waiting between two messages
 _LATER = (408, 429, 502, 503, 504)
 _LOSSES = 5  # tries of a request whose images are lost with the model process
 _LOST = ("worker_lost", "draining", "not_ready")  # errors of images that another try may draw
@@ -42,6 +39,21 @@ class ServerError(SageError):
     """The server cannot be reached or does not answer as `sage serve` does; exit code 75 says: try again later."""
 
     exit_code = 75
+
+
+@dataclass(frozen=True)
+class Waits:
+    """How a run waits for its server, in seconds.
+
+    patience        without any answer, after which the run gives up
+    first, longest  between two tries, at first and at most, unless the server asks for more
+    quiet           between two messages that it waits
+    """
+
+    patience: float = 600.0
+    first: float = 0.5
+    longest: float = 60.0
+    quiet: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,7 @@ class Server:
     device = "server"
     scheduler_name = "unknown"
 
-    def __init__(self, address: str, model: str | None = None) -> None:
+    def __init__(self, address: str, model: str | None = None, waits: Waits = Waits()) -> None:
         """Take the server's address and, if only one model will do, its name; the token is in SAGE_SERVER_TOKEN."""
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -80,7 +92,7 @@ class Server:
             raise ConfigurationError(f"{TOKEN} holds characters that no token has; write the token alone")
         self._address = address.rstrip("/").removesuffix("/v1")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._model = model
+        self._model, self._waits = model, waits
         self._serves = ""  # hash of the model
         self._image_steps = 0  # that are safe with full branch noise
         self._heard = self._told = time.monotonic()
@@ -239,7 +251,7 @@ class Server:
 
     async def _answer(self, client: "AsyncClient", method: str, path: str, body: Any = None) -> "Response":
         """Return the answer to a request, which is sent again while the server is full, starting or gone."""
-        pause = 0.5
+        pause = self._waits.first
         while True:
             try:
                 answer = await client.request(method, path, json=body)
@@ -250,18 +262,19 @@ class Server:
                     self._heard = time.monotonic()
                     return answer
                 reason = f"status {answer.status_code}, {_error(answer)['message']}"
-                wait = _retry_after(answer) or pause
+                wait = _retry_after(answer, self._waits.patience) or pause
             await self._wait(reason, wait)
-            pause = min(2 * pause, _LONGEST)
+            pause = min(2 * pause, self._waits.longest)
 
     async def _wait(self, reason: str, seconds: float) -> None:
         """Wait before another try; raise ServerError if the server has not answered for too long."""
-        now = time.monotonic()
-        if now + seconds - self._heard > _PATIENCE:
+        now, waits = time.monotonic(), self._waits
+        if now + seconds - self._heard > waits.patience:
             raise ServerError(
-                f"{self._address} did not answer for {_PATIENCE:.0f} s, at last: {reason}; run the command again later"
+                f"{self._address} did not answer for {waits.patience:.0f} s, at last: {reason}; run the command again "
+                "later"
             )
-        if now - max(self._heard, self._told) > _QUIET:
+        if now - max(self._heard, self._told) > waits.quiet:
             self._told = now
             typer.echo(f"waiting for {self._address}: {reason}", err=True)
         await asyncio.sleep(seconds)
@@ -285,13 +298,13 @@ def _transport_errors() -> type[Exception]:
     return httpx.TransportError
 
 
-def _retry_after(answer: "Response") -> float | None:
-    """Return the seconds that a server asks to wait, given in seconds or as a date."""
+def _retry_after(answer: "Response", most: float) -> float | None:
+    """Return the seconds that a server asks to wait, given in seconds or as a date; at most `most`."""
     value = answer.headers.get("retry-after", "")
     if value.isdecimal():
-        return min(float(value[:9]), _PATIENCE)
+        return min(float(value[:9]), most)
     try:
-        return min(max(0.0, parsedate_to_datetime(value).timestamp() - time.time()), _PATIENCE)
+        return min(max(0.0, parsedate_to_datetime(value).timestamp() - time.time()), most)
     except (TypeError, ValueError):
         return None
 

@@ -5,8 +5,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from email.utils import formatdate
+from functools import partial
 
 import httpx
 import pytest
@@ -16,7 +16,7 @@ from waiting import PATIENCE, wait_for
 
 from flows.prompts import generate as prompts
 from flows.prompts import remote
-from flows.prompts.remote import Server, ServerError
+from flows.prompts.remote import Server, ServerError, Waits
 from sage.errors import ConfigurationError, DataError, DivergedError
 from sage.files import sha256_tree
 
@@ -45,6 +45,14 @@ def generate(tmp_path):
         options = {"steps": None, "share_ratio": None, "guidance_scale": None, "batch_size": None, "plan": False}
         prompts.main(str(source), tmp_path / out, **{"server": server, **options, **more})
         return tmp_path / out
+
+    return call
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    def call(**seconds):
+        monkeypatch.setattr(prompts, "Server", partial(Server, waits=Waits(**seconds)))
 
     return call
 
@@ -132,14 +140,14 @@ def test_an_address_that_is_none_is_refused_and_its_secrets_are_not_shown(addres
 def test_a_full_server_is_asked_again_until_all_is_drawn_and_for_less_if_a_group_is_too_large(generate, tmp_path):
     with without_model(tmp_path, "--queue", "3", "--seconds", "0.05") as server:
         server.wait()
-        lines = lines_of(generate([f"{text} {n}" for n in range(4) for text in TEXTS], server.url))
+        lines = lines_of(generate([*TEXTS, *(f"red cat {number}" for number in range(4))], server.url))
         assert all("file" in line for line in lines)
         for reason in ("queue_full", "too_many_images"):
             assert server.metric(f'sage_rejected_total{{reason="{reason}"}}') > 0
 
 
-def test_a_server_that_comes_back_is_asked_again(generate, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(remote, "_QUIET", 0.0)
+def test_a_server_that_comes_back_is_asked_again(generate, tmp_path, waits, capsys):
+    waits(first=0.1, longest=0.2, quiet=0.0)
     with without_model(tmp_path, "--seconds", "0.3") as server:
         server.wait()
         command = list(server.process.args)
@@ -149,7 +157,6 @@ def test_a_server_that_comes_back_is_asked_again(generate, tmp_path, monkeypatch
             wait_for(lambda: list((tmp_path / "out").glob("0*.png")))
             server.process.kill()
             server.process.wait()
-            time.sleep(0.5)
             again.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
 
         killer = threading.Thread(target=kill)
@@ -174,8 +181,8 @@ def test_a_server_that_does_not_answer_ends_the_run_with_code_75(generate, tmp_p
     assert gone.value.exit_code == 75
 
 
-def test_patience_ends(generate, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "_PATIENCE", 2.0)
+def test_patience_ends(generate, tmp_path, waits):
+    waits(patience=2.0)
     with without_model(tmp_path, "--seconds", "60", "--queue", "0") as server:
         server.wait()
         body = {"prompt": "a", "stream": True}
@@ -248,11 +255,11 @@ def test_images_that_are_not_finite_are_errors_as_on_this_machine(generate, quic
         generate(["blue cat", "stock exchange"], quick.url, "again")
 
 
-def test_a_terminated_command_does_not_wait_for_its_images(tmp_path):
-    source = tmp_path / "prompts.txt"
-    source.write_text("".join(f"red cat {n}\n" for n in range(100)))
+def test_a_terminated_command_does_not_wait_for_its_images(generate, tmp_path):
     with without_model(tmp_path, "--seconds", "10") as server:
         server.wait()
+        generate([f"red cat {number}" for number in range(100)], server.url, plan=True)  # embeds the prompts
+        source = tmp_path / "prompts.txt"
         command = [sys.executable, "-m", "flows.prompts.generate", str(source)]
         process = subprocess.Popen([*command, "--out", str(tmp_path / "out"), "--server", server.url])
         wait_for(lambda: server.metric("sage_images_open") > 8, process=process)
@@ -267,7 +274,7 @@ def test_a_terminated_command_does_not_wait_for_its_images(tmp_path):
     [("7", 7), ("0", 0), ("99999999", 600), ("", None), ("soon", None), (formatdate(0, usegmt=True), 0)],
 )
 def test_retry_after_is_seconds_or_a_date(value, seconds):
-    assert remote._retry_after(httpx.Response(429, headers={"Retry-After": value})) == seconds
+    assert remote._retry_after(httpx.Response(429, headers={"Retry-After": value}), 600) == seconds
 
 
 def test_help_imports_no_torch():
