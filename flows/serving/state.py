@@ -43,6 +43,7 @@ class Server:
         self._pace: float | None = None  # seconds for each image, at the last rate
         self._last = time.monotonic()
         self._links: OrderedDict[str, bytes] = OrderedDict()
+        self._linked = 0  # bytes
 
     def tenant(self, request: Request) -> str | None:
         """Return the tenant of a request's token, None without tokens; raise RequestError with status 401."""
@@ -123,8 +124,9 @@ class Server:
         """Keep an image for a while; return the name under which it can be fetched."""
         name = secrets.token_urlsafe(24)
         self._links[name] = png
-        while sum(map(len, self._links.values())) > _KEPT_IMAGES:
-            self._links.popitem(last=False)
+        self._linked += len(png)
+        while self._linked > _KEPT_IMAGES:
+            self._linked -= len(self._links.popitem(last=False)[1])
         return name
 
     def linked(self, name: str) -> bytes | None:
