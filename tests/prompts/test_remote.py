@@ -68,7 +68,7 @@ def test_the_folder_is_the_one_that_this_machine_makes(generate, tmp_path):
     settings |= {"branch_noise": 1.0, "image_steps": 1}  # two of the prompts are equal
     local = generate(TEXTS, None, "local", model=str(tmp_path / "model"), batch_size=1, **settings)
     with sage(tmp_path / "model", tmp_path, "--deterministic") as server:
-        server.wait(600)
+        server.wait()
         far = generate(TEXTS, server.url, "far", **settings)
         whole = sha256_tree(far)
         for name in ("000004.png", "000006.png", "manifest.jsonl", "contact.jpg"):
