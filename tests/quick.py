@@ -92,7 +92,7 @@ def draw(seconds, connection, source):
             groups = alike(job.prompts) if job.groups is None and job.share == "request" else job.groups
             mates = next((group for group in groups or () if index in group), [index])
             shared = [other for other in mates if other != index]
-            send(Drawn(job.id, index, PNG, job.seeds[index], 4.5, 6, shared))
+            send(Drawn(job.id, index, PNG, job.seeds[index], 4.5, 6, shared, steps=6))
 
 
 def alike(prompts):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from waiting import wait_for
+from waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).parents[1]
 PATH = "/v1/images/generations"
@@ -36,7 +36,7 @@ class Served:
         except httpx.HTTPError:
             return {"ready": False}
 
-    def wait(self, seconds: float = 60) -> float:
+    def wait(self, seconds: float = PATIENCE) -> float:
         return wait_for(lambda: self.ready()["ready"], seconds, self.process, self.log)
 
     def ask(self, prompt: Any, **fields: Any) -> httpx.Response:

@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from flows.machine import embedding_cache
-from flows.prompts import infotext
+from flows.prompts import metadata
 from flows.prompts.files import Expand, Item, Literal, Wildcards, read_prompts, syntax
 from flows.prompts.remote import Picture, Server
 from flows.report.sheet import in_rows, opened, sheet
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
     from sage.sampling.first_prediction import FirstPredictions
 
 MODEL = "models/sage"
-KEY = "sage"  # text chunk of a PNG that holds its metadata
 CONTACT = "contact.jpg"  # never the image of a prompt, which ends in .png
 ERROR = ".error"  # suffix of the file with the reason why a prompt has no image
 TILE, TILES, COLUMNS = 128, 240, 12
@@ -175,12 +173,10 @@ def prepare(
         raise DataError("the list has no prompt that can be drawn" + (f": {items[0].error}" if items else ""))
     if server is not None and given.get("batch_size") is not None:
         raise ConfigurationError("--batch-size is the server's own; leave it out, or start the server with another one")
-    if server is not None and given.get("image_steps"):
-        raise ConfigurationError("a server shares no steps among the images of a prompt; leave out --image-steps")
     pipe, name, settings, grouping = open_model(model or MODEL) if server is None else Server(server, model).opened()
     settings |= {key: value for key, value in given.items() if value is not None}
     settings |= {"negative_prompt": negative_prompt, "seed": seed, "group": grouping.model_dump()}
-    settings["image_steps"] = drawing.image_steps(pipe, settings) if server is None else 0
+    settings["image_steps"] = drawing.image_steps(pipe, settings)
     # The images of one prompt are grouped as one if they share steps; else no group has a prompt twice.
     alike = list(zip(texts, keys, strict=True))
     images = equal(alike) if settings["image_steps"] else [[number] for number in range(len(texts))]
@@ -298,9 +294,11 @@ def drawn(
                 write_text(path, result)
                 yield path
                 continue
-            mates = [items[other] for other in groups[number[member]] if other != member]
+            mates = {items[other].id: items[other].prompt for other in groups[number[member]] if other != member}
             scheduler = type(pipe.scheduler).__name__
-            facts = _facts(item, result.seed, number[member], mates, steps, settings, scheduler, model, truncated)
+            facts = metadata.facts(
+                item.id, item.prompt, result.seed, number[member], mates, steps, settings, scheduler, model, truncated
+            )
             path = out / f"{item.id}.png"
             save(result.image, facts, path)
             yield path
@@ -342,49 +340,6 @@ def say_count(out: Path | str, items: Sequence[Item]) -> None:
     typer.echo(f"{len(items) - lost} images in {out}" + (f"; {lost} prompts were not drawn" if lost else ""))
 
 
-def _facts(
-    item: Item,
-    seed: int,
-    group: int,
-    mates: list[Item],
-    steps: int,
-    settings: Mapping[str, Any],
-    scheduler: str,
-    model: str,
-    truncated: int,
-) -> dict[str, Any]:
-    """Return the metadata of an image.
-
-    item, seed  its prompt and its seed
-    group       number of its group
-    mates       the items that it shared steps with
-    steps       number of sampler steps
-    settings    sampling settings (`Job.settings`)
-    scheduler   class name of the scheduler
-    model       hash or name of the weights
-    truncated   number of the prompt's tokens that the text encoder cut off
-    """
-    plan = {
-        "steps": steps,
-        "share_ratio": settings["share_ratio"] if {mate.prompt for mate in mates} - {item.prompt} else 0.0,
-    }
-    if settings.get("image_steps"):
-        plan["image_steps"] = settings["image_steps"]
-    return {
-        "id": item.id,
-        "prompt": item.prompt,
-        "negative_prompt": settings["negative_prompt"],
-        "seed": seed,
-        "group": group,
-        "shared_with": [mate.id for mate in mates],
-        "plan": plan,
-        "guidance_scale": settings["guidance_scale"],
-        "scheduler": scheduler,
-        "model": model,
-        "truncated_tokens": truncated,
-    }
-
-
 def _draw_remotely(job: Job, out: Path) -> None:
     """Let the server draw the missing images; what it refuses becomes an error in the manifest.
 
@@ -403,11 +358,11 @@ def _draw_remotely(job: Job, out: Path) -> None:
             if member in there:
                 return
             if isinstance(found, Picture):
-                mates = [items[other] for other in found.shared_with]
+                item, mates = items[member], {items[other].id: items[other].prompt for other in found.shared_with}
                 group, truncated, steps = number[member], found.truncated_tokens, job.plan.steps
                 scheduler, model = server.scheduler_name, job.model
-                facts = _facts(
-                    items[member], found.seed, group, mates, steps, job.settings, scheduler, model, truncated
+                facts = metadata.facts(
+                    item.id, item.prompt, found.seed, group, mates, steps, job.settings, scheduler, model, truncated
                 )
                 save(found.image, facts, out / f"{items[member].id}.png")
                 costs[0] += found.evaluations
@@ -438,11 +393,8 @@ def _without(groups: Sequence[Sequence[int]], gone: Collection[int]) -> list[lis
 
 def save(image: Image.Image, facts: dict[str, Any], path: Path) -> None:
     """Write a PNG with `facts` as JSON in its metadata, and as web UIs read them, atomically."""
-    info = PngInfo()
-    info.add_itxt(KEY, json.dumps(facts, ensure_ascii=False))
-    info.add_text(infotext.KEY, infotext.infotext(facts, image.size))
     with new_file(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+        image.save(temporary, format="PNG", pnginfo=metadata.pnginfo(facts, image.size))
 
 
 def manifest(out: Path, items: Sequence[Item]) -> list[str]:
@@ -457,7 +409,7 @@ def manifest(out: Path, items: Sequence[Item]) -> list[str]:
             continue
         path = out / f"{item.id}.png"
         with Image.open(path) as image:
-            facts = json.loads(image.text[KEY])  # type: ignore[attr-defined]
+            facts = json.loads(image.text[metadata.KEY])  # type: ignore[attr-defined]
             if is_blank(image):
                 blank.append(item.id)
                 facts["blank"] = True

@@ -36,7 +36,10 @@ def infotext(facts: Mapping[str, Any], size: tuple[int, int]) -> str:
         **({"Model hash": model[:10]} if _is_hash(model) else {"Model": model}),
     }
     negative = [f"Negative prompt: {facts['negative_prompt']}"] if facts["negative_prompt"] else []
-    return "\n".join([facts["prompt"], *negative, ", ".join(f"{key}: {_quoted(v)}" for key, v in settings.items())])
+    loras = "".join(f" <lora:{name}:{weight:g}>" for name, weight in facts.get("loras", {}).items())
+    return "\n".join(
+        [facts["prompt"] + loras, *negative, ", ".join(f"{key}: {_quoted(v)}" for key, v in settings.items())]
+    )
 
 
 def _is_hash(model: str) -> bool:

@@ -29,19 +29,31 @@ if TYPE_CHECKING:
 TOKEN = "SAGE_SERVER_TOKEN"  # noqa: S105 - the name of the variable
 _AT_A_TIME = 8  # requests
 _ANSWER, _CONNECT = 600.0, 10.0  # seconds for an answer with its images, and for a connection
-_PATIENCE = 600.0  # seconds without any answer, after which the run gives up
-_LONGEST = 60.0  # seconds between two tries, unless the server asks for more
-_QUIET = 10.0  # seconds of waiting between two messages
 _LATER = (408, 429, 502, 503, 504)
 _LOSSES = 5  # tries of a request whose images are lost with the model process
 _LOST = ("worker_lost", "draining", "not_ready")  # errors of images that another try may draw
-_SETTINGS = ("steps", "guidance_scale", "share_ratio", "branch_noise")
+_SETTINGS = ("steps", "guidance_scale", "share_ratio", "branch_noise", "image_steps")
 
 
 class ServerError(SageError):
     """The server cannot be reached or does not answer as `sage serve` does; exit code 75 says: try again later."""
 
     exit_code = 75
+
+
+@dataclass(frozen=True)
+class Waits:
+    """How a run waits for its server, in seconds.
+
+    patience        without any answer, after which the run gives up
+    first, longest  between two tries, at first and at most, unless the server asks for more
+    quiet           between two messages that it waits
+    """
+
+    patience: float = 600.0
+    first: float = 0.5
+    longest: float = 60.0
+    quiet: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,7 @@ class Server:
     device = "server"
     scheduler_name = "unknown"
 
-    def __init__(self, address: str, model: str | None = None) -> None:
+    def __init__(self, address: str, model: str | None = None, waits: Waits = Waits()) -> None:
         """Take the server's address and, if only one model will do, its name; the token is in SAGE_SERVER_TOKEN."""
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -80,8 +92,9 @@ class Server:
             raise ConfigurationError(f"{TOKEN} holds characters that no token has; write the token alone")
         self._address = address.rstrip("/").removesuffix("/v1")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._model = model
+        self._model, self._waits = model, waits
         self._serves = ""  # hash of the model
+        self._image_steps = 0  # that are safe with full branch noise
         self._heard = self._told = time.monotonic()
         self.refused: dict[int, str] = {}
 
@@ -89,10 +102,14 @@ class Server:
         """Return the steps of a plan; what a scheduler evaluates beyond them, only the server knows."""
         return steps
 
+    def safe_image_steps(self, steps: int, branch_noise: float) -> int:
+        """Return how many first steps the images of one prompt share if the model has no number for it."""
+        return self._image_steps if branch_noise == 1 else 0
+
     def opened(self) -> tuple["Server", str, dict[str, Any], Group]:
         """Return this server, the hash of its model, and the model's sampling and grouping settings."""
         found = asyncio.run(self._alone())
-        self._serves = found["sha256"]
+        self._serves, self._image_steps = found["sha256"], found.get("safe_image_steps", 0)
         self.scheduler_name = found["settings"].get("scheduler") or self.scheduler_name
         settings = {name: found["settings"][name] for name in _SETTINGS if name in found["settings"]}
         group = found["settings"].get("group") or load_params().group.model_dump()
@@ -119,27 +136,24 @@ class Server:
         ServerError if it does not answer.
         """
         common = {name: settings[name] for name in (*_SETTINGS, "negative_prompt") if name in settings}
+        common |= {"prompt": texts, "seeds": seeds, "literal": True}  # the list was checked when it was read
         if self._model is not None:
             common["model"] = self._model
         self._heard = time.monotonic()
         try:
-            asyncio.run(self._draw(texts, seeds, iter(groups), common, take))
+            asyncio.run(self._draw(iter(groups), common, take))
         except ExceptionGroup as several:
             raise several.exceptions[0] from None
 
     async def _draw(
         self,
-        texts: Sequence[str],
-        seeds: Sequence[int],
         groups: Iterator[Sequence[int]],
         common: Mapping[str, Any],
         take: Callable[[Picture | int], None],
     ) -> None:
         async def work() -> None:
             for group in groups:  # one iterator for all workers
-                body = {"prompt": [texts[member] for member in group], "seeds": [seeds[member] for member in group]}
-                body["share"] = "request" if len(group) > 1 else "none"
-                found = await self._group(client, group, {**common, **body})
+                found = await self._group(client, group, _part(common, group))
                 await self._check(client)
                 for picture in found:
                     take(picture)
@@ -165,11 +179,12 @@ class Server:
             error = _error(answer)
             of_prompt = answer.status_code in (413, 422) and (error["param"] or "prompt").startswith("prompt")
             if of_prompt and len(group) > 1:
-                # The answer does not say which prompt is at fault.
-                parts = [(place, self._one_of(body, place)) for place in range(len(group))]
-                return [
-                    one for place, part in parts for one in await self._group(client, group[place : place + 1], part)
-                ]
+                # The answer does not say which prompt is at fault, or all are too many.
+                half = len(group) // 2
+                found: list[Picture | int] = []
+                for part in (range(half), range(half, len(group))):
+                    found += await self._group(client, [group[place] for place in part], _part(body, part))
+                return found
             if of_prompt or error["code"] == "generation_failed":
                 self.refused |= dict.fromkeys(group, f"{error['code']}: {error['message']}")
                 return list(group)
@@ -177,11 +192,6 @@ class Server:
         raise ServerError(
             f"{self._address} lost the images of {body['prompt'][0]!r} {_LOSSES} times: {lost['message']}"
         )
-
-    @staticmethod
-    def _one_of(body: Mapping[str, Any], place: int) -> dict[str, Any]:
-        one = {name: body[name][place : place + 1] for name in ("prompt", "seeds")}
-        return {**body, **one, "share": "none"}
 
     def _picture(self, group: Sequence[int], place: int, item: Mapping[str, Any]) -> Picture | int:
         if error := item.get("error"):
@@ -241,7 +251,7 @@ class Server:
 
     async def _answer(self, client: "AsyncClient", method: str, path: str, body: Any = None) -> "Response":
         """Return the answer to a request, which is sent again while the server is full, starting or gone."""
-        pause = 0.5
+        pause = self._waits.first
         while True:
             try:
                 answer = await client.request(method, path, json=body)
@@ -252,18 +262,19 @@ class Server:
                     self._heard = time.monotonic()
                     return answer
                 reason = f"status {answer.status_code}, {_error(answer)['message']}"
-                wait = _retry_after(answer) or pause
+                wait = _retry_after(answer, self._waits.patience) or pause
             await self._wait(reason, wait)
-            pause = min(2 * pause, _LONGEST)
+            pause = min(2 * pause, self._waits.longest)
 
     async def _wait(self, reason: str, seconds: float) -> None:
         """Wait before another try; raise ServerError if the server has not answered for too long."""
-        now = time.monotonic()
-        if now + seconds - self._heard > _PATIENCE:
+        now, waits = time.monotonic(), self._waits
+        if now + seconds - self._heard > waits.patience:
             raise ServerError(
-                f"{self._address} did not answer for {_PATIENCE:.0f} s, at last: {reason}; run the command again later"
+                f"{self._address} did not answer for {waits.patience:.0f} s, at last: {reason}; run the command again "
+                "later"
             )
-        if now - max(self._heard, self._told) > _QUIET:
+        if now - max(self._heard, self._told) > waits.quiet:
             self._told = now
             typer.echo(f"waiting for {self._address}: {reason}", err=True)
         await asyncio.sleep(seconds)
@@ -275,19 +286,25 @@ class Server:
         return ServerError(said)
 
 
+def _part(body: Mapping[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
+    """Return the request for some of the prompts of another."""
+    some = {name: [body[name][number] for number in numbers] for name in ("prompt", "seeds")}
+    return {**body, **some, **({"share": "request"} if len(numbers) > 1 else {"share": "none", "image_steps": 0})}
+
+
 def _transport_errors() -> type[Exception]:
     import httpx
 
     return httpx.TransportError
 
 
-def _retry_after(answer: "Response") -> float | None:
-    """Return the seconds that a server asks to wait, given in seconds or as a date."""
+def _retry_after(answer: "Response", most: float) -> float | None:
+    """Return the seconds that a server asks to wait, given in seconds or as a date; at most `most`."""
     value = answer.headers.get("retry-after", "")
     if value.isdecimal():
-        return min(float(value[:9]), _PATIENCE)
+        return min(float(value[:9]), most)
     try:
-        return min(max(0.0, parsedate_to_datetime(value).timestamp() - time.time()), _PATIENCE)
+        return min(max(0.0, parsedate_to_datetime(value).timestamp() - time.time()), most)
     except (TypeError, ValueError):
         return None
 

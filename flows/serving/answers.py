@@ -26,8 +26,8 @@ class Answer:
         tenant = requests.tenant_name(key, asked.user)
         self.job, failed = requests.job(asked, tenant, server.options.limits, model)
         self._server, self._request, self._asked = server, request, asked
-        self._worker = server.worker
-        self._items = Items(self.job.prompts, failed, self._shown)
+        self._worker, self._model = server.worker, model
+        self._items = Items(self.job, failed, self._shown)
         server.take(self._items.open)
         try:
             self._events = self._worker.submit(self.job)
@@ -99,7 +99,7 @@ class Answer:
         found = self._items
         if isinstance(told, Drawn):
             places = [found.places[told.index]]
-            found.draw(places[0], told, [found.places[other] for other in told.shared_with])
+            found.draw(places[0], told, [found.places[other] for other in told.shared_with], self._model)
             self._server.metrics.drawn(told)
         else:
             # One event may stand for all images that are left.

@@ -73,6 +73,7 @@ def create_app(server: Server, batches: Batches | None = None) -> FastAPI:
             "sha256": model.sha256,
             "settings": model.settings,
             "loras": model.loras,
+            "safe_image_steps": model.safe_image_steps,
             "size": f"{model.size[1]}x{model.size[0]}",
         }
         listed = {"id": model.name, "object": "model", "created": model.created, "owned_by": "sage", **own}

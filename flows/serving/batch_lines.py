@@ -93,7 +93,7 @@ def checked(number: int, asked: BatchLine, seed: int, tenant: str | None, limits
     if body.seed is None and body.seeds is None:
         body = body.model_copy(update={"seed": prompt_seed(seed, str(number))})
     job, failed = requests.job(body, requests.tenant_name(tenant, body.user), limits, model)
-    return Line(number, asked.custom_id, job, Items(job.prompts, failed, items.encoded))
+    return Line(number, asked.custom_id, job, Items(job, failed, items.encoded, number))
 
 
 def custom_id(line: bytes) -> str | None:

@@ -58,6 +58,7 @@ class Run:
         self._batch, self._server, self._room = batch, server, room
         self._lines: dict[int, Line] = {}
         self._done: set[int] = set()  # lines with a result
+        self._drawn_by: dict[int, Model] = {}
         self._unwritten: list[Result] = []
         self._writing = asyncio.Lock()
 
@@ -152,6 +153,8 @@ class Run:
         """Draw images that belong together and record the lines that they finish; return the error if all were lost."""
         job = self._job(group)
         worker, events = await self._submitted(job)
+        model = worker.model
+        assert model is not None
         open_ = set(range(len(group)))
         try:
             while open_:
@@ -160,7 +163,7 @@ class Run:
                     return event
                 assert isinstance(event, Drawn | Failed) and event.index is not None
                 if isinstance(event, Drawn):
-                    self._take(group, event)
+                    self._take(group, event, model)
                 else:
                     self._fail([group[event.index]], event)
                 open_.discard(event.index)
@@ -186,7 +189,7 @@ class Run:
             background=True,
         )
 
-    def _take(self, group: Sequence[Image], event: Drawn) -> None:
+    def _take(self, group: Sequence[Image], event: Drawn, model: Model) -> None:
         number, place = group[event.index]
         self._server.metrics.drawn(event)
         found = self._lines[number].items
@@ -194,7 +197,10 @@ class Run:
             return  # drawn again, because others of its group had to be
         mates = [group[other] for other in event.shared_with]
         own = [other for line, other in mates if line == number]
-        found.draw(place, event, own, shared_with_lines=sorted({line for line, _ in mates} - {number}))
+        lines = {line: self._lines[line].items for line, _ in mates if line != number}
+        beyond = {lines[line].name(other): lines[line].prompts[other] for line, other in mates if line != number}
+        found.draw(place, event, own, model, beyond, shared_with_lines=sorted(lines))
+        self._drawn_by[number] = model
 
     def _fail(self, images: Sequence[Image], event: Failed) -> None:
         for number, place in images:
@@ -205,14 +211,14 @@ class Run:
 
     def _results(self, group: Sequence[Image]) -> list[Result]:
         """Return the results of the lines that are finished and have none yet."""
-        results, model = [], self._server.worker.model
+        results = []
         for number in dict.fromkeys(line for line, _ in group):
             line = self._lines[number]
             if number in self._done or line.items.open:
                 continue
             body = {"created": int(time.time()), "data": line.items.data, "usage": line.items.usage}
             if line.items.status == 200:
-                sha256 = model and model.sha256
+                sha256 = self._drawn_by[number].sha256
                 response = {"status_code": 200, "request_id": line.job.id, "model_sha256": sha256, "body": body}
                 results.append(_result(number, line.custom_id, response=response, found=line.items))
             else:

@@ -1,6 +1,6 @@
 """The engine of the model process: a queue of jobs, drawn together by continuous batching.
 
-A *unit* is what is admitted at once: one image, or a group of images of one request that share their early steps.
+A *unit* is what is admitted at once: one image, or a group of images that share early steps.
 Units are admitted in order of arrival as rows of the running batch become free.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from flows import drawing
 from flows.serving.encoder import Embedded
 from flows.serving.prefixes import Prefixes
 from flows.serving.requests import Drawn, Failed, Job, Progress
@@ -28,7 +29,8 @@ from sage.grouping.policy import Policy
 from sage.sampling.adapters import Worn
 from sage.sampling.branch_noise import begins_as_noise
 from sage.sampling.continuous import Call, Continuous, Finished, Prefix, Start
-from sage.sampling.plan import Block, Node, Plan, shared_steps
+from sage.sampling.partition import equal
+from sage.sampling.plan import shared_steps
 
 _HOLD = 0.05  # seconds that an image waits at most for others of its tenant to share with
 _WINDOW = 1024  # images of one kind that wait so
@@ -50,7 +52,7 @@ class _Member:
 
 @dataclass(eq=False)
 class _Unit:
-    """Images that share early steps until step `until`; a single image shares none.
+    """Images that share early steps; those of different prompts until step `until`.
 
     With the mean `embedding` of its prompts it may begin from a similar prefix, or leave one at step `until`.
     """
@@ -70,10 +72,10 @@ class _Unit:
 
 @dataclass
 class _Forming:
-    """Images of one kind that wait for others to share with, by number of arrival."""
+    """Images of one kind that wait for others to share with, those of a prompt together, by number of arrival."""
 
     grouper: StreamingGrouper[int]
-    members: dict[int, tuple[_Member, np.ndarray]] = field(default_factory=dict)
+    members: dict[int, tuple[tuple[_Member, ...], np.ndarray]] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
 
@@ -194,14 +196,27 @@ class Engine:
 
     def groups(self, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[list[int]]:
         """Return the groups of prompts, by number, that share their early steps; threads may ask."""
-        steps, until = self._steps(settings)
-        if not until or len(set(prompts)) < 2:
-            return [[index] for index in range(len(prompts))]
-        return self._grouped(prompts, embed(prompts), until / steps)
+        alike = len(set(prompts)) > 1 and self._steps(settings)[1]
+        return self._grouped(prompts, settings, embed(prompts) if alike else None)
 
-    def _grouped(self, prompts: Sequence[str], embeddings: np.ndarray, share_ratio: float) -> list[list[int]]:
-        threshold = self._policy.choose_threshold(embeddings, share_ratio, self._model, prompts)
-        return [list(map(int, group)) for group in self._policy.form(prompts, embeddings, threshold)]
+    def _grouped(
+        self, prompts: Sequence[str], settings: Mapping[str, Any], embeddings: np.ndarray | None
+    ) -> list[list[int]]:
+        """Return the groups of images, by number; without embeddings only images of one prompt share."""
+        images = self._images(prompts, settings)
+        groups = [[number] for number in range(len(images))]
+        if embeddings is not None:
+            steps, until = self._steps(settings)
+            first = [numbers[0] for numbers in images]
+            texts, rows = [prompts[number] for number in first], embeddings[first]
+            threshold = self._policy.choose_threshold(rows, until / steps, self._model, texts)
+            groups = self._policy.form(texts, rows, threshold)
+        return [sorted(image for prompt in group for image in images[prompt]) for group in groups]
+
+    def _images(self, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[list[int]]:
+        """Return the images that are grouped as one: those of a prompt if they share steps, else each alone."""
+        together = drawing.image_steps(self._pipe, settings)
+        return equal(prompts) if together else [[number] for number in range(len(prompts))]
 
     def _steps(self, settings: Mapping[str, Any]) -> tuple[int, int]:
         """Return the number of steps of images with these settings, and at which of them a group branches."""
@@ -216,11 +231,11 @@ class Engine:
 
     def _units(self, job: Job, members: Sequence[_Member], embeddings: np.ndarray | None) -> Iterator[_Unit]:
         steps, until = self._steps(job.settings)
-        groups = [[index] for index in range(len(members))]
-        if job.groups is not None:
-            groups = job.groups
-        elif embeddings is not None:
-            groups = self._grouped(job.prompts, embeddings, until / steps)
+        groups = job.groups
+        if groups is None and job.share == "none":
+            groups = [[index] for index in range(len(members))]
+        if groups is None:
+            groups = self._grouped(job.prompts, job.settings, embeddings)
         for group in groups:
             yield _Unit(tuple(members[index] for index in group), until if len(group) > 1 else 0, steps)
 
@@ -233,8 +248,9 @@ class Engine:
     def _form(self, job: Job, members: Sequence[_Member], embeddings: np.ndarray) -> None:
         """Queue images that can begin from a prefix; let the others wait for company, no longer than it can gain."""
         steps, until = self._steps(job.settings)
-        for member, embedding in zip(members, embeddings, strict=True):
-            unit = _Unit((member,), until, steps, embedding)
+        for numbers in self._images(job.prompts, job.settings):
+            images, embedding = tuple(members[number] for number in numbers), embeddings[numbers[0]]
+            unit = _Unit(images, until, steps, embedding)
             if self._similar(unit) is not None:
                 self._queued(unit)
                 continue
@@ -247,7 +263,7 @@ class Engine:
             forming.grouper.wait = min(_HOLD, until * self._pace)
             number = next(forming.numbers)
             forming.grouper.add(number, embedding, time.monotonic())
-            forming.members[number] = (member, embedding)
+            forming.members[number] = (images, embedding)
 
     def _release(self) -> None:
         """Queue the images that have waited enough, as groups by the same policy as those of one request."""
@@ -255,15 +271,16 @@ class Engine:
         for kind, forming in list(self._forming.items()):
             for numbers in forming.grouper.release(now):
                 released = [forming.members.pop(number) for number in numbers]
-                found = [(member, embedding) for member, embedding in released if not member.done]
+                left = [(tuple(one for one in images if not one.done), embedding) for images, embedding in released]
+                found = [(images, embedding) for images, embedding in left if images]
                 if not found:
                     continue
-                steps, until = self._steps(found[0][0].job.settings)
+                steps, until = self._steps(found[0][0][0].job.settings)
                 embeddings = np.stack([embedding for _, embedding in found])
-                prompts = [member.prompt for member, _ in found]
+                prompts = [images[0].prompt for images, _ in found]
                 for group in self._policy.form(prompts, embeddings, forming.grouper.threshold):
                     mean = embeddings[group].mean(0)
-                    members = tuple(found[index][0] for index in group)
+                    members = tuple(member for index in group for member in found[index][0])
                     self._queued(_Unit(members, until, steps, mean / np.linalg.norm(mean)))
             if not forming.grouper.waiting:
                 del self._forming[kind]
@@ -296,11 +313,12 @@ class Engine:
         for call, places in self._calls.items():
             for images, prefix in call.kept:
                 unit = places[images[0]][1]
-                prompts = [member.prompt for member in unit.members]
+                prompts = list(dict.fromkeys(places[image][0].prompt for image in images))
+                whole = set(prompts) == {member.prompt for member in unit.members}
                 job = unit.members[0].job
                 if unit.start is not None or (job.tenant == job.id and not self._across_tenants):
                     continue
-                if unit.embedding is not None and prefix.step == unit.until:
+                if unit.embedding is not None and prefix.step == unit.until and whole:
                     self.prefixes.put(self._cached_as(unit), prompts, prefix, unit.embedding)
                 elif prefix.step == 1 and len(prompts) == 1:
                     self.prefixes.put(self._cached_as(unit), prompts, prefix)
@@ -342,19 +360,19 @@ class Engine:
     def _start(self, units: Sequence[_Unit], background: bool) -> None:
         places = [(member, unit) for unit in units for member in unit.members]
         settings = units[0].members[0].job.settings
-        roots: list[Node] = []
         starts = {}
+        groups: list[list[int]] = []
         number = 0
         for unit in units:
             unit.start = self._begin(unit)
             if unit.start is not None:
                 starts[number] = unit.start
-            numbers = tuple(range(number, number + len(unit.members)))
-            roots.append(Block(unit.until, numbers) if len(numbers) > 1 else number)
-            number += len(numbers)
+            groups.append(list(range(number, number + len(unit.members))))
+            number += len(unit.members)
+        texts, image_steps = [member.prompt for member, _ in places], drawing.image_steps(self._pipe, settings)
         stream = self._pipe.stream(
-            [member.prompt for member, _ in places],
-            plan=Plan(units[0].steps, tuple(roots)),
+            texts,
+            plan=drawing.planned(groups, texts, units[0].steps, settings["share_ratio"], image_steps),
             num_inference_steps=settings["steps"],
             guidance_scale=settings["guidance_scale"],
             branch_noise=settings.get("branch_noise", 0.0),
@@ -385,11 +403,13 @@ class Engine:
             one.image,
             one.seed,
             evaluations=round(one.evaluations, 6),
-            alone=unit.steps * (2 if job.settings["guidance_scale"] > 1 else 1),
+            alone=stream.cost.independent // stream.plan.prompts,
             shared_with=[other.index for other in mates if other.job is job],
             others=sum(other.job is not job for other in mates),
             prefix=None if unit.start is None else "exact" if unit.start.own_noise else "similar",
             truncated_tokens=stream.truncated_tokens[one.index],
+            steps=unit.steps,
+            image_steps=0 if job.share == "none" else drawing.image_steps(self._pipe, job.settings),
         )
 
     def _progress(self, calls: set[Call]) -> Iterator[Progress]:

@@ -3,12 +3,13 @@
 import itertools
 import json
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sage.data.captions import clean_caption
+from flows.serving import texts
 from sage.data.rows import Rejected
 from sage.sampling.seeds import prompt_seed
 
@@ -37,7 +38,14 @@ class ImagesRequest(BaseModel):
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     share_ratio: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = None
     branch_noise: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    image_steps: Annotated[int, Field(ge=0, le=1000)] | None = Field(
+        None, description="First steps that the images of one prompt share; 0: none."
+    )
     negative_prompt: _Prompt = ""
+    literal: bool = Field(
+        False,
+        description="Whether templates, {a|b}, and markup of web UIs, (word:1.3), are text; else they are refused.",
+    )
     lora: Annotated[str, Field(max_length=64)] | Annotated[dict[str, _Weight], Field(max_length=8)] | None = Field(
         None, description="Name of a LoRA that /v1/models lists, or names with weights."
     )
@@ -91,6 +99,7 @@ class Model:
     created: int = 0
     version: str | None = None  # of a registered model
     loras: dict[str, str] = field(default_factory=dict)  # SHA-256 by name
+    safe_image_steps: int = 0  # first steps that images of one prompt share without loss, with full branch noise
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ class Job:
     tenant: str
     prompts: list[str]
     seeds: list[int]
-    settings: dict[str, Any]  # steps, guidance_scale, share_ratio, branch_noise, negative_prompt, height, width, lora
+    settings: dict[str, Any]  # those of `flows.drawing.draw`, and height, width, lora
     share: Share
     seeded: bool  # whether the client chose the seeds
     progress: bool = False  # whether the client wants to hear of each step
@@ -132,7 +141,10 @@ class Grouped:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One finished image of a job; `evaluations` is its part of the cost, `alone` what it would have cost alone."""
+    """One finished image of a job; `evaluations` is its part of the cost, `alone` what it would have cost alone.
+
+    `steps` are those of its plan, of which the images of its prompt shared `image_steps`.
+    """
 
     job: str
     index: int
@@ -144,6 +156,8 @@ class Drawn:
     others: int = 0  # how many images of the tenant's other requests
     prefix: str | None = None  # how it began from an earlier request's prefix: "exact", "similar"
     truncated_tokens: int = 0
+    steps: int = 0
+    image_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -229,13 +243,13 @@ def job(request: ImagesRequest, tenant: str | None, limits: Limits, model: Model
         )
     identity = secrets.token_hex(8)
     seeds = _seeds(request, count)
-    texts: list[str] = []
+    prompts: list[str] = []
     kept: list[int] = []
     failed: dict[int, Failed] = {}
     for number, prompt in enumerate(request.prompts):
         images = range(number * request.n, (number + 1) * request.n)
         try:
-            texts += [clean_caption(prompt)] * request.n
+            prompts += [texts.drawn(prompt, request.literal)] * request.n
             kept += images
         except Rejected as error:
             failed |= {i: Failed(identity, i, str(error.reason), str(error.detail)) for i in images}
@@ -244,7 +258,7 @@ def job(request: ImagesRequest, tenant: str | None, limits: Limits, model: Model
         raise _wrong("prompt", f"no prompt can be drawn: {first.message}", first.code)
     drawn = [seeds[i] for i in kept]
     seeded = request.seed is not None or request.seeds is not None
-    return Job(identity, tenant or identity, texts, drawn, settings, request.share, seeded, request.stream), failed
+    return Job(identity, tenant or identity, prompts, drawn, settings, request.share, seeded, request.stream), failed
 
 
 def _settings(request: ImagesRequest, limits: Limits, model: Model) -> dict[str, Any]:
@@ -253,7 +267,8 @@ def _settings(request: ImagesRequest, limits: Limits, model: Model) -> dict[str,
     given = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
     settings = {name: model.settings[name] for name in names if name in model.settings} | given
     try:
-        settings["negative_prompt"] = clean_caption(request.negative_prompt) if request.negative_prompt else ""
+        negative = request.negative_prompt
+        settings["negative_prompt"] = texts.drawn(negative, request.literal) if negative else ""
     except Rejected as error:
         raise _wrong("negative_prompt", str(error.detail), str(error.reason)) from error
     height, width = model.size
@@ -263,9 +278,28 @@ def _settings(request: ImagesRequest, limits: Limits, model: Model) -> dict[str,
             raise _wrong("size", f"size is {width}x{height}; width and height must be multiples of {model.multiple}")
         if height * width > limits.pixels:
             raise _wrong("size", f"size {width}x{height} is {height * width} pixels; at most {limits.pixels}")
+    settings["image_steps"] = _image_steps(request, settings, model)
     if model.loras or request.lora:
         settings["lora"] = _loras(request, model)
     return settings | {"height": height, "width": width}
+
+
+def _image_steps(request: ImagesRequest, settings: Mapping[str, Any], model: Model) -> int | None:
+    """Return how many first steps the images of a prompt share, None for the pipeline's rule.
+
+    The model's own setting gives way to the rest of the request; raises RequestError if the request's cannot be held.
+    """
+    noise, asked = settings.get("branch_noise", 0.0), request.image_steps
+    if asked is None:
+        default = model.settings.get("image_steps", 0)
+        able = request.share != "none" and noise and (default is None or default < settings["steps"])
+        return default if able else 0
+    if asked and request.share == "none":
+        raise _wrong("image_steps", f"image_steps is {asked}, but share is none; leave one of them out")
+    if asked and (not noise or asked >= settings["steps"]):
+        needs = f"needs branch_noise above 0 (it is {noise}) and more steps than that ({settings['steps']})"
+        raise _wrong("image_steps", f"image_steps {asked} {needs}: the images would come out alike")
+    return asked
 
 
 def _loras(request: ImagesRequest, model: Model) -> tuple[tuple[str, float, str], ...]:

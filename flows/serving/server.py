@@ -11,6 +11,7 @@ import uvicorn
 from flows.serving.app import create_app
 from flows.serving.batch_files import BatchFolder
 from flows.serving.batches import Batches
+from flows.serving.connections import Connection
 from flows.serving.metrics import Metrics, log
 from flows.serving.state import Options, Server
 from flows.serving.tenants import read_tokens
@@ -93,7 +94,8 @@ def serve(
         create_app(server, None if folder is None else Batches(server, folder)),
         host=host,
         port=port,
-        http="h11",
+        http=Connection,
+        ws="none",
         h11_max_incomplete_event_size=_HEADERS,
         access_log=False,
         log_level="warning",

@@ -43,6 +43,7 @@ class Server:
         self._pace: float | None = None  # seconds for each image, at the last rate
         self._last = time.monotonic()
         self._links: OrderedDict[str, bytes] = OrderedDict()
+        self._linked = 0  # bytes
 
     def tenant(self, request: Request) -> str | None:
         """Return the tenant of a request's token, None without tokens; raise RequestError with status 401."""
@@ -51,10 +52,18 @@ class Server:
         return tenant_of(request.headers.get("authorization", ""), self.options.tokens)
 
     def take(self, count: int) -> None:
-        """Reserve room for images; raise RequestError with status 429 if there is too little."""
+        """Reserve room for images.
+
+        Raises RequestError with status 429 if there is too little now, 413 if there never is enough.
+        """
         if self.draining:
             raise RequestError(503, "draining", "the server is shutting down; ask another one", retry_after=5)
         capacity = self.options.queue + (self.worker.model.batch_size if self.worker.model else 0)
+        if count > capacity:
+            message = (
+                f"{count} images were asked for, but the server holds {capacity} at a time; send fewer in a request"
+            )
+            raise RequestError(413, "too_many_images", f"{message}, or start it with a larger --queue", "prompt")
         if self.open + count > capacity:
             wait = math.ceil((self._pace or 1.0) * self.open)
             message = f"{self.open} images are open, of {capacity} at most; try again in {max(1, min(wait, 60))} s"
@@ -115,8 +124,9 @@ class Server:
         """Keep an image for a while; return the name under which it can be fetched."""
         name = secrets.token_urlsafe(24)
         self._links[name] = png
-        while sum(map(len, self._links.values())) > _KEPT_IMAGES:
-            self._links.popitem(last=False)
+        self._linked += len(png)
+        while self._linked > _KEPT_IMAGES:
+            self._linked -= len(self._links.popitem(last=False)[1])
         return name
 
     def linked(self, name: str) -> bytes | None:

@@ -9,12 +9,16 @@ from flows.serving.requests import RequestError
 
 def read_tokens(path: Path) -> dict[bytes, str]:
     """Return tenants by the hash of their token; each line of the file is `tenant:token`, # begins a comment."""
-    found = {}
+    found: dict[bytes, str] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.strip() and not line.startswith("#"):
             tenant, _, token = line.strip().partition(":")
             if not tenant or not token:
                 raise ValueError(f"{path}: a line is not tenant:token")
+            if _hash(token) in found:
+                raise ValueError(
+                    f"{path}: tenants {found[_hash(token)]} and {tenant} have one token; give each its own"
+                )
             found[_hash(token)] = tenant
     if not found:
         raise ValueError(f"{path} has no tokens; write lines of tenant:token")

@@ -1,5 +1,6 @@
-"""Middleware: refuses foreign hosts and origins; counts, times and logs every request except probes."""
+"""Middleware: refuses foreign hosts and origins, gives up clients that do not read; counts and logs all but probes."""
 
+import asyncio
 import time
 from collections.abc import Collection
 from urllib.parse import urlsplit
@@ -11,6 +12,8 @@ from flows.serving import refusals
 from flows.serving.metrics import Metrics, log
 from flows.serving.requests import RequestError
 
+_STALLED = 30.0  # seconds for a part of an answer, and those for its bytes at the slowest rate
+_SLOWEST = 64 << 10  # bytes a second
 _PROBES = ("/healthz", "/readyz", "/metrics")
 
 
@@ -26,14 +29,19 @@ class Watch:
         if scope["type"] != "http" or scope["path"] in _PROBES:
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 499
+        began, status, stalled = time.perf_counter(), 499, False
         scope.setdefault("state", {})
 
         async def watched(message: Message) -> None:
-            nonlocal status
+            nonlocal status, stalled
             if message["type"] == "http.response.start":
                 status = message["status"]
-            await send(message)
+            try:
+                async with asyncio.timeout(_STALLED + len(message.get("body", b"")) / _SLOWEST):
+                    await send(message)
+            except TimeoutError as error:
+                stalled = True
+                raise ConnectionError("the client does not read its answer") from error
 
         try:
             if refusal := self._foreign(scope):
@@ -41,8 +49,9 @@ class Watch:
             else:
                 await self._app(scope, receive, watched)
         except Exception:
-            status = 500
-            raise
+            status = 499 if stalled else 500
+            if not stalled:
+                raise
         finally:
             seconds = time.perf_counter() - began
             route = getattr(scope.get("route"), "path", "none")

@@ -343,7 +343,8 @@ def _load(source: Source) -> tuple[Any, Model]:
     size = pipe._size(None, None, dict(pipe._options))
     multiple = pipe.vae_scale_factor * pipe._network.config.get("patch_size", 1)
     said = settings | {"group": grouping.model_dump(), "scheduler": type(pipe.scheduler).__name__}
-    model = Model(source.model, sha256, said, size, multiple, source.batch_size, int(time.time()), version, loras)
+    safe = pipe.safe_image_steps(settings["steps"], 1.0)
+    model = Model(source.model, sha256, said, size, multiple, source.batch_size, int(time.time()), version, loras, safe)
     smoke = settings | {"negative_prompt": "", "height": size[0], "width": size[1], "share_ratio": 0.0}
     worn: list[dict[str, Any]] = [{"lora": ((name, 1.0, sha256),)} for name, sha256 in loras.items()]
     if loras:

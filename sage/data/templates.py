@@ -105,10 +105,8 @@ class Syntax:
     def prompts(self, text: str) -> list[str]:
         """Return the prompts that a text stands for, not yet checked for markup; raise DataError if it is malformed."""
         if not self.expand:
-            if not self.literal and (found := _WRITTEN.search(text)):
-                raise DataError(
-                    f"{found[0]} is a wildcard; expand it (--expand all), or say that it is text (--literal)"
-                )
+            if not self.literal and (found := template(text)):
+                raise DataError(f"{found} is a wildcard; expand it (--expand all), or say that it is text (--literal)")
             return [text]
         tree = _Parser(text, self).parsed()
         if self.sample is None and tree.count > LIMIT:
@@ -127,6 +125,12 @@ class Syntax:
             other = generator.randrange(place, count)
             yield moved.get(other, other)
             moved[other] = moved.get(place, place)
+
+
+def template(text: str) -> str | None:
+    """Return the first part of a text that looks like a template, or None."""
+    found = _WRITTEN.search(text)
+    return found and found[0]
 
 
 def check(prompt: str) -> None:

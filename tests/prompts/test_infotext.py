@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flows.prompts import generate, infotext
+from flows.prompts import generate, infotext, metadata
 
 FACTS = {
     "prompt": "a red cat",
@@ -32,7 +32,7 @@ def test_what_web_uis_read_is_what_was_drawn(prompt: str, tmp_path: Path) -> Non
     generate.save(Image.new("RGB", (64, 48)), facts, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         texts = image.text
-    assert json.loads(texts[generate.KEY]) == facts
+    assert json.loads(texts[metadata.KEY]) == facts
     settings = {"Steps": "20", "Sampler": "DPM++ 2M", "CFG scale": "4.0", "Seed": str(2**63 - 1), "Size": "64x48"}
     assert read(texts["parameters"]) == (prompt, "blurred, dark", settings | {"Model hash": "0123456789"})
 

@@ -5,8 +5,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from email.utils import formatdate
+from functools import partial
 
 import httpx
 import pytest
@@ -16,7 +16,7 @@ from waiting import PATIENCE, wait_for
 
 from flows.prompts import generate as prompts
 from flows.prompts import remote
-from flows.prompts.remote import Server, ServerError
+from flows.prompts.remote import Server, ServerError, Waits
 from sage.errors import ConfigurationError, DataError, DivergedError
 from sage.files import sha256_tree
 
@@ -49,6 +49,14 @@ def generate(tmp_path):
     return call
 
 
+@pytest.fixture
+def waits(monkeypatch):
+    def call(**seconds):
+        monkeypatch.setattr(prompts, "Server", partial(Server, waits=Waits(**seconds)))
+
+    return call
+
+
 def lines_of(out):
     return [json.loads(line) for line in (out / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -57,9 +65,10 @@ def lines_of(out):
 def test_the_folder_is_the_one_that_this_machine_makes(generate, tmp_path):
     tiny.pipeline("stable_diffusion", tmp_path).save_pretrained(tmp_path / "model")
     settings = {"steps": 4, "share_ratio": 0.5, "guidance_scale": 3.0, "seed": 1, "negative_prompt": "blue"}
+    settings |= {"branch_noise": 1.0, "image_steps": 1}  # two of the prompts are equal
     local = generate(TEXTS, None, "local", model=str(tmp_path / "model"), batch_size=1, **settings)
     with sage(tmp_path / "model", tmp_path, "--deterministic") as server:
-        server.wait(600)
+        server.wait()
         far = generate(TEXTS, server.url, "far", **settings)
         whole = sha256_tree(far)
         for name in ("000004.png", "000006.png", "manifest.jsonl", "contact.jpg"):
@@ -85,6 +94,12 @@ def test_a_prompt_that_is_too_long_costs_no_member_of_its_group(generate, quick)
     long = "red cat " * 300
     lines = lines_of(generate([long, "red cat red cat", "red cat"], quick.url))
     assert [line.get("error", "")[:8] for line in lines] == ["too_long", "", ""]
+    assert [line["shared_with"] for line in lines[1:]] == [["000003"], ["000002"]]
+
+
+def test_what_the_command_takes_as_text_the_server_draws_as_text(generate, quick):
+    lines = lines_of(generate(["a (red cat:1.3)", "a {red|blue} cat"], quick.url, literal=True))
+    assert [line["prompt"] for line in lines] == ["a (red cat:1.3)", "a {red|blue} cat"]
 
 
 def test_if_nothing_is_drawn_the_command_fails(generate, quick):
@@ -122,16 +137,17 @@ def test_an_address_that_is_none_is_refused_and_its_secrets_are_not_shown(addres
     assert "secret@" not in str(refused.value)
 
 
-def test_a_full_server_is_asked_again_until_all_is_drawn(generate, tmp_path):
-    with without_model(tmp_path, "--queue", "6", "--seconds", "0.05") as server:
+def test_a_full_server_is_asked_again_until_all_is_drawn_and_for_less_if_a_group_is_too_large(generate, tmp_path):
+    with without_model(tmp_path, "--queue", "3", "--seconds", "0.05") as server:
         server.wait()
-        lines = lines_of(generate([f"{text} {n}" for n in range(4) for text in TEXTS], server.url))
+        lines = lines_of(generate([*TEXTS, *(f"red cat {number}" for number in range(4))], server.url))
         assert all("file" in line for line in lines)
-        assert server.metric('sage_rejected_total{reason="queue_full"}') > 0
+        for reason in ("queue_full", "too_many_images"):
+            assert server.metric(f'sage_rejected_total{{reason="{reason}"}}') > 0
 
 
-def test_a_server_that_comes_back_is_asked_again(generate, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(remote, "_QUIET", 0.0)
+def test_a_server_that_comes_back_is_asked_again(generate, tmp_path, waits, capsys):
+    waits(first=0.1, longest=0.2, quiet=0.0)
     with without_model(tmp_path, "--seconds", "0.3") as server:
         server.wait()
         command = list(server.process.args)
@@ -141,7 +157,6 @@ def test_a_server_that_comes_back_is_asked_again(generate, tmp_path, monkeypatch
             wait_for(lambda: list((tmp_path / "out").glob("0*.png")))
             server.process.kill()
             server.process.wait()
-            time.sleep(0.5)
             again.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
 
         killer = threading.Thread(target=kill)
@@ -166,8 +181,8 @@ def test_a_server_that_does_not_answer_ends_the_run_with_code_75(generate, tmp_p
     assert gone.value.exit_code == 75
 
 
-def test_patience_ends(generate, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "_PATIENCE", 2.0)
+def test_patience_ends(generate, tmp_path, waits):
+    waits(patience=2.0)
     with without_model(tmp_path, "--seconds", "60", "--queue", "0") as server:
         server.wait()
         body = {"prompt": "a", "stream": True}
@@ -240,11 +255,11 @@ def test_images_that_are_not_finite_are_errors_as_on_this_machine(generate, quic
         generate(["blue cat", "stock exchange"], quick.url, "again")
 
 
-def test_a_terminated_command_does_not_wait_for_its_images(tmp_path):
-    source = tmp_path / "prompts.txt"
-    source.write_text("".join(f"red cat {n}\n" for n in range(100)))
+def test_a_terminated_command_does_not_wait_for_its_images(generate, tmp_path):
     with without_model(tmp_path, "--seconds", "10") as server:
         server.wait()
+        generate([f"red cat {number}" for number in range(100)], server.url, plan=True)  # embeds the prompts
+        source = tmp_path / "prompts.txt"
         command = [sys.executable, "-m", "flows.prompts.generate", str(source)]
         process = subprocess.Popen([*command, "--out", str(tmp_path / "out"), "--server", server.url])
         wait_for(lambda: server.metric("sage_images_open") > 8, process=process)
@@ -259,7 +274,7 @@ def test_a_terminated_command_does_not_wait_for_its_images(tmp_path):
     [("7", 7), ("0", 0), ("99999999", 600), ("", None), ("soon", None), (formatdate(0, usegmt=True), 0)],
 )
 def test_retry_after_is_seconds_or_a_date(value, seconds):
-    assert remote._retry_after(httpx.Response(429, headers={"Retry-After": value})) == seconds
+    assert remote._retry_after(httpx.Response(429, headers={"Retry-After": value}), 600) == seconds
 
 
 def test_help_imports_no_torch():

@@ -14,7 +14,7 @@ from PIL import Image
 from waiting import wait_for
 
 from flows import leash
-from flows.prompts import generate, shards
+from flows.prompts import generate, metadata, shards
 from sage.errors import ConfigurationError, DataError
 from sage.evaluation.alignment import load_alignment, text_image_cosines
 from sage.evaluation.diversity import group_diversity
@@ -133,7 +133,7 @@ def test_a_blank_image_is_marked_and_not_judged(source, model, tmp_path, monkeyp
     draw_all(source, model, str(tmp_path / "out"), 1)
     path = tmp_path / "out/000005.png"
     with Image.open(path) as image:
-        generate.save(Image.new("RGB", image.size), json.loads(image.text[generate.KEY]), path)
+        generate.save(Image.new("RGB", image.size), json.loads(image.text[metadata.KEY]), path)
     shards.draw(str(tmp_path / "out"), judge=True)
     shards.finish(str(tmp_path / "out"), judged=1)
     assert "blank: 1 images are a single colour, first 000005" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """The HTTP side, on a server whose model process draws nothing."""
 
+import base64
+import io
 import json
 import os
 import signal
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from PIL import Image
 from served import PATH, without_model
 from waiting import wait_for
 
@@ -40,6 +43,52 @@ def test_one_poison_prompt_of_eight_is_one_error(quick):
     data = quick.ask(["a", "b", "c", "poison", "d", "", "e\0", "f"]).json()["data"]
     assert [number for number, item in enumerate(data) if "error" in item] == [3, 5, 6]
     assert [data[number]["error"]["code"] for number in (3, 5, 6)] == ["generation_failed", "no_caption", "bad_text"]
+
+
+def test_what_is_written_for_web_uis_is_refused_by_name_unless_it_is_said_to_be_text(quick):
+    prompts = [
+        "a (red cat:1.3)",
+        "a cat BREAK a dog",
+        "a {red|blue} cat",
+        "a __colour__ cat",
+        "a <lora:sketch:0.8> cat",
+    ]
+    data = quick.ask([*prompts, "a cat (at 12:30)"]).json()["data"]
+    codes = ["markup", "markup", "bad_template", "bad_template", "markup", None]
+    assert [item.get("error", {}).get("code") for item in data] == codes
+    assert "'{red|blue}' is a template" in data[2]["error"]["message"]
+    assert "name the LoRA in the field lora" in data[4]["error"]["message"]
+    refused = quick.ask("a cat", negative_prompt="(blurred:1.3)")
+    assert refused.status_code == 422 and refused.json()["error"]["param"] == "negative_prompt"
+    data = quick.ask(prompts, negative_prompt="(blurred:1.3)", literal=True).json()["data"]
+    assert [item["revised_prompt"] for item in data] == prompts
+
+
+def test_a_png_says_how_it_was_drawn_as_sage_generate_and_web_uis_write_it(quick):
+    fields = {"negative_prompt": "blurred", "guidance_scale": 3.0, "seeds": [5, 6, 7]}
+    data = quick.ask(["\0", "red cat, blau", "red dog"], **fields).json()["data"]
+    images = [Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))) for item in data[1:]]
+    for image in images:
+        image.load()
+    assert json.loads(images[0].text["sage"]) == {
+        "id": "1",
+        "prompt": "red cat, blau",
+        "negative_prompt": "blurred",
+        "seed": 6,
+        "group": "1",
+        "shared_with": ["2"],
+        "plan": {"steps": 6, "share_ratio": 0.34},
+        "guidance_scale": 3.0,
+        "scheduler": "unknown",
+        "model": "0" * 64,
+        "truncated_tokens": 0,
+    }
+    assert json.loads(images[1].text["sage"])["shared_with"] == ["1"]
+    assert images[1].text["parameters"].splitlines() == [
+        "red dog",
+        "Negative prompt: blurred",
+        "Steps: 6, Sampler: unknown, CFG scale: 3.0, Seed: 7, Size: 1x1, Model hash: 0000000000",
+    ]
 
 
 def test_a_url_gives_the_same_image(quick):
@@ -93,6 +142,9 @@ def test_the_model_is_listed(quick):
         ({"guidance_scale": -1}, "guidance_scale"),
         ({"share": "tenant"}, "share"),
         ({"share": "all"}, "share"),
+        ({"image_steps": 1, "branch_noise": 0}, "image_steps"),
+        ({"image_steps": 6}, "image_steps"),
+        ({"image_steps": 1, "share": "none"}, "image_steps"),
         ({"unknown": 1}, "unknown"),
     ],
     ids=lambda value: str(value)[:40],
@@ -206,6 +258,11 @@ def test_metrics_are_what_the_client_counted(tmp_path):
         assert server.metric('sage_rejected_total{reason="queue_full"}') == statuses.count(429)
         assert server.metric("sage_evaluations_total") == 4.5 * drawn
         assert server.metric("sage_images_open") == 0
+        # More than the server ever holds at a time: to ask again would be of no use.
+        refused = server.ask(["a"] * 5)
+        assert refused.status_code == 413 and "Retry-After" not in refused.headers
+        assert "5 images were asked for, but the server holds 4 at a time" in refused.json()["error"]["message"]
+        assert server.ask(["a"] * 4).status_code == 200
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Batches over HTTP, on a server whose model process draws nothing: each accepted line gets a result."""
 
+import base64
+import io
 import json
 import os
 import signal
@@ -8,6 +10,7 @@ import time
 import httpx
 import openai
 import pytest
+from PIL import Image
 from served import without_model
 from waiting import wait_for
 
@@ -85,12 +88,15 @@ def test_bad_lines_are_error_items_and_the_others_are_drawn(quick):
         b"",
         {"custom_id": "openai", "method": "POST", "url": "/v1/images/generations", "body": {"prompt": "red cat"}},
         {"custom_id": "other", "method": "POST", "url": "/v1/chat/completions", "body": {"prompt": "red cat"}},
+        {"custom_id": "markup", "prompt": "a (red cat:1.3)"},
+        {"custom_id": "text", "prompt": "a (red cat:1.3) {a|b}", "literal": True},
     )
     name = accept(quick, body).json()["id"]
     found = {one["line"]: one for one in results(quick, name)}
-    assert sorted(found) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12]
+    assert sorted(found) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14]
     errors = {one["custom_id"]: one["error"]["code"] for one in found.values() if one["error"]}
-    assert {line for line, one in found.items() if one["error"] is None} == {0, 4, 11}
+    assert {line for line, one in found.items() if one["error"] is None} == {0, 4, 11, 14}
+    assert errors["markup"] == "markup"
     assert errors["none"] == "no_caption" and errors["lost"] == "generation_failed" and errors["large"]
     assert found[3]["error"]["param"] == "size" and found[8]["error"]["param"] == "guidance_scale"
     assert found[1]["error"]["code"] == found[9]["error"]["code"] == "invalid_json"
@@ -98,8 +104,8 @@ def test_bad_lines_are_error_items_and_the_others_are_drawn(quick):
     data = found[4]["response"]["body"]["data"]
     assert [item.get("error", {}).get("code") for item in data] == ["generation_failed", None]
     assert len(found[0]["response"]["body"]["data"]) == 2
-    assert ended(quick, name)["request_counts"] == {"total": 12, "completed": 3, "failed": 9}
-    assert quick.metric('sage_batch_lines_total{outcome="failed"}') - before == 9
+    assert ended(quick, name)["request_counts"] == {"total": 14, "completed": 4, "failed": 10}
+    assert quick.metric('sage_batch_lines_total{outcome="failed"}') - before == 10
 
 
 def test_lines_share_within_the_batch_unless_they_or_their_users_say_otherwise(quick):
@@ -115,6 +121,15 @@ def test_lines_share_within_the_batch_unless_they_or_their_users_say_otherwise(q
     found = {one["line"]: one["response"]["body"]["data"] for one in results(quick, accept(quick, body).json()["id"])}
     assert [data[0]["shared_with_lines"] for _, data in sorted(found.items())] == [[2], [], [0], [], [5], [4], []]
     assert [item["shared_with"] for item in found[2]] == [[1], [0]]
+    told = []
+    for item in (found[0][0], found[2][1]):
+        with Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))) as image:
+            image.load()
+            told.append(json.loads(image.text["sage"]))
+    assert [(one["id"], one["group"], sorted(one["shared_with"])) for one in told] == [
+        ("0.0", "0.0", ["2.0", "2.1"]),
+        ("2.1", "0.0", ["0.0", "2.0"]),
+    ]
 
 
 def test_results_go_on_from_where_a_client_left(quick):

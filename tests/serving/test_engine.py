@@ -28,6 +28,7 @@ SETTINGS = {
     "width": 16,
 }
 POLICY = Policy(max_size=6, near_duplicate=0.999, threshold=0.5)
+CATS = ["a red cat on a mat", "a red cat on a rug", "a red cat on a sofa"]
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,39 @@ def test_similar_prompts_of_a_request_share_and_say_so(pipe):
         assert np.array_equal(pixels(found["a", index]), np.asarray(wanted[index]))
 
 
+@pytest.mark.parametrize("share_ratio", [0.0, 0.5])
+def test_images_of_one_prompt_share_their_first_steps_beside_what_prompts_share(pipe, share_ratio):
+    prompts = [*[CATS[0]] * 2, "the stock market fell", *[CATS[1]] * 2]
+    settings = {"branch_noise": 1.0, "share_ratio": share_ratio}
+    found = run(
+        Engine(pipe, POLICY, 4, deterministic=True), [job("a", prompts, share="request", image_steps=1, **settings)]
+    )
+    groups = [[0, 2], [1]] if share_ratio else [[0], [1], [2]]
+    plan = Plan.shared(groups, 4, share_ratio).for_images([[0, 1], [2], [3, 4]], 1)
+    wanted = alone(pipe, prompts, range(5), plan, **settings)
+    for index in range(5):
+        assert np.array_equal(pixels(found["a", index]), np.asarray(wanted[index]))
+    assert sum(event.evaluations for event in found.values()) == pytest.approx(plan.nfe(guidance=True), abs=1e-5)
+    assert found["a", 0].shared_with == ([1, 3, 4] if share_ratio else [1])
+    # With `share: "none"` nobody shares.
+    found = run(Engine(pipe, POLICY, 4), [job("a", prompts, image_steps=1, **settings)])
+    assert {event.evaluations for event in found.values()} == {8.0}
+
+
+def test_images_of_one_prompt_share_in_given_groups_and_as_the_schedule_allows(pipe, monkeypatch):
+    settings = {"branch_noise": 1.0, "share_ratio": 0.5, "image_steps": None}
+    prompts = [*[CATS[0]] * 2, CATS[1]]
+    engine = Engine(pipe, POLICY, 4)
+    assert engine.groups(prompts, SETTINGS | settings) == [[0, 2], [1]]  # this schedule does not begin with noise alone
+    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    monkeypatch.setattr(pipe, "scheduler", DDIMScheduler.from_config(pipe.scheduler.config, **zero))
+    assert engine.groups(prompts, SETTINGS | settings) == [[0, 1, 2]]
+    given = replace(job("a", prompts, share="request", **settings), groups=[[0, 1, 2]])
+    found = run(Engine(pipe, POLICY, 4), [given])
+    plan = Plan.shared([[0, 1]], 4, 0.5).for_images([[0, 1], [2]], 1)
+    assert sum(event.evaluations for event in found.values()) == pytest.approx(plan.nfe(guidance=True), abs=1e-5)
+
+
 def test_one_bad_job_fails_alone(pipe, monkeypatch):
     encode = pipe._encode
 
@@ -157,9 +191,6 @@ def test_a_job_larger_than_the_batch_waits_for_room(pipe):
     assert len(run(engine, [])) == 5
 
 
-CATS = ["a red cat on a mat", "a red cat on a rug", "a red cat on a sofa"]
-
-
 def tenants(first="t", second="t", **changes):
     """Two jobs of one similar prompt each."""
     changes = {"share": "tenant", "branch_noise": 1.0, **changes}
@@ -176,6 +207,22 @@ def test_requests_of_a_tenant_that_arrive_together_share(pipe, monkeypatch):
     wanted = alone(pipe, CATS[:2], [0, 9], Plan.shared([[0, 1]], 4, 0.5), branch_noise=1.0)
     for name, image in zip("ab", wanted, strict=True):
         assert np.array_equal(pixels(found[name, 0]), np.asarray(image))
+
+
+def test_images_of_one_prompt_share_with_the_tenants_other_requests(pipe, monkeypatch):
+    monkeypatch.setattr("flows.serving.engine._HOLD", 0.5)
+    engine = Engine(pipe, POLICY, 4, deterministic=True)
+    engine._pace = 1.0
+    settings = {"share": "tenant", "tenant": "t", "branch_noise": 1.0, "image_steps": 1}
+    found = run(engine, [job("a", [CATS[0]] * 2, **settings), job("b", CATS[1:2], 9, **settings)], between=0)
+    plan = Plan.shared([[0, 1]], 4, 0.5).for_images([[0, 1], [2]], 1)
+    wanted = alone(pipe, [CATS[0]] * 2 + CATS[1:2], [0, 1, 9], plan, branch_noise=1.0)
+    for key, image in zip([("a", 0), ("a", 1), ("b", 0)], wanted, strict=True):
+        assert np.array_equal(pixels(found[key]), np.asarray(image))
+    told = [(event.shared_with, event.others) for _, event in sorted(found.items())]
+    assert told == [([1], 1), ([0], 1), ([], 2)]
+    third = run(engine, [job("c", CATS[2:], 20, **settings)])
+    assert third["c", 0].prefix == "similar"
 
 
 @pytest.mark.parametrize(

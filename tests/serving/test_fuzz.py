@@ -29,6 +29,7 @@ PLAUSIBLE = st.fixed_dictionaries(
         "guidance_scale": st.floats(),
         "share_ratio": st.floats(-0.5, 1.5),
         "branch_noise": st.floats(-0.5, 1.5),
+        "image_steps": st.integers(-1, 8),
         "negative_prompt": st.text(max_size=30),
         "share": st.sampled_from(["none", "request", "tenant", ""]),
         "user": st.text(max_size=300),
@@ -36,6 +37,7 @@ PLAUSIBLE = st.fixed_dictionaries(
         "model": st.text(max_size=10),
         "response_format": st.sampled_from(["b64_json", "url", "png"]),
         "stream": st.booleans(),
+        "literal": st.booleans(),
     },
 )
 BODIES = st.one_of(

@@ -42,7 +42,7 @@ def balanced(folder, *replicas):
     try:
         server = Served(process, port, log)
         with server.client:
-            server.wait(600)
+            server.wait()
             yield server
     finally:
         process.terminate()

@@ -29,7 +29,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
     with sage(model, tmp_path_factory.mktemp("serve"), "--deterministic") as running:
-        running.wait(90)
+        running.wait()
         yield running
 
 
@@ -108,17 +108,17 @@ def test_prefixes_on_disk_survive_a_restart_even_by_a_kill(model, tmp_path):
         return item["prefix"], item["evaluations"]
 
     with sage(*arguments) as server:
-        server.wait(90)
+        server.wait()
         first = asked("a red cat on a mat")
         wait_for(lambda: server.metric("sage_prefix_files") >= 1, 10)
         (path,) = (tmp_path / "prefixes").glob("*.safetensors")
     with sage(*arguments) as server:
-        server.wait(90)
+        server.wait()
         assert asked("a red cat on a rug") == ("similar", first[1] / 2)
         assert asked("a red cat on a rug", user="v") == first
     path.write_bytes(path.read_bytes()[:-1])
     with sage(*arguments) as server:
-        server.wait(90)
+        server.wait()
         assert asked("a red cat on a rug") == first
         assert server.metric("sage_prefix_files_damaged") == 1
 
@@ -126,7 +126,7 @@ def test_prefixes_on_disk_survive_a_restart_even_by_a_kill(model, tmp_path):
 def test_tenants_use_each_others_prefixes_only_if_the_server_is_told_so(model, tmp_path):
     settings = {"share": "tenant", "steps": 4, "share_ratio": 0.5, "branch_noise": 1.0}
     with sage(model, tmp_path, "--prefixes-across-tenants") as server:
-        server.wait(90)
+        server.wait()
         server.ask("a red cat on a mat", user="u", **settings)
         assert server.ask("a red cat on a rug", user="v", **settings).json()["data"][0]["prefix"] == "similar"
 
