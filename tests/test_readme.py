@@ -11,6 +11,8 @@ def test_the_readme_names_its_commands():
     shown = commands(ROOT / "README.md")
     assert {"scripts/run", "scripts/test", "dvc repro"} <= shown
     assert any(command.startswith("sage generate") for command in shown)
+    for script in ("scripts/run", "scripts/test"):
+        assert (ROOT / script).stat().st_mode & 0o111
 
 
 def anchors(page):
