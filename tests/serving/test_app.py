@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from examples import python, ran
 from served import PATH, without_model
 from waiting import wait_for
 
@@ -40,6 +41,14 @@ def test_one_poison_prompt_of_eight_is_one_error(quick):
     data = quick.ask(["a", "b", "c", "poison", "d", "", "e\0", "f"]).json()["data"]
     assert [number for number, item in enumerate(data) if "error" in item] == [3, 5, 6]
     assert [data[number]["error"]["code"] for number in (3, 5, 6)] == ["generation_failed", "no_caption", "bad_text"]
+
+
+def test_the_example_of_the_docs(quick):
+    (code,) = python("docs/serving.md")
+    names = ran(code, {}, address=("http://127.0.0.1:8000", quick.url))
+    with names["client"]:
+        assert [bool(item.b64_json) for item in names["answer"].data] == [True, True]
+    assert names["answer"].usage.evaluations == 9
 
 
 def test_a_url_gives_the_same_image(quick):

@@ -9,7 +9,6 @@ import openai
 import psutil
 import pytest
 import tiny
-from examples import python, ran
 from PIL import Image
 from served import sage
 from waiting import wait_for
@@ -54,13 +53,6 @@ def test_openais_client_gets_the_pipelines_own_images(client, model):
     for item, image in zip(answer.data, wanted.images, strict=True):
         assert np.array_equal(pixels(item.b64_json), np.asarray(image))
     assert answer.usage.evaluations == 16
-
-
-def test_the_example_of_the_docs(server):
-    (code,) = python("docs/serving.md")
-    names = ran(code, {}, address=("http://127.0.0.1:8000", server.url))
-    with names["client"]:
-        assert [pixels(item.b64_json).shape for item in names["answer"].data] == [(16, 16, 3)] * 2
 
 
 def test_openais_client_streams(client):
