@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from examples import python, ran
 from PIL import Image
 from served import PATH, without_model
 from waiting import wait_for
@@ -89,6 +90,14 @@ def test_a_png_says_how_it_was_drawn_as_sage_generate_and_web_uis_write_it(quick
         "Negative prompt: blurred",
         "Steps: 6, Sampler: unknown, CFG scale: 3.0, Seed: 7, Size: 1x1, Model hash: 0000000000",
     ]
+
+
+def test_the_example_of_the_docs(quick):
+    (code,) = python("docs/serving.md")
+    names = ran(code, {}, address=("http://127.0.0.1:8000", quick.url))
+    with names["client"]:
+        assert [bool(item.b64_json) for item in names["answer"].data] == [True, True]
+    assert names["answer"].usage.evaluations == 9
 
 
 def test_a_url_gives_the_same_image(quick):

@@ -1,0 +1,193 @@
+"""Every example of the documentation runs as it stands, with tiny stand-ins for what it leaves open."""
+
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from collections import defaultdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import sage.torchvision_ops  # noqa: F401
+
+import diffusers
+import pytest
+import tiny
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from examples import PAGES, ROOT, commands, parsed, python, ran
+
+from flows.cli import main
+from sage.packaged import minilm_folder
+from sage.sampling.pipeline import SharedSamplingPipeline
+
+# Similar enough for one group, and one that is not.
+PROMPTS = ["a red fox in the snow", "a red fox in deep snow", "the fox in the snow is red", "a stock market crash"]
+LOADED = "StableDiffusionPipeline.from_pretrained(...)"
+
+
+def test_every_page_with_python_is_run_below_or_in_the_tests_of_its_room():
+    shown = {page.relative_to(ROOT).as_posix(): len(python(str(page))) for page in PAGES}
+    assert {page: count for page, count in shown.items() if count} == {
+        "README.md": 1,
+        "docs/grouping.md": 4,
+        "docs/sampling.md": 5,
+        "docs/serving.md": 1,  # tests/serving/test_app.py
+        "docs/training.md": 1,
+        "models/base/README.md": 1,
+    }
+
+
+@pytest.fixture
+def stock(tmp_path):
+    return tiny.stable_diffusion(tmp_path)
+
+
+def test_the_readmes_five_lines(stock):
+    (code,) = python("README.md")
+    names = ran(code, {"stock": stock, "prompts": PROMPTS}, model=(LOADED, "stock"))
+    assert len(names["out"].images) == len(PROMPTS)
+    assert names["out"].cost.network_evaluations == names["out"].plan.nfe(guidance=True)
+
+
+def test_sampling(stock, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    call, proof, custom, saved, template = python("docs/sampling.md")
+    names = ran(call, {"stock": stock, "prompts": PROMPTS}, model=(LOADED, "stock"))
+    assert len(names["out"].images) == len(PROMPTS) and names["out"].cost.saving > 0
+
+    stock.save_pretrained("model")
+    loaded = 'DiffusionPipeline.from_pretrained("model")'
+    names = ran(proof, names, model=('DiffusionPipeline.from_pretrained(...).to("cuda")', loaded))
+    assert isinstance(names["pipe"], SharedSamplingPipeline)
+
+    place = ".../sage/sampling/families/stable_diffusion.py"
+    found = ran(custom, {**names, "model": "model"}, checkout=(place, f"{ROOT}/{place.removeprefix('.../')}"))
+    assert type(found["pipe"]).__name__ == "SharedStableDiffusionPipeline"
+
+    shutil.copytree(ROOT / "models/base", "models/sage")
+    ran(saved, {})
+    assert type(DiffusionPipeline.from_pretrained("folder")) is diffusers.StableDiffusionPipeline
+
+    names["pipe"].set_progress_bar_config(disable=True)
+    assert len(ran(template, names)["out"].images) == 5
+
+
+def test_grouping(stock, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    groups, call, prediction, budget = python("docs/grouping.md")
+    names = ran(groups, {"prompts": PROMPTS})
+    assert names["groups"] == [[0, 1, 2], [3]] and names["worst"][1] == 1
+    names["pipe"] = SharedSamplingPipeline.from_pipe(stock)
+    names["pipe"].set_progress_bar_config(disable=True)
+    ran(call, names, folder=("folder/of/another/encoder", str(minilm_folder())))
+    first = ran(prediction, names)["first"]
+    assert len(first.embeddings()) == len(PROMPTS) and first.network_evaluations == 2 * len(PROMPTS)  # under guidance
+    assert ran(budget, names)["budget"].plan.prompts == len(PROMPTS)
+
+
+def test_training(stock, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = python("docs/training.md")
+    before = {name: weight.clone() for name, weight in stock.unet.state_dict().items()}
+    texts, images = [["red cat"], ["red dog"], ["blue cat"], ["tree"]], torch.zeros(4, 16, 16, 3, dtype=torch.uint8)
+    names = {"pipe": stock, "texts": texts, "images": images, "groups": [[0, 1, 2], [3]]}
+    ran(code, names, steps=("Schedule(600, ", "Schedule(2, "))
+    assert any(not torch.equal(weight, before[name]) for name, weight in stock.unet.state_dict().items())
+
+
+def test_the_base_model(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (code,) = python("models/base/README.md")
+    assert isinstance(ran(code, {})["pipe"], SharedSamplingPipeline)
+
+
+COMMANDS = sorted(set().union(*map(commands, PAGES)))
+HELP = defaultdict(set)
+for _command in COMMANDS:
+    _program, _options = parsed(_command)
+    if "flows.stages.name" not in map(str.lower, _program):
+        HELP[_program] |= set(_options)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:'.*' found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("program", sorted(HELP), ids=" ".join)
+def test_a_command_is_there_with_its_options(program, monkeypatch, capsys):
+    if program[0].startswith("scripts/"):
+        assert subprocess.run(["bash", "-n", ROOT / program[0]], check=False).returncode == 0
+    elif program[0] == "python" and len(program) == 3 and not HELP[program]:
+        assert find_spec(program[2])  # some take no options, not even --help, and would do their work
+    else:
+        code, said = _help(program, monkeypatch, capsys)
+        assert code == 0, said
+        for option in HELP[program]:
+            assert option in said, f"{' '.join(program)}: {option} is unknown"
+
+
+def _help(program, monkeypatch, capsys):
+    """Return the exit code of a command with --help, and what it prints; our own commands run in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(ROOT)
+    if program[0] not in ("sage", "python"):
+        call = [Path(sys.executable).with_name(program[0]), *program[1:], "--help"]
+        shown = subprocess.run(call, capture_output=True, text=True, check=False)
+        return shown.returncode, shown.stdout + shown.stderr
+    arguments = program[1:] if program[0] == "sage" else program[3:]
+    monkeypatch.setattr(sys, "argv", [program[0], *arguments, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        _in_this_process(program)
+    shown = capsys.readouterr()
+    return ended.value.code or 0, shown.out + shown.err
+
+
+def _in_this_process(program):
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        main() if program[0] == "sage" else runpy.run_module(program[2], run_name="__main__")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+# Those with a server or a registered model are run in tests/prompts/test_remote.py and tests/tracking.
+LISTS = [
+    line
+    for line in COMMANDS
+    if line.startswith(("sage group prompts.txt", "sage generate prompts.txt"))
+    and not {"--server", "--model"} & set(parsed(line)[1])
+]
+
+
+@pytest.fixture
+def project(stock, tmp_path, monkeypatch):
+    """A project whose model is a tiny one, with a list of prompts and the values of a template."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SAGE_DEVICE", "cpu")
+    stock.save_pretrained("models/sage")
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    Path("params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    Path("prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    Path("wildcards").mkdir()
+    Path("wildcards/animal.txt").write_text("fox\nwolf\n", encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("line", LISTS)
+def test_a_list_of_prompts_goes_through_the_commands(line, project, monkeypatch, capsys):
+    prompts = Path("prompts.txt")
+    if "--expand" in line:
+        prompts.write_text("a {red|blue|grey} {big|tiny|thin|fat} {fox|wolf}\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", line.split())
+    with pytest.raises(SystemExit) as ended:
+        _in_this_process(("sage",))
+    shown = capsys.readouterr()
+    assert not ended.value.code, shown.err
+    drawn = len(list(Path("pictures").glob("*.png")))
+    if line.startswith("sage group") or "--plan" in line:
+        assert drawn == 0 and "4 prompts" in shown.out
+    else:
+        assert drawn == (20 if "--expand 20" in line else 24 if "--expand all" in line else 4)
