@@ -66,7 +66,7 @@ def main(
     accelerator = machine.accelerator()
     check_sums(data)
     pipeline = open_pipeline(base, accelerator.device, params.generate.scheduler)
-    check(pipeline, params, data, groups)
+    check(pipeline, params, data, groups, trains=True)
     examples = read_split(data, "train")
     members = tuple(map(tuple, read_groups(groups / "train.json", examples)[0]))
     batches = Batches(members, settings.weights.model_dump(), settings.batch_size, settings.seed)
