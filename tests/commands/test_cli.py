@@ -21,7 +21,19 @@ from sage.config import load_params
 from sage.evaluation.results import parse
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["run", "flow", "doctor", "generate", "group", "pretrain", "calibrate", "register", "promote", "compare"]
+COMMANDS = [
+    "run",
+    "plan",
+    "flow",
+    "doctor",
+    "generate",
+    "group",
+    "pretrain",
+    "calibrate",
+    "register",
+    "promote",
+    "compare",
+]
 
 
 @dataclass(frozen=True)
