@@ -99,11 +99,21 @@ class Job:
 
         return image_steps(self.pipe, self.params.generate.model_dump())
 
+    @property
+    def free_memory(self) -> tuple[int, int]:
+        """Free and whole memory of the device in bytes; what the model takes there already counts as free."""
+        on = machine.device()
+        free, total = machine.memory(on)
+        loaded = self.pipe._network.device.type == on.partition(":")[0]
+        parts = [part for part in self.pipe.components.values() if hasattr(part, "parameters")] if loaded else []
+        return free + sum(weight.nbytes for part in parts for weight in part.parameters()), total
+
     @cached_property
     def memory(self) -> "Memory":
-        """The memory that fine-tuning takes."""
+        """The memory that fine-tuning takes; raises UnsupportedError for a model that cannot be fine-tuned."""
         from sage.training.memory import estimate
 
+        _check_family(self.pipe)
         settings, train = self.params.finetune, self.examples("train")
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         return estimate(
@@ -223,22 +233,27 @@ def _texts(job: Job) -> Iterator[str]:
 def _trainable(job: Job) -> Iterator[str]:
     """Refuse a model or a scheduler that can be drawn with, but not trained with."""
     from sage import diffusion
-    from sage.sampling.pipeline import FAMILIES
-    from sage.sampling.segments import SegmentedPipeline
 
-    if isinstance(job.pipe, SegmentedPipeline):
-        raise UnsupportedError(
-            f"{job.pipe.family.stock} can be sampled, but not fine-tuned; fine-tune one of {', '.join(FAMILIES)}"
-        )
+    _check_family(job.pipe)
     diffusion.NoiseSchedule.of(job.pipe.scheduler)
     diffusion.visited(job.pipe.scheduler, job.params.generate.steps)
     yield from ()
 
 
+def _check_family(pipe: Any) -> None:
+    """Raise UnsupportedError for a family that can be sampled, but not fine-tuned."""
+    from sage.sampling.pipeline import FAMILIES
+    from sage.sampling.segments import SegmentedPipeline
+
+    if isinstance(pipe, SegmentedPipeline):
+        raise UnsupportedError(
+            f"{pipe.family.stock} can be sampled, but not fine-tuned; fine-tune one of {', '.join(FAMILIES)}"
+        )
+
+
 def _memory(job: Job) -> Iterator[str]:
     """Refuse training whose weights and states alone do not fit; warn if it may not fit with its activations."""
-    on, needed = machine.device(), job.memory
-    free, total = machine.memory(on)
+    on, needed, (free, total) = machine.device(), job.memory, job.free_memory
     remedy = "lower finetune.batch_size, raise finetune.accumulate, or set finetune.gradient_checkpointing"
     if needed.certain > total:
         raise ConfigurationError(

