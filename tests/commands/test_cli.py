@@ -170,7 +170,9 @@ def test_without_tracking_there_is_no_registry(sage, project, command):
     assert "SAGE_TRACKING_URI=off" in done.err
 
 
-@pytest.mark.parametrize("command", [["doctor"], ["compare"], ["promote"], ["promote", "--rollback"], ["register"]])
+@pytest.mark.parametrize(
+    "command", [["doctor"], ["plan"], ["compare"], ["promote"], ["promote", "--rollback"], ["register"]]
+)
 def test_a_command_that_reads_leaves_nothing_behind_in_a_folder_that_is_no_project(
     sage, tmp_path, monkeypatch, command
 ):
