@@ -25,6 +25,8 @@ Examples:
 
   sage run                                 all stages, then a table that compares the arms
 
+  sage plan                                what that would do and cost, and what is wrong with it
+
   sage run group                           stage `group` and the stages that it needs
 
   sage generate prompts.txt --out images   images for the prompts of a file
@@ -80,6 +82,23 @@ def run(
                 typer.echo("tracking is off, so nothing is registered")
             else:
                 _say(registry.register(_MODEL, _METRICS, _GROUPS, params))
+
+
+@app.command(rich_help_panel="The main job")
+def plan() -> None:
+    """Show what `sage run` would do and cost, and check settings, data, base and machine before anything is trained.
+
+    Nothing is written. What depends on data or groups that are not made yet is said to be unknown. Exits with code 2 if
+    a check fails.
+    """
+    from rich.console import Console
+
+    from flows.commands import plan as planned
+
+    console = Console()
+    # Without a terminal rich assumes 80 columns, which breaks sentences over many lines.
+    if not planned.report(console if console.is_terminal else Console(width=140)):
+        raise typer.Exit(2)
 
 
 @app.command(rich_help_panel="The main job")

@@ -34,6 +34,18 @@ def device() -> str:
     return wanted
 
 
+def memory(device: str) -> tuple[int, int]:
+    """Return the free and the whole memory of a device in bytes; of mps, which shares it, the machine's."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info(device)
+    import psutil
+
+    found = psutil.virtual_memory()
+    return found.available, found.total
+
+
 def check_cpu(command: str) -> None:
     """Raise ConfigurationError if SAGE_DEVICE names a device other than the CPU, the only one that a command uses."""
     named = os.environ.get("SAGE_DEVICE", "cpu")

@@ -1,44 +1,193 @@
 """What a run would fail at, or mislead with, in a later stage: found before it trains or draws.
 
-Nothing here changes a result: a run is refused, or a warning names both values.
+Nothing here changes a result: a run is refused, or a warning names both values. A check is a function of a `Job`: it
+raises a SageError for what cannot work, and yields a sentence for each setting that is likely a mistake.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from flows import machine
 from sage.config import Gate, Params
-from sage.data.dataset import load_pixels, read_split
+from sage.data.dataset import Example, load_pixels, read_split
 from sage.data.groups import read_groups
-from sage.errors import ConfigurationError, UnsupportedError
-from sage.evaluation.arms import INDEPENDENT
+from sage.errors import ConfigurationError, DataError, SageError, UnsupportedError
+from sage.evaluation.arms import ARMS, INDEPENDENT
 from sage.evaluation.bootstrap import LEAST_GROUPS
 from sage.evaluation.registry import METRICS
 from sage.sampling.plan import Plan, shared_steps
 
+if TYPE_CHECKING:
+    from sage.training.memory import Memory
+
 log = logging.getLogger(__name__)
 
+_CHECKPOINTS = 3  # two are kept while another is written
+_COPIES = 3  # of a model or of images: in the work tree, in DVC's cache and in MLflow
 
-def check(pipe: Any, params: Params, data: Path, groups: Path) -> None:
-    """Check that what is trained can be drawn and judged, and log a warning for each setting that is likely a mistake.
+
+class NotMade(DataError):
+    """Data or groups that a run makes, and that are not there yet."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run starts from.
 
     pipe    the model, with the scheduler that it is sampled with
     params  the whole configuration
     data    prepared data
     groups  folder with a JSON file of groups for each split
-
-    Raises ConfigurationError or UnsupportedError if stage generate would raise, draw images of another size than the
-    prepared ones, or share no step.
     """
-    from flows.drawing import image_steps  # late: stage group imports this module and needs no pipeline
 
-    settings = params.generate
-    examples = read_split(data, settings.split)
-    _check_size(pipe, load_pixels(examples[:1]).shape[1:3])
+    pipe: Any
+    params: Params
+    data: Path
+    groups: Path
+
+    def examples(self, split: str) -> list[Example]:
+        """Return the examples of a split; raises NotMade without data, DataError if the split is missing or empty."""
+        if not self.data.is_dir():
+            raise NotMade(f"{self.data} is not made yet; `sage run prepare` makes it")
+        if split not in self._read:
+            self._read[split] = read_split(self.data, split)
+        if not self._read[split]:
+            raise DataError(
+                f"split {split} of {self.data} has no image; give more images, or raise prepare.{split} "
+                "(families of fewer than four images are kept for training)"
+            )
+        return self._read[split]
+
+    @property
+    def drawn(self) -> list[Example]:
+        """The examples of the split that stage generate draws."""
+        return self.examples(self.params.generate.split)
+
+    def grouped(self, split: str) -> list[list[int]]:
+        """Return the groups of a split as places in its examples; raises NotMade if there are none."""
+        if not self.groups.is_dir():
+            raise NotMade(f"{self.groups} is not made yet; `sage run group` makes it")
+        return read_groups(self.groups / f"{split}.json", self.examples(split))[0]
+
+    @cached_property
+    def _read(self) -> dict[str, list[Example]]:
+        return {}
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the prepared images in pixels; of those to prepare, if there are none yet."""
+        if not self.data.is_dir():
+            return self.params.prepare.image_size, self.params.prepare.image_size
+        height, width = load_pixels(self.drawn[:1]).shape[1:3]
+        return height, width
+
+    @cached_property
+    def evaluations(self) -> int:
+        """Evaluations of the network for one image alone, without guidance."""
+        return int(self.pipe.evaluations(self.params.generate.steps))
+
+    @cached_property
+    def image_steps(self) -> int:
+        """First steps that the images of a prompt share."""
+        from flows.drawing import image_steps  # late: stage group imports this module and needs no pipeline
+
+        return image_steps(self.pipe, self.params.generate.model_dump())
+
+    @property
+    def free_memory(self) -> tuple[int, int]:
+        """Free and whole memory of the device in bytes; what the model takes there already counts as free."""
+        on = machine.device()
+        free, total = machine.memory(on)
+        loaded = self.pipe._network.device.type == on.partition(":")[0]
+        parts = [part for part in self.pipe.components.values() if hasattr(part, "parameters")] if loaded else []
+        return free + sum(weight.nbytes for part in parts for weight in part.parameters()), total
+
+    @cached_property
+    def memory(self) -> "Memory":
+        """The memory that fine-tuning takes; raises UnsupportedError for a model that cannot be fine-tuned."""
+        from sage.training.memory import estimate
+
+        _check_family(self.pipe)
+        settings, train = self.params.finetune, self.examples("train")
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        return estimate(
+            self.pipe,
+            self.size,
+            items=-(-settings.batch_size // (settings.accumulate * processes)),
+            images=len(train),
+            captions=len({text for example in train for text in example.texts}) + 1,
+            rank=None if settings.adapter is None else settings.adapter.rank,
+            consistency=settings.weights.consistency > 0,
+            checkpointing=settings.gradient_checkpointing,
+        )
+
+
+Check = Callable[[Job], Iterator[str]]
+State = Literal["ok", "warning", "failed", "unknown"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of a check: "failed" if a run would be refused, "unknown" without data or groups; `found` says why."""
+
+    check: str
+    state: State
+    found: str = ""
+
+
+def check(pipe: Any, params: Params, data: Path, groups: Path, trains: bool = False) -> None:
+    """Check that what is trained can be drawn and judged, and log a warning for each setting that is likely a mistake.
+
+    The arguments are those of `Job`; `trains`: training begins now, so that it is checked, too. Raises the error of the
+    first check that fails.
+    """
+    job = Job(pipe, params, data, groups)
+    for function in (DRAWING | TRAINING if trains else DRAWING).values():
+        for problem in function(job):
+            log.warning(problem)
+
+
+def verdicts(job: Job) -> Iterator[Verdict]:
+    """Yield the verdict of every check."""
+    for name, function in (DRAWING | TRAINING).items():
+        try:
+            problems = list(function(job))
+        except SageError as error:
+            yield Verdict(name, "unknown" if isinstance(error, NotMade) else "failed", str(error))
+        else:
+            yield Verdict(name, "warning" if problems else "ok", "\n".join(problems))
+
+
+def _splits(job: Job) -> Iterator[str]:
+    """Refuse data in which a split that training or the evaluation reads is empty."""
+    for split in dict.fromkeys(("train", "validation", job.params.generate.split)):
+        job.examples(split)
+    yield from ()
+
+
+def _size(job: Job) -> Iterator[str]:
+    """Refuse a model that draws images of another size than the prepared ones."""
+    height, width = drawn = job.pipe._size(None, None, dict(job.pipe._options))
+    if drawn != job.size:
+        raise ConfigurationError(
+            f"the prepared images have {job.size[0]}x{job.size[1]} pixels, but the model draws {height}x{width}; set "
+            f"prepare.image_size to {height} or take a model for {job.size[0]} pixels"
+        )
+    yield from ()
+
+
+def _drawable(job: Job) -> Iterator[str]:
+    """Refuse what stage generate would refuse: a scheduler, or branch noise that it does not take."""
+    settings = job.params.generate
     try:
         # As stage generate calls it; nothing is drawn before the first result is asked for.
-        pipe.stream(
+        job.pipe.stream(
             ["one", "two"],
             groups=[[0, 1]],
             num_inference_steps=settings.steps,
@@ -54,30 +203,119 @@ def check(pipe: Any, params: Params, data: Path, groups: Path) -> None:
             f"stage generate cannot draw with this model: {error}. In params.yaml: generate.scheduler, "
             "generate.branch_noise."
         ) from error
-    evaluations = pipe.evaluations(settings.steps)
-    _check_sharing(settings.share_ratio, evaluations)
-    shared = image_steps(pipe, settings.model_dump())
-    for problem in doubts(params, evaluations, read_groups(groups / f"{settings.split}.json", examples)[0], shared):
-        log.warning(problem)
+    yield from ()
 
 
-def _check_size(pipe: Any, size: Sequence[int]) -> None:
-    """Raise ConfigurationError if the model draws images of another size than the prepared ones."""
-    height, width = drawn = pipe._size(None, None, dict(pipe._options))
-    if drawn != tuple(size):
-        raise ConfigurationError(
-            f"the prepared images have {size[0]}x{size[1]} pixels, but the model draws {height}x{width}; set "
-            f"prepare.image_size to {height} or take a model for {size[0]} pixels"
-        )
-
-
-def _check_sharing(share_ratio: float, evaluations: int) -> None:
-    """Raise ConfigurationError if a share ratio above 0 is less than one step."""
+def _one_step(job: Job) -> Iterator[str]:
+    """Refuse a share ratio above 0 that is less than one step."""
+    share_ratio, evaluations = job.params.generate.share_ratio, job.evaluations
     if share_ratio > 0 and not shared_steps(share_ratio, evaluations):
         raise ConfigurationError(
             f"generate.share_ratio {share_ratio} of {evaluations} steps is less than one step, so no step would be "
             f"shared; give 0, or at least {1 / evaluations:.2g}, or raise generate.steps"
         )
+    yield from ()
+
+
+def _texts(job: Job) -> Iterator[str]:
+    """Warn of captions that the text encoder does not read to their end."""
+    for split in dict.fromkeys(("train", job.params.generate.split)):
+        texts = list(dict.fromkeys(text for example in job.examples(split) for text in example.texts))
+        beyond = [count for count in job.pipe._count_truncated(texts, dict(job.pipe._options)) if count]
+        if beyond:
+            yield (
+                f"the text encoder does not read {len(beyond)} of {len(texts)} captions of split {split} "
+                f"({len(beyond) / len(texts):.1%}) to their end, but leaves out up to {max(beyond)} tokens; "
+                "shorten them"
+            )
+
+
+def _trainable(job: Job) -> Iterator[str]:
+    """Refuse a model or a scheduler that can be drawn with, but not trained with."""
+    from sage import diffusion
+
+    _check_family(job.pipe)
+    diffusion.NoiseSchedule.of(job.pipe.scheduler)
+    diffusion.visited(job.pipe.scheduler, job.params.generate.steps)
+    yield from ()
+
+
+def _check_family(pipe: Any) -> None:
+    """Raise UnsupportedError for a family that can be sampled, but not fine-tuned."""
+    from sage.sampling.pipeline import FAMILIES
+    from sage.sampling.segments import SegmentedPipeline
+
+    if isinstance(pipe, SegmentedPipeline):
+        raise UnsupportedError(
+            f"{pipe.family.stock} can be sampled, but not fine-tuned; fine-tune one of {', '.join(FAMILIES)}"
+        )
+
+
+def _memory(job: Job) -> Iterator[str]:
+    """Refuse training whose weights and states alone do not fit; warn if it may not fit with its activations."""
+    on, needed, (free, total) = machine.device(), job.memory, job.free_memory
+    remedy = "lower finetune.batch_size, raise finetune.accumulate, or set finetune.gradient_checkpointing"
+    if needed.certain > total:
+        raise ConfigurationError(
+            f"weights, optimizer and data take {needed.certain / 1e9:.1f} GB, but {on} has {total / 1e9:.1f} GB; train "
+            "an adapter (finetune.adapter) or a smaller base"
+        )
+    if needed.total > free:
+        yield (
+            f"training takes up to {needed.total / 1e9:.1f} GB, {needed.activations / 1e9:.1f} GB of them activations "
+            f"by an upper estimate, but {on} has {free / 1e9:.1f} GB free; {remedy}"
+        )
+
+
+def _disk(job: Job) -> Iterator[str]:
+    """Refuse a run whose checkpoints, model and images do not fit on the disk."""
+    needed, free = disk(job), shutil.disk_usage(Path.cwd()).free
+    if needed > free:
+        raise ConfigurationError(
+            f"checkpoints, model and images take up to {needed / 1e9:.1f} GB, but {Path.cwd()} has {free / 1e9:.1f} GB "
+            "free; make room, train an adapter, or draw fewer seeds (generate.seeds)"
+        )
+    yield from ()
+
+
+def disk(job: Job) -> int:
+    """Return the bytes that checkpoints, the fine-tuned model and the images of all arms take at most.
+
+    Images are counted as uncompressed.
+    """
+    drawing, (height, width) = job.params.generate, job.size
+    images = len(ARMS) * len(job.drawn) * len(drawing.seeds) * height * width * 3
+    return _CHECKPOINTS * job.memory.training + _COPIES * (job.memory.weights + images)
+
+
+def _shares(job: Job) -> Iterator[str]:
+    yield from _outside_training(job.params, job.evaluations)
+
+
+def _guidance(job: Job) -> Iterator[str]:
+    yield from _unknown_empty_prompt(job.params)
+
+
+def _gates(job: Job) -> Iterator[str]:
+    yield from _unreachable_gates(job.params, job.evaluations, job.grouped(job.params.generate.split), job.image_steps)
+
+
+DRAWING: dict[str, Check] = {
+    "image size": _size,
+    "scheduler and branch noise": _drawable,
+    "share ratio of at least one step": _one_step,
+    "share ratio within the trained range": _shares,
+    "empty prompt for guidance": _guidance,
+    "gates that the groups can meet": _gates,
+}
+# Checked beside these before training begins.
+TRAINING: dict[str, Check] = {
+    "splits with images": _splits,
+    "captions within the text encoder's limit": _texts,
+    "base that can be trained": _trainable,
+    "memory": _memory,
+    "disk": _disk,
+}
 
 
 def doubts(params: Params, evaluations: int, groups: Sequence[Sequence[int]], image_steps: int = 0) -> Iterator[str]:
@@ -88,6 +326,12 @@ def doubts(params: Params, evaluations: int, groups: Sequence[Sequence[int]], im
     groups       groups of the split that is drawn
     image_steps  first steps that the images of a prompt share
     """
+    yield from _outside_training(params, evaluations)
+    yield from _unknown_empty_prompt(params)
+    yield from _unreachable_gates(params, evaluations, groups, image_steps)
+
+
+def _outside_training(params: Params, evaluations: int) -> Iterator[str]:
     tuning, drawing = params.finetune, params.generate
     low, high = (max(1, shared_steps(ratio, evaluations)) for ratio in tuning.share_ratios)
     shared = shared_steps(drawing.share_ratio, evaluations)
@@ -96,12 +340,22 @@ def doubts(params: Params, evaluations: int, groups: Sequence[Sequence[int]], im
             f"generate.share_ratio {drawing.share_ratio} shares {shared} of {evaluations} steps, but training covers "
             f"{low} to {high} (finetune.share_ratios {tuning.share_ratios})"
         )
+
+
+def _unknown_empty_prompt(params: Params) -> Iterator[str]:
+    tuning, scale = params.finetune, params.generate.guidance_scale
     plain = tuning.weights.diffusion + tuning.weights.consistency > 0
-    if drawing.guidance_scale > 1 and not (tuning.drop_text and plain):
+    if scale > 1 and not (tuning.drop_text and plain):
         yield (
-            f"generate.guidance_scale {drawing.guidance_scale} needs a model that knows the empty prompt, but training "
+            f"generate.guidance_scale {scale} needs a model that knows the empty prompt, but training "
             f"never sees it (finetune.drop_text {tuning.drop_text}, weights.diffusion {tuning.weights.diffusion})"
         )
+
+
+def _unreachable_gates(
+    params: Params, evaluations: int, groups: Sequence[Sequence[int]], image_steps: int
+) -> Iterator[str]:
+    drawing = params.generate
     yield from _too_few(params.evaluate.gates, groups)
     if len(drawing.seeds) < 2 and any(gate.metric == "seed_diversity" for gate in params.evaluate.gates):
         yield f"the gate on seed_diversity cannot pass: generate.seeds {drawing.seeds} are fewer than two"

@@ -61,10 +61,12 @@ def main(
     """Fine-tune the base model on the groups of the training split; a killed run resumes from its last checkpoint."""
     params = load_params()
     settings, sampler_steps = params.finetune, params.generate.steps
+    # What stage generate does in the steps that a group shares.
+    sampling = {"guidance_scale": params.generate.guidance_scale, "branch_noise": params.generate.branch_noise}
     accelerator = machine.accelerator()
     check_sums(data)
     pipeline = open_pipeline(base, accelerator.device, params.generate.scheduler)
-    check(pipeline, params, data, groups)
+    check(pipeline, params, data, groups, trains=True)
     examples = read_split(data, "train")
     members = tuple(map(tuple, read_groups(groups / "train.json", examples)[0]))
     batches = Batches(members, settings.weights.model_dump(), settings.batch_size, settings.seed)
@@ -73,7 +75,7 @@ def main(
 
     sources = {"base_sha256": sha256_tree(base), "data_digest": sha256_tree(data)}
     identity = settings.model_dump(exclude=WITHOUT_EFFECT) | sources | {"groups": sha256(groups / "train.json")}
-    identity |= {"sampler_steps": sampler_steps, "scheduler": params.generate.scheduler}
+    identity |= {"sampler_steps": sampler_steps, "scheduler": params.generate.scheduler} | sampling
     state = work / digest(identity)[:16]
     with _main_run(accelerator, settings) as record:
         record.dataset("prepared", sources["data_digest"], "training")
@@ -86,7 +88,9 @@ def main(
         if settings.gradient_checkpointing:
             denoiser.network.enable_gradient_checkpointing()
         network = accelerator.prepare(denoiser)
-        trained = train(network, pipeline, inputs, batches, settings, sampler_steps, state, identity, record, watched)
+        trained = train(
+            network, pipeline, inputs, batches, settings, sampler_steps, sampling, state, identity, record, watched
+        )
         show(record, pipeline, watched, settings, sampler_steps, settings.steps)
         accelerator.end_training()
         if not accelerator.is_main_process:
@@ -96,12 +100,12 @@ def main(
         low, high = settings.share_ratios
         sampled = range(settings.steps if settings.branch_start == "sampled" else 0)
         evaluations = len(diffusion.visited(pipeline.scheduler, sampler_steps))
-        sampling = sum(sampling_cost(batches, (low, high), evaluations, step) for step in sampled)
+        shared = sum(sampling_cost(batches, (low, high), evaluations, step) for step in sampled)
         figures = {
             "steps": settings.steps,
             "evaluations": sum(trained for trained, _ in costs),
             "base_evaluations": sum(frozen for _, frozen in costs),
-            "sampling_evaluations": sampling,
+            "sampling_evaluations": shared * (2 if params.generate.guidance_scale > 1 else 1),
             "images": len(examples),
             "groups": len(members),
             "losses": {name: round(value, 6) for name, value in trained.losses.items()},
@@ -153,6 +157,7 @@ def train(
     batches: Batches,
     settings: Finetune,
     sampler_steps: int,
+    sampling: dict[str, float],
     state: Path,
     identity: dict[str, Any],
     record: Run,
@@ -165,6 +170,7 @@ def train(
     data, batches  the training set, and the rows of each step
     settings       the section finetune of params.yaml
     sampler_steps  number of sampler steps, of which groups share a part
+    sampling       guidance scale and branch noise of these steps
     state          folder of the checkpoints
     identity       the configuration that the checkpoints belong to
     record         the tracking record
@@ -183,6 +189,7 @@ def train(
         drop_text=settings.drop_text,
         seed=settings.seed,
         min_snr=settings.min_snr,
+        **sampling,
     )
     schedule = Schedule(
         settings.steps,

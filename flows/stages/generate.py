@@ -28,7 +28,7 @@ from sage.errors import PlanError
 from sage.evaluation.arms import INDEPENDENT, SAGE, SAME_NFE, SHARED
 from sage.evaluation.manifest import image_path, write_manifest
 from sage.files import new_folder, sha256_tree, write_json
-from sage.sampling.plan import Plan
+from sage.sampling.plan import Plan, fewer_steps
 from sage.sampling.seeds import prompt_seed
 
 GRID_COLUMNS = 12
@@ -162,9 +162,7 @@ def plan_arms(
     sharing = (settings.steps, shared, settings.share_ratio, image_steps, predicts, reuses)
     shares = Arm(SHARED, base, base_hash, *sharing)
     # At least as many evaluations as sharing needs, so that the baseline never gets fewer.
-    fewer = settings.steps
-    while fewer > 1 and evaluations(fewer - 1) * count * seeds >= shares.nfe(seeds, guided=False):
-        fewer -= 1
+    fewer = fewer_steps(settings.steps, evaluations, count * seeds, shares.nfe(seeds, guided=False))
     same_nfe = Plan.independent(count, evaluations(fewer))
     return [
         Arm(INDEPENDENT, base, base_hash, settings.steps, whole, 0.0, 0),

@@ -183,7 +183,7 @@ def new_run(tracker: Any, home: str, name: str, tags: Mapping[str, str]) -> Run:
     Runs whose process is gone are first marked as killed, because nothing else would ever end them.
     """
     end_killed(tracker, home)
-    own = {"mlflow.source.git.commit": revision(), _PROCESS: _process(), "sage.profile": _profile()}
+    own = {"mlflow.source.git.commit": revision(), _PROCESS: _process(), "sage.profile": profile()}
     return Run(tracker, tracker.create_run(home, run_name=name, tags={**own, **tags}).info.run_id)
 
 
@@ -295,7 +295,7 @@ def _new_parent(tracker: Any, home: str, pipeline: str) -> str:
     return str(new_run(tracker, home, "pipeline", tags).id)
 
 
-def _profile() -> str:
+def profile() -> str:
     """Return a description of the hardware, which run times depend on."""
     return f"{platform.machine()}, {os.cpu_count()} cores, device {os.environ.get('SAGE_DEVICE', 'chosen')}"
 

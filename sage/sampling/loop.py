@@ -382,14 +382,14 @@ def rollout(
     condition: Condition,
     eps: Tensor,
     times: Tensor,
-) -> Tensor:
-    """Return the x_0 that a network predicts at the last of these timesteps, on the way of a sampler from pure noise.
+) -> tuple[Tensor, Tensor]:
+    """Return the x_0 and the noise that a network predicts at the last of these timesteps, from pure noise on.
 
-    This is the loop above in its simplest form, for training: deterministic (DDIM, Song et al., 2021), without guidance
-    and without branches. It costs an evaluation per timestep and item.
+    This is the loop above in its simplest form, for training: deterministic (DDIM, Song et al., 2021) and without
+    branches. It costs a call of the network per timestep.
 
     schedule        noise schedule of the network
-    network         (x_t, t, condition) to the network output
+    network         (x_t, t, condition) to the network output, under guidance to the guided one
     condition, eps  conditions and initial noise of the items, each (n, ...)
     times           the sampler's first timesteps (`sage.diffusion.visited`), shape (steps,)
 
@@ -398,12 +398,12 @@ def rollout(
     if not len(times):
         raise ValueError("0 shared steps predict nothing; give at least 1")
 
-    def predicted(x_t: Tensor, t: Tensor) -> Tensor:
+    def predicted(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         output = network(x_t, t, condition).to(x_t)
-        return diffusion.predicted_sample(schedule.kind, output, x_t, *schedule.at(t))
+        x_0 = diffusion.predicted_sample(schedule.kind, output, x_t, *schedule.at(t))
+        return x_0, diffusion.implied_noise(x_t, x_0, *schedule.at(t))
 
     x_t, rows = eps, [t.expand(len(eps)) for t in times]
     for t, after in itertools.pairwise(rows):
-        x_0 = predicted(x_t, t)
-        x_t = diffusion.add_noise(x_0, diffusion.implied_noise(x_t, x_0, *schedule.at(t)), *schedule.at(after))
+        x_t = diffusion.add_noise(*predicted(x_t, t), *schedule.at(after))
     return predicted(x_t, rows[-1])

