@@ -199,6 +199,7 @@ class Finetune(Section):
     precision: Literal["bf16", "fp32"]
     accumulate: Count
     gradient_checkpointing: bool
+    checkpoint_every: Count
     watch_every: Count
     seed: Seed
 

@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_EVERY = 50
 REPORT_EVERY = 10
 ENCODED_TOGETHER = 512
-# Settings that change no weight: they may differ between a killed run and the run that resumes it.
-WITHOUT_EFFECT = {"watch_every"}
+# Settings that change no weight, except for rounding (`accumulate`): they may differ between a killed run and the run
+# that resumes it, and dvc.yaml does not name them, so that a change of them makes no stage stale.
+WITHOUT_EFFECT = {"accumulate", "checkpoint_every", "gradient_checkpointing", "watch_every"}
 # Images are shown for the first groups of the validation split and the first members of each. They are sampled without
 # branch noise, which some schedulers do not support, and which would hide what a group shares.
 GROUPS, MEMBERS = 4, 4
@@ -190,7 +190,7 @@ def train(
         warmup=settings.warmup,
         decay=settings.decay,
         ema=settings.ema,
-        checkpoint_every=CHECKPOINT_EVERY,
+        checkpoint_every=settings.checkpoint_every,
         report_every=REPORT_EVERY,
         watch_every=settings.watch_every,
     )

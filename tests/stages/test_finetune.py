@@ -1,3 +1,4 @@
+import contextlib
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ from sage.sampling import base
 TEXTS = ["red cat", "red dog", "blue cat", "tall tree", "big tree", "snow"]
 GROUPS = [["p0", "p1", "p2"], ["p3", "p4"], ["p5"]]
 SETTINGS = {"steps": 6, "warmup": 1, "decay": 2, "batch_size": 9, "learning_rate": 1.0e-3, "ema": 0.5}
+SETTINGS["checkpoint_every"] = 2
 SETTINGS["weights"] = {"diffusion": 1.0, "shared": 1.0, "branch": 1.0, "consistency": 0.1}
 
 
@@ -60,7 +62,6 @@ def tune(project, tmp_path, monkeypatch):
     monkeypatch.setenv("SAGE_DEVICE", "cpu")
     # dvc.yaml does not name it: an import of it would fail here.
     monkeypatch.setitem(sys.modules, "sage.grouping.auto", None)
-    monkeypatch.setattr(finetune, "CHECKPOINT_EVERY", 2)
     shipped = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
 
     def run(
@@ -106,7 +107,7 @@ def test_a_killed_stage_resumes_to_the_same_model(tune, tmp_path, project):
         from flows.stages import finetune
         project, threads = sys.argv[1:]
         torch.set_num_threads(int(threads))
-        finetune.CHECKPOINT_EVERY, finetune.REPORT_EVERY = 2, 1
+        finetune.REPORT_EVERY = 1
         def metrics(self, values, step=None):
             if step == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -123,6 +124,24 @@ def test_a_killed_stage_resumes_to_the_same_model(tune, tmp_path, project):
     assert [path.name[:13] for path in sorted(state.iterdir())] == ["step-00000002", "step-00000004"]
     assert tune()["model_sha256"] == whole == sha256_tree(tmp_path / "whole")
     assert not state.exists()
+
+
+def test_settings_without_effect_may_differ_between_a_stopped_run_and_the_one_that_resumes_it(tune, monkeypatch):
+    def stop(self, values, step=None):
+        if step == 6:
+            raise InterruptedError
+
+    monkeypatch.setattr(finetune, "REPORT_EVERY", 1)
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(finetune.Run, "metrics", stop)
+        tune()
+    [state] = Path("work").iterdir()
+    reported = []
+    monkeypatch.setattr(finetune.Run, "metrics", lambda self, values, step=None: reported.append(step))
+    monkeypatch.setattr(finetune, "_shown", lambda total, what: contextlib.nullcontext(lambda n: shown.append(n)))
+    shown = []
+    tune(accumulate=3, checkpoint_every=1, gradient_checkpointing=True, watch_every=1)
+    assert not state.exists() and sum(shown[-2:]) == 6 and shown[-2] == 5
 
 
 @pytest.mark.slow
