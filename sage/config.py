@@ -179,6 +179,15 @@ class Adapter(Section):
     rank: Count
 
 
+class Validation(Section):
+    """The held-out loss during training (`sage.training.validation`), and what it decides."""
+
+    every: Count
+    images: Count
+    keep: Literal["last", "best"]
+    patience: Count | None = None
+
+
 class Finetune(Section):
     """Fine-tuning of the base model with L_SAGE."""
 
@@ -199,6 +208,7 @@ class Finetune(Section):
     precision: Literal["bf16", "fp32"]
     accumulate: Count
     gradient_checkpointing: bool
+    validation: Validation | None
     checkpoint_every: Count
     watch_every: Count
     seed: Seed

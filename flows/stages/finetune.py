@@ -25,14 +25,18 @@ from sage import diffusion
 from sage.config import Finetune, load_params
 from sage.data.dataset import Example, captions_of, check_sums, load_pixels, read_split
 from sage.data.groups import read_groups
+from sage.errors import DataError
 from sage.files import digest, new_folder, sha256, sha256_tree, write_json
+from sage.randomness import generator
 from sage.sampling import base as base_model
 from sage.sampling.seeds import prompt_seed
 from sage.training import lora
 from sage.training.batches import Batches
 from sage.training.denoiser import Denoiser
 from sage.training.finetuning import TrainingSet, finetuning_loss, sampling_cost
-from sage.training.loop import Schedule, Trained, fit, processes
+from sage.training.loop import Losses, Schedule, Trained, fit, processes
+from sage.training.selection import LOSS, Measured, Validation
+from sage.training.validation import held_out_batches, held_out_loss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -86,19 +90,22 @@ def main(
         if settings.gradient_checkpointing:
             denoiser.network.enable_gradient_checkpointing()
         network = accelerator.prepare(denoiser)
-        trained = train(network, pipeline, inputs, batches, settings, sampler_steps, state, identity, record, watched)
-        show(record, pipeline, watched, settings, sampler_steps, settings.steps)
+        validation = held_out(denoiser, pipeline, data, groups, settings, sampler_steps)
+        trained = train(
+            network, pipeline, inputs, batches, settings, sampler_steps, state, identity, record, watched, validation
+        )
+        show(record, pipeline, watched, settings, sampler_steps, trained.steps)
         accelerator.end_training()
         if not accelerator.is_main_process:
             return
         save(pipeline, base, out)
-        costs = [batches.cost(step) for step in range(settings.steps)]
+        costs = [batches.cost(step) for step in range(trained.steps)]
         low, high = settings.share_ratios
-        sampled = range(settings.steps if settings.branch_start == "sampled" else 0)
+        sampled = range(trained.steps if settings.branch_start == "sampled" else 0)
         evaluations = len(diffusion.visited(pipeline.scheduler, sampler_steps))
         sampling = sum(sampling_cost(batches, (low, high), evaluations, step) for step in sampled)
         figures = {
-            "steps": settings.steps,
+            "steps": trained.steps,
             "evaluations": sum(trained for trained, _ in costs),
             "base_evaluations": sum(frozen for _, frozen in costs),
             "sampling_evaluations": sampling,
@@ -108,6 +115,8 @@ def main(
             "model_sha256": sha256_tree(out),
             **sources,
         }
+        if validation is not None:
+            figures["validation"] = measurements(validation, trained.history)
         record.metrics({name: value for name, value in figures.items() if isinstance(value, (int, float))})
         record.tags({name: value for name, value in figures.items() if isinstance(value, str)})
         record.metrics({"seconds": round(trained.seconds, 1)})
@@ -141,6 +150,52 @@ def training_set(denoiser: Denoiser, examples: Sequence[Example], members: tuple
     return TrainingSet(denoiser.encode_images(images), conditions, torch.from_numpy(captions), members)
 
 
+def held_out(
+    denoiser: Denoiser, pipeline: Any, data: Path, groups: Path, settings: Finetune, sampler_steps: int
+) -> Validation | None:
+    """Return when and on which images of split validation to measure the held-out loss; None if that is not set.
+
+    Whole groups are taken in random order until there are as many images as asked for, or none left. Text is never
+    dropped. Raises DataError if the split is empty.
+    """
+    chosen = settings.validation
+    if chosen is None:
+        return None
+    examples = read_split(data, "validation")
+    if not examples:
+        raise DataError(
+            f"{data} has no validation images; set finetune.validation to null or prepare.validation above 0"
+        )
+    partition = read_groups(groups / "validation.json", examples)[0]
+    rows: list[int] = []
+    members: list[tuple[int, ...]] = []
+    for place in torch.randperm(len(partition), generator=generator(settings.seed, "held out")).tolist():
+        if len(rows) < chosen.images:
+            members.append(tuple(range(len(rows), len(rows) + len(partition[place]))))
+            rows += partition[place]
+    inputs = training_set(denoiser, [examples[row] for row in rows], tuple(members))
+    batches = held_out_batches(members, settings.weights.model_dump(), settings.batch_size, settings.seed)
+    loss = loss_of(denoiser, pipeline, inputs, batches, settings, sampler_steps, drop_text=0.0)
+    measure = held_out_loss(denoiser, pipeline.scheduler, inputs, batches, loss)
+    return Validation(measure, chosen.every, chosen.patience, chosen.keep)
+
+
+def measurements(validation: Validation, history: Sequence[Measured]) -> dict[str, dict[str, float]]:
+    """Return the held-out values of the base, of the last step and of the weights that are kept; warn if it is the base."""
+    first, last, kept = history[0], history[-1], validation.kept(history)
+    if min(history, key=lambda one: one.values[LOSS]) is first:
+        log.warning(
+            "the held-out loss was never below the base's %.4g; train longer or with another learning rate",
+            first.values[LOSS],
+        )
+    found = {"base": first, "last": last, "kept": kept}
+    return {
+        name: {"step": one.step}
+        | {key.removeprefix("validation_"): round(value, 6) for key, value in one.values.items()}
+        for name, one in found.items()
+    }
+
+
 def _shown(total: int, what: str) -> AbstractContextManager[Callable[[int], None]]:
     """Return a progress display; of several processes only the first shows it."""
     return progress(total, what) if processes()[0] == 0 else nullcontext(lambda n: None)
@@ -157,6 +212,7 @@ def train(
     identity: dict[str, Any],
     record: Run,
     watched: list[list[Example]],
+    validation: Validation | None,
 ) -> Trained:
     """Train the pipeline's network in place.
 
@@ -169,21 +225,9 @@ def train(
     identity       the configuration that the checkpoints belong to
     record         the tracking record
     watched        groups whose images are recorded during training
+    validation     the held-out loss, and what it decides
     """
-    low, high = settings.share_ratios
-    loss = finetuning_loss(
-        network,
-        pipeline.scheduler,
-        data,
-        batches,
-        share_ratios=(low, high),
-        soft_target=settings.soft_target,
-        branch_start=settings.branch_start,
-        sampler_steps=sampler_steps,
-        drop_text=settings.drop_text,
-        seed=settings.seed,
-        min_snr=settings.min_snr,
-    )
+    loss = loss_of(network, pipeline, data, batches, settings, sampler_steps, settings.drop_text)
     schedule = Schedule(
         settings.steps,
         settings.learning_rate,
@@ -212,7 +256,34 @@ def train(
             on_report=lambda step, means: record.metrics(means, step),
             on_watch=lambda step: show(record, pipeline, watched, settings, sampler_steps, step),
             accumulate=settings.accumulate,
+            validation=validation,
         )
+
+
+def loss_of(
+    network: torch.nn.Module,
+    pipeline: Any,
+    data: TrainingSet,
+    batches: Batches,
+    settings: Finetune,
+    sampler_steps: int,
+    drop_text: float,
+) -> Callable[..., Losses]:
+    """Return the loss of these settings on a set of images; the parameters are those of `train`."""
+    low, high = settings.share_ratios
+    return finetuning_loss(
+        network,
+        pipeline.scheduler,
+        data,
+        batches,
+        share_ratios=(low, high),
+        soft_target=settings.soft_target,
+        branch_start=settings.branch_start,
+        sampler_steps=sampler_steps,
+        drop_text=drop_text,
+        seed=settings.seed,
+        min_snr=settings.min_snr,
+    )
 
 
 def save(pipeline: Any, base: Path, out: Path) -> None:

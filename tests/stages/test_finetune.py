@@ -285,6 +285,34 @@ def test_curves_and_pictures_are_recorded(tune, tmp_path, monkeypatch):
     assert tune()["model_sha256"] == figures["model_sha256"]
 
 
+def test_the_held_out_loss_is_recorded_and_changes_no_weight(tune, tmp_path, monkeypatch):
+    without = tune()["model_sha256"]
+    recorded = {}
+    monkeypatch.setattr(
+        finetune.Run, "metrics", lambda self, values, step=None: recorded.setdefault(step, {}).update(values)
+    )
+    figures = tune(validation={"every": 2, "images": 4, "keep": "last"})
+    assert figures["model_sha256"] == without
+    held_out = figures["validation"]
+    assert {name: found["step"] for name, found in held_out.items()} == {"base": 0, "last": 6, "kept": 6}
+    assert held_out["last"] == held_out["kept"] != held_out["base"]
+    assert held_out["last"].keys() == {
+        *("step", "loss", "diffusion", "shared", "branch", "t0_249", "t250_499", "t500_749", "t750_999")
+    }
+    for step in (0, 2, 4, 6):
+        assert {"validation_loss", "validation_t0_249"} <= recorded[step].keys()
+    assert figures == tune(validation={"every": 2, "images": 4, "keep": "last"})
+
+
+def test_the_best_weights_may_be_the_bases_and_then_it_is_said(tune, tmp_path, project, caplog):
+    figures = tune(validation={"every": 1, "images": 9, "keep": "best", "patience": 2}, learning_rate=0.3, warmup=0)
+    assert (figures["steps"], figures["evaluations"]) == (2, 18), "two measurements in a row were worse"
+    assert figures["validation"]["kept"] == figures["validation"]["base"] != figures["validation"]["last"]
+    assert "the held-out loss was never below the base's" in caplog.text
+    before, after = base.load(project / "base"), base.load(tmp_path / "tuned")
+    assert all(torch.equal(a, b) for a, b in zip(before.unet.parameters(), after.unet.parameters(), strict=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -299,6 +327,8 @@ def test_curves_and_pictures_are_recorded(tune, tmp_path, monkeypatch):
         ({"adapter": {"rank": 0}}, "finetune.adapter.rank"),
         ({"min_snr": 0.0}, "finetune.min_snr"),
         ({"precision": "fp16"}, "'bf16' or 'fp32'"),
+        ({"validation": {"every": 2, "images": 4, "keep": "first"}}, "'last' or 'best'"),
+        ({"validation": {"every": 2, "images": 4, "keep": "best", "patience": 0}}, "finetune.validation.patience"),
     ],
 )
 def test_contradictions_are_found_before_work(changes, said, tune, tmp_path):
