@@ -28,9 +28,10 @@ from sage.data.groups import read_groups
 from sage.errors import DataError
 from sage.files import digest, new_folder, sha256, sha256_tree, write_json
 from sage.randomness import generator
+from sage.sampling import adapters
 from sage.sampling import base as base_model
 from sage.sampling.seeds import prompt_seed
-from sage.training import lora
+from sage.training import lora, timesteps
 from sage.training.batches import Batches
 from sage.training.denoiser import Denoiser
 from sage.training.finetuning import TrainingSet, finetuning_loss, sampling_cost
@@ -69,6 +70,7 @@ def main(
     check_sums(data)
     pipeline = open_pipeline(base, accelerator.device, params.generate.scheduler)
     check(pipeline, params, data, groups)
+    timesteps.check(settings.timesteps, pipeline.scheduler)
     examples = read_split(data, "train")
     members = tuple(map(tuple, read_groups(groups / "train.json", examples)[0]))
     batches = Batches(members, settings.weights.model_dump(), settings.batch_size, settings.seed)
@@ -76,6 +78,8 @@ def main(
         log.warning("no two training prompts are in one group, so this is plain fine-tuning; see group.threshold")
 
     sources = {"base_sha256": sha256_tree(base), "data_digest": sha256_tree(data)}
+    if settings.init is not None:
+        sources["init_sha256"] = adapters.digest(Path(settings.init))
     identity = settings.model_dump(exclude=WITHOUT_EFFECT) | sources | {"groups": sha256(groups / "train.json")}
     identity |= {"sampler_steps": sampler_steps, "scheduler": params.generate.scheduler}
     state = work / digest(identity)[:16]
@@ -85,8 +89,7 @@ def main(
         show(record, pipeline, watched, settings, sampler_steps, 0)
         denoiser = Denoiser(pipeline, settings.precision)
         inputs = training_set(denoiser, examples, members)
-        if settings.adapter is not None:
-            lora.add(denoiser.network, settings.adapter.rank, settings.seed)
+        adapt(denoiser, pipeline, settings)
         if settings.gradient_checkpointing:
             denoiser.network.enable_gradient_checkpointing()
         network = accelerator.prepare(denoiser)
@@ -150,6 +153,17 @@ def training_set(denoiser: Denoiser, examples: Sequence[Example], members: tuple
     return TrainingSet(denoiser.encode_images(images), conditions, torch.from_numpy(captions), members)
 
 
+def adapt(denoiser: Denoiser, pipeline: Any, settings: Finetune) -> None:
+    """Add the adapter to train, if there is to be one, or load the earlier one to go on with."""
+    chosen = settings.adapter
+    if chosen is None:
+        return
+    if settings.init is not None:
+        lora.resume(pipeline, Path(settings.init), chosen.rank, chosen.alpha)
+    else:
+        lora.add(denoiser.network, chosen.rank, settings.seed, alpha=chosen.alpha, targets=chosen.targets)
+
+
 def held_out(
     denoiser: Denoiser, pipeline: Any, data: Path, groups: Path, settings: Finetune, sampler_steps: int
 ) -> Validation | None:
@@ -181,7 +195,7 @@ def held_out(
 
 
 def measurements(validation: Validation, history: Sequence[Measured]) -> dict[str, dict[str, float]]:
-    """Return the held-out values of the base, of the last step and of the weights that are kept; warn if it is the base."""
+    """Return the held-out values of the base, of the last step and of the kept weights; warn if the base was best."""
     first, last, kept = history[0], history[-1], validation.kept(history)
     if min(history, key=lambda one: one.values[LOSS]) is first:
         log.warning(
@@ -237,6 +251,7 @@ def train(
         checkpoint_every=settings.checkpoint_every,
         report_every=REPORT_EVERY,
         watch_every=settings.watch_every,
+        optimizer=settings.optimizer,
     )
     at = 0
     with _shown(settings.steps, "fine-tuning") as advance:
@@ -283,14 +298,15 @@ def loss_of(
         drop_text=drop_text,
         seed=settings.seed,
         min_snr=settings.min_snr,
+        timestep_sampling=settings.timesteps,
     )
 
 
 def save(pipeline: Any, base: Path, out: Path) -> None:
     """Write the pipeline in the format of the base; an adapter is merged, and also saved as a file of its own."""
-    network, layers = pipeline._network, None
+    network, layers, alpha = pipeline._network, None, None
     if lora.present(network):
-        layers = lora.layers(network)
+        layers, alpha = lora.layers(network), lora.alpha_of(network)
         lora.merge(network)
     with new_folder(out) as temporary:
         if base_model.is_own(base):
@@ -298,7 +314,7 @@ def save(pipeline: Any, base: Path, out: Path) -> None:
         else:
             pipeline.save_pretrained(temporary)
         if layers is not None:
-            lora.save(pipeline, layers, temporary)
+            lora.save(pipeline, layers, temporary, alpha)
 
 
 def watch(data: Path, groups: Path) -> list[list[Example]]:

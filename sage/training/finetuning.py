@@ -19,7 +19,7 @@ from sage.randomness import generator, stratified_uniform
 from sage.sampling.conditions import Condition, merge, select
 from sage.sampling.loop import rollout
 from sage.sampling.plan import shared_steps
-from sage.training import loss
+from sage.training import loss, timesteps
 from sage.training.batches import Batches
 from sage.training.loop import Losses
 from sage.training.loss import BranchStart, Network, Query, SoftTarget
@@ -84,6 +84,7 @@ def finetuning_loss(
     drop_text: float,
     seed: int,
     min_snr: float | None = None,
+    timestep_sampling: timesteps.Sampling = "uniform",
 ) -> Callable[..., Losses]:
     """Return a function from a step to its losses: the mean of each term, and their weighted sum as "loss".
 
@@ -106,6 +107,7 @@ def finetuning_loss(
     drop_text      fraction of the plain diffusion items with an empty prompt, for classifier-free guidance
     seed           seed of all draws
     min_snr        gamma of `training.loss.min_snr`; None weighs all timesteps equally
+    timestep_sampling   how plain diffusion draws its timesteps, see `training.timesteps.drawn`
 
     Plain diffusion draws from all captions of an image; the other terms use the captions by which images were grouped.
     Raises UnsupportedError for a scheduler that is neither variance-preserving nor flow matching and for text states
@@ -113,6 +115,7 @@ def finetuning_loss(
     """
     denoiser = extract_model_from_parallel(network)
     denoiser.check_width(data.conditions)
+    timesteps.check(timestep_sampling, scheduler)
     frozen = denoiser.frozen() if batches.weights["consistency"] else None
     schedule = NoiseSchedule.of(scheduler)
     times, visited = diffusion.network_times(scheduler), diffusion.visited(scheduler, sampler_steps)
@@ -120,7 +123,17 @@ def finetuning_loss(
     def at_times(function: Network) -> Network:
         return lambda x_t, t, condition: function(x_t, times[t], condition)
 
-    draw = _Draws(schedule, data, at_times(denoiser), share_ratios, soft_target, branch_start, visited, drop_text)
+    draw = _Draws(
+        schedule,
+        data,
+        at_times(denoiser),
+        share_ratios,
+        soft_target,
+        branch_start,
+        visited,
+        drop_text,
+        timestep_sampling,
+    )
 
     def weight(t: Tensor) -> Tensor:
         return torch.ones_like(t) if min_snr is None else loss.min_snr(schedule, t, min_snr)
@@ -195,6 +208,7 @@ class _Draws:
     branch_start: BranchStart
     visited: Tensor
     drop_text: float
+    timestep_sampling: timesteps.Sampling
 
     def query(self, term: str, rows: Tensor, random: torch.Generator, items: slice, steps: int) -> Query:
         """Return the selected items of a term for these rows; `steps` is the number of shared steps (see `sampled`)."""
@@ -210,7 +224,7 @@ class _Draws:
         dropped = torch.rand(len(rows), generator=random) < self.drop_text
         drawn = data.captions[rows, torch.randint(data.captions.shape[1], (len(rows),), generator=random)]
         c = select(data.conditions, torch.where(dropped, len(data.conditions["states"]) - 1, drawn))
-        t = (stratified_uniform(len(rows), random) * len(self.schedule)).long()
+        t = timesteps.drawn(self.timestep_sampling, len(rows), len(self.schedule), random)
         return loss.diffusion_query(self.schedule, data.latents[rows], c, t, self._noise(rows, random))
 
     def shared(self, rows: Tensor, random: torch.Generator) -> Query:

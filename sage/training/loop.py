@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from sage.errors import DivergedError
-from sage.training import checkpoint
+from sage.training import checkpoint, optimizers
 from sage.training.selection import Measured, Validation
 
 Losses = Mapping[str, Tensor]
@@ -34,8 +34,9 @@ class Schedule:
     steps, warmup, decay     number of steps in all, of warm-up and of decay
     learning_rate            the constant rate
     ema                      decay rate of the exponential moving average of the weights
-    weight_decay, max_norm   of AdamW, and the gradient norm above which gradients are clipped
+    weight_decay, max_norm   of the optimizer, and the gradient norm above which gradients are clipped
     checkpoint_every, report_every, watch_every   intervals in steps, see `fit`; watch_every 0: never
+    optimizer                its name, see `sage.training.optimizers`
     """
 
     steps: int
@@ -48,6 +49,7 @@ class Schedule:
     checkpoint_every: int = 250
     report_every: int = 10
     watch_every: int = 0
+    optimizer: optimizers.Name = "adamw"
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step counted from 0."""
@@ -144,9 +146,8 @@ def fit(
     begin = time.monotonic()
     model = extract_model_from_parallel(network)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    # fused: one kernel for all parameters, on a CPU several times faster than a loop over them.
-    optimizer = torch.optim.AdamW(
-        parameters.values(), schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True
+    optimizer = optimizers.optimizer(
+        schedule.optimizer, parameters.values(), schedule.learning_rate, schedule.weight_decay
     )
     ema = {name: p.detach().clone() for name, p in parameters.items()}
     start, values, log, before = 0, {}, _Log(schedule.report_every), 0.0

@@ -24,7 +24,7 @@ class Validation:
     measure   returns named values, `LOSS` among them; must be a function of the network's weights alone
     every     steps between measurements; the weights before the first and after the last step are measured, too
     patience  number of measurements in a row without a new lowest loss after which training stops; None: it never does
-    keep      "last": end with the weights of the last step; "best": with those of the lowest loss, the earliest if equal
+    keep      "last": end with the weights of the last step; "best": of the lowest loss, the first if several are equal
     """
 
     measure: Callable[[], Mapping[str, float]]

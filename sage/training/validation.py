@@ -5,6 +5,7 @@ difference shows what the noise of the training loss hides.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from sage.training.finetuning import TrainingSet
 from sage.training.loop import Losses, processes
 from sage.training.selection import LOSS
 
-# Bands of equally many timesteps: in the first the least noise is left to remove, in the last there is almost only noise.
+# Bands of equally many timesteps: the first has the least noise, the last almost only noise.
 BANDS = 4
 
 
@@ -61,7 +62,7 @@ def held_out_loss(
     steps = -(-len(data.latents) // batches.batch_size)
     terms = ["loss", *batches.rows(0)]
     edges = [len(schedule) * band // BANDS for band in range(BANDS + 1)]
-    bands = list(zip(edges, edges[1:], strict=False))
+    bands = list(pairwise(edges))
 
     def band_error(rows: torch.Tensor, place: int) -> float:
         low, high = bands[place]
@@ -79,7 +80,7 @@ def held_out_loss(
         for step in range(rank, steps, world):
             means = step_loss(step)
             sums[: len(terms)] += torch.tensor([float(means.get(name, 0.0)) / steps for name in terms]).double()
-        parts = torch.arange(len(data.latents)).split(batches.batch_size)
+        parts = torch.split(torch.arange(len(data.latents)), batches.batch_size)
         for rows in parts[rank::world]:
             sums[len(terms) :] += torch.tensor([band_error(rows, place) for place in range(BANDS)]).double()
         if world > 1:

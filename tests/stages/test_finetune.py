@@ -19,14 +19,16 @@ from diffusers import StableDiffusion3Pipeline
 from faults import in_child
 from PIL import Image
 from prepared_files import write_split
+from safetensors.torch import load_file
 
 from flows.stages import finetune
 from flows.terminal import exit_on_error
 from flows.tracking.runs import run_of
 from sage.data import dataset
 from sage.errors import DataError, DivergedError
-from sage.files import sha256_tree, write_json
+from sage.files import sha256, sha256_tree, write_json
 from sage.sampling import base
+from sage.training import kohya, lora
 
 TEXTS = ["red cat", "red dog", "blue cat", "tall tree", "big tree", "snow"]
 GROUPS = [["p0", "p1", "p2"], ["p3", "p4"], ["p5"]]
@@ -205,6 +207,26 @@ def test_an_adapter_is_merged_and_stands_beside_as_stock_diffusers_loads_it(proj
     np.testing.assert_allclose(draw(before), draw(merged), atol=5e-3)  # models/ holds half precision
 
 
+@pytest.mark.slow
+def test_training_goes_on_with_an_earlier_adapter(tune, tmp_path):
+    adapter = {"rank": 4, "alpha": 2, "targets": ["to_q", "to_v"]}
+    tune(adapter=adapter, learning_rate=0.05, ema=0.0)
+    first = tmp_path / "first"
+    (tmp_path / "tuned").rename(first)
+    later = {"adapter": {"rank": 4, "alpha": 2}, "learning_rate": 1.0e-12}
+    figures = tune(init=str(first / lora.FILE), **later)
+    assert figures["init_sha256"] == sha256(first / lora.FILE)
+    # With a rate of nearly 0 it ends where the earlier one did, in both formats.
+    for name in (lora.FILE, kohya.FILE):
+        before, after = load_file(first / name), load_file(tmp_path / "tuned" / name)
+        assert before.keys() == after.keys() and all("to_q" in key or "to_v" in key for key in before)
+        torch.testing.assert_close(after, before)
+    a, b = base.load(first).unet, base.load(tmp_path / "tuned").unet
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    # Another file is another configuration: it does not go on from the other's checkpoints.
+    assert tune(init=str(first / kohya.FILE), **later)["init_sha256"] == sha256(first / kohya.FILE)
+
+
 def test_a_stock_pipeline_with_its_own_text_encoder_is_tuned_and_saved_as_such(tune, tmp_path):
     stock = tiny.pipeline("stable_diffusion_3", tmp_path)
     stock.save_pretrained(tmp_path / "stock")
@@ -325,6 +347,10 @@ def test_the_best_weights_may_be_the_bases_and_then_it_is_said(tune, tmp_path, p
         ({"weights": dict.fromkeys(("diffusion", "shared", "branch", "consistency"), 0.0)}, "all weights are 0"),
         ({"accumulate": 10}, "accumulate 10 is more than batch_size 9"),
         ({"adapter": {"rank": 0}}, "finetune.adapter.rank"),
+        ({"adapter": {"rank": 2, "targets": []}}, "finetune.adapter.targets"),
+        ({"init": "old.safetensors"}, "'old.safetensors' goes on with an earlier adapter.*found adapter None"),
+        ({"optimizer": "adamw8bit"}, "'adamw' or 'adafactor'"),
+        ({"timesteps": "cosine"}, "'uniform' or 'logit_normal'"),
         ({"min_snr": 0.0}, "finetune.min_snr"),
         ({"precision": "fp16"}, "'bf16' or 'fp32'"),
         ({"validation": {"every": 2, "images": 4, "keep": "first"}}, "'last' or 'best'"),

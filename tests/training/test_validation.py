@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_a_band_is_the_error_at_its_timesteps():
     batches = held_out_batches(GROUPS, ALL, 5, 0)
     values = held_out_loss(network, base.new_scheduler(), large, batches, lambda step: {"loss": torch.zeros(())})()
     edges = [len(schedule) * k // BANDS for k in range(BANDS + 1)]
-    spans = list(zip(edges, edges[1:], strict=False))
+    spans = list(itertools.pairwise(edges))
     assert [name for name in values if "_t" in name] == [f"validation_t{low}_{high - 1}" for low, high in spans]
     for low, high in spans:
         size = schedule.alphas[low:high].square().mean() + latents.square().mean() * (
