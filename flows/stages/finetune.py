@@ -25,7 +25,6 @@ from sage import diffusion
 from sage.config import Finetune, load_params
 from sage.data.dataset import Example, captions_of, check_sums, load_pixels, read_split
 from sage.data.groups import read_groups
-from sage.errors import DataError
 from sage.files import digest, new_folder, sha256, sha256_tree, write_json
 from sage.randomness import generator
 from sage.sampling import adapters
@@ -82,6 +81,8 @@ def main(
         sources["init_sha256"] = adapters.digest(Path(settings.init))
     identity = settings.model_dump(exclude=WITHOUT_EFFECT) | sources | {"groups": sha256(groups / "train.json")}
     identity |= {"sampler_steps": sampler_steps, "scheduler": params.generate.scheduler}
+    if settings.validation is not None:
+        identity["validation_groups"] = sha256(groups / "validation.json")
     state = work / digest(identity)[:16]
     with _main_run(accelerator, settings) as record:
         record.dataset("prepared", sources["data_digest"], "training")
@@ -170,16 +171,12 @@ def held_out(
     """Return when and on which images of split validation to measure the held-out loss; None if that is not set.
 
     Whole groups are taken in random order until there are as many images as asked for, or none left. Text is never
-    dropped. Raises DataError if the split is empty.
+    dropped.
     """
     chosen = settings.validation
     if chosen is None:
         return None
     examples = read_split(data, "validation")
-    if not examples:
-        raise DataError(
-            f"{data} has no validation images; set finetune.validation to null or prepare.validation above 0"
-        )
     partition = read_groups(groups / "validation.json", examples)[0]
     rows: list[int] = []
     members: list[tuple[int, ...]] = []

@@ -63,8 +63,7 @@ def add(network: Any, rank: int, seed: int, *, alpha: int | None = None, targets
 
 def _check_target(network: nn.Module, target: str) -> None:
     named = {name: part for name, part in network.named_modules() if f".{name}".endswith(f".{target}")}
-    # No web UI has names for adapters elsewhere in a U-Net that all of them read.
-    inside = "attentions." if isinstance(network, UNet2DConditionModel) else ""
+    inside = _inside(network)
     odd = [name for name, part in named.items() if not isinstance(part, nn.Linear) or inside not in name]
     if odd or not named:
         found = f"{odd[0]} is {type(named[odd[0]]).__name__}" if odd else "it has no layer of this name"
@@ -74,6 +73,11 @@ def _check_target(network: nn.Module, target: str) -> None:
         )
 
 
+def _inside(network: nn.Module) -> str:
+    """Return what the names of adapted layers contain: in a U-Net, `kohya` has names for attention blocks alone."""
+    return "attentions." if isinstance(network, UNet2DConditionModel) else ""
+
+
 def resume(pipeline: Any, path: Path, rank: int, alpha: int | None = None) -> str:
     """Load an earlier adapter of the pipeline's network to train it on, and freeze the rest; return the file's SHA-256.
 
@@ -81,7 +85,8 @@ def resume(pipeline: Any, path: Path, rank: int, alpha: int | None = None) -> st
     rank, alpha  what is expected; alpha None: the rank
 
     Raises UnsupportedError and DataError as `sage.sampling.adapters.load` does, and ConfigurationError if the adapter
-    has another rank or alpha than expected, or belongs to a text encoder, too.
+    has another rank or alpha than expected, or adapts what is not trained: text encoders, a U-Net outside its attention
+    blocks.
     """
     found = adapters.load(pipeline, {_NAME: path})[_NAME]
     parts = sorted(name for name, names in pipeline.get_list_adapters().items() if _NAME in names)
@@ -90,8 +95,10 @@ def resume(pipeline: Any, path: Path, rank: int, alpha: int | None = None) -> st
             f"{path} adapts {', '.join(parts)}, but only the denoiser is trained; fuse it into the base instead"
         )
     network = getattr(pipeline, parts[0])
-    adapted = [part for part in network.modules() if isinstance(part, BaseTunerLayer)]
-    shapes = {(part.r[_NAME], part.r[_NAME] * part.scaling[_NAME]) for part in adapted}
+    adapted = {name: part for name, part in network.named_modules() if _NAME in getattr(part, "scaling", {})}
+    if odd := sorted(name for name in adapted if _inside(network) not in name):
+        raise ConfigurationError(f"{path} adapts {odd[0]}, but of a U-Net only attention blocks are trained")
+    shapes = {(part.r[_NAME], part.r[_NAME] * part.scaling[_NAME]) for part in adapted.values()}
     if shapes != {(rank, alpha or rank)}:
         said = ", ".join(f"rank {r} with alpha {a:g}" for r, a in sorted(shapes))
         raise ConfigurationError(

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from test_denoiser import draw
 
@@ -138,5 +140,11 @@ def test_an_earlier_adapter_that_does_not_fit_is_named(tmp_path):
     path = lora_files.save(stock, tmp_path, seed=0, text=True)
     with pytest.raises(ConfigurationError, match="adapts text_encoder, unet, but only the denoiser"):
         lora.resume(stock, path, 2)
+    stock.unload_lora_weights()
+    stock.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "conv_in"]))
+    stock.save_lora_weights(tmp_path / "outside", unet_lora_layers=get_peft_model_state_dict(stock.unet))
+    stock.unload_lora_weights()
+    with pytest.raises(ConfigurationError, match="adapts conv_in, but of a U-Net only attention blocks"):
+        lora.resume(stock, tmp_path / "outside", 2)
     with pytest.raises(DataError, match="there is no"):
         lora.resume(tiny.pipeline("stable_diffusion", tmp_path), tmp_path / "nothing.safetensors", 2)
