@@ -182,7 +182,7 @@ def fit(
             raise _diverged(step, ", ".join(f"{name} {value:.4g}" for name, value in found.items()), work)
         log.history.append(Measured(step, found))
         if validation.keep == "best" and validation.kept(log.history).step == step:
-            # On the CPU, for a device has no room to spare.
+            # On the CPU: it is read once, at the end, and a device's memory is scarce.
             best.update({name: average.to("cpu", copy=True) for name, average in ema.items()})
         on_report(step, found)
 
