@@ -177,12 +177,24 @@ class Adapter(Section):
     """LoRA: trained low-rank matrices on frozen weights."""
 
     rank: Count
+    alpha: Count | None = None
+    targets: Annotated[list[str], Field(min_length=1)] | None = None
+
+
+class Validation(Section):
+    """The held-out loss during training (`sage.training.validation`), and what it decides."""
+
+    every: Count
+    images: Count
+    keep: Literal["last", "best"]
+    patience: Count | None = None
 
 
 class Finetune(Section):
     """Fine-tuning of the base model with L_SAGE."""
 
     steps: Count
+    optimizer: Literal["adamw", "adafactor"]
     learning_rate: Positive
     warmup: Annotated[int, Field(ge=0)]
     decay: Annotated[int, Field(ge=0)]
@@ -195,10 +207,14 @@ class Finetune(Section):
     drop_text: Share
     ema: Share
     min_snr: Positive | None
+    timesteps: Literal["uniform", "logit_normal"]
     adapter: Adapter | None
+    init: str | None
     precision: Literal["bf16", "fp32"]
     accumulate: Count
     gradient_checkpointing: bool
+    validation: Validation | None
+    checkpoint_every: Count
     watch_every: Count
     seed: Seed
 
@@ -215,6 +231,11 @@ class Finetune(Section):
         if self.warmup + self.decay > self.steps:
             raise ValueError(
                 f"warmup {self.warmup} + decay {self.decay} are more than the {self.steps} steps; shorten them"
+            )
+        if self.init is not None and (self.adapter is None or self.adapter.targets is not None):
+            raise ValueError(
+                f"init {self.init!r} goes on with an earlier adapter on its own targets; give adapter its rank, and "
+                f"alpha if that is another number, without targets (found adapter {self.adapter})"
             )
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate {self.accumulate} is more than batch_size {self.batch_size}; lower it")

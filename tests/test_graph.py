@@ -17,8 +17,9 @@ from pathlib import Path, PurePosixPath
 import pytest
 import yaml
 
+from flows.stages.finetune import WITHOUT_EFFECT as WITHOUT_EFFECT_ON_WEIGHTS
 from flows.versioning import repository
-from sage.config import Params
+from sage.config import Finetune, Params
 
 ROOT = Path(__file__).parents[1]
 GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -101,7 +102,7 @@ def test_deps_are_what_the_stage_reaches(stage):
 def test_a_stage_has_one_name_everywhere(stage):
     assert (ROOT / f"flows/stages/{stage}.py").is_file()
     assert GRAPH[stage]["cmd"].startswith(f"python -m flows.stages.{stage} ")
-    assert stage in GRAPH[stage]["params"]
+    assert any(name.split(".")[0] == stage for name in GRAPH[stage]["params"])
     assert repository.paths(GRAPH[stage], "metrics") == [PurePosixPath(f"metrics/{stage}.json")]
 
 
@@ -122,8 +123,13 @@ def test_params_are_what_the_stage_reads(stage):
     assert read
     for name in read:
         parents = {".".join(name.split(".")[:depth]) for depth in range(1, name.count(".") + 2)}
-        below = {other for other in read if other.startswith(f"{name}.")}
+        below = {other for other in read | watched if other.startswith(f"{name}.")}
         assert parents & watched or below, f"{stage} reads {name}, which dvc.yaml does not name"
+
+
+def test_training_depends_on_every_setting_that_changes_its_result():
+    listed = {name.removeprefix("finetune.") for name in GRAPH["finetune"]["params"] if name.startswith("finetune.")}
+    assert listed == Finetune.model_fields.keys() - WITHOUT_EFFECT_ON_WEIGHTS
 
 
 @pytest.mark.parametrize("stage", GRAPH)

@@ -26,24 +26,28 @@ from sage.config import Finetune, load_params
 from sage.data.dataset import Example, captions_of, check_sums, load_pixels, read_split
 from sage.data.groups import read_groups
 from sage.files import digest, new_folder, sha256, sha256_tree, write_json
+from sage.randomness import generator
+from sage.sampling import adapters
 from sage.sampling import base as base_model
 from sage.sampling.seeds import prompt_seed
-from sage.training import lora
+from sage.training import lora, timesteps
 from sage.training.batches import Batches
 from sage.training.denoiser import Denoiser
 from sage.training.finetuning import TrainingSet, finetuning_loss, sampling_cost
-from sage.training.loop import Schedule, Trained, fit, processes
+from sage.training.loop import Losses, Schedule, Trained, fit, processes
+from sage.training.selection import LOSS, Measured, Validation
+from sage.training.validation import held_out_batches, held_out_loss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_EVERY = 50
 REPORT_EVERY = 10
 ENCODED_TOGETHER = 512
-# Settings that change no weight: they may differ between a killed run and the run that resumes it.
-WITHOUT_EFFECT = {"watch_every"}
+# Settings that change no weight, except for rounding (`accumulate`): they may differ between a killed run and the run
+# that resumes it, and dvc.yaml does not name them, so that a change of them makes no stage stale.
+WITHOUT_EFFECT = {"accumulate", "checkpoint_every", "gradient_checkpointing", "watch_every"}
 # Images are shown for the first groups of the validation split and the first members of each. They are sampled without
 # branch noise, which some schedulers do not support, and which would hide what a group shares.
 GROUPS, MEMBERS = 4, 4
@@ -67,6 +71,7 @@ def main(
     check_sums(data)
     pipeline = open_pipeline(base, accelerator.device, params.generate.scheduler)
     check(pipeline, params, data, groups, trains=True)
+    timesteps.check(settings.timesteps, pipeline.scheduler)
     examples = read_split(data, "train")
     members = tuple(map(tuple, read_groups(groups / "train.json", examples)[0]))
     batches = Batches(members, settings.weights.model_dump(), settings.batch_size, settings.seed)
@@ -74,8 +79,12 @@ def main(
         log.warning("no two training prompts are in one group, so this is plain fine-tuning; see group.threshold")
 
     sources = {"base_sha256": sha256_tree(base), "data_digest": sha256_tree(data)}
+    if settings.init is not None:
+        sources["init_sha256"] = adapters.digest(Path(settings.init))
     identity = settings.model_dump(exclude=WITHOUT_EFFECT) | sources | {"groups": sha256(groups / "train.json")}
     identity |= {"sampler_steps": sampler_steps, "scheduler": params.generate.scheduler} | sampling
+    if settings.validation is not None:
+        identity["validation_groups"] = sha256(groups / "validation.json")
     state = work / digest(identity)[:16]
     with _main_run(accelerator, settings) as record:
         record.dataset("prepared", sources["data_digest"], "training")
@@ -83,26 +92,37 @@ def main(
         show(record, pipeline, watched, settings, sampler_steps, 0)
         denoiser = Denoiser(pipeline, settings.precision)
         inputs = training_set(denoiser, examples, members)
-        if settings.adapter is not None:
-            lora.add(denoiser.network, settings.adapter.rank, settings.seed)
+        adapt(denoiser, pipeline, settings)
         if settings.gradient_checkpointing:
             denoiser.network.enable_gradient_checkpointing()
         network = accelerator.prepare(denoiser)
+        validation = held_out(denoiser, pipeline, data, groups, settings, sampler_steps, sampling)
         trained = train(
-            network, pipeline, inputs, batches, settings, sampler_steps, sampling, state, identity, record, watched
+            network,
+            pipeline,
+            inputs,
+            batches,
+            settings,
+            sampler_steps,
+            sampling,
+            state,
+            identity,
+            record,
+            watched,
+            validation,
         )
-        show(record, pipeline, watched, settings, sampler_steps, settings.steps)
+        show(record, pipeline, watched, settings, sampler_steps, trained.steps)
         accelerator.end_training()
         if not accelerator.is_main_process:
             return
         save(pipeline, base, out)
-        costs = [batches.cost(step) for step in range(settings.steps)]
+        costs = [batches.cost(step) for step in range(trained.steps)]
         low, high = settings.share_ratios
-        sampled = range(settings.steps if settings.branch_start == "sampled" else 0)
+        sampled = range(trained.steps if settings.branch_start == "sampled" else 0)
         evaluations = len(diffusion.visited(pipeline.scheduler, sampler_steps))
         shared = sum(sampling_cost(batches, (low, high), evaluations, step) for step in sampled)
         figures = {
-            "steps": settings.steps,
+            "steps": trained.steps,
             "evaluations": sum(trained for trained, _ in costs),
             "base_evaluations": sum(frozen for _, frozen in costs),
             "sampling_evaluations": shared * (2 if params.generate.guidance_scale > 1 else 1),
@@ -112,6 +132,8 @@ def main(
             "model_sha256": sha256_tree(out),
             **sources,
         }
+        if validation is not None:
+            figures["validation"] = measurements(validation, trained.history)
         record.metrics({name: value for name, value in figures.items() if isinstance(value, (int, float))})
         record.tags({name: value for name, value in figures.items() if isinstance(value, str)})
         record.metrics({"seconds": round(trained.seconds, 1)})
@@ -145,6 +167,65 @@ def training_set(denoiser: Denoiser, examples: Sequence[Example], members: tuple
     return TrainingSet(denoiser.encode_images(images), conditions, torch.from_numpy(captions), members)
 
 
+def adapt(denoiser: Denoiser, pipeline: Any, settings: Finetune) -> None:
+    """Add the adapter to train, if there is to be one, or load the earlier one to go on with."""
+    chosen = settings.adapter
+    if chosen is None:
+        return
+    if settings.init is not None:
+        lora.resume(pipeline, Path(settings.init), chosen.rank, chosen.alpha)
+    else:
+        lora.add(denoiser.network, chosen.rank, settings.seed, alpha=chosen.alpha, targets=chosen.targets)
+
+
+def held_out(
+    denoiser: Denoiser,
+    pipeline: Any,
+    data: Path,
+    groups: Path,
+    settings: Finetune,
+    sampler_steps: int,
+    sampling: Mapping[str, float],
+) -> Validation | None:
+    """Return when and on which images of split validation to measure the held-out loss; None if that is not set.
+
+    Whole groups are taken in random order until there are as many images as asked for, or none left. Text is never
+    dropped.
+    """
+    chosen = settings.validation
+    if chosen is None:
+        return None
+    examples = read_split(data, "validation")
+    partition = read_groups(groups / "validation.json", examples)[0]
+    rows: list[int] = []
+    members: list[tuple[int, ...]] = []
+    for place in torch.randperm(len(partition), generator=generator(settings.seed, "held out")).tolist():
+        if len(rows) < chosen.images:
+            members.append(tuple(range(len(rows), len(rows) + len(partition[place]))))
+            rows += partition[place]
+    inputs = training_set(denoiser, [examples[row] for row in rows], tuple(members))
+    batches = held_out_batches(members, settings.weights.model_dump(), settings.batch_size, settings.seed)
+    loss = loss_of(denoiser, pipeline, inputs, batches, settings, sampler_steps, sampling, drop_text=0.0)
+    measure = held_out_loss(denoiser, pipeline.scheduler, inputs, batches, loss)
+    return Validation(measure, chosen.every, chosen.patience, chosen.keep)
+
+
+def measurements(validation: Validation, history: Sequence[Measured]) -> dict[str, dict[str, float]]:
+    """Return the held-out values of the base, of the last step and of the kept weights; warn if the base was best."""
+    first, last, kept = history[0], history[-1], validation.kept(history)
+    if min(history, key=lambda one: one.values[LOSS]) is first:
+        log.warning(
+            "the held-out loss was never below the base's %.4g; train longer or with another learning rate",
+            first.values[LOSS],
+        )
+    found = {"base": first, "last": last, "kept": kept}
+    return {
+        name: {"step": one.step}
+        | {key.removeprefix("validation_"): round(value, 6) for key, value in one.values.items()}
+        for name, one in found.items()
+    }
+
+
 def _shown(total: int, what: str) -> AbstractContextManager[Callable[[int], None]]:
     """Return a progress display; of several processes only the first shows it."""
     return progress(total, what) if processes()[0] == 0 else nullcontext(lambda n: None)
@@ -162,6 +243,7 @@ def train(
     identity: dict[str, Any],
     record: Run,
     watched: list[list[Example]],
+    validation: Validation | None,
 ) -> Trained:
     """Train the pipeline's network in place.
 
@@ -175,31 +257,19 @@ def train(
     identity       the configuration that the checkpoints belong to
     record         the tracking record
     watched        groups whose images are recorded during training
+    validation     the held-out loss, and what it decides
     """
-    low, high = settings.share_ratios
-    loss = finetuning_loss(
-        network,
-        pipeline.scheduler,
-        data,
-        batches,
-        share_ratios=(low, high),
-        soft_target=settings.soft_target,
-        branch_start=settings.branch_start,
-        sampler_steps=sampler_steps,
-        drop_text=settings.drop_text,
-        seed=settings.seed,
-        min_snr=settings.min_snr,
-        **sampling,
-    )
+    loss = loss_of(network, pipeline, data, batches, settings, sampler_steps, sampling, settings.drop_text)
     schedule = Schedule(
         settings.steps,
         settings.learning_rate,
         warmup=settings.warmup,
         decay=settings.decay,
         ema=settings.ema,
-        checkpoint_every=CHECKPOINT_EVERY,
+        checkpoint_every=settings.checkpoint_every,
         report_every=REPORT_EVERY,
         watch_every=settings.watch_every,
+        optimizer=settings.optimizer,
     )
     at = 0
     with _shown(settings.steps, "fine-tuning") as advance:
@@ -219,14 +289,44 @@ def train(
             on_report=lambda step, means: record.metrics(means, step),
             on_watch=lambda step: show(record, pipeline, watched, settings, sampler_steps, step),
             accumulate=settings.accumulate,
+            validation=validation,
         )
+
+
+def loss_of(
+    network: torch.nn.Module,
+    pipeline: Any,
+    data: TrainingSet,
+    batches: Batches,
+    settings: Finetune,
+    sampler_steps: int,
+    sampling: Mapping[str, float],
+    drop_text: float,
+) -> Callable[..., Losses]:
+    """Return the loss of these settings on a set of images; the parameters are those of `train`."""
+    low, high = settings.share_ratios
+    return finetuning_loss(
+        network,
+        pipeline.scheduler,
+        data,
+        batches,
+        share_ratios=(low, high),
+        soft_target=settings.soft_target,
+        branch_start=settings.branch_start,
+        sampler_steps=sampler_steps,
+        drop_text=drop_text,
+        seed=settings.seed,
+        min_snr=settings.min_snr,
+        timestep_sampling=settings.timesteps,
+        **sampling,
+    )
 
 
 def save(pipeline: Any, base: Path, out: Path) -> None:
     """Write the pipeline in the format of the base; an adapter is merged, and also saved as a file of its own."""
-    network, layers = pipeline._network, None
+    network, layers, alpha = pipeline._network, None, None
     if lora.present(network):
-        layers = lora.layers(network)
+        layers, alpha = lora.layers(network), lora.alpha_of(network)
         lora.merge(network)
     with new_folder(out) as temporary:
         if base_model.is_own(base):
@@ -234,7 +334,7 @@ def save(pipeline: Any, base: Path, out: Path) -> None:
         else:
             pipeline.save_pretrained(temporary)
         if layers is not None:
-            lora.save(pipeline, layers, temporary)
+            lora.save(pipeline, layers, temporary, alpha)
 
 
 def watch(data: Path, groups: Path) -> list[list[Example]]:

@@ -30,8 +30,15 @@ def load(pipe: Any, loras: Mapping[str, Path]) -> dict[str, str]:
             pipe.load_lora_weights(path.parent if path.is_file() else path, adapter_name=name, **place)
         if not any(name in names for names in pipe.get_list_adapters().values()):
             raise DataError(f"the LoRA {name} ({path}) fits nothing in {type(pipe).__name__}; it is for another model")
-        found[name] = sha256(path) if path.is_file() else sha256_tree(path)
+        found[name] = digest(path)
     return found
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a LoRA, a file or a folder; raise DataError if there is none."""
+    if not path.exists():
+        raise DataError(f"there is no LoRA {path}")
+    return sha256(path) if path.is_file() else sha256_tree(path)
 
 
 class Wearer:

@@ -32,7 +32,7 @@ class Denoiser(nn.Module):
     `network` is the pipeline's own module, so the pipeline samples with the trained weights. With `precision` "bf16"
     the forward pass runs under autocast; the pipeline becomes float32 either way. Autocast is set here, not by
     accelerate, so that it also applies to the frozen base. LoRAs that the pipeline came with are fused into its weights
-    (`lora.fuse`). Raises UnsupportedError for an unsupported pipeline class.
+    (`lora.fuse`). Raises UnsupportedError for an unsupported pipeline class and for a quantised network.
     """
 
     def __init__(self, pipeline: Any, precision: Precision = "fp32") -> None:
@@ -42,6 +42,11 @@ class Denoiser(nn.Module):
         if isinstance(self._pipe, SegmentedPipeline):
             raise UnsupportedError(
                 f"{self._pipe.family.stock} can be sampled, but not fine-tuned; fine-tune one of {', '.join(FAMILIES)}"
+            )
+        if getattr(self._pipe._network, "is_quantized", False):
+            raise UnsupportedError(
+                f"{type(self._pipe._network).__name__} is quantised, and training needs float weights; load it without "
+                "quantization_config"
             )
         self._precision = precision
         lora.fuse(self._pipe)

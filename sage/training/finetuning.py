@@ -19,7 +19,7 @@ from sage.randomness import generator, stratified_uniform
 from sage.sampling.conditions import Condition, merge, select
 from sage.sampling.loop import rollout
 from sage.sampling.plan import shared_steps
-from sage.training import loss
+from sage.training import loss, timesteps
 from sage.training.batches import Batches
 from sage.training.loop import Losses
 from sage.training.loss import BranchStart, Network, Query, SoftTarget
@@ -86,6 +86,7 @@ def finetuning_loss(
     min_snr: float | None = None,
     guidance_scale: float = 1.0,
     branch_noise: float = 1.0,
+    timestep_sampling: timesteps.Sampling = "uniform",
 ) -> Callable[..., Losses]:
     """Return a function from a step to its losses: the mean of each term, and their weighted sum as "loss".
 
@@ -109,6 +110,7 @@ def finetuning_loss(
     seed           seed of all draws
     min_snr        gamma of `training.loss.min_snr`; None weighs all timesteps equally
     guidance_scale, branch_noise  those of sampling, for the shared steps of "sampled"
+    timestep_sampling   how plain diffusion draws its timesteps, see `training.timesteps.drawn`
 
     Plain diffusion draws from all captions of an image; the other terms use the captions by which images were grouped.
     Raises UnsupportedError for a scheduler that is neither variance-preserving nor flow matching and for text states
@@ -116,6 +118,7 @@ def finetuning_loss(
     """
     denoiser = extract_model_from_parallel(network)
     denoiser.check_width(data.conditions)
+    timesteps.check(timestep_sampling, scheduler)
     frozen = denoiser.frozen() if batches.weights["consistency"] else None
     schedule = NoiseSchedule.of(scheduler)
     times, visited = diffusion.network_times(scheduler), diffusion.visited(scheduler, sampler_steps)
@@ -124,7 +127,18 @@ def finetuning_loss(
         return lambda x_t, t, condition: function(x_t, times[t], condition)
 
     sampler = guided(at_times(denoiser), select(data.conditions, slice(-1, None)), guidance_scale)
-    draw = _Draws(schedule, data, sampler, share_ratios, soft_target, branch_start, visited, drop_text, branch_noise)
+    draw = _Draws(
+        schedule,
+        data,
+        sampler,
+        share_ratios,
+        soft_target,
+        branch_start,
+        visited,
+        drop_text,
+        branch_noise,
+        timestep_sampling,
+    )
 
     def weight(t: Tensor) -> Tensor:
         return torch.ones_like(t) if min_snr is None else loss.min_snr(schedule, t, min_snr)
@@ -230,6 +244,7 @@ class _Draws:
     visited: Tensor
     drop_text: float
     branch_noise: float
+    timestep_sampling: timesteps.Sampling
 
     def query(self, term: str, rows: Tensor, random: torch.Generator, items: slice, steps: int) -> Query:
         """Return the selected items of a term for these rows; `steps` is the number of shared steps (see `sampled`)."""
@@ -245,7 +260,7 @@ class _Draws:
         dropped = torch.rand(len(rows), generator=random) < self.drop_text
         drawn = data.captions[rows, torch.randint(data.captions.shape[1], (len(rows),), generator=random)]
         c = select(data.conditions, torch.where(dropped, len(data.conditions["states"]) - 1, drawn))
-        t = (stratified_uniform(len(rows), random) * len(self.schedule)).long()
+        t = timesteps.drawn(self.timestep_sampling, len(rows), len(self.schedule), random)
         return loss.diffusion_query(self.schedule, data.latents[rows], c, t, self._noise(rows, random))
 
     def shared(self, rows: Tensor, random: torch.Generator) -> Query:

@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from sage.errors import DivergedError
-from sage.training import checkpoint
+from sage.training import checkpoint, optimizers
+from sage.training.selection import Measured, Validation
 
 Losses = Mapping[str, Tensor]
 
@@ -33,8 +34,9 @@ class Schedule:
     steps, warmup, decay     number of steps in all, of warm-up and of decay
     learning_rate            the constant rate
     ema                      decay rate of the exponential moving average of the weights
-    weight_decay, max_norm   of AdamW, and the gradient norm above which gradients are clipped
+    weight_decay, max_norm   of the optimizer, and the gradient norm above which gradients are clipped
     checkpoint_every, report_every, watch_every   intervals in steps, see `fit`; watch_every 0: never
+    optimizer                its name, see `sage.training.optimizers`
     """
 
     steps: int
@@ -47,6 +49,7 @@ class Schedule:
     checkpoint_every: int = 250
     report_every: int = 10
     watch_every: int = 0
+    optimizer: optimizers.Name = "adamw"
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step counted from 0."""
@@ -64,10 +67,18 @@ def processes() -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Trained:
-    """The losses of the last step, and the run's duration in seconds, the time before it was resumed included."""
+    """What a run was.
+
+    losses   of the last step
+    seconds  duration, the time before it was resumed included
+    steps    number of finished steps; fewer than scheduled if it stopped early
+    history  held-out measurements, in order
+    """
 
     losses: dict[str, float]
     seconds: float
+    steps: int
+    history: list[Measured]
 
 
 @dataclass
@@ -77,6 +88,7 @@ class _Log:
     every: int
     reports: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     recent: list[dict[str, float]] = field(default_factory=list)
+    history: list[Measured] = field(default_factory=list)
 
     def add(self, step: int, values: dict[str, float]) -> bool:
         """Add a step's values; return whether they completed a report."""
@@ -87,6 +99,16 @@ class _Log:
         self.reports.append((step, {name: sum(v[name] for v in self.recent) / len(self.recent) for name in names}))
         self.recent = []
         return True
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` takes, a JSON object."""
+        measured = [[one.step, dict(one.values)] for one in self.history]
+        return {"reports": self.reports, "recent": self.recent, "history": measured}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from the state of a checkpoint."""
+        self.reports, self.recent = state["reports"], state["recent"]
+        self.history = [Measured(step, values) for step, values in state.get("history", [])]
 
 
 def fit(
@@ -100,6 +122,7 @@ def fit(
     on_report: Callable[[int, dict[str, float]], None] = lambda step, means: None,
     on_watch: Callable[[int], None] = lambda step: None,
     accumulate: int = 1,
+    validation: Validation | None = None,
 ) -> Trained:
     """Train `network` in place and leave it with its averaged (EMA) weights.
 
@@ -111,9 +134,11 @@ def fit(
     identity    the configuration that the checkpoints belong to; another one cannot resume from them
     on_step     called with (done, values) after each step, `done` the number of finished steps; a resumed run calls it
                 for the steps after its checkpoint only
-    on_report   called with (done, means) every `schedule.report_every` steps; a resumed run first repeats earlier calls
+    on_report   called with (done, means) every `schedule.report_every` steps, and with the held-out values after each
+                measurement; a resumed run first repeats earlier calls
     on_watch    called with (done) every `schedule.watch_every` steps except the last, with the averaged weights loaded
     accumulate  number of parts that a process computes one after another to save memory
+    validation  when to measure the averaged weights on held-out data, when to stop, and which weights to keep
 
     Raises DivergedError at the first loss, gradient or weight that is not finite, before the weights that caused it are
     saved, and CheckpointError if `work` holds checkpoints of another configuration.
@@ -121,33 +146,53 @@ def fit(
     begin = time.monotonic()
     model = extract_model_from_parallel(network)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    # fused: one kernel for all parameters, on a CPU several times faster than a loop over them.
-    optimizer = torch.optim.AdamW(
-        parameters.values(), schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True
+    optimizer = optimizers.optimizer(
+        schedule.optimizer, parameters.values(), schedule.learning_rate, schedule.weight_decay
     )
     ema = {name: p.detach().clone() for name, p in parameters.items()}
     start, values, log, before = 0, {}, _Log(schedule.report_every), 0.0
+    best: dict[str, Tensor] = {}
     saved = checkpoint.latest(work, identity)
     if saved is not None:
         start, values, before = saved.step, saved.state["losses"], saved.state["seconds"]
-        log.reports, log.recent = saved.state["reports"], saved.state["recent"]
+        log.restore(saved.state)
         _restore(saved.tensors, parameters, ema, optimizer)
-        for step, means in log.reports:
+        best = {name: saved.tensors[f"best.{name}"] for name in parameters if f"best.{name}" in saved.tensors}
+        measured = [(one.step, dict(one.values)) for one in log.history]
+        for step, means in sorted([*log.reports, *measured], key=lambda report: report[0]):
             on_report(step, means)
 
     def seconds() -> float:
         return before + time.monotonic() - begin
 
     def save(step: int) -> None:
-        tensors = _tensors(parameters, ema, optimizer)
+        tensors = _tensors(parameters, ema, optimizer) | {f"best.{name}": tensor for name, tensor in best.items()}
         if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
             raise _diverged(step, "the weights or their averages", work)
         if processes()[0] == 0:
-            state = {"losses": values, "seconds": seconds(), "reports": log.reports, "recent": log.recent}
+            state = {"losses": values, "seconds": seconds(), **log.state()}
             checkpoint.save(work, step, tensors, state, identity)
 
+    def validate(step: int) -> None:
+        if validation is None or not validation.due(step, schedule.steps):
+            return
+        with _averaged(network, parameters, ema):
+            found = dict(validation.measure())
+        if not all(map(math.isfinite, found.values())):
+            raise _diverged(step, ", ".join(f"{name} {value:.4g}" for name, value in found.items()), work)
+        log.history.append(Measured(step, found))
+        if validation.keep == "best" and validation.kept(log.history).step == step:
+            # On the CPU: it is read once, at the end, and a device's memory is scarce.
+            best.update({name: average.to("cpu", copy=True) for name, average in ema.items()})
+        on_report(step, found)
+
     network.train()
+    if saved is None:
+        validate(0)
+    done = start
     for step in range(start, schedule.steps):
+        if validation is not None and validation.ended(log.history):
+            break
         found = _gradient(network, loss, step, accumulate)
         found["gradient_norm"] = float(
             nn.utils.clip_grad_norm_([p for p in parameters.values() if p.grad is not None], schedule.max_norm)
@@ -171,13 +216,15 @@ def fit(
         if schedule.watch_every and (step + 1) % schedule.watch_every == 0 and step + 1 < schedule.steps:
             with _averaged(network, parameters, ema):
                 on_watch(step + 1)
-    if start < schedule.steps:
-        save(schedule.steps)
+        validate(step + 1)
+        done = step + 1
+    if start < done:
+        save(done)
     with torch.no_grad():
         for name, p in parameters.items():
-            p.copy_(ema[name])
+            p.copy_(best.get(name, ema[name]))
     network.eval()
-    return Trained(values, seconds())
+    return Trained(values, seconds(), done, log.history)
 
 
 @contextmanager

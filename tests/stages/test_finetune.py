@@ -1,3 +1,4 @@
+import contextlib
 import json
 import logging
 import os
@@ -18,18 +19,21 @@ from diffusers import StableDiffusion3Pipeline
 from faults import in_child
 from PIL import Image
 from prepared_files import write_split
+from safetensors.torch import load_file
 
 from flows.stages import finetune
 from flows.terminal import exit_on_error
 from flows.tracking.runs import run_of
 from sage.data import dataset
 from sage.errors import DataError, DivergedError
-from sage.files import sha256_tree, write_json
+from sage.files import sha256, sha256_tree, write_json
 from sage.sampling import base
+from sage.training import kohya, lora
 
 TEXTS = ["red cat", "red dog", "blue cat", "tall tree", "big tree", "snow"]
 GROUPS = [["p0", "p1", "p2"], ["p3", "p4"], ["p5"]]
 SETTINGS = {"steps": 6, "warmup": 1, "decay": 2, "batch_size": 9, "learning_rate": 1.0e-3, "ema": 0.5}
+SETTINGS["checkpoint_every"] = 2
 SETTINGS["weights"] = {"diffusion": 1.0, "shared": 1.0, "branch": 1.0, "consistency": 0.1}
 
 
@@ -60,7 +64,6 @@ def tune(project, tmp_path, monkeypatch):
     monkeypatch.setenv("SAGE_DEVICE", "cpu")
     # dvc.yaml does not name it: an import of it would fail here.
     monkeypatch.setitem(sys.modules, "sage.grouping.auto", None)
-    monkeypatch.setattr(finetune, "CHECKPOINT_EVERY", 2)
     shipped = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
 
     def run(
@@ -106,7 +109,7 @@ def test_a_killed_stage_resumes_to_the_same_model(tune, tmp_path, project):
         from flows.stages import finetune
         project, threads = sys.argv[1:]
         torch.set_num_threads(int(threads))
-        finetune.CHECKPOINT_EVERY, finetune.REPORT_EVERY = 2, 1
+        finetune.REPORT_EVERY = 1
         def metrics(self, values, step=None):
             if step == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -123,6 +126,24 @@ def test_a_killed_stage_resumes_to_the_same_model(tune, tmp_path, project):
     assert [path.name[:13] for path in sorted(state.iterdir())] == ["step-00000002", "step-00000004"]
     assert tune()["model_sha256"] == whole == sha256_tree(tmp_path / "whole")
     assert not state.exists()
+
+
+def test_settings_without_effect_may_differ_between_a_stopped_run_and_the_one_that_resumes_it(tune, monkeypatch):
+    def stop(self, values, step=None):
+        if step == 6:
+            raise InterruptedError
+
+    monkeypatch.setattr(finetune, "REPORT_EVERY", 1)
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(finetune.Run, "metrics", stop)
+        tune()
+    [state] = Path("work").iterdir()
+    reported = []
+    monkeypatch.setattr(finetune.Run, "metrics", lambda self, values, step=None: reported.append(step))
+    monkeypatch.setattr(finetune, "_shown", lambda total, what: contextlib.nullcontext(lambda n: shown.append(n)))
+    shown = []
+    tune(accumulate=3, checkpoint_every=1, gradient_checkpointing=True, watch_every=1)
+    assert not state.exists() and sum(shown[-2:]) == 6 and shown[-2] == 5
 
 
 @pytest.mark.slow
@@ -184,6 +205,26 @@ def test_an_adapter_is_merged_and_stands_beside_as_stock_diffusers_loads_it(proj
     before.load_lora_weights(tmp_path / "tuned", weight_name="pytorch_lora_weights.safetensors")
     assert np.abs(draw(before) - plain).max() > 1e-2
     np.testing.assert_allclose(draw(before), draw(merged), atol=5e-3)  # models/ holds half precision
+
+
+@pytest.mark.slow
+def test_training_goes_on_with_an_earlier_adapter(tune, tmp_path):
+    adapter = {"rank": 4, "alpha": 2, "targets": ["to_q", "to_v"]}
+    tune(adapter=adapter, learning_rate=0.05, ema=0.0)
+    first = tmp_path / "first"
+    (tmp_path / "tuned").rename(first)
+    later = {"adapter": {"rank": 4, "alpha": 2}, "learning_rate": 1.0e-12}
+    figures = tune(init=str(first / lora.FILE), **later)
+    assert figures["init_sha256"] == sha256(first / lora.FILE)
+    # With a rate of nearly 0 it ends where the earlier one did, in both formats.
+    for name in (lora.FILE, kohya.FILE):
+        before, after = load_file(first / name), load_file(tmp_path / "tuned" / name)
+        assert before.keys() == after.keys() and all("to_q" in key or "to_v" in key for key in before)
+        torch.testing.assert_close(after, before)
+    a, b = base.load(first).unet, base.load(tmp_path / "tuned").unet
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    # Another file is another configuration: it does not go on from the other's checkpoints.
+    assert tune(init=str(first / kohya.FILE), **later)["init_sha256"] == sha256(first / kohya.FILE)
 
 
 def test_a_stock_pipeline_with_its_own_text_encoder_is_tuned_and_saved_as_such(tune, tmp_path):
@@ -266,6 +307,34 @@ def test_curves_and_pictures_are_recorded(tune, tmp_path, monkeypatch):
     assert tune()["model_sha256"] == figures["model_sha256"]
 
 
+def test_the_held_out_loss_is_recorded_and_changes_no_weight(tune, tmp_path, monkeypatch):
+    without = tune()["model_sha256"]
+    recorded = {}
+    monkeypatch.setattr(
+        finetune.Run, "metrics", lambda self, values, step=None: recorded.setdefault(step, {}).update(values)
+    )
+    figures = tune(validation={"every": 2, "images": 4, "keep": "last"})
+    assert figures["model_sha256"] == without
+    held_out = figures["validation"]
+    assert {name: found["step"] for name, found in held_out.items()} == {"base": 0, "last": 6, "kept": 6}
+    assert held_out["last"] == held_out["kept"] != held_out["base"]
+    assert held_out["last"].keys() == {
+        *("step", "loss", "diffusion", "shared", "branch", "t0_249", "t250_499", "t500_749", "t750_999")
+    }
+    for step in (0, 2, 4, 6):
+        assert {"validation_loss", "validation_t0_249"} <= recorded[step].keys()
+    assert figures == tune(validation={"every": 2, "images": 4, "keep": "last"})
+
+
+def test_the_best_weights_may_be_the_bases_and_then_it_is_said(tune, tmp_path, project, caplog):
+    figures = tune(validation={"every": 1, "images": 9, "keep": "best", "patience": 2}, learning_rate=0.3, warmup=0)
+    assert (figures["steps"], figures["evaluations"]) == (2, 18), "two measurements in a row were worse"
+    assert figures["validation"]["kept"] == figures["validation"]["base"] != figures["validation"]["last"]
+    assert "the held-out loss was never below the base's" in caplog.text
+    before, after = base.load(project / "base"), base.load(tmp_path / "tuned")
+    assert all(torch.equal(a, b) for a, b in zip(before.unet.parameters(), after.unet.parameters(), strict=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -278,8 +347,14 @@ def test_curves_and_pictures_are_recorded(tune, tmp_path, monkeypatch):
         ({"weights": dict.fromkeys(("diffusion", "shared", "branch", "consistency"), 0.0)}, "all weights are 0"),
         ({"accumulate": 10}, "accumulate 10 is more than batch_size 9"),
         ({"adapter": {"rank": 0}}, "finetune.adapter.rank"),
+        ({"adapter": {"rank": 2, "targets": []}}, "finetune.adapter.targets"),
+        ({"init": "old.safetensors"}, "'old.safetensors' goes on with an earlier adapter.*found adapter None"),
+        ({"optimizer": "adamw8bit"}, "'adamw' or 'adafactor'"),
+        ({"timesteps": "cosine"}, "'uniform' or 'logit_normal'"),
         ({"min_snr": 0.0}, "finetune.min_snr"),
         ({"precision": "fp16"}, "'bf16' or 'fp32'"),
+        ({"validation": {"every": 2, "images": 4, "keep": "first"}}, "'last' or 'best'"),
+        ({"validation": {"every": 2, "images": 4, "keep": "best", "patience": 0}}, "finetune.validation.patience"),
     ],
 )
 def test_contradictions_are_found_before_work(changes, said, tune, tmp_path):

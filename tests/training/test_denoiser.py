@@ -119,6 +119,13 @@ def test_every_family_can_be_tuned(pipe, family, tmp_path):
     assert network is denoiser.network  # so the pipeline has learned
 
 
+def test_a_quantised_network_is_refused_by_name(tmp_path):
+    pipe = tiny.pipeline("stable_diffusion", tmp_path)
+    pipe.unet.is_quantized = True  # as the quantisers of diffusers mark a network
+    with pytest.raises(UnsupportedError, match="UNet2DConditionModel is quantised"):
+        Denoiser(pipe)
+
+
 def test_a_family_of_the_segment_driver_is_refused_by_name():
     with pytest.raises(UnsupportedError, match="FluxPipeline can be sampled, but not fine-tuned"):
         Denoiser(tiny_families.tiny("FluxPipeline").pipe)

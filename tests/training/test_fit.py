@@ -14,6 +14,7 @@ from sage.errors import CheckpointError, DivergedError
 from sage.randomness import generator
 from sage.training import checkpoint
 from sage.training.loop import Schedule, fit
+from sage.training.selection import Validation
 
 IDENTITY = {"case": "line"}
 
@@ -289,3 +290,79 @@ def test_an_accumulated_gradient_is_that_of_the_whole_batch(parts, tmp_path):
     for whole, summed in zip(moments[0][0], moments[1][0], strict=True):
         torch.testing.assert_close(summed, whole, rtol=1e-4, atol=1e-7)
     assert moments[1][1] == pytest.approx(moments[0][1], rel=1e-4)
+
+
+def falling_then_rising(net, lowest):
+    """A held-out loss that is lowest at one step, told by how often it was measured, and the weights at each call."""
+    seen = []
+
+    def measure():
+        assert not net.training
+        seen.append([p.detach().clone() for p in net.parameters()])
+        return {"validation_loss": abs(4 * (len(seen) - 1) - lowest) + 1.0}
+
+    return measure, seen
+
+
+def test_measuring_changes_nothing_and_is_reported(tmp_path):
+    plain, _ = train(tmp_path / "plain")
+    net, reports = network(), []
+    measure, seen = falling_then_rising(net, 8)
+    calls = {"validation": Validation(measure, 8), "on_report": lambda step, values: reports.append((step, values))}
+    train(tmp_path / "measured", net, calls=calls)
+    assert [step for step, values in reports if "validation_loss" in values] == [0, 8, 16, 20]
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), net.parameters(), strict=True))
+    # The averaged weights are measured.
+    assert all(torch.equal(a, b) for a, b in zip(seen[-1], net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_training_stops_when_patience_is_over_and_keeps_what_is_asked(keep, tmp_path):
+    net = network()
+    measure, seen = falling_then_rising(net, 8)
+    schedule = Schedule(40, 0.01, checkpoint_every=6)
+    validation = Validation(measure, 4, patience=2, keep=keep)
+    done = fit(net, loss_of(net), schedule, work=tmp_path, identity=IDENTITY, validation=validation)
+    assert done.steps == 16 and [one.step for one in done.history] == [0, 4, 8, 12, 16]
+    assert validation.kept(done.history).step == {"last": 16, "best": 8}[keep]
+    kept = seen[{"last": 4, "best": 2}[keep]]
+    assert all(torch.equal(a, b) for a, b in zip(kept, net.parameters(), strict=True))
+    # A finished run does not train, or measure, again.
+    again, count = network(), len(seen)
+    same = fit(again, loss_of(again), schedule, work=tmp_path, identity=IDENTITY, validation=validation)
+    assert (same.steps, same.history, len(seen)) == (16, done.history, count)
+    assert all(torch.equal(a, b) for a, b in zip(kept, again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("stop", [3, 7, 10, 14, 16])
+def test_a_resumed_run_keeps_the_best_weights_and_its_patience(stop, tmp_path):
+    def once(folder, net, stop=None):
+        x = torch.randn(64, 3, generator=torch.Generator().manual_seed(99))
+
+        def measure():
+            with torch.no_grad():
+                return {"validation_loss": float((net(x)[:, 0] - 0.15).square().mean())}
+
+        validation = Validation(measure, 2, patience=3, keep="best")
+        reports = []
+        calls = {"on_report": lambda step, values: reports.append((step, values)), "validation": validation}
+        on_step = kill_at(stop) if stop else lambda step, values: None
+        schedule = Schedule(30, 0.02, warmup=0, checkpoint_every=3, report_every=4, ema=0.5)
+        done = fit(net, loss_of(net), schedule, work=folder, identity=IDENTITY, on_step=on_step, **calls)
+        return done, [(step, dict(values)) for step, values in reports]
+
+    whole, net = network(), network()
+    done, reports = once(tmp_path / "whole", whole)
+    best = Validation(dict, 2, keep="best").kept(done.history).step
+    assert 0 < best < done.steps < 30, f"it must stop early, after step {best} > 0, for this test to say anything"
+    with pytest.raises(Killed):
+        once(tmp_path / "parts", network(), min(stop, done.steps))
+    resumed, again = once(tmp_path / "parts", net)
+    assert (resumed.steps, resumed.history, again) == (done.steps, done.history, reports)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), net.parameters(), strict=True))
+
+
+def test_a_held_out_loss_that_is_not_finite_stops_training(tmp_path):
+    validation = Validation(lambda: {"validation_loss": float("nan")}, 5)
+    with pytest.raises(DivergedError, match="step 0: not finite: validation_loss nan"):
+        train(tmp_path, calls={"validation": validation})
