@@ -61,6 +61,19 @@ def check(pipe: Any, params: Params, data: Path, groups: Path) -> None:
         log.warning(problem)
 
 
+def check_trainable(base: str | Path) -> None:
+    """Raise UnsupportedError, before its weights are read, for a base model of a family that cannot be fine-tuned."""
+    from sage.sampling import saved  # late, as above
+    from sage.sampling.pipeline import FAMILIES
+
+    stock = saved.stock_class(base)
+    if stock is not None and not any(above.__name__ in FAMILIES for above in stock.__mro__):
+        raise UnsupportedError(
+            f"the base model {base} is a {stock.__name__}, which can be sampled (sage generate --model {base}), but "
+            f"not fine-tuned; set base in params.yaml to one of {', '.join(FAMILIES)}"
+        )
+
+
 def _check_size(pipe: Any, size: Sequence[int]) -> None:
     """Raise ConfigurationError if the model draws images of another size than the prepared ones."""
     height, width = drawn = pipe._size(None, None, dict(pipe._options))
