@@ -22,6 +22,7 @@ from sage.evaluation.results import parse
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["run", "flow", "doctor", "generate", "group", "pretrain", "calibrate", "register", "promote", "compare"]
+COMMANDS += ["base", "configure"]
 
 
 @dataclass(frozen=True)
