@@ -44,10 +44,10 @@ def main(
     """Generate validation images with and without sharing, measure the damage by similarity, and store it."""
     params = load_params()
     model = model or Path(params.base)
-    if not model.is_dir():
-        raise DataError(f"{model} is no folder, so {FILE} cannot be written into it; save the model as a folder first")
     settings, grouping = params.generate, params.group
     examples = read_split(data, SPLIT)
+    if not model.is_dir():
+        raise DataError(f"{model} is no folder, so {FILE} cannot be written into it; save the model as a folder first")
     device()  # a missing device fails here, not after the embedding
 
     from sage.evaluation.extractors import EfficientNetLite0
