@@ -218,6 +218,28 @@ def serve(
         raise typer.Exit(code)
 
 
+@app.command(rich_help_panel="The main job")
+def configure(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="YAML of settings, as in configs/.")],
+    setting: Annotated[list[str] | None, typer.Argument(help="Further ones: finetune.steps=1000")] = None,
+) -> None:
+    """Change params.yaml by the settings of a file and print them, in the form that `dvc exp run -S` takes."""
+    from flows.commands import configure as configuring
+
+    for change in configuring.apply(file, setting or []):
+        typer.echo(change)
+
+
+@app.command(rich_help_panel="Models")
+def base(
+    model: Annotated[str, typer.Argument(help="OWNER/NAME on the hub, or OWNER/NAME@REVISION: commit, tag or branch.")],
+) -> None:
+    """Get a base model from the hub, pin its revision in a file, and say how to name it in params.yaml."""
+    from flows.commands import base as bases
+
+    bases.pin(model, typer.echo)
+
+
 @app.command(context_settings=_DELEGATE, rich_help_panel="Models")
 def pretrain(context: typer.Context) -> None:
     """Train the base model (autoencoder, denoiser) and the dual encoder that measures text-image alignment."""

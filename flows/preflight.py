@@ -206,6 +206,19 @@ def _drawable(job: Job) -> Iterator[str]:
     yield from ()
 
 
+def check_trainable(base: str | Path) -> None:
+    """Raise UnsupportedError, before its weights are read, for a base model of a family that cannot be fine-tuned."""
+    from sage.sampling import saved  # late, as above
+    from sage.sampling.pipeline import FAMILIES
+
+    stock = saved.stock_class(base)
+    if stock is not None and not any(above.__name__ in FAMILIES for above in stock.__mro__):
+        raise UnsupportedError(
+            f"the base model {base} is a {stock.__name__}, which can be sampled (sage generate --model {base}), but "
+            f"not fine-tuned; set base in params.yaml to one of {', '.join(FAMILIES)}"
+        )
+
+
 def _one_step(job: Job) -> Iterator[str]:
     """Refuse a share ratio above 0 that is less than one step."""
     share_ratio, evaluations = job.params.generate.share_ratio, job.evaluations

@@ -17,6 +17,7 @@ from sage.evaluation.arms import REFERENCES
 from sage.evaluation.registry import GATEABLE
 from sage.grouping.guard import Kind
 from sage.grouping.policy import By
+from sage.sampling import hub
 
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 HeldOut = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
@@ -293,9 +294,21 @@ class Evaluate(Section):
     gates: Annotated[list[Gate], Field(min_length=1)]
 
 
-class Params(Section):
-    """The whole of `params.yaml`."""
+def _base(value: str) -> str:
+    """Return the name of a base model; raise ValueError for one that no stage could read or that is not pinned."""
+    if value.startswith(f"{hub.FOLDER}/") and hub.pinned(value) is None:
+        raise ValueError(
+            "a model on a hub is named with its commit; `sage base OWNER/NAME` pins it and prints what to set"
+        )
+    if not value or value != value.strip() or value[0] in "~-" or set(value) & set('"$`\\\n'):
+        raise ValueError('give a path without ~ at its start and without " $ ` \\, which a shell would change')
+    return value
 
+
+class Params(Section):
+    """The whole of `params.yaml`; `base` names the base model (`sage.sampling.saved`)."""
+
+    base: Annotated[str, AfterValidator(_base)]
     prepare: Prepare
     pretrain: Pretrain
     group: Group

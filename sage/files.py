@@ -19,7 +19,9 @@ def sha256(path: Path) -> str:
 
 
 def sha256_tree(folder: Path) -> str:
-    """Return one SHA-256 over the relative names and contents of all files below a folder."""
+    """Return one SHA-256 over the relative names and contents of all files below a folder, or that of a file."""
+    if folder.is_file():
+        return sha256(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     lines = (f"{path.relative_to(folder).as_posix()} {sha256(path)}\n" for path in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()

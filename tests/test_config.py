@@ -45,6 +45,11 @@ def test_the_shipped_file_is_valid_and_frozen():
         params.group.threshold = 0.1
 
 
+@pytest.mark.parametrize("base", ["models/base", "/my models/sdxl", "../x.safetensors", f"hub/owner/name@{'a' * 40}"])
+def test_a_base_is_a_path_or_a_pin(tmp_path, base):
+    assert load_params(changed(tmp_path, base=base)).base == base
+
+
 @pytest.mark.parametrize("number", ["1e-05", "1.0e-5", "0.00001"])
 def test_a_number_is_a_number_however_dvc_writes_it(tmp_path, number):
     text = (
@@ -59,6 +64,12 @@ def test_a_number_is_a_number_however_dvc_writes_it(tmp_path, number):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"base": GONE}, ["base: Field required"]),
+        ({"base": "hub/owner/name"}, ["named with its commit; `sage base OWNER/NAME` pins it"]),
+        ({"base": "hub/owner/name@main"}, ["named with its commit; `sage base OWNER/NAME` pins it"]),
+        ({"base": "~/models/sdxl"}, ["give a path without ~"]),
+        ({"base": 'a"; rm -r "b'}, ["give a path without ~"]),
+        ({"base": ""}, ["give a path without ~"]),
         ({"sample": {}}, ["sample: unknown key; allowed are", "prepare, "]),
         (
             {"group__treshold": 0.8},

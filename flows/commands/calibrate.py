@@ -35,16 +35,19 @@ _PIECE = 64  # prompts that are kept together
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Model folder to measure; the result is written into it.")] = Path(
-        "models/base"
-    ),
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder to measure, in which the result is written; default: the base.")
+    ] = None,
     data: Annotated[Path, typer.Option(help="Prepared data.")] = Path("data/prepared"),
     work: Annotated[Path, typer.Option(help="Folder for the state of an interrupted run.")] = Path("work/calibrate"),
 ) -> None:
     """Generate validation images with and without sharing, measure the damage by similarity, and store it."""
     params = load_params()
+    model = model or Path(params.base)
     settings, grouping = params.generate, params.group
     examples = read_split(data, SPLIT)
+    if not model.is_dir():
+        raise DataError(f"{model} is no folder, so {FILE} cannot be written into it; save the model as a folder first")
     device()  # a missing device fails here, not after the embedding
 
     from sage.evaluation.extractors import EfficientNetLite0

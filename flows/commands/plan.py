@@ -10,14 +10,13 @@ from rich.table import Table
 
 from flows import machine
 from flows.evaluations import drawing, training
-from flows.preflight import Job, Verdict, disk, verdicts
+from flows.preflight import Job, Verdict, check_trainable, disk, verdicts
 from flows.tracking.durations import Duration, durations
 from flows.versioning import repository
 from sage.config import Params, load_params
 from sage.errors import SageError
 from sage.evaluation.arms import label
 
-_BASE = Path("models/base")
 _DATA = Path("data/prepared")
 _GROUPS = Path("data/groups")
 Row = tuple[str, str]
@@ -47,7 +46,8 @@ def _opened(params: Params) -> Job:
     from flows.drawing import open_pipeline
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    return Job(open_pipeline(_BASE, "cpu", params.generate.scheduler), params, _DATA, _GROUPS)
+    check_trainable(params.base)
+    return Job(open_pipeline(params.base, "cpu", params.generate.scheduler), params, _DATA, _GROUPS)
 
 
 def _stages(params: Params) -> Table:

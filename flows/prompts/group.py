@@ -40,8 +40,11 @@ def main(
         ),
     ] = None,
     model: Annotated[
-        Path, typer.Option(help="The model that predicts, or whose measured damage group.max_damage reads.")
-    ] = Path("models/base"),
+        Path | None,
+        typer.Option(
+            help="The model that predicts, or has the measured damage that group.max_damage reads; else base."
+        ),
+    ] = None,
     guard: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,6 +59,7 @@ def main(
 ) -> None:
     """Group the prompts of a file; print the saving and the least similar groups, and write a page with a map."""
     params = load_params()
+    model = model or Path(params.base)
     items = read_prompts(prompts, syntax(expand, wildcards, literal, seed))
     for item in items:
         if item.error is not None:

@@ -5,7 +5,7 @@ On several devices: `accelerate launch -m flows.stages.finetune` with the argume
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +17,7 @@ import typer
 
 from flows import machine
 from flows.drawing import open_pipeline
-from flows.preflight import check
+from flows.preflight import check, check_trainable
 from flows.report.sheet import sheet
 from flows.terminal import progress, run
 from flows.tracking.runs import Run, stage_run
@@ -55,7 +55,7 @@ GUIDANCE = 1.0
 
 
 def main(
-    base: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The base model, a folder.")],
+    base: Annotated[Path, typer.Option(exists=True, help="The base model: a folder, a .safetensors file or a pin.")],
     data: Annotated[Path, typer.Option(help="Prepared data.")],
     groups: Annotated[Path, typer.Option(help="Folder with a JSON file of groups for each split.")],
     out: Annotated[Path, typer.Option(help="Folder for the fine-tuned model.")],
@@ -68,6 +68,7 @@ def main(
     # What stage generate does in the steps that a group shares.
     sampling = {"guidance_scale": params.generate.guidance_scale, "branch_noise": params.generate.branch_noise}
     accelerator = machine.accelerator()
+    check_trainable(base)
     check_sums(data)
     pipeline = open_pipeline(base, accelerator.device, params.generate.scheduler)
     check(pipeline, params, data, groups, trains=True)

@@ -70,7 +70,7 @@ class Arm:
 
 
 def main(
-    base: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The base model, a folder.")],
+    base: Annotated[Path, typer.Option(exists=True, help="The base model: a folder, a .safetensors file or a pin.")],
     model: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The fine-tuned model.")],
     data: Annotated[Path, typer.Option(help="Prepared data.")],
     groups: Annotated[Path, typer.Option(help="Folder with a JSON file of groups for each split.")],

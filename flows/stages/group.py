@@ -25,7 +25,7 @@ from sage.sampling.plan import shared_steps
 
 def main(
     data: Annotated[Path, typer.Option(help="Prepared data.")],
-    base: Annotated[Path, typer.Option(help="The model whose measured damage group.max_damage reads.")],
+    base: Annotated[Path, typer.Option(exists=True, help="The model whose measured damage group.max_damage reads.")],
     out: Annotated[Path, typer.Option(help="Folder to write: a JSON file of groups for each split.")],
     metrics: Annotated[Path, typer.Option(help="JSON file of figures to write.")],
 ) -> None:

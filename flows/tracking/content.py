@@ -25,6 +25,7 @@ from sage.config import Group, Params
 from sage.data.images import is_blank
 from sage.errors import RegistryError
 from sage.files import digest, sha256
+from sage.sampling import hub
 
 FILES_HASH = "sage.files_sha256"  # name of the tag of a version
 # Loading a version adds these to its files, even in the artifact store itself if the store is local: MLflow writes the
@@ -62,6 +63,7 @@ def describe(params: Params, threshold: float, model_sha256: str) -> dict[str, A
     grouping = {"threshold": threshold, **params.group.model_dump(include={"max_size", "near_duplicate", "guard"})}
     return {
         "model_sha256": model_sha256,
+        "base": params.base,
         "sampling": sampling,
         "group": grouping,
         # Limits of one request to a server; `steps` limits prompts x steps.
@@ -101,7 +103,7 @@ def save(folder: Path, model: Path, config: Mapping[str, Any]) -> None:
     saved.save(str(folder / "MLmodel"))
 
 
-def save_adapter(folder: Path, adapter: Path, model_sha256: str) -> None:
+def save_adapter(folder: Path, adapter: Path, base: str, model_sha256: str) -> None:
     """Write a LoRA adapter in MLflow's diffusers flavor, which stores the adapter and the name of its base model.
 
     The registered version has the adapter merged into its weights; this is a separate copy of the adapter. If the base
@@ -113,10 +115,10 @@ def save_adapter(folder: Path, adapter: Path, model_sha256: str) -> None:
 
     import mlflow.diffusers
 
-    # Without "./" the name would be looked up on a model hub.
-    mlflow.diffusers.save_model(
-        str(adapter), str(folder), base_model="./models/base", metadata={"model_sha256": model_sha256}
-    )
+    model = hub.pinned(base)
+    # Without "./" the name of a folder would be looked up on a model hub.
+    name = model.name if model is not None else base if Path(base).is_absolute() else f"./{base}"
+    mlflow.diffusers.save_model(str(adapter), str(folder), base_model=name, metadata={"model_sha256": model_sha256})
 
 
 def pyfunc() -> Any:

@@ -264,7 +264,7 @@ def _create(tracker: Any, home: str, model: Path, metrics: Path, says: Mapping[s
         run.artifact(files, "model")
         if (weights / content.ADAPTER).exists():
             adapter = Path(temporary) / "lora"
-            content.save_adapter(adapter, weights / content.ADAPTER, tags[_MODEL_HASH])
+            content.save_adapter(adapter, weights / content.ADAPTER, says["base"], tags[_MODEL_HASH])
             run.artifact(adapter, "lora")
         _ensure_model(tracker)
         source = f"{tracker.get_run(run.id).info.artifact_uri}/model"

@@ -49,8 +49,14 @@ class Damage:
 
 
 def model_digest(model: Path) -> str:
-    """Return a SHA-256 of the model's parts (the subfolders); files beside them, as damage.json, do not count."""
-    return digest({part.name: sha256_tree(part) for part in sorted(model.iterdir()) if part.is_dir()})
+    """Return a SHA-256 of the model's parts: its subfolders, and if they hold no weights, the files that do.
+
+    Other files beside them, as damage.json, do not count.
+    """
+    parts = [part for part in model.iterdir() if part.is_dir()]
+    if not any(model.glob("*/*.safetensors")):
+        parts += model.glob("*.safetensors")
+    return digest({part.name: sha256_tree(part) for part in parts})
 
 
 def read_damage(model: Path, share_ratio: float, max_size: int, space: str = "minilm") -> Damage:

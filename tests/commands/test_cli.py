@@ -33,6 +33,8 @@ COMMANDS = [
     "register",
     "promote",
     "compare",
+    "base",
+    "configure",
 ]
 
 

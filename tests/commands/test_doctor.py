@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 from safetensors.numpy import save_file
 
 from flows.commands import doctor
@@ -65,8 +66,38 @@ def test_pickled_weights_are_not_called_missing():
 
 def test_missing_weights_come_from_git_only_if_they_are_there():
     shutil.rmtree("models")
-    assert doctor._own_weights(BASE).remedy == "git restore models/base, or train them: sage pretrain --help"
-    assert doctor._own_weights(Path("models/other")).remedy == "train them: sage pretrain --help"
+    from_git = "git restore models/base, or train them: sage pretrain --help; or set base in params.yaml"
+    assert doctor._own_weights(BASE).remedy.startswith(from_git)
+    assert doctor._own_weights(Path("models/alignment")).remedy == "train them: sage pretrain --help"
+
+
+def test_a_large_own_model_in_the_place_of_the_shipped_one_is_not_left_to_git(monkeypatch):
+    monkeypatch.setattr(doctor, "_GIT_MB", 0.0001)
+    assert not doctor._own_weights(BASE).remedy
+    weights(1)
+    (BASE / "vae").mkdir()
+    save_file({"a": np.zeros(64, np.float32)}, BASE / "vae/model.safetensors")
+    found = doctor._own_weights(BASE)
+    assert "`dvc exp save` and `git add` would store 0 MB in git" in found.what
+    assert found.remedy.startswith("move the model out of the project") and "git restore" not in found.remedy
+    Path(".gitignore").write_text("/models/own\n")
+    shutil.copytree(BASE, "models/own")
+    assert doctor._own_weights(Path("models/own")).remedy == ""
+
+
+def test_the_base_of_the_parameters_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "_PACKAGED", [])
+    shutil.copy(Path(__file__).parents[2] / "params.yaml", "params.yaml")
+    assert next(doctor._weights()).what == "weights models/base: 0.0 MB, as in git"
+    for base, what, remedy in (
+        (str(weights(0)), "weights models/base/unet/model.safetensors: 0.0 MB, as in git", ""),
+        (str(tmp_path / "nowhere"), "nowhere: missing", "set base in params.yaml to a model that is there"),
+        (f"hub/some/model@{'a' * 40}", "aaa: missing", f"sage base some/model@{'a' * 40}"),
+        ("hub/some/model@v1", "base: params.yaml has 1 problem", "correct params.yaml"),
+    ):
+        small.set_params(tmp_path, base=base)
+        found = next(doctor._weights())
+        assert what in found.what and remedy in found.remedy and bool(found.remedy) == bool(remedy)
 
 
 def test_without_git_or_a_commit(monkeypatch, tmp_path_factory):

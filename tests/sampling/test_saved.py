@@ -1,18 +1,21 @@
 """Saved pipelines as people have them are drawn as the one that was saved, or refused in one line."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from huggingface_hub import constants
 from peft import LoraConfig
 
 from sage.errors import DataError
-from sage.sampling import base, saved
+from sage.sampling import base, hub, saved
 from sage.sampling.pipeline import SharedSamplingPipeline
 
+COMMIT = "a" * 40
 CALL = {"num_inference_steps": 3, "output_type": "np", "share_ratio": 0.5, "groups": [[0, 1], [2, 3, 4]]}
 
 
@@ -103,12 +106,65 @@ def test_what_cannot_be_loaded_is_named_in_one_line(fault, folder, tmp_path):
     assert str(copy) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_single_file_and_a_hub_name_out_of_reach_are_named(tmp_path):
+def test_stable_diffusion_3_whose_t5_was_not_copied_is_drawn_as_without(tmp_path, caplog):
+    pipe = tiny.pipeline("stable_diffusion_3", tmp_path)
+    pipe.save_pretrained(tmp_path / "saved")
+    shutil.rmtree(tmp_path / "saved/text_encoder_3")
+    found = saved.load(tmp_path / "saved")
+    assert found.text_encoder_3 is None and "is loaded without text_encoder_3, which it lacks" in caplog.text
+    pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
+    assert np.array_equal(drawn(found, "stable_diffusion_3"), drawn(pipe, "stable_diffusion_3"))
+    shutil.rmtree(tmp_path / "saved/text_encoder_2")
+    with pytest.raises(DataError, match="it lacks text_encoder_2, text_encoder_3"):
+        saved.load(tmp_path / "saved")
+
+
+def test_what_is_no_folder_and_no_name_on_a_hub_is_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(DataError, match=r"model.safetensors is a single file.*from_single_file and save_pretrained"):
+    with pytest.raises(DataError, match=r"model.safetensors cannot be loaded \(Unable to load weights"):
         saved.load(tmp_path / "model.safetensors")
-    with pytest.raises(DataError, match=r"some/model cannot be loaded \(there is no such folder; as a name on the hub"):
+    (tmp_path / "model.ckpt").write_bytes(b"x" * 100)
+    with pytest.raises(DataError, match=r"model.ckpt is no safetensors file.*pickled; convert it to safetensors"):
+        saved.load(tmp_path / "model.ckpt")
+    with pytest.raises(DataError, match=r"some/model cannot be loaded: .*the hub gave: .*sage base some/model"):
         saved.load("some/model")
+
+
+@pytest.fixture
+def hub_cache(folder, tmp_path, monkeypatch):
+    """A hub cache that holds some/model at commit aaa..., and no network; return the folder of that commit."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    snapshot = tmp_path / "cache/models--some--model/snapshots" / COMMIT
+    shutil.copytree(folder, snapshot)
+    return snapshot
+
+
+@pytest.mark.parametrize("name", [f"some/model@{COMMIT}", f"hub/some/model@{COMMIT}"])
+def test_a_model_of_the_hub_cache_is_loaded_by_its_commit_without_a_network(name, folder, hub_cache):
+    if name.startswith("hub/"):
+        assert hub.pin(hub.Model("some/model", COMMIT)) == Path(name)
+    found = SharedSamplingPipeline.from_pretrained(name)
+    assert np.array_equal(drawn(found, "stable_diffusion"), drawn(saved.load(folder), "stable_diffusion"))
+    with pytest.raises(DataError, match=f"some/model@{'b' * 40} cannot be loaded: .*this machine's hub cache lacks it"):
+        saved.load(name.replace(COMMIT, "b" * 40))
+    shutil.rmtree(hub_cache / "unet")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        saved.load(name)
+
+
+def test_pins_and_names_on_a_hub_are_told_from_files_and_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub.named("owner/name") == hub.Model("owner/name", None)
+    assert hub.named("owner/name@refs/pr/1") == hub.Model("owner/name", "refs/pr/1")
+    for text in (f"owner/name@{COMMIT}", f"hub/owner/name@{COMMIT}", f"/a/hub/owner/name@{COMMIT}"):
+        assert hub.named(text) == hub.Model("owner/name", COMMIT), text
+    for text in ("/owner/name", "name", "hub/owner/name", "hub/owner/name@v1", "a/b/c@d", "owner/name@v1 .0"):
+        assert hub.named(text) is None, text
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner/name").write_text("a file")
+    assert hub.named("owner/name") is None and hub.pinned(f"owner/name@{COMMIT}") is None
 
 
 def test_an_own_folder_keeps_its_scheduler(tmp_path):

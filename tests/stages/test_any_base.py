@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import single_files
 import tiny
+import tiny_families
+import torch
 import typer
 import yaml
 from diffusers import (
@@ -19,6 +22,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
 )
+from huggingface_hub import constants
 from PIL import Image
 from prepared_files import write_split
 from rich.console import Console
@@ -27,11 +31,12 @@ from typer.testing import CliRunner
 from flows import evaluations, machine, preflight
 from flows.commands import plan
 from flows.preflight import Job, check, doubts, verdicts
-from flows.stages import finetune, generate
+from flows.stages import finetune, generate, group
 from sage.config import load_params
 from sage.data import dataset
 from sage.errors import ConfigurationError, UnsupportedError
 from sage.files import write_json
+from sage.sampling import hub
 from sage.sampling.pipeline import SharedSamplingPipeline
 
 pytestmark = pytest.mark.slow
@@ -51,7 +56,7 @@ def project(tmp_path_factory):
     """A folder with prepared images of 16 pixels and groups."""
     folder = tmp_path_factory.mktemp("project")
     random = np.random.default_rng(0)
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         images = [Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in TEXTS]
         rows = ({"id": f"p{i}", "text": TEXTS[i], "image": image} for i, image in enumerate(images))
         write_split(folder / "prepared" / split, rows)
@@ -112,6 +117,83 @@ def test_every_family_is_tuned_and_drawn(family, chain, tmp_path, monkeypatch):
     assert made["arms"]["sage"]["nfe"] == 3 * 2 + 3 * 5
     assert made["arms"]["independent_same_nfe"]["steps"] == 5
     assert drawn(tmp_path).std() > 1 and np.abs(drawn(tmp_path) - drawn(tmp_path, "shared")).max() > 0
+
+
+def stable_diffusion_15(folder):
+    pipe = tiny.pipeline("stable_diffusion", folder)
+    pipe.scheduler = PNDMScheduler(**SD15, skip_prk_steps=True, set_alpha_to_one=False)
+    return pipe
+
+
+def as_single_file(folder, monkeypatch):
+    pipe = stable_diffusion_15(folder)
+    single_files.write(
+        pipe, single_files.configuration(pipe, folder / "elsewhere") / "model.safetensors", torch.float16
+    )
+    return folder / "elsewhere"
+
+
+def as_pin(folder, monkeypatch):
+    commit = "a" * 40
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    saved(stable_diffusion_15(folder), folder / "cache/models--some--model/snapshots" / commit)
+    return folder / hub.pin(hub.Model("some/model", commit), folder)
+
+
+def without_t5(folder, monkeypatch):
+    pipe = tiny.pipeline("stable_diffusion_3", folder)
+    pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
+    return saved(pipe.to(torch.bfloat16), folder / "elsewhere", monkeypatch, "stable_diffusion_3")
+
+
+def half(family, **how):
+    def make(folder, monkeypatch):
+        pipe = stable_diffusion_15(folder) if family == "stable_diffusion" else tiny.pipeline(family, folder)
+        return saved(pipe.to(torch.float16), folder / "elsewhere", monkeypatch, family, **how)
+
+    return make
+
+
+# Name: how the base is saved outside the project, and whether its scheduler takes no branch noise.
+BASES = {
+    "SD 1.5 in fp16": (half("stable_diffusion"), True),
+    "SDXL as variant fp16": (half("stable_diffusion_xl", variant="fp16"), False),
+    "SD 3 in bf16, without T5": (without_t5, False),
+    "PixArt in fp16": (half("pixart_alpha"), False),
+    "a single file in fp16": (as_single_file, True),
+    "a pin of a model on a hub": (as_pin, True),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_as_people_keep_it_goes_from_data_to_images(name, project, tmp_path, monkeypatch):
+    make, pndm = BASES[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAGE_DEVICE", "cpu")
+    base = make(tmp_path, monkeypatch)
+    changes = {"finetune__steps": 2, "finetune__learning_rate": 0.01, "finetune__precision": "bf16"}
+    changes |= {"group__by": "prediction", "group__threshold": -1.0, "group__near_duplicate": 1.0}
+    params = params_of(generate__scheduler=DDIM if pndm else None, **changes)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params | {"base": str(base)}))
+    data, groups = project / "prepared", tmp_path / "groups"
+    group.main(data, base, groups, tmp_path / "metrics.json")
+    finetune.main(base, data, groups, tmp_path / "tuned", tmp_path / "f.json", tmp_path / "work")
+    generate.main(base, tmp_path / "tuned", data, groups, tmp_path / "images", tmp_path / "g.json")
+    made = json.loads((tmp_path / "g.json").read_text())["arms"]
+    assert 0 < made["sage"]["nfe"] < made["independent"]["nfe"] == 5 * 6
+    assert made["independent"]["model"] == str(base)
+    assert drawn(tmp_path).std() > 1 and np.abs(drawn(tmp_path) - drawn(tmp_path, "shared")).max() > 0
+
+
+def test_a_family_that_is_not_trained_is_refused_by_name_before_its_weights_are_read(chain, tmp_path, monkeypatch):
+    base = saved(tiny_families.tiny("FluxPipeline").pipe, tmp_path / "base")
+    for weights in base.rglob("*.safetensors"):
+        weights.unlink()
+    said = (
+        "base model .*base is a FluxPipeline, .* but not fine-tuned; set base in params.yaml to one of StableDiffusion"
+    )
+    refused(chain, base, tmp_path, UnsupportedError, said)
 
 
 @pytest.mark.parametrize(("kind", "evaluations"), [(PNDMScheduler, 7), (HeunDiscreteScheduler, 11)])
