@@ -8,14 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sage.config import Gate, Params
-from sage.data.dataset import load_pixels, read_split
+from sage.config import Evaluate, Gate, Params
+from sage.data.dataset import Example, load_pixels, read_split
 from sage.data.groups import read_groups
 from sage.errors import ConfigurationError, UnsupportedError
 from sage.evaluation.arms import INDEPENDENT
 from sage.evaluation.bootstrap import LEAST_GROUPS
 from sage.evaluation.registry import METRICS
 from sage.sampling.plan import Plan, shared_steps
+
+SHIPPED_JUDGE = "models/alignment"  # a dep of stage evaluate in dvc.yaml
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ def check(pipe: Any, params: Params, data: Path, groups: Path) -> None:
 
     settings = params.generate
     examples = read_split(data, settings.split)
+    check_judges(params.evaluate, examples)
     _check_size(pipe, load_pixels(examples[:1]).shape[1:3])
     try:
         # As stage generate calls it; nothing is drawn before the first result is asked for.
@@ -59,6 +62,24 @@ def check(pipe: Any, params: Params, data: Path, groups: Path) -> None:
     shared = image_steps(pipe, settings.model_dump())
     for problem in doubts(params, evaluations, read_groups(groups / f"{settings.split}.json", examples)[0], shared):
         log.warning(problem)
+
+
+def check_judging(params: Params, data: Path) -> None:
+    """Check, before anything is grouped or trained, what stage evaluate judges with (`check_judges`)."""
+    check_judges(params.evaluate, read_split(data, params.generate.split))
+
+
+def check_judges(settings: Evaluate, examples: Sequence[Example]) -> None:
+    """Check that what stage evaluate judges with is at hand: CheckpointError, or MetricError if it cannot judge these.
+
+    DVC itself names the shipped judge if it is missing.
+    """
+    from sage.evaluation.extractors import find_extractor  # late: stage group imports this module
+    from sage.evaluation.judges import find_judge
+
+    find_extractor(settings.features)
+    if settings.alignment != SHIPPED_JUDGE:
+        find_judge(settings.alignment, examples)
 
 
 def _check_size(pipe: Any, size: Sequence[int]) -> None:
