@@ -134,7 +134,7 @@ def _judge(tracker: Any, home: str, version: Any, conditions: str, held_out: Hel
         "sage.stage": "judge",
         _VERSION: f"models:/{version.name}/{number}",
         _CONDITIONS: conditions,
-        content.FILES_HASH: version.tags[content.FILES_HASH],
+        content.FILES_HASH: str(version.tags.get(content.FILES_HASH)),
         "sage.params": held_out.params.model_dump_json(exclude={"pretrain"}),
     }
     run = new_run(tracker, home, f"judge {version.name} {number}", tags)
