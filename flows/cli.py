@@ -5,14 +5,16 @@ from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flows.terminal import exit_on_error, quiet
 
 if TYPE_CHECKING:
+    from flows.tracking.judging import Judgement
     from flows.tracking.registry import Registration
+    from sage.evaluation.results import Results
 
 _HELP = """
 Shared sampling for text-to-image diffusion: groups of similar prompts share their early denoising steps.
@@ -262,6 +264,25 @@ def register() -> None:
 
 
 @app.command(rich_help_panel="Models")
+def judge(
+    versions: Annotated[
+        list[str], typer.Argument(help="Numbers or aliases of versions, or models:/NAME/VERSION, models:/NAME@ALIAS.")
+    ],
+) -> None:
+    """Judge registered versions on this folder's held-out set, with its prompts, groups, seeds, judges and gates.
+
+    The evaluation is recorded in MLflow beside the version. A version that has been judged on this set already is not
+    drawn again.
+    """
+    from flows.tracking import judging
+
+    judgements = judging.judge_named(versions, judging.today(), _write)
+    _show_judged(judgements)
+    for judgement in judgements:
+        typer.echo(f"version {judgement.version}: run {judgement.run}")
+
+
+@app.command(rich_help_panel="Models")
 def promote(
     version: Annotated[str | None, typer.Argument(help="Version to promote; by default the challenger.")] = None,
     rollback: Annotated[bool, typer.Option("--rollback", help="Make the previous champion champion again.")] = False,
@@ -271,6 +292,7 @@ def promote(
 ) -> None:
     """Make the challenger champion, unless it is damaged, failed a gate, or is worse than the champion.
 
+    If both were judged on different held-out sets or by different judges, they are judged anew, as by `sage judge`.
     With --to production, the champion (or the given version) is copied to the registered model `production` and
     becomes champion there.
     """
@@ -281,7 +303,7 @@ def promote(
         raise ConfigurationError(
             "--rollback returns to the previous champion, so it takes no version; omit the version."
         )
-    champion = promotion.rollback(to) if rollback else promotion.promote(version, to)
+    champion = promotion.rollback(to) if rollback else promotion.promote(version, to, _judged)
     typer.echo(f"version {champion} of {to} is champion")
 
 
@@ -376,6 +398,24 @@ def _say(registration: "Registration") -> None:
         typer.echo("not registered, because a gate failed:\n  " + "\n  ".join(registration.reasons))
     else:
         typer.echo(f"registered as version {registration.version}" + ("" if registration.new else " before"))
+
+
+def _judged(versions: Sequence[Any]) -> "list[Results]":
+    """Judge versions of the registry on this folder's held-out set, and show the figures."""
+    from flows.tracking import judging
+
+    judgements = judging.judge(versions, judging.today(), _write)
+    _show_judged(judgements)
+    return [judgement.results for judgement in judgements]
+
+
+def _show_judged(judgements: "Sequence[Judgement]") -> None:
+    from flows.report import tables
+
+    _table(
+        "versions on this folder's held-out set",
+        tables.versions({f"version {found.version}": found.results for found in judgements}),
+    )
 
 
 def _show_results() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flows import machine
-from sage.config import Gate, Params
+from sage.config import Evaluate, Gate, Params
 from sage.data.dataset import Example, load_pixels, read_split
 from sage.data.groups import read_groups
 from sage.errors import ConfigurationError, DataError, SageError, UnsupportedError
@@ -25,6 +25,8 @@ from sage.sampling.plan import Plan, shared_steps
 
 if TYPE_CHECKING:
     from sage.training.memory import Memory
+
+SHIPPED_JUDGE = "models/alignment"  # a dep of stage evaluate in dvc.yaml
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +173,12 @@ def _splits(job: Job) -> Iterator[str]:
     yield from ()
 
 
+def _judges(job: Job) -> Iterator[str]:
+    """Refuse judges that cannot be had, or that cannot judge these images."""
+    check_judges(job.params.evaluate, job.drawn)
+    yield from ()
+
+
 def _size(job: Job) -> Iterator[str]:
     """Refuse a model that draws images of another size than the prepared ones."""
     height, width = drawn = job.pipe._size(None, None, dict(job.pipe._options))
@@ -204,6 +212,24 @@ def _drawable(job: Job) -> Iterator[str]:
             "generate.branch_noise."
         ) from error
     yield from ()
+
+
+def check_judging(params: Params, data: Path) -> None:
+    """Check, before anything is grouped or trained, what stage evaluate judges with (`check_judges`)."""
+    check_judges(params.evaluate, read_split(data, params.generate.split))
+
+
+def check_judges(settings: Evaluate, examples: Sequence[Example]) -> None:
+    """Check that what stage evaluate judges with is at hand: CheckpointError, or MetricError if it cannot judge these.
+
+    DVC itself names the shipped judge if it is missing.
+    """
+    from sage.evaluation.extractors import find_extractor  # late: stage group imports this module
+    from sage.evaluation.judges import find_judge
+
+    find_extractor(settings.features)
+    if settings.alignment != SHIPPED_JUDGE:
+        find_judge(settings.alignment, examples)
 
 
 def check_trainable(base: str | Path) -> None:
@@ -314,6 +340,7 @@ def _gates(job: Job) -> Iterator[str]:
 
 
 DRAWING: dict[str, Check] = {
+    "judges at hand": _judges,
     "image size": _size,
     "scheduler and branch noise": _drawable,
     "share ratio of at least one step": _one_step,

@@ -286,8 +286,10 @@ class Gate(Section):
 
 
 class Evaluate(Section):
-    """Bootstrap intervals of the metrics, and the gates."""
+    """What judges the images, bootstrap intervals of the metrics, and the gates."""
 
+    features: Annotated[str, Field(min_length=1, pattern=r"\S")]
+    alignment: Annotated[str, Field(min_length=1, pattern=r"\S")]
     resamples: Annotated[int, Field(ge=100)]
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
     seed: Seed

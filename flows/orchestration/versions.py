@@ -2,24 +2,27 @@
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import flows.orchestration.settings  # noqa: F401
 
 from prefect import flow, get_run_logger, pause_flow_run, task
-from prefect.artifacts import create_image_artifact
+from prefect.artifacts import create_image_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
 from flows.orchestration import shown
 from flows.orchestration.forms import Approval, Judged, Promotion
 from flows.orchestration.graph import MODEL, may_pass, reach_tracking, reproduce, run_tags
+from flows.report import tables
 from flows.report.sheet import opened, sheet
 from flows.report.tables import TableRow
-from flows.tracking import promotion, registry, runs
+from flows.tracking import judging, promotion, registry, runs
 from flows.versioning import experiments
 from sage.errors import RegistryError
+from sage.evaluation.results import Results
 
 _CHAMPION = "champion"
 _POLL = 5  # seconds between checks for an answer
@@ -37,7 +40,15 @@ def fetch(version: str, out: str) -> None:
 @task(cache_policy=NO_CACHE, retries=4, retry_delay_seconds=exponential_backoff(2), retry_condition_fn=may_pass)
 def promote(version: str) -> str:
     """Make a version champion unless it is damaged, failed a gate or is worse than the champion; return its number."""
-    return promotion.promote(version)
+    return promotion.promote(version, judge=_judge)
+
+
+def _judge(versions: Sequence[Any]) -> list[Results]:
+    """Judge versions of the registry on this folder's held-out set, and show the figures."""
+    judgements = judging.judge(versions, judging.today(), shown.lines("judge"))
+    results = {f"version {found.version}": found.results for found in judgements}
+    create_table_artifact(tables.versions(results), key="versions", description="Judged on one held-out set")
+    return list(results.values())
 
 
 @task(task_run_name="draw with {version}", cache_policy=NO_CACHE)

@@ -18,7 +18,7 @@ from flows.report.sheet import sheet
 from sage.data.shards import ImageFile, rgb
 from sage.evaluation import arms
 from sage.evaluation.arms import ARMS, INDEPENDENT, JUDGED, SAME_NFE
-from sage.evaluation.registry import BY_SIMILARITY, METRICS
+from sage.evaluation.registry import BY_SIMILARITY, METRICS, Metric, named
 from sage.evaluation.registry import label as metric_label
 from sage.evaluation.results import Figure, Results
 from sage.evaluation.samples import Judged
@@ -122,7 +122,9 @@ def build(results: Results, rows: GroupRows) -> str:
         r=results,
         rows=rows,
         metrics={
-            name: metric for name, metric in METRICS.items() if any(name in found for found in results.arms.values())
+            name: metric
+            for name, metric in named(results.features, results.alignment).items()
+            if any(name in found for found in results.arms.values())
         },
         arms=ARMS.values(),
         judged=JUDGED,
@@ -148,7 +150,7 @@ def headline(results: Results) -> str:
     cost = f"{abs(results.saving):.0%} {'fewer' if results.saving >= 0 else 'more'} network evaluations"
     if results.passed:
         return f"SAGE draws these pictures with {cost}, and passes every gate."
-    names = ", ".join(dict.fromkeys(metric_label(gate.metric) for gate in failed))
+    names = ", ".join(dict.fromkeys(metric_label(gate.metric, results.features, results.alignment) for gate in failed))
     return f"SAGE draws these pictures with {cost}, but fails {len(failed)} of {len(results.gates)} gates: {names}."
 
 
@@ -157,12 +159,13 @@ def comparison(results: Results) -> str | None:
     figure = results.worse_by.get(SAME_NFE, {}).get("kernel_distance")
     if figure is None or figure.low is None or figure.high is None:
         return None
+    distance = metric_label("kernel_distance", results.features)
     against = "independent sampling cut to the same number of evaluations"
     if figure.high < 0:
-        return f"By kernel distance it is better than {against}."
+        return f"By {distance} it is better than {against}."
     if figure.low > 0:
-        return f"By kernel distance it is worse than {against}: fewer steps would have served better."
-    return f"By kernel distance there is no significant difference from {against}."
+        return f"By {distance} it is worse than {against}: fewer steps would have served better."
+    return f"By {distance} there is no significant difference from {against}."
 
 
 def number(value: float | None) -> str:
@@ -213,7 +216,7 @@ def quality_plot(results: Results, metric: str) -> Markup:
     mark = (results.real | results.floor).get(metric)
     with mpl.rc_context(settings):
         canvas = Canvas(figsize=(3.9, 2.9), layout="constrained")
-        _draw(canvas.subplots(), metric, results.arms, mark)
+        _draw(canvas.subplots(), named(results.features, results.alignment)[metric], results.arms, mark)
         content = io.StringIO()
         canvas.savefig(content, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = content.getvalue()
@@ -225,8 +228,8 @@ def quality_plot(results: Results, metric: str) -> Markup:
     return Markup(svg)  # noqa: S704 - contains only numbers and the labels of METRICS, no captions
 
 
-def _draw(axes: Any, metric: str, measured: Mapping[str, Mapping[str, Figure]], mark: Figure | None) -> None:
-    axes.set_title(f"{METRICS[metric].title} ({METRICS[metric].direction})", fontsize=10, loc="left")
+def _draw(axes: Any, metric: Metric, measured: Mapping[str, Mapping[str, Figure]], mark: Figure | None) -> None:
+    axes.set_title(f"{metric.title} ({metric.direction})", fontsize=10, loc="left")
     axes.set_xlabel(METRICS["nfe_per_image"].label)
     axes.grid(color=_SOFT, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -236,7 +239,7 @@ def _draw(axes: Any, metric: str, measured: Mapping[str, Mapping[str, Figure]], 
     if mark is not None and mark.low is not None:
         axes.axhspan(mark.low, mark.high, color=_PAPER, linewidth=0)
     for arm, figures in measured.items():
-        figure = figures[metric]
+        figure = figures[metric.name]
         if figure.low is None:
             continue
         x, colour = figures["nfe_per_image"].value, _ARM_COLOURS.get(arm, _INK)

@@ -22,8 +22,8 @@ from sage.errors import MetricError
 from sage.evaluation import figures as judging
 from sage.evaluation import gates
 from sage.evaluation.arms import INDEPENDENT, JUDGED
-from sage.evaluation.extractors import EfficientNetLite0, read_images
-from sage.evaluation.judges import Judge, open_judge
+from sage.evaluation.extractors import Extractor, open_extractor, read_images
+from sage.evaluation.judges import Judge, open_judge, with_other_captions
 from sage.evaluation.registry import METRICS
 from sage.evaluation.results import Results, write
 from sage.evaluation.samples import Judged, read_judged, siblings
@@ -38,20 +38,25 @@ def main(
     groups: Annotated[Path, typer.Option(help="Groups of each split.")],
     generated: Annotated[Path, typer.Option(help="The pictures of every arm, with their manifest.")],
     costs: Annotated[Path, typer.Option(help="What the pictures cost: the figures of stage generate.")],
-    alignment: Annotated[Path, typer.Option(help="The judge of alignment: a dual encoder or an attribute judge.")],
     report: Annotated[Path, typer.Option(help="Folder of the report page.")],
     metrics: Annotated[Path, typer.Option(help="JSON file of figures to write.")],
 ) -> None:
     """Evaluate every arm on the same held-out prompts and seeds, check the gates, and write figures and report."""
     params = load_params()
     settings = params.evaluate
+    extract = open_extractor(settings.features, device())
     judged = read_judged(data, groups, generated, params.generate.split, params.generate.seeds)
+    aligned = open_judge(settings.alignment, judged.examples, extract.name, device())
     cost = read_costs(costs, judged)
     with stage_run("evaluate", settings.model_dump()) as record:
         record.dataset("prepared", sha256_tree(data), "evaluation")
-        aligned = open_judge(alignment)
-        real, arms, others = measure(judged, data, aligned)
-        results = judge(judged, real, arms, others, cost, settings, aligned.name)
+        real, arms, others = measure(judged, data, extract, aligned)
+        wrong, differs = with_other_captions(judged.examples)
+        other = aligned(wrong, real.features, [[example.image] for example in judged.examples]).values[:, 0]
+        by = {"features": extract.description, "alignment": aligned.description}
+        results = judge(judged, real, arms, others, cost, settings, extract.name, aligned.name, by, (other, differs))
+        for warning in results.warnings:
+            typer.echo(f"warning: {warning}", err=True)
         texts = embed([example.text for example in judged.examples])
         rows = page.group_rows(judged, results.saving, alignment_lost(judged, arms), texts)
         with new_folder(report) as folder:
@@ -85,10 +90,9 @@ def read_costs(path: Path, judged: Judged) -> dict[str, float]:
 
 
 def measure(
-    judged: Judged, data: Path, aligned: Judge
+    judged: Judged, data: Path, extract: Extractor, aligned: Judge
 ) -> tuple[judging.ImageFeatures, dict[str, judging.ImageFeatures], np.ndarray]:
     """Return what the extractors see: the real pictures, each arm's, and the features of the real ones' siblings."""
-    extract = EfficientNetLite0(device())
     others = siblings(judged.examples, read_split(data, "train"))
     prompts, seeds = len(judged.examples), len(judged.seeds)
     total = prompts * (1 + seeds * len(judged.arms)) + len(others)
@@ -112,7 +116,10 @@ def judge(
     others: np.ndarray,
     cost: Mapping[str, float],
     settings: Evaluate,
+    features: str,
     aligned: str,
+    by: Mapping[str, str],
+    other: tuple[np.ndarray, np.ndarray],
 ) -> Results:
     """Return the figures of all arms and the verdicts of the gates.
 
@@ -122,7 +129,10 @@ def judge(
     others    features of siblings of the real images, for the floor of the distances
     cost      network evaluations per image of each arm
     settings  the section evaluate of params.yaml
+    features  name of the extractor
     aligned   name of the judge of alignment
+    by        what extractor and judge are, for the record
+    other     alignment of each real image with another's caption, and whether the captions differ, both (prompts,)
     """
     groups, n = judged.groups, len(judged.examples) * len(judged.seeds)
     bootstrap = judging.Bootstrap.over(groups, settings.resamples, settings.confidence, settings.seed)
@@ -141,9 +151,14 @@ def judge(
     cheaper = worse[INDEPENDENT]["nfe_per_image"].relative.value if INDEPENDENT in worse else None
     saving = -(cheaper or 0.0)
     told = {arm: judging.attribute_figures(images, groups, bootstrap) for arm, images in arms.items()}
+    own = real.alignment[:, 0]
+    captions, warning = judging.other_captions(own, *other, groups, bootstrap)
     results = Results(
-        features=EfficientNetLite0.name,
+        features=features,
         alignment=aligned,
+        measured_by=dict(by),
+        other_captions=captions,
+        warnings=[warning] if warning else [],
         **({"attributes": told} if any(told.values()) else {}),
         confidence=settings.confidence,
         resamples=settings.resamples,

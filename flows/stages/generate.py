@@ -76,6 +76,7 @@ def main(
     groups: Annotated[Path, typer.Option(help="Folder with a JSON file of groups for each split.")],
     out: Annotated[Path, typer.Option(help="Folder to write: ARM/seed-SEED/ID.png and manifest.jsonl.")],
     metrics: Annotated[Path, typer.Option(help="JSON file of figures to write.")],
+    only: Annotated[str | None, typer.Option(help="Generate only this arm.")] = None,
 ) -> None:
     """Generate the images of every arm; write and print the cost of each arm."""
     params = load_params()
@@ -95,6 +96,7 @@ def main(
         predicts,
         reuses=bool(predicts and pipe.safe_image_steps(settings.steps, 1.0)),
     )
+    arms = [arm for arm in arms if only in (None, arm.name)]
     made: dict[Made, dict[str, Any]] = {}
     first: dict[Made, str] = {}
     figures: dict[str, dict[str, Any]] = {}

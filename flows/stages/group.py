@@ -31,6 +31,7 @@ def main(
 ) -> None:
     """Group the prompts of every split; write groups and figures."""
     params = load_params()
+    preflight.check_judging(params, data)
     settings = params.group
     policy = Policy(**settings.model_dump())
     steps = params.generate.steps

@@ -2,25 +2,42 @@
 
 import json
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flows.tracking import content
-from flows.tracking.registry import CHALLENGER, CHAMPION, GATES, METRIC, MODEL, SET, aliases, connect, find, name_alias
+from flows.tracking.registry import (
+    CHALLENGER,
+    CHAMPION,
+    GATES,
+    JUDGES,
+    METRIC,
+    MODEL,
+    SET,
+    aliases,
+    connect,
+    find,
+    name_alias,
+)
 from sage.errors import RegistryError
+from sage.evaluation.arms import JUDGED
 from sage.evaluation.registry import METRICS, label
-from sage.evaluation.results import parse_figure
+from sage.evaluation.results import Figure, Results, parse_figure
+
+# Judges versions of the registry on one held-out set.
+Judge = Callable[[Sequence[Any]], Sequence[Results]]
 
 _REPLACED = "sage.replaced"  # tag of a version: the number of the champion that it replaced
 
 
-def promote(version: str | None = None, to: str = MODEL) -> str:
+def promote(version: str | None = None, to: str = MODEL, judge: Judge | None = None) -> str:
     """Make a version the champion and return its number; by default, promote the challenger.
 
     If `to` is another registered model, `version` (by default the champion) is first copied there, unless `to` already
-    has a copy. Raises RegistryError if the version is damaged, failed a gate, generates no image, was evaluated on
-    another held-out set than the current champion, or is worse than it in a metric of a gate: their intervals do not
-    overlap.
+    has a copy. If version and champion were evaluated on different held-out sets or by different judges, `judge`
+    evaluates both anew. Raises RegistryError if the version is damaged, failed a gate, generates no image, cannot be
+    compared with the champion, or is worse than it in a metric of a gate: their intervals do not overlap.
     """
     tracker, _ = connect()
     if to != MODEL:
@@ -31,7 +48,7 @@ def promote(version: str | None = None, to: str = MODEL) -> str:
     if number != champion:
         _check(tracker, candidate)
         if champion is not None:
-            _check_against(candidate, find(tracker, champion, to))
+            _check_against(candidate, find(tracker, champion, to), judge)
             # Set this tag before the alias moves, so that a rollback is possible at any time.
             tracker.set_model_version_tag(to, number, _REPLACED, champion)
         name_alias(tracker, to, CHAMPION, number)
@@ -80,32 +97,49 @@ def _check(tracker: Any, version: Any) -> None:
             raise RegistryError(f"version {version.version} could not draw a picture.")
 
 
-def _check_against(candidate: Any, champion: Any) -> None:
-    if candidate.tags[SET] != champion.tags[SET]:
-        raise RegistryError(
-            f"version {candidate.version} was judged on held-out set {candidate.tags[SET][:12]}, champion "
-            f"{champion.version} on {champion.tags[SET][:12]}: they cannot be compared. Evaluate both on one set."
-        )
+def _check_against(candidate: Any, champion: Any, judge: Judge | None) -> None:
+    """Raise RegistryError if a version cannot be compared with the champion, or is worse in a metric of a gate."""
+    names = f"version {candidate.version}", f"champion {champion.version}"
+    if difference := _difference(candidate, champion):
+        if judge is None:
+            raise RegistryError(f"{names[0]} and {names[1]} cannot be compared: {difference}. Judge both anew.")
+        ours, theirs = judge([candidate, champion])
+        if failed := [gate.reason for gate in ours.gates if not gate.passed]:
+            raise RegistryError(f"{names[0]}, judged anew, failed a gate:\n  " + "\n  ".join(failed))
+        metrics = {gate.metric for gate in ours.gates}
+        figures: list[Mapping[str, Figure | None]] = [ours.arms[JUDGED], theirs.arms[JUDGED]]
+    else:
+        metrics = {gate["metric"] for gate in json.loads(candidate.tags[GATES])}
+        figures = [
+            {metric: parse_figure(version.tags.get(METRIC + metric, "")) for metric in metrics}
+            for version in (candidate, champion)
+        ]
     worse = []
-    for metric in sorted({gate["metric"] for gate in json.loads(candidate.tags[GATES])}):
-        new, old = (_interval(version, metric) for version in (candidate, champion))
+    for metric in sorted(metrics):
+        new, old = (_interval(name, metric, found.get(metric)) for name, found in zip(names, figures, strict=True))
         more = METRICS[metric].higher_is_better
         if new[2] < old[1] if more else new[1] > old[2]:
             worse.append(f"{metric} {new[0]:.4g} [{new[1]:.4g}, {new[2]:.4g}], champion {old[0]:.4g}")
     if worse:
-        raise RegistryError(
-            f"version {candidate.version} is worse than champion {champion.version}:\n  " + "\n  ".join(worse)
-        )
+        raise RegistryError(f"{names[0]} is worse than {names[1]}:\n  " + "\n  ".join(worse))
 
 
-def _interval(version: Any, metric: str) -> tuple[float, float, float]:
+def _difference(candidate: Any, champion: Any) -> str | None:
+    """Return why the recorded figures of two versions cannot be compared, or None if they can be."""
+    ours, theirs = candidate.tags[SET], champion.tags[SET]
+    if ours != theirs:
+        return f"they were judged on different held-out sets, {ours[:12]} and {theirs[:12]}"
+    by, champions = (version.tags.get(JUDGES, "a judge that was not recorded") for version in (candidate, champion))
+    return None if by == champions else f"they were judged by different judges, {by} and {champions}"
+
+
+def _interval(name: str, metric: str, figure: Figure | None) -> tuple[float, float, float]:
     """Return value, low and high of a version's metric; raise RegistryError if one is missing or not finite."""
-    figure = parse_figure(version.tags.get(METRIC + metric, ""))
     if figure is None or figure.value is None:
-        raise RegistryError(f"version {version.version} has no usable {label(metric)}, so it cannot be compared.")
+        raise RegistryError(f"{name} has no usable {label(metric)}, so it cannot be compared.")
     if figure.low is None or figure.high is None:
         raise RegistryError(
-            f"version {version.version} has no interval of {label(metric)}, so it cannot be compared. Evaluate it on "
-            "more groups of prompts."
+            f"{name} has no interval of {label(metric)}, so it cannot be compared. Evaluate it on more groups of "
+            "prompts."
         )
     return figure.value, figure.low, figure.high

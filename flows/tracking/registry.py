@@ -32,6 +32,7 @@ CHAMPION = "champion"
 _MODEL_HASH = "sage.model_sha256"
 _METRICS_HASH = "sage.metrics_sha256"
 SET = "sage.heldout_set"
+JUDGES = "sage.judges"
 GATES = "sage.gates"
 METRIC = "sage.metric."
 
@@ -188,19 +189,26 @@ def _check(model: Path, results: Mapping[str, dict[str, Any]]) -> None:
 
 def _tags(results: Mapping[str, dict[str, Any]], evaluate: Results, params: Params) -> dict[str, str]:
     """Return the tags of a version: hashes, gates, parameters and figures, all as text."""
-    raw = results["evaluate"]
-    gates = [gate.model_dump(include={"metric", "reference", "passed"}) for gate in evaluate.gates]
-    tags = {
+    return evaluation_tags(evaluate) | {
         _MODEL_HASH: results["finetune"]["model_sha256"],
-        _METRICS_HASH: digest(raw),
-        SET: evaluate.set.digest,
-        GATES: json.dumps(gates),
+        _METRICS_HASH: digest(results["evaluate"]),
         "sage.data_digest": results["prepare"]["digest"],
         "sage.revision": revision(),
         "sage.params": params.model_dump_json(exclude={"pretrain"}),
     }
+
+
+def evaluation_tags(evaluate: Results) -> dict[str, str]:
+    """Return the tags of an evaluation: held-out set, judges, gates and figures."""
+    gates = [gate.model_dump(include={"metric", "reference", "passed"}) for gate in evaluate.gates]
+    judges = evaluate.model_dump(include={"features", "alignment", "measured_by"})
     figures = evaluate.arms.get(JUDGED, {})
-    return tags | {METRIC + name: json.dumps(figure.model_dump()) for name, figure in figures.items()}
+    return {
+        SET: evaluate.set.digest,
+        JUDGES: json.dumps(judges, sort_keys=True),
+        GATES: json.dumps(gates),
+        **{METRIC + name: json.dumps(figure.model_dump()) for name, figure in figures.items()},
+    }
 
 
 def _failures(evaluate: Results, params: Params) -> list[str]:

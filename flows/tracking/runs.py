@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PIPELINE = "SAGE_PIPELINE"
 _PIPELINE_TAGS = "SAGE_PIPELINE_TAGS"
 _PROCESS = "sage.process"  # tag of a run: the process that records it
-_RESULT = "sage.result_sha256"  # tag of a run: hash of the file in metrics/ that the stage wrote
+RESULT = "sage.result_sha256"  # tag of a run: hash of the file in metrics/ that the stage wrote
 _DIGEST_LENGTH = 36  # most characters of a dataset's digest that MLflow stores
 
 
@@ -96,7 +96,7 @@ def run_of(tracker: Any, home: str, result: Path) -> str | None:
     Runs are found by the hash of the file. So the result of a stage that is up to date, or was restored from the cache,
     leads to the run that produced it, and the file itself needs no run id.
     """
-    same = f"tags.`{_RESULT}` = '{sha256(result)}'"
+    same = f"tags.`{RESULT}` = '{sha256(result)}'"
     found = tracker.search_runs([home], filter_string=same, order_by=["attributes.start_time DESC"], max_results=1)
     return found[0].info.run_id if found else None
 
@@ -146,7 +146,7 @@ class Run:
 
     def result(self, path: Path) -> None:
         """Record the hash of a result file, so that `run_of` finds this run."""
-        self.tags({_RESULT: sha256(path)})
+        self.tags({RESULT: sha256(path)})
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Record tags; values are converted to text."""

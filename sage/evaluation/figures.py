@@ -104,6 +104,32 @@ def real_figures(real: ImageFeatures, groups: Groups, bootstrap: Bootstrap) -> d
     return {name: bootstrap.figure(measured[name], real.alignment.size) for name in ("alignment", "group_diversity")}
 
 
+def other_captions(
+    own: Array, other: Array, differs: Array, groups: Groups, bootstrap: Bootstrap
+) -> tuple[Figure, str | None]:
+    """Return the alignment of the real images with other captions, and a warning unless their own captions fit better.
+
+    own, other  alignment of each real image with its caption and with another image's, (prompts,)
+    differs     whether the two captions differ, (prompts,); other pairs are not counted
+    """
+    numbers = np.array([differs[list(group)].sum() for group in groups], float)
+
+    def mean(values: Array) -> Figure:
+        sums = np.array([(values * differs)[list(group)].sum() for group in groups], float)
+        return bootstrap.figure(ratio(sums, numbers), int(numbers.sum()))
+
+    found, right, better = mean(other), mean(own), mean(own - other)
+    least = better.value if better.low is None else better.low
+    if least is not None and least > 0:
+        return found, None
+    if right.value is None or found.value is None:
+        return found, "No two captions differ, so whether the judge of alignment tells captions apart is not known."
+    return found, (
+        f"The judge of alignment does not tell captions apart: {found.n} real pictures score {right.value:.3g} with "
+        f"their own captions and {found.value:.3g} with other pictures'. Choose another judge (evaluate.alignment)."
+    )
+
+
 def floor(real: Array, siblings: Array, groups: Groups, bootstrap: Bootstrap) -> dict[str, Figure]:
     """Return the kernel and the Frechet distance between real images and other real images: a floor for the arms.
 

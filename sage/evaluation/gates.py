@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from sage.evaluation import arms, bootstrap
 from sage.evaluation.arms import JUDGED
-from sage.evaluation.registry import METRICS, label
+from sage.evaluation.registry import METRICS, Metric, label, named
 from sage.evaluation.results import Figure, JudgedSet, Results, Verdict
 
 _F = TypeVar("_F", bound=Figure)
@@ -53,12 +53,13 @@ def verdict(
         _check_set(results.set, expected)
         ends = _difference(results, metric, reference, relative, expected.n_prompts * len(expected.seeds))
     except _Unfit as unfit:
-        kept, reason = False, f"The {label(metric)} cannot be judged: {unfit}"
+        kept, reason = False, f"The {label(metric, results.features, results.alignment)} cannot be judged: {unfit}"
     else:
         value, low, high = ends
         # Written so that a comparison with NaN fails.
         kept = bool(high <= worse_by_at_most)
-        reason = _sentence(metric, reference, relative, worse_by_at_most, results.confidence, value, high, kept)
+        named_metric = named(results.features, results.alignment)[metric]
+        reason = _sentence(named_metric, reference, relative, worse_by_at_most, results.confidence, value, high, kept)
     return Verdict(
         metric=metric,
         reference=reference,
@@ -123,11 +124,18 @@ def _number(number: float | None, what: str) -> float:
 
 
 def _sentence(
-    metric: str, reference: str, relative: bool, limit: float, confidence: float, value: float, high: float, kept: bool
+    metric: Metric,
+    reference: str,
+    relative: bool,
+    limit: float,
+    confidence: float,
+    value: float,
+    high: float,
+    kept: bool,
 ) -> str:
     """Return the verdict as one sentence: difference, limit, worst case of the interval, and passed or failed.
 
-    metric      name of the metric
+    metric      the metric, as it is called
     reference   arm that the model was compared with
     relative    whether the numbers are fractions of the reference's value
     limit       largest allowed difference
@@ -136,7 +144,7 @@ def _sentence(
     high        upper end of the interval of the difference
     kept        whether the gate passed
     """
-    worse, better = ("more", "fewer") if METRICS[metric].interval == "exact" else ("worse", "better")
+    worse, better = ("more", "fewer") if metric.interval == "exact" else ("worse", "better")
 
     def written(number: float, digits: int) -> str:
         return f"{abs(number):.{digits}%}" if relative else f"{abs(number):.{digits + 3}g}"
@@ -150,10 +158,8 @@ def _sentence(
     size = f"{100 * abs(limit):.{digits}f}".rstrip("0").rstrip(".") + "%" if relative else written(limit, digits)
     allowed = f"limit {size} {worse}" if limit >= 0 else f"at least {size} {better} is required"
     worst = (
-        f"; worst case of the {100 * confidence:g}% interval: {side(high)}"
-        if METRICS[metric].interval == "bootstrap"
-        else ""
+        f"; worst case of the {100 * confidence:g}% interval: {side(high)}" if metric.interval == "bootstrap" else ""
     )
     other = arms.label(reference)
     other = other[0].lower() + other[1:]
-    return f"{METRICS[metric].title}: {side(value)} than {other}; {allowed}{worst}. {'Passed' if kept else 'Failed'}."
+    return f"{metric.title}: {side(value)} than {other}; {allowed}{worst}. {'Passed' if kept else 'Failed'}."

@@ -38,12 +38,19 @@ def write_manifest(
 ) -> None:
     """Write the manifest of a folder that already holds all images; `groups` are lists of indices into `ids`."""
     group_of = {member: number for number, group in enumerate(groups) for member in group}
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        for arm in arms:
-            for seed in seeds:
-                for place, id in enumerate(ids):
-                    line = Line(arm, seed, id, group_of[place], sha256(image_path(folder, arm, seed, id)))
-                    file.write(json.dumps(asdict(line)) + "\n")
+    lines = [
+        Line(arm, seed, id, group_of[place], sha256(image_path(folder, arm, seed, id)))
+        for arm in arms
+        for seed in seeds
+        for place, id in enumerate(ids)
+    ]
+    write_lines(folder / MANIFEST, lines)
+
+
+def write_lines(path: Path, lines: Iterable[Line]) -> None:
+    """Write a manifest of lines that are known."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(line)) + "\n" for line in lines)
 
 
 def read_manifest(folder: Path) -> list[Line]:

@@ -4,7 +4,7 @@ To add a metric, add a row to METRICS and compute it: a quality metric in sage/e
 cost in stage `generate` (metrics/generate.json). Tables, plots and gates then use it without another change.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Interval = Literal["bootstrap", "jackknife", "exact"]
@@ -79,7 +79,7 @@ METRICS = {
             "alignment",
             True,
             "bootstrap",
-            "how well an image shows what its prompt says: a cosine or attributes right, as evaluate.json names it",
+            "how well an image shows what its prompt says: a cosine, a CLIP score or attributes right",
             gateable=True,
             by_similarity=True,
         ),
@@ -115,6 +115,19 @@ GATEABLE = tuple(name for name, metric in METRICS.items() if metric.gateable)
 BY_SIMILARITY = tuple(name for name, metric in METRICS.items() if metric.by_similarity)
 
 
-def label(name: str) -> str:
+# What metrics are called if these features or this judge computed them.
+_NAMES = {
+    "inception": {"frechet_distance": "FID", "kernel_distance": "KID"},
+    "CLIP score": {"alignment": "CLIP score"},
+}
+
+
+def named(*by: str) -> dict[str, Metric]:
+    """Return the metrics with the labels that they have if `by`, names of features and judge, computed them."""
+    labels = {metric: label for name in by for metric, label in _NAMES.get(name, {}).items()}
+    return {name: replace(metric, label=labels.get(name, metric.label)) for name, metric in METRICS.items()}
+
+
+def label(name: str, *by: str) -> str:
     """Return the display label of a metric; for a name that only an older run used, the name in words."""
-    return METRICS[name].label if name in METRICS else name.replace("_", " ")
+    return named(*by)[name].label if name in METRICS else name.replace("_", " ")

@@ -98,6 +98,9 @@ class Results(_Strict):
 
     features: name of the network that computes the features for distances and diversities.
     alignment: name of the judge that says how well an image shows what its prompt says.
+    measured_by: network, weights and resizing of the features, and the judge with its hash, by "features", "alignment".
+    other_captions: alignment of the real images with captions of other images; a judge is of use if it is lower.
+    warnings: what makes the figures doubtful.
     confidence, resamples: confidence and number of draws of the bootstrap intervals.
     set: identity of the evaluated set.
     saving: fraction of the network evaluations that the judged arm saves compared with independent sampling.
@@ -112,6 +115,9 @@ class Results(_Strict):
 
     features: str
     alignment: str = "dual encoder"
+    measured_by: dict[str, str] = Field(default_factory=dict)
+    other_captions: Figure | None = None
+    warnings: list[str] = Field(default_factory=list)
     confidence: Annotated[float, Field(gt=0, lt=1)]
     resamples: int
     set: JudgedSet

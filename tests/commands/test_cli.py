@@ -31,6 +31,7 @@ COMMANDS = [
     "pretrain",
     "calibrate",
     "register",
+    "judge",
     "promote",
     "compare",
     "base",
@@ -165,7 +166,7 @@ def test_elsewhere_than_in_a_project_it_says_where_to_stand(sage, tmp_path, comm
     assert "Traceback" not in done.err
 
 
-@pytest.mark.parametrize("command", [["promote"], ["compare"], ["promote", "--rollback"]])
+@pytest.mark.parametrize("command", [["judge", "1"], ["promote"], ["compare"], ["promote", "--rollback"]])
 def test_without_tracking_there_is_no_registry(sage, project, command):
     done = sage(*command, cwd=project)
     assert (done.code, done.out) == (2, "")
@@ -173,7 +174,7 @@ def test_without_tracking_there_is_no_registry(sage, project, command):
 
 
 @pytest.mark.parametrize(
-    "command", [["doctor"], ["plan"], ["compare"], ["promote"], ["promote", "--rollback"], ["register"]]
+    "command", [["doctor"], ["compare"], ["judge", "1"], ["promote"], ["promote", "--rollback"], ["register"]]
 )
 def test_a_command_that_reads_leaves_nothing_behind_in_a_folder_that_is_no_project(
     sage, tmp_path, monkeypatch, command

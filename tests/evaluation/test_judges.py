@@ -9,6 +9,7 @@ from sage.data.dataset import Example
 from sage.errors import CheckpointError, MetricError
 from sage.evaluation import alignment, attributes
 from sage.evaluation.attributes import STYLE, AttributeClassifier, AttributeJudge
+from sage.evaluation.extractors import EfficientNetLite0, read_images
 from sage.evaluation.judges import AttributesJudge, open_judge
 
 LABELS = {"dots": {"color": ["red", "blue"], "ring": ["a ring", ""]}}
@@ -38,7 +39,7 @@ def example(**asked):
 
 
 def test_an_image_scores_the_share_of_what_its_prompt_asks_for(images):
-    judge = AttributesJudge(AttributeJudge(Reader(LABELS, 8), ACCURACY))
+    judge = AttributesJudge(AttributeJudge(Reader(LABELS, 8), ACCURACY), "tests")
     prompts = [example(color="red"), example(color="red", ring="a ring")]
     found = judge(prompts, np.zeros((2, 2, 4)), [images, images])
     assert found.values == pytest.approx(np.array([[1, 1 / 2], [1, 2 / 3]]))
@@ -49,7 +50,7 @@ def test_an_image_scores_the_share_of_what_its_prompt_asks_for(images):
 
 
 def test_prompts_whose_attributes_are_unknown_are_refused(images):
-    judge = AttributesJudge(AttributeJudge(Reader(LABELS, 8), ACCURACY))
+    judge = AttributesJudge(AttributeJudge(Reader(LABELS, 8), ACCURACY), "tests")
     with pytest.raises(MetricError, match="1 prompts, first p, have no known attributes"):
         judge([example()], np.zeros((1, 2, 4)), [images])
 
@@ -57,7 +58,17 @@ def test_prompts_whose_attributes_are_unknown_are_refused(images):
 def test_a_folder_says_which_judge_it_holds(tmp_path):
     attributes.save(AttributeJudge(AttributeClassifier(LABELS, 8), ACCURACY), tmp_path / "attributes", "tests")
     alignment.save(alignment.DualEncoder(1280, 384, 8), tmp_path / "encoder", "tests")
-    assert open_judge(tmp_path / "attributes").name == "attributes right"
-    assert open_judge(tmp_path / "encoder").name == "dual encoder"
-    with pytest.raises(CheckpointError, match="lacks"):
-        open_judge(tmp_path / "nothing")
+    assert open_judge(f"{tmp_path}/attributes", []).name == "attributes right"
+    assert open_judge(f"{tmp_path}/encoder", []).name == "dual encoder"
+    with pytest.raises(CheckpointError, match="no folder"):
+        open_judge(f"{tmp_path}/nothing", [])
+
+
+def test_a_dual_encoder_sees_its_own_features_whatever_the_distances_are_measured_on(tmp_path, images):
+    alignment.save(alignment.DualEncoder(1280, 384, 8), tmp_path / "encoder", "tests")
+    prompts = [example(), example()]
+    features = EfficientNetLite0()(read_images(images)).reshape(2, 1, -1)
+    files = [[image] for image in images]
+    expected = open_judge(f"{tmp_path}/encoder", [])(prompts, features, files)
+    found = open_judge(f"{tmp_path}/encoder", [], "inception")(prompts, np.zeros((2, 1, 2048)), files)
+    assert found.values == pytest.approx(expected.values, abs=1e-6)

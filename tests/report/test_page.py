@@ -154,6 +154,24 @@ def test_the_headline_says_what_passed_and_what_failed():
     assert report.headline(results(passed=False)).endswith("but fails 1 of 1 gates: kernel distance.")
 
 
+def test_the_page_says_what_judged_on_how_many_pictures_and_warns_of_a_judge_of_no_use():
+    judges = {"features": "Inception, SHA-256 abc", "alignment": "CLIP of them, SHA-256 def"}
+    found = values(passed=False) | {
+        "features": "inception",
+        "alignment": "CLIP score",
+        "measured_by": judges,
+        "other_captions": figure(0.7, 0.6, 0.8, 4),
+        "warnings": ["The judge does not tell <captions> apart."],
+    }
+    page = Page(report.build(parse(found, "it"), rows(["a cat", "a dog"])))
+    text = "".join(page.text)
+    assert "Inception, SHA-256 abc, on 4 real pictures and 8 of each arm" in text
+    assert "CLIP score: CLIP of them, SHA-256 def; 4 real pictures score 0.800 with their own captions, 0.700" in text
+    assert "Warning. The judge does not tell <captions> apart." in text
+    assert "FID" in text and "KID" in text and "not FID" not in text
+    assert report.headline(parse(found, "it")).endswith("but fails 1 of 1 gates: KID.")
+
+
 @pytest.mark.parametrize(
     ("ends", "words"),
     [((-0.02, -0.01), "better than"), ((0.01, 0.02), "worse than"), ((-0.01, 0.01), "no significant difference from")],

@@ -58,7 +58,7 @@ def build(folder):
     save(DualEncoder(1280, 384, 8), folder / "alignment", "nothing")
     params = yaml.safe_load(Path("params.yaml").read_text())
     params["generate"] |= {"split": "test", "seeds": SEEDS}
-    params["evaluate"] |= {"resamples": 200}
+    params["evaluate"] |= {"resamples": 200, "alignment": "alignment"}
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     return folder
 
@@ -79,7 +79,6 @@ def run(folder, monkeypatch):
         groups=Path("groups"),
         generated=Path("generated"),
         costs=Path("generate.json"),
-        alignment=Path("alignment"),
         report=Path("report"),
         metrics=Path("metrics/evaluate.json"),
     )
@@ -210,7 +209,7 @@ def test_a_fault_is_one_message_and_exit_code_2(project, monkeypatch, capsys):
     missing(project)
     monkeypatch.chdir(project)
     options = ["--data", "prepared", "--groups", "groups", "--generated", "generated", "--costs", "generate.json"]
-    options += ["--alignment", "alignment", "--report", "report", "--metrics", "metrics/evaluate.json"]
+    options += ["--report", "report", "--metrics", "metrics/evaluate.json"]
     monkeypatch.setattr(sys, "argv", ["evaluate", *options])
     with pytest.raises(SystemExit) as stopped:
         evaluate.run(evaluate.main)
