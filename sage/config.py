@@ -89,6 +89,7 @@ class Prepare(Section):
     image_size: Annotated[int, Field(ge=8, le=2048)]
     validation: HeldOut
     test: HeldOut
+    near_duplicate: Annotated[int, Field(ge=0, le=16)] | None
     seed: Seed
 
     @model_validator(mode="after")

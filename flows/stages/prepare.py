@@ -39,6 +39,7 @@ def main(
                 validation=params.validation,
                 test=params.test,
                 seed=params.seed,
+                near_duplicate=params.near_duplicate,
                 advance=advance,
             )
         licences = {"twemoji": twemoji.LICENCE, "figures": figures.LICENCE}
