@@ -1,4 +1,4 @@
-"""Near-duplicates: images that look alike, found by a perceptual hash (dHash: is a pixel darker than its neighbour?)."""
+"""Near-duplicates: images that look alike by a perceptual hash (dHash: which pixels are darker than the next one)."""
 
 from collections import defaultdict
 from collections.abc import Sequence

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import SEEK_END
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -63,7 +63,7 @@ def prepare(
             entry["split"] = split
         for split in SPLITS:
             own = (entry for entry in kept if entry["split"] == split)
-            write_shards(temporary / split, (entry | {"image": images.read(entry["id"])} for entry in own))
+            write_shards(temporary / split, (row for entry in own for row in _written(entry, images)))
         _write_lines(temporary / ACCOUNTING, entries)
         write_sums(temporary)
     return _summary(entries, counts) | {"digest": sha256_tree(folder)}
@@ -109,6 +109,14 @@ def _screen(
         entries.append(entry)
         advance(1)
     return entries
+
+
+def _written(entry: dict[str, Any], images: _Spool) -> Iterator[dict[str, Any]]:
+    """Yield the rows to write for a kept entry: one, or as many as it counts in training."""
+    row = entry | {"image": images.read(entry["id"])}
+    yield row
+    for number in range(2, 1 + (entry.get("repeats", 1) if entry["split"] == "train" else 1)):
+        yield row | {"id": f"{entry['id']}-again-{number}"}
 
 
 def _looks(entries: Sequence[dict[str, Any]], near_duplicate: int | None) -> dict[str, str]:
@@ -175,6 +183,8 @@ def _check(row: Row, size: int) -> tuple[Image.Image, dict[str, Any]]:
         found["other_texts"] = others
     if row.split is not None:
         found["split"] = row.split
+    if row.repeats > 1:
+        found["repeats"] = row.repeats
     if text != row.text:
         found["original_text"] = row.text
     if row.attributes is not None:
