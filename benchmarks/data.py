@@ -1,7 +1,7 @@
 """Time and memory of prepared data as the number of images grows.
 
     python -m benchmarks.data                       2,000 and 20,000 images
-    python -m benchmarks.data 2000 20000 200000     minutes, and 4 GB of disk
+    python -m benchmarks.data 2000 20000 200000     far longer, and more disk
 
 Every step runs in a process of its own, so that its peak memory is its own. `imports` is a process that does nothing.
 """
