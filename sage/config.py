@@ -58,9 +58,10 @@ def _one_of(names: Sequence[str]) -> AfterValidator:
 
 def _source(value: str) -> str:
     """Check that a text names a source of images or is an fsspec address."""
-    if value not in ("twemoji", "figures", "folder") and "://" not in value:
+    if value not in ("twemoji", "figures", "folder", "kohya") and "://" not in value:
         raise PydanticCustomError(
-            "literal_error", "Input should be 'twemoji', 'figures' or 'folder', or an address such as s3://bucket/*.tar"
+            "literal_error",
+            "Input should be 'twemoji', 'figures', 'folder' or 'kohya', or an address such as s3://bucket/*.tar",
         )
     return value
 
@@ -90,6 +91,7 @@ class Prepare(Section):
     image_size: Annotated[int, Field(ge=8, le=2048)]
     validation: HeldOut
     test: HeldOut
+    near_duplicate: Annotated[int, Field(ge=0, le=16)] | None
     seed: Seed
 
     @model_validator(mode="after")

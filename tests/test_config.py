@@ -83,7 +83,10 @@ def test_a_number_is_a_number_however_dvc_writes_it(tmp_path, number):
         ({"prepare__seed": GONE}, ["prepare.seed: Field required"]),
         ({"evaluate": GONE}, ["evaluate: Field required"]),
         ({"group": None}, ["group: ", "found None"]),
-        ({"prepare__source": "imagenet"}, ["prepare.source: ", "'twemoji', 'figures' or 'folder'", "found 'imagenet'"]),
+        (
+            {"prepare__source": "imagenet"},
+            ["prepare.source: ", "'twemoji', 'figures', 'folder' or 'kohya'", "found 'imagenet'"],
+        ),
         ({"prepare__image_size": "64"}, ["prepare.image_size: ", "valid integer", "found '64'"]),
         ({"prepare__words": 0.0}, ["prepare.words: ", "greater than 0", "found 0.0"]),
         ({"prepare__image_size": 4}, ["prepare.image_size: ", "greater than or equal to 8"]),

@@ -155,17 +155,24 @@ def _main_run(accelerator: "Accelerator", settings: Finetune) -> Iterator[Run]:
 
 def training_set(denoiser: Denoiser, examples: Sequence[Example], members: tuple[tuple[int, ...], ...]) -> TrainingSet:
     """Return the latents of all images and the conditions of all captions, computed once."""
-    images = torch.from_numpy(load_pixels(examples))
+    size = load_pixels(examples[:1]).shape[1:3]
     texts, captions = captions_of([example.texts for example in examples])
     texts.append("")
     parts = []
     with _shown(len(texts), "encoding captions") as advance:
         for start in range(0, len(texts), ENCODED_TOGETHER):
             some = texts[start : start + ENCODED_TOGETHER]
-            parts.append(denoiser.encode_texts(some, images.shape[1:3]))
+            parts.append(denoiser.encode_texts(some, size))
             advance(len(some))
     conditions = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return TrainingSet(denoiser.encode_images(images), conditions, torch.from_numpy(captions), members)
+    # A part at a time, because all pixels need far more memory than their latents; whole batches of the encoder.
+    latents = torch.cat(
+        [
+            denoiser.encode_images(torch.from_numpy(load_pixels(examples[start : start + ENCODED_TOGETHER])))
+            for start in range(0, len(examples), ENCODED_TOGETHER)
+        ]
+    )
+    return TrainingSet(latents, conditions, torch.from_numpy(captions), members)
 
 
 def adapt(denoiser: Denoiser, pipeline: Any, settings: Finetune) -> None:

@@ -14,7 +14,7 @@ from flows.tracking.runs import stage_run
 from sage.config import Prepare, load_params
 from sage.data import figures, twemoji
 from sage.data.dataset import load_pixels, read_split
-from sage.data.imagefolder import read_address, read_folder
+from sage.data.imagefolder import read_address, read_folder, read_kohya
 from sage.data.preparation import prepare
 from sage.data.rows import Row
 from sage.files import write_json
@@ -23,7 +23,7 @@ _SHEET_COLUMNS = 8
 
 
 def main(
-    raw: Annotated[Path, typer.Option(help="Your own pictures; read if prepare.source is `folder`.")],
+    raw: Annotated[Path, typer.Option(help="Your own pictures; read if prepare.source is `folder` or `kohya`.")],
     out: Annotated[Path, typer.Option(help="Folder to write: shards of each split, and the accounting.")],
     metrics: Annotated[Path, typer.Option(help="File to write: what became of the rows.")],
 ) -> None:
@@ -39,6 +39,7 @@ def main(
                 validation=params.validation,
                 test=params.test,
                 seed=params.seed,
+                near_duplicate=params.near_duplicate,
                 advance=advance,
             )
         licences = {"twemoji": twemoji.LICENCE, "figures": figures.LICENCE}
@@ -57,6 +58,8 @@ def _rows(params: Prepare, raw: Path) -> list[Row]:
         return twemoji.rows(params.words)
     if params.source == "folder":
         return read_folder(raw)
+    if params.source == "kohya":
+        return read_kohya(raw)
     if params.source != "figures":
         return read_address(params.source)
     drawn = params.figures

@@ -7,6 +7,7 @@ tar files of many images (`sage.data.packed`). Hidden files and folders are igno
 """
 
 import json
+import math
 import os
 import re
 import unicodedata
@@ -31,6 +32,7 @@ _CAPTIONS = (".caption", ".txt")
 _FOREIGN = {".svg", ".heic", ".heif", ".jxl"}
 _SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 _OF_SPLIT = re.compile(f"({'|'.join(_SPLITS)})[-_.]")
+_REPEATS = re.compile(r"([1-9]\d{0,3})_(.+)")
 _MAX_METADATA = 1_000_000_000  # bytes
 _MAX_CAPTION = 100_000  # bytes
 _MAX_CAPTIONS = 100  # of an image
@@ -81,6 +83,31 @@ def _packed(root: Path, name: PurePosixPath) -> Iterator[Row]:
         yield from packed.rows(packed.below(root, name))
     except Rejected as rejected:
         yield _row(root, str(name), [None], rejected=rejected)
+
+
+def read_kohya(root: Path) -> list[Row]:
+    """Return the rows of a folder whose images lie in folders named for how often they count, such as `10_a cat`.
+
+    The name, here `a cat`, is the caption of images without one. Only the ratio of the repeats matters to training,
+    which counts steps, so they are divided by what divides all of them. Raises DataError as `read_folder` does, and if
+    an image lies in no such folder.
+    """
+    rows = read_folder(root)
+    found = {
+        row.id: [match for part in PurePosixPath(row.file).parts[:-1] if (match := _REPEATS.fullmatch(part))]
+        for row in rows
+    }
+    if outside := [row.file for row in rows if not found[row.id]]:
+        raise DataError(
+            f"{root}: {len(outside)} images, first {outside[0]!a}, lie in no folder with repeats, such as 10_name. Put "
+            "them into one, or set prepare.source to folder in params.yaml."
+        )
+    whole = math.gcd(*(int(matches[-1][1]) for matches in found.values()))
+    return [
+        replace(row, repeats=int(match[1]) // whole, text=match[2].replace("_", " ") if row.text is None else row.text)
+        for row in rows
+        for match in found[row.id][-1:]
+    ]
 
 
 def read_address(address: str) -> list[Row]:

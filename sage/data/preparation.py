@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import SEEK_END
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -13,6 +13,7 @@ from PIL import Image
 
 from sage.data.captions import clean_caption
 from sage.data.dataset import SMALL_FAMILY, SPLITS, assign_splits, write_sums
+from sage.data.duplicates import first_alike, perceptual_hash
 from sage.data.images import compose, decode, pixel_hash
 from sage.data.rows import MAX_BYTES, Rejected, Row
 from sage.data.shards import write_shards
@@ -30,6 +31,7 @@ def prepare(
     validation: float,
     test: float,
     seed: int,
+    near_duplicate: int | None = None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> dict[str, Any]:
     """Write a prepared folder, atomically, and return the counts of kept, rejected and duplicate rows.
@@ -39,6 +41,8 @@ def prepare(
     size              side of the square images in pixels
     validation, test  fractions of each family to hold out, see `assign_splits`; unused for a split that rows name
     seed              seed of that choice
+    near_duplicate    images whose perceptual hashes differ in at most this many of 64 bits are never in two splits;
+                      None: only equal images are not
     advance           called with the number of rows finished since its last call
 
     A duplicate has the same pixels and the same caption as an earlier row. If rows name their splits, an image in
@@ -46,11 +50,12 @@ def prepare(
     """
     with new_folder(folder) as temporary, TemporaryFile(dir=temporary) as file:
         images = _Spool(file)
-        entries = _without_overlap(_screen(rows, images, size, advance))
+        entries = _screen(rows, images, size, near_duplicate is not None, advance)
+        entries = _without_overlap(entries, _looks(entries, near_duplicate))
         kept = [entry for entry in entries if entry["status"] == "kept"]
         if not kept:
             raise DataError(_nothing_kept(rows, entries))
-        splits = _splits(kept, validation, test, seed)
+        splits = _splits(kept, _looks(kept, near_duplicate), validation, test, seed)
         counts = {split: splits.count(split) for split in SPLITS}
         if not all(counts.values()):
             raise DataError(_empty_split(counts, validation, test))
@@ -58,7 +63,7 @@ def prepare(
             entry["split"] = split
         for split in SPLITS:
             own = (entry for entry in kept if entry["split"] == split)
-            write_shards(temporary / split, (entry | {"image": images.read(entry["id"])} for entry in own))
+            write_shards(temporary / split, (row for entry in own for row in _written(entry, images)))
         _write_lines(temporary / ACCOUNTING, entries)
         write_sums(temporary)
     return _summary(entries, counts) | {"digest": sha256_tree(folder)}
@@ -81,8 +86,10 @@ class _Spool:
         return self._file.read(length)
 
 
-def _screen(rows: Sequence[Row], images: _Spool, size: int, advance: Callable[[int], None]) -> list[dict[str, Any]]:
-    """Return the accounting entry of each row, and write the images that are kept into the spool."""
+def _screen(
+    rows: Sequence[Row], images: _Spool, size: int, hashed: bool, advance: Callable[[int], None]
+) -> list[dict[str, Any]]:
+    """Return the accounting entry of each row, `hashed` perceptually or not, and write what is kept into the spool."""
     entries: list[dict[str, Any]] = []
     first: dict[tuple[str, str], str] = {}
     for row in rows:
@@ -97,38 +104,57 @@ def _screen(rows: Sequence[Row], images: _Spool, size: int, advance: Callable[[i
                 entry |= {"status": "duplicate", "of": first[key]}
             else:
                 first[key] = row.id
-                entry |= {"status": "kept"} | found
+                entry |= {"status": "kept"} | found | ({"dhash": f"{perceptual_hash(square):016x}"} if hashed else {})
                 images.write(row.id, square)
         entries.append(entry)
         advance(1)
     return entries
 
 
-def _without_overlap(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _written(entry: dict[str, Any], images: _Spool) -> Iterator[dict[str, Any]]:
+    """Yield the rows to write for a kept entry: one, or as many as it counts in training."""
+    row = entry | {"image": images.read(entry["id"])}
+    yield row
+    for number in range(2, 1 + (entry.get("repeats", 1) if entry["split"] == "train" else 1)):
+        yield row | {"id": f"{entry['id']}-again-{number}"}
+
+
+def _looks(entries: Sequence[dict[str, Any]], near_duplicate: int | None) -> dict[str, str]:
+    """Return for each id of a kept entry what is equal for images that must not be in two splits."""
+    kept = [entry for entry in entries if entry["status"] == "kept"]
+    if near_duplicate is None:
+        return {entry["id"]: entry["pixels"] for entry in kept}
+    first = first_alike([int(entry["dhash"], 16) for entry in kept], near_duplicate)
+    return {entry["id"]: kept[number]["pixels"] for entry, number in zip(kept, first, strict=True)}
+
+
+def _without_overlap(entries: list[dict[str, Any]], looks: Mapping[str, str]) -> list[dict[str, Any]]:
     """Reject rows whose image the user put into several splits, except in the one that is held out most strictly."""
     splits: dict[str, set[str]] = defaultdict(set)
     for entry in entries:
         if "split" in entry:
-            splits[entry["pixels"]].add(entry["split"])
-    strictest = {pixels: max(found, key=SPLITS.index) for pixels, found in splits.items()}
+            splits[looks[entry["id"]]].add(entry["split"])
+    strictest = {look: max(found, key=SPLITS.index) for look, found in splits.items()}
     result = []
     for entry in entries:
-        other = strictest[entry["pixels"]] if "split" in entry else None
+        other = strictest[looks[entry["id"]]] if "split" in entry else None
         if other not in (None, entry.get("split")):
-            detail = f"the same image is in {other}, and this row is in {entry['split']}"
+            detail = f"the same image, or one like it, is in {other}, and this row is in {entry['split']}"
             entry = {"id": entry["id"], "file": entry["file"], "status": "rejected"}
             entry |= {"reason": "split_overlap", "detail": detail}
         result.append(entry)
     return result
 
 
-def _splits(kept: Sequence[dict[str, Any]], validation: float, test: float, seed: int) -> list[str]:
+def _splits(
+    kept: Sequence[dict[str, Any]], looks: Mapping[str, str], validation: float, test: float, seed: int
+) -> list[str]:
     """Return the split of each kept entry: the user's, with a split that it lacks held out of its training images."""
     named = {entry.get("split") for entry in kept}
     free = [entry for entry in kept if entry.get("split", "train") == "train"]
     chosen = assign_splits(
         [entry["family"] for entry in free],
-        [entry["pixels"] for entry in free],
+        [looks[entry["id"]] for entry in free],
         0.0 if "validation" in named else validation,
         0.0 if "test" in named else test,
         seed,
@@ -157,6 +183,8 @@ def _check(row: Row, size: int) -> tuple[Image.Image, dict[str, Any]]:
         found["other_texts"] = others
     if row.split is not None:
         found["split"] = row.split
+    if row.repeats > 1:
+        found["repeats"] = row.repeats
     if text != row.text:
         found["original_text"] = row.text
     if row.attributes is not None:

@@ -34,6 +34,7 @@ class Row:
     split        split that the row belongs to; None: any
     draw         returns the bytes of the image file, for an image that is drawn and not read; None: `path` is read
     attributes   what is known of the image: the words of each attribute; asked: the attributes that `text` names
+    repeats      how many times it counts in training
     """
 
     id: str
@@ -49,6 +50,7 @@ class Row:
     draw: Callable[[], bytes] | None = None
     attributes: Mapping[str, str] | None = None
     asked: tuple[str, ...] = ()
+    repeats: int = 1
 
     def read(self, limit: int) -> bytes:
         """Return the bytes of the image file; below a `root`, raise Rejected as `read_below` does."""

@@ -21,7 +21,7 @@ from flows.stages.prepare import main
 from flows.terminal import run
 from sage.data import twemoji
 from sage.data.dataset import SPLITS, SUMS, load_pixels, read_split
-from sage.data.imagefolder import read_folder
+from sage.data.imagefolder import read_folder, read_kohya
 from sage.data.preparation import ACCOUNTING, prepare
 from sage.data.rows import Row
 from sage.errors import DataError
@@ -442,3 +442,23 @@ def test_twemoji_goes_the_same_way(tmp_path: Path) -> None:
     for example in read_split(tmp_path / "out", "test"):
         assert "detective" in example.text
         assert example.family == "detective"
+
+
+def test_repeats_count_in_training_by_their_ratio_and_name_what_has_no_caption(tmp_path: Path) -> None:
+    for name, places in {"20_a_cat": range(12), "30_dog": range(12, 20)}.items():
+        (tmp_path / "raw" / name).mkdir(parents=True)
+        for place in places:
+            put(tmp_path / "raw" / name, f"{place}.png", encoded(noise(place), "PNG"), f"no {place}" if place else None)
+    rows = read_kohya(tmp_path / "raw")
+    assert {row.text for row in rows} == {"a cat", *(f"no {place}" for place in range(1, 20))}
+    found = prepare(rows, tmp_path / "out", **SETTINGS)
+    assert (found["kept"], found["splits"]) == (20, {"train": 14, "validation": 2, "test": 4})
+    examples = {split: read_split(tmp_path / "out", split) for split in SPLITS}
+    for split, read in examples.items():
+        for text, count in Counter(example.text for example in read).items():
+            place = 0 if text == "a cat" else int(text.split()[1])
+            assert count == (1 if split != "train" else 2 if place < 12 else 3)
+        assert len({example.id for example in read}) == len(read)
+    put(tmp_path / "raw", "outside.png", encoded(noise(50), "PNG"), "outside")
+    with pytest.raises(DataError, match=r"1 images, first 'outside.png', lie in no folder with repeats"):
+        read_kohya(tmp_path / "raw")
