@@ -98,6 +98,7 @@ def judge(groups: int, truth: Truth, seed: int) -> list[Verdict]:
     cost = {INDEPENDENT: 6.0, JUDGED: 4.5}
     judged = JudgedSet(digest="", generated="", n_real=n, n_prompts=groups * SIZE, seeds=list(range(SEEDS)))
     results = Results.model_construct(
+        features=settings.features,
         confidence=settings.confidence,
         set=judged,
         arms={

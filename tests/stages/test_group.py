@@ -191,7 +191,7 @@ def test_how_alike_is_said_exactly_once(project, group):
 
 def test_as_a_command_a_fault_is_one_message(project):
     configure(project, threshold=7)
-    command = [sys.executable, "-m", "flows.stages.group", "--data", "prepared", "--base", "base", "--out", "groups"]
+    command = [sys.executable, "-m", "flows.stages.group", "--data", "prepared", "--base", ".", "--out", "groups"]
     command += ["--metrics", "m.json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
