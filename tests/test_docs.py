@@ -23,6 +23,8 @@ from flows.cli import main
 from sage.packaged import minilm_folder
 from sage.sampling.pipeline import SharedSamplingPipeline
 
+pytestmark = pytest.mark.slow
+
 # Similar enough for one group, and one that is not.
 PROMPTS = ["a red fox in the snow", "a red fox in deep snow", "the fox in the snow is red", "a stock market crash"]
 LOADED = "StableDiffusionPipeline.from_pretrained(...)"

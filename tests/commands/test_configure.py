@@ -41,6 +41,7 @@ def test_a_shipped_file_is_a_valid_change_of_the_shipped_parameters(file):
     assert found.finetune.adapter is not None and found.finetune.batch_size % found.finetune.accumulate == 0
 
 
+@pytest.mark.slow
 def test_settings_of_a_file_and_further_ones_change_the_parameters_and_no_comment():
     file = ROOT / "configs/sd15_lora_16gb.yaml"
     before = Path("params.yaml").read_text()

@@ -47,6 +47,7 @@ def test_the_labels_of_a_render_are_the_words_of_what_was_drawn(renders):
         assert found == figure.attributes | {STYLE: figure.style}
 
 
+@pytest.mark.slow
 def test_it_learns_to_read_figures_that_it_has_not_seen(trained):
     unseen = drawing.render(trained, 60, "unseen")
     untrained = drawing.accuracy(AttributeClassifier(trained.labels, width=16), unseen)

@@ -24,6 +24,8 @@ from sage.grouping.cost import FILE, Damage, Point, kept_form
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.seeds import image_seeds
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["red cat", "tall tree", "red dog", "tall trees", "red cat", "blue house", "a big red cat"]
 
 

@@ -20,6 +20,8 @@ from flows.prompts.remote import Server, ServerError, Waits
 from sage.errors import ConfigurationError, DataError, DivergedError
 from sage.files import sha256_tree
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["red cat", "tall tree", "red dog", "tall trees", "red cat", "blue house", "a big red cat"]
 
 

@@ -15,6 +15,8 @@ from sage.errors import DataError
 from sage.sampling import base, hub, saved
 from sage.sampling.pipeline import SharedSamplingPipeline
 
+pytestmark = pytest.mark.slow
+
 COMMIT = "a" * 40
 CALL = {"num_inference_steps": 3, "output_type": "np", "share_ratio": 0.5, "groups": [[0, 1], [2, 3, 4]]}
 

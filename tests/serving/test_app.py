@@ -17,6 +17,8 @@ from PIL import Image
 from served import PATH, without_model
 from waiting import wait_for
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):

@@ -14,6 +14,8 @@ from PIL import Image
 from served import without_model
 from waiting import wait_for
 
+pytestmark = pytest.mark.slow
+
 TYPE = {"Content-Type": "application/jsonl"}
 
 

@@ -30,6 +30,8 @@ from sage.files import sha256, sha256_tree, write_json
 from sage.sampling import base
 from sage.training import kohya, lora
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["red cat", "red dog", "blue cat", "tall tree", "big tree", "snow"]
 GROUPS = [["p0", "p1", "p2"], ["p3", "p4"], ["p5"]]
 SETTINGS = {"steps": 6, "warmup": 1, "decay": 2, "batch_size": 9, "learning_rate": 1.0e-3, "ema": 0.5}

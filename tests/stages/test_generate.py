@@ -16,6 +16,8 @@ from flows.stages import generate
 from sage.errors import DataError
 from sage.files import sha256, sha256_tree
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["red cat", "red dog", "blue cat", "tall tree", "big tree"]
 GROUPS = [["p0", "p1", "p2"], ["p3", "p4"]]
 

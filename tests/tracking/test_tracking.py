@@ -172,6 +172,8 @@ import sys
 from pathlib import Path
 from flows.tracking.runs import stage_run
 
+pytestmark = pytest.mark.slow
+
 with stage_run("group", {"a": 1}) as run:
     run.metrics({"loss": 1.0})
     run.tags({"a": 1})

@@ -9,6 +9,8 @@ from flows.versioning import experiments, repository
 from sage.config import load_params
 from sage.errors import ConfigurationError, SageError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):

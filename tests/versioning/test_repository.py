@@ -46,6 +46,8 @@ import sys
 from flows.versioning import locks, repository
 from flows.terminal import exit_on_error
 
+pytestmark = pytest.mark.slow
+
 def main():
     with locks.only_writer():
         repository.reproduce(sys.stdout.write)
