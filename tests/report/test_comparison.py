@@ -13,6 +13,8 @@ from flows.tracking import recorded, runs
 from sage.errors import SageError
 from sage.files import write_json
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "<script>alert('x')</script> & \"quotes\""
 COLUMNS = ["real", "independent", "shared", "sage"]
 

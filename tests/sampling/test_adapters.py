@@ -23,6 +23,7 @@ def made(tmp_path_factory):
     return pipe, plain, files, adapters.load(pipe, files)
 
 
+@pytest.mark.slow
 def test_a_pipeline_wears_one_some_or_none_and_then_draws_as_if_it_had_no_other(made):
     pipe, plain, _, hashes = made
     assert set(hashes) == {"a", "b"} and len({*hashes.values()}) == 2

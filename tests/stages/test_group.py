@@ -18,6 +18,8 @@ from sage.files import write_json
 from sage.grouping.cost import FILE, Damage, Point, kept_form
 from sage.grouping.policy import Policy
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TEXTS = [
     "woman pilot dark skin tone",

@@ -10,6 +10,8 @@ from flows.commands import doctor
 from flows.tracking import place, registry
 from flows.tracking.runs import stage_run
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["plain", "two words", "a%20b", "feature%2Flogin", "what?", "#1 100%", "ünï"]
 
 

@@ -49,6 +49,8 @@ from sage.sampling import base
 from sage.training import lora
 
 # What a version must carry the moment that anybody can see it.
+pytestmark = pytest.mark.slow
+
 COMPLETE = {
     "sage.model_sha256",
     "sage.metrics_sha256",
@@ -171,8 +173,6 @@ def test_off_records_nothing_and_loads_nothing(tmp_path):
 import sys
 from pathlib import Path
 from flows.tracking.runs import stage_run
-
-pytestmark = pytest.mark.slow
 
 with stage_run("group", {"a": 1}) as run:
     run.metrics({"loss": 1.0})

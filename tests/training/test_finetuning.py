@@ -461,6 +461,7 @@ def test_branches_begin_with_the_noise_that_branch_noise_leaves_them(s, asked):
     assert float(own.std()) == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_base_that_does_not_fit_its_data_does_not_blow_up_the_branch_term():
     """Its noise prediction is wrong by as much as the noise; near alpha = 0 that is x_0 wrong by 1 / alpha."""
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
