@@ -19,11 +19,14 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._look(late=False)
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Look no more: the timer would keep the connection and its buffers in memory."""
+        self._next.cancel()
+        super().connection_lost(exc)
+
     def _look(self, late: bool, before: object = None) -> None:
-        if self.transport.is_closing():
-            return
         waits = self.conn.their_state is h11.IDLE and (self.cycle is None or bool(self.conn.trailing_data[0]))
         if late and waits and self.cycle is before:
             self.transport.close()
             return
-        self.loop.call_later(_HEAD, self._look, waits, self.cycle)
+        self._next = self.loop.call_later(_HEAD, self._look, waits, self.cycle)

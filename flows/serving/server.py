@@ -15,13 +15,13 @@ from flows.serving.connections import Connection
 from flows.serving.metrics import Metrics, log
 from flows.serving.state import Options, Server
 from flows.serving.tenants import read_tokens
+from flows.serving.watch import HEADERS
 from flows.serving.worker import Source, Worker, main
 from sage.errors import ConfigurationError
 
 _DRAIN = 25.0  # seconds for accepted requests after SIGTERM; then they are answered with 503
 _CLOSING = 0.3  # seconds until the listener is closed for certain
 _FORCED = 1.0  # seconds for the answers that say so, after a second SIGTERM
-_HEADERS = 16 << 10
 
 
 class _Uvicorn(uvicorn.Server):
@@ -96,7 +96,7 @@ def serve(
         port=port,
         http=Connection,
         ws="none",
-        h11_max_incomplete_event_size=_HEADERS,
+        h11_max_incomplete_event_size=HEADERS,
         access_log=False,
         log_level="warning",
         timeout_keep_alive=5,

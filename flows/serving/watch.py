@@ -12,6 +12,7 @@ from flows.serving import refusals
 from flows.serving.metrics import Metrics, log
 from flows.serving.requests import RequestError
 
+HEADERS = 16 << 10  # bytes of all headers of a request
 _STALLED = 30.0  # seconds for a part of an answer, and those for its bytes at the slowest rate
 _SLOWEST = 64 << 10  # bytes a second
 _PROBES = ("/healthz", "/readyz", "/metrics")
@@ -44,7 +45,7 @@ class Watch:
                 raise ConnectionError("the client does not read its answer") from error
 
         try:
-            if refusal := self._foreign(scope):
+            if refusal := self._too_long(scope) or self._foreign(scope):
                 await refusal(scope, receive, watched)
             else:
                 await self._app(scope, receive, watched)
@@ -59,6 +60,14 @@ class Watch:
             self._metrics.seconds.labels(route).observe(seconds)
             facts = scope["state"].get("facts", {})
             log(method=scope["method"][:16], route=route, status=status, ms=round(1000 * seconds, 1), **facts)
+
+    def _too_long(self, scope: Scope) -> Response | None:
+        """Return the refusal of headers above HEADERS; h11 refuses them only if they come in several parts."""
+        size = sum(len(name) + len(value) for name, value in scope["headers"])
+        if size <= HEADERS:
+            return None
+        message = f"the headers have {size} bytes; at most {HEADERS} are read"
+        return refusals.answer(RequestError(431, "headers_too_large", message))
 
     def _foreign(self, scope: Scope) -> Response | None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"] if name in (b"host", b"origin")}

@@ -212,6 +212,7 @@ def test_other_ways_to_send_too_much_or_nothing(quick):
     assert post(PATH, json={"prompt": "a" * (1 << 20)}).status_code == 413
     headers = {"Content-Type": "application/json"}
     assert post(PATH, content=(b" " * 65536 for _ in range(1000)), headers=headers).status_code == 413
+    assert post(PATH, json={"prompt": "a"}, headers={"X-Long": "a" * (17 << 10)}).status_code in (400, 431)
     assert quick.client.get(PATH).headers["Allow"] == "POST"
     assert quick.client.put("/v1/batches").headers["Allow"] == "GET, POST"
     assert quick.client.put("/v1/batches").status_code == 405

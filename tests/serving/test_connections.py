@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import gc
+import weakref
 
 import pytest
 import uvicorn
@@ -12,6 +14,8 @@ from flows.serving import connections, watch
 from flows.serving.metrics import Metrics
 from flows.serving.tenants import read_tokens
 from flows.serving.watch import Watch
+
+MADE = weakref.WeakSet()
 
 
 async def slow(scope, receive, send):
@@ -34,8 +38,12 @@ async def listening():
         writer.close()
         return received
 
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: connections.Connection(config, state, {}), "127.0.0.1", 0)
+    def connection():
+        made = connections.Connection(config, state, {})
+        MADE.add(made)
+        return made
+
+    server = await asyncio.get_running_loop().create_server(connection, "127.0.0.1", 0)
     async with server:
         yield sent
 
@@ -51,6 +59,17 @@ def test_a_connection_without_the_head_of_a_request_is_closed_and_one_with_it_is
     nothing, half, one, one_and_a_half = asyncio.run(run())
     assert nothing == half == b""
     assert one.endswith(b"ok") and one_and_a_half.count(b"ok") == 1
+
+
+def test_a_closed_connection_is_not_kept_in_memory():
+    async def run():
+        async with listening() as sent:
+            assert (await sent(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")).endswith(b"ok")
+            await asyncio.sleep(0.1)
+            gc.collect()
+            return len(MADE)
+
+    assert asyncio.run(run()) == 0
 
 
 @pytest.mark.parametrize("reads", [True, False])
