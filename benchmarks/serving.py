@@ -462,16 +462,21 @@ def soak(options: argparse.Namespace) -> list[Row]:
     sent, warm = _Sent(Counter()), max(options.requests // 10, 100)
     with started(options) as server:
 
-        def rest() -> dict[str, int]:
+        def rest(fds: int) -> dict[str, int]:
+            """Return what is held at rest, once there are at most `fds` descriptors or 20 s have passed."""
             _until(lambda: sum(server.counted("sage_images_open").values()) == 0)
-            time.sleep(7)  # the server closes idle connections after five seconds
-            return server.held()
+            time.sleep(7)  # the server closes idle connections after five seconds, or later beside other work
+            found = [server.held()]
+            while len(found) < 20 and found[-1]["fds"] > fds:
+                time.sleep(1)
+                found.append(server.held())
+            return found[-1]
 
         asyncio.run(_soaked(server, 0, warm, options.batch_size, sent))
-        before, began = rest(), time.monotonic()
+        before, began = rest(sys.maxsize), time.monotonic()
         asyncio.run(_soaked(server, warm, options.requests, options.batch_size, sent))
         rate = (options.requests - warm) / (time.monotonic() - began)
-        after, statuses = rest(), server.by_status()
+        after, statuses = rest(before["fds"]), server.by_status()
         images = server.counted("sage_images_total").get('{outcome="drawn"}', 0)
         evaluations = server.counted("sage_evaluations_total").get("", 0)
         restarts = server.counted("sage_worker_restarts").get("", 0)
