@@ -24,7 +24,7 @@ from flows.tracking.runs import stage_run
 from sage.config import Generate, load_params
 from sage.data.dataset import Example, read_split
 from sage.data.groups import read_groups
-from sage.errors import PlanError
+from sage.errors import ConfigurationError, PlanError
 from sage.evaluation.arms import INDEPENDENT, SAGE, SAME_NFE, SHARED
 from sage.evaluation.manifest import image_path, write_manifest
 from sage.files import new_folder, sha256_tree, write_json
@@ -96,6 +96,8 @@ def main(
         predicts,
         reuses=bool(predicts and pipe.safe_image_steps(settings.steps, 1.0)),
     )
+    if only is not None and only not in (names := [arm.name for arm in arms]):
+        raise ConfigurationError(f"--only {only} is no arm; the arms are {', '.join(names)}")
     arms = [arm for arm in arms if only in (None, arm.name)]
     made: dict[Made, dict[str, Any]] = {}
     first: dict[Made, str] = {}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sage.data import figures as source
-from sage.data.figures import GRID, Captioned, Combinations, Figure, figure_with, figures, load_style, sentence
+from sage.data.figures import GRID, Captioned, Combinations, Figure, figures, load_style, sentence
 from sage.data.preparation import prepare
 from sage.data.shards import read_rows, rgb
 from sage.errors import DataError
@@ -139,29 +139,6 @@ def test_figures_of_a_grid_differ_in_one_attribute_and_in_its_words():
         words = [captioned.figure.attributes for captioned in grid]
         differ = [name for name in words[0] if len({own[name] for own in words}) > 1]
         assert len(differ) <= 1 and len({captioned.texts for captioned in grid}) == len(grid)
-
-
-def test_other_figures_show_what_a_prompt_asks_for_and_differ_in_the_rest():
-    same = 0
-    for captioned in made("test", 60):
-        words = captioned.figure.attributes
-        asked = {name: words[name] for name in captioned.asked}
-        others = [
-            figure_with(load_style(captioned.figure.style), asked, random.Random(seed), f"{captioned.id}/{seed}")
-            for seed in range(4)
-        ]
-        assert all({name: other.attributes[name] for name in asked} == asked for other in others)
-        same += len({tuple(other.choices.items()) for other in others}) == 1
-    assert same < 30  # most prompts leave something open
-
-
-def test_words_that_no_figure_shows_are_named():
-    style = load_style("moods")
-    name = next(iter(style.attributes))
-    with pytest.raises(DataError, match=r"shows .*plaid"):
-        figure_with(style, {name: "plaid"}, random.Random(0), "0")
-    with pytest.raises(DataError, match=r"shows .*wheels"):
-        figure_with(style, {"wheels": "four"}, random.Random(0), "0")
 
 
 def test_figures_are_the_same_again_and_a_longer_split_begins_alike():

@@ -13,13 +13,15 @@ from PIL import Image
 from prepared_files import write_split
 
 from flows.stages import generate
-from sage.errors import DataError
+from sage.errors import ConfigurationError, DataError
 from sage.files import sha256, sha256_tree
 
 pytestmark = pytest.mark.slow
 
 TEXTS = ["red cat", "red dog", "blue cat", "tall tree", "big tree"]
 GROUPS = [["p0", "p1", "p2"], ["p3", "p4"]]
+
+PATHS = {"base": "base", "model": "tuned", "data": "data/prepared", "groups": "data/groups"}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def project(tmp_path_factory):
 def run(project, monkeypatch, out, model="tuned"):
     monkeypatch.chdir(project)
     monkeypatch.setenv("SAGE_DEVICE", "cpu")
-    paths = {"base": "base", "model": model, "data": "data/prepared", "groups": "data/groups"}
+    paths = PATHS | {"model": model}
     generate.main(
         **{k: project / v for k, v in paths.items()},
         out=project / out / "images",
@@ -209,3 +211,10 @@ def test_groups_of_other_prompts_are_refused_and_leave_nothing(project, monkeypa
     with pytest.raises(DataError, match="no partition of the split's 5 prompts: 3 missing"):
         generate.main(**arguments, groups=groups, out=tmp_path / "out", metrics=tmp_path / "m.json")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_arm_that_does_not_exist_is_named(project, monkeypatch, tmp_path):
+    monkeypatch.chdir(project)
+    paths = {name: project / path for name, path in PATHS.items()}
+    with pytest.raises(ConfigurationError, match="--only best is no arm; the arms are independent, "):
+        generate.main(**paths, out=tmp_path / "images", metrics=tmp_path / "generate.json", only="best")
