@@ -46,8 +46,6 @@ import sys
 from flows.versioning import locks, repository
 from flows.terminal import exit_on_error
 
-pytestmark = pytest.mark.slow
-
 def main():
     with locks.only_writer():
         repository.reproduce(sys.stdout.write)
@@ -134,7 +132,7 @@ def test_a_run_that_ends_early_leaves_no_process_and_no_lock(project, number):
     command = [sys.executable, "-c", CALL]
     waiting = os.environ | {"WAIT": "first", "QUIET": "1"}
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=waiting)
-    wait_for(lambda: (project / "pid").exists() and (project / "pid").read_text())
+    wait_for(lambda: (project / "pid").exists() and (project / "pid").read_text(), process=run)
     stage = int((project / "pid").read_text())
     run.send_signal(number)
     run.wait(PATIENCE)
@@ -146,7 +144,7 @@ def test_a_run_that_ends_early_leaves_no_process_and_no_lock(project, number):
 def test_a_second_run_in_the_same_folder_is_told_to_come_again(project):
     run = subprocess.Popen([sys.executable, "-c", CALL], stdout=subprocess.DEVNULL, env=os.environ | {"WAIT": "first"})
     try:
-        wait_for(lambda: (project / "pid").exists() and (project / "pid").read_text())
+        wait_for(lambda: (project / "pid").exists() and (project / "pid").read_text(), process=run)
         second = subprocess.run([sys.executable, "-c", CALL], capture_output=True, text=True, timeout=PATIENCE)
         assert second.returncode == 75
         assert "another pipeline run works in this folder" in second.stderr
