@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from sage.data.figures import Figure, any_figure, load_style
 from sage.evaluation.attributes import PIXELS, STYLE, AttributeClassifier, predict, to_pixels
+from sage.precision import autocast
 from sage.randomness import generator
 
 _NONE = -100  # target of a head that does not apply to an image, as in torch's cross entropy
@@ -72,7 +73,7 @@ def loss(
     def step_loss(step: int) -> dict[str, Tensor]:
         draws = generator(seed, step)
         rows = torch.randint(len(renders.images), (batch_size,), generator=draws)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             logits = classifier(disturb(to_pixels(renders.images[rows]), draws))
         targets = renders.targets[rows]
         heads = [

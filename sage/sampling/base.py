@@ -91,7 +91,7 @@ def new_scheduler() -> DPMSolverMultistepScheduler:
     )
 
 
-def assemble(autoencoder: AutoencoderKL, unet: UNet2DConditionModel, scheduler: Any = None) -> StableDiffusionPipeline:
+def assemble(autoencoder: Any, unet: UNet2DConditionModel, scheduler: Any = None) -> StableDiffusionPipeline:
     """Return a Stable Diffusion pipeline of these parts with the project's text encoder; default: its scheduler."""
     tokenizer, encoder = text_parts()
     pipeline = StableDiffusionPipeline(
@@ -115,8 +115,8 @@ def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
             half = copy.deepcopy(getattr(pipeline, name)).half()
             half.save_pretrained(temporary / name, safe_serialization=True)
         pipeline.scheduler.save_pretrained(temporary / "scheduler")
-        scheduler = ["diffusers", type(pipeline.scheduler).__name__]
-        write_json(temporary / "model_index.json", _INDEX | {"scheduler": scheduler})
+        kinds = {name: ["diffusers", type(getattr(pipeline, name)).__name__] for name in ("vae", "scheduler")}
+        write_json(temporary / "model_index.json", _INDEX | kinds)
 
 
 def is_own(folder: Path) -> bool:
@@ -137,11 +137,12 @@ def load(folder: Path, torch_dtype: torch.dtype = torch.float32, **parts: Any) -
         raise DataError(
             f"{folder} is no base model: it lacks {', '.join(missing)}. Run `sage pretrain` or restore models/."
         )
-    kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["scheduler"][1]
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    autoencoder, scheduler = (getattr(diffusers, index[name][1]) for name in ("vae", "scheduler"))
     pipeline = assemble(
-        AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32, use_safetensors=True).eval(),
+        autoencoder.from_pretrained(folder / "vae", dtype=torch.float32, use_safetensors=True).eval(),
         UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32, use_safetensors=True).eval(),
-        getattr(diffusers, kind).from_pretrained(folder / "scheduler"),
+        scheduler.from_pretrained(folder / "scheduler"),
     )
     if unknown := sorted(set(parts) - set(pipeline.components)):
         raise ConfigurationError(

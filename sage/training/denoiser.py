@@ -14,10 +14,12 @@ from diffusers.training_utils import cast_training_params
 from torch import Tensor, nn
 
 from sage.errors import UnsupportedError
+from sage.precision import autocast
 from sage.sampling.conditions import Condition
 from sage.sampling.pipeline import FAMILIES, SharedSamplingPipeline
 from sage.sampling.segments import SegmentedPipeline
 from sage.training import lora
+from sage.training.latents import encode
 from sage.training.loss import Network
 
 Precision = Literal["bf16", "fp32"]
@@ -30,9 +32,10 @@ class Denoiser(nn.Module):
     """A pipeline's U-Net or transformer as a module to train.
 
     `network` is the pipeline's own module, so the pipeline samples with the trained weights. With `precision` "bf16"
-    the forward pass runs under autocast; the pipeline becomes float32 either way. Autocast is set here, not by
-    accelerate, so that it also applies to the frozen base. LoRAs that the pipeline came with are fused into its weights
-    (`lora.fuse`). Raises UnsupportedError for an unsupported pipeline class and for a quantised network.
+    the forward pass runs under autocast where the device has bfloat16 arithmetic (`sage.precision`); the pipeline
+    becomes float32 either way. Autocast is set here, not by accelerate, so that it also applies to the frozen base.
+    LoRAs that the pipeline came with are fused into its weights (`lora.fuse`). Raises UnsupportedError for an
+    unsupported pipeline class and for a quantised network.
     """
 
     def __init__(self, pipeline: Any, precision: Precision = "fp32") -> None:
@@ -60,7 +63,7 @@ class Denoiser(nn.Module):
         device = next(self.network.parameters()).device
         x_t = x_t.to(device)
         condition = {name: values.to(device) for name, values in condition.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+        with autocast(device, self._precision == "bf16"):
             output = self._pipe._predict(x_t, t.to(device), condition, 1.0, self._options(x_t.shape[-2:]))
         return output.float()  # type: ignore[no-any-return]
 
@@ -112,7 +115,7 @@ class Denoiser(nn.Module):
         parts = []
         for part in torch.split(images, batch_size):
             x = part.to(vae.device).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
-            parts.append(vae.encode(x).latent_dist.mode().float().cpu())
+            parts.append(encode(vae, x).float().cpu())
         return _scaled(torch.cat(parts), vae.config)
 
     def _options(self, latent_size: Sequence[int]) -> dict[str, Any]:

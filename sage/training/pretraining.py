@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sage import diffusion
+from sage.precision import autocast
 from sage.randomness import generator, stratified_uniform
 from sage.sampling.base import text_parts
+from sage.training.latents import encode
 from sage.training.loop import Losses
 
 
@@ -44,7 +46,7 @@ def autoencoder_loss(
         x = to_pixels(images[batch(len(images), batch_size, seed, step)])
         mirrored = torch.rand(len(x), generator=random) < 0.5
         x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             posterior = network.encode(x).latent_dist
             z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=random)
             decoded = network.decode(z).sample.float()
@@ -59,7 +61,7 @@ def autoencoder_loss(
 
 @torch.no_grad()
 def encode_images(
-    autoencoder: AutoencoderKL, images: Tensor, on_batch: Callable[[int], None] = lambda n: None, batch_size: int = 64
+    autoencoder: Any, images: Tensor, on_batch: Callable[[int], None] = lambda n: None, batch_size: int = 64
 ) -> Tensor:
     """Return the unscaled latents of uint8 images as float32 of shape (n, channels, height, width).
 
@@ -67,7 +69,7 @@ def encode_images(
     """
     latents = []
     for part in torch.split(images, batch_size):
-        latents.append(autoencoder.encode(to_pixels(part)).latent_dist.mode())
+        latents.append(encode(autoencoder, to_pixels(part)))
         on_batch(len(part))
     return torch.cat(latents)
 
@@ -147,7 +149,7 @@ def denoiser_loss(
         t = (stratified_uniform(len(rows), random) * len(alphas)).long()
         eps = torch.randn(x_0.shape, generator=random)
         x_t = diffusion.add_noise(x_0, eps, alphas[t], sigmas[t])
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             output = network(x_t, t, condition).sample.float()
         return {"loss": F.mse_loss(output, diffusion.target(kind, x_0, eps, alphas[t], sigmas[t]))}
 
@@ -155,13 +157,13 @@ def denoiser_loss(
 
 
 @torch.no_grad()
-def restored(autoencoder: AutoencoderKL, images: Tensor, batch_size: int = 64) -> Tensor:
+def restored(autoencoder: Any, images: Tensor, batch_size: int = 64) -> Tensor:
     """Return uint8 images after encoding and decoding, as floats in [-1, 1] of shape (n, 3, height, width)."""
     parts = (to_pixels(part) for part in torch.split(images, batch_size))
-    return torch.cat([autoencoder.decode(autoencoder.encode(x).latent_dist.mode()).sample.clamp(-1, 1) for x in parts])
+    return torch.cat([autoencoder.decode(encode(autoencoder, x)).sample.clamp(-1, 1) for x in parts])
 
 
-def reconstruction(autoencoder: AutoencoderKL, images: Tensor) -> float:
+def reconstruction(autoencoder: Any, images: Tensor) -> float:
     """Return the mean peak signal-to-noise ratio (PSNR) in dB of uint8 images after encoding and decoding."""
     error = (restored(autoencoder, images) - to_pixels(images)) / 2
     return float(-10 * error.square().mean(dim=(1, 2, 3)).log10().mean())

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import tiny_families
 import torch
+from diffusers import AutoencoderTiny
 from peft import LoraConfig
 
 from sage import diffusion
@@ -101,6 +102,24 @@ def test_latents_are_what_the_pipeline_decodes(pipe):
         expected = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mode()).sample
         found, _ = denoiser._pipe._decode(latents, "pt", denoiser._options((8, 8)))
     torch.testing.assert_close(found, (expected / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_tiny_autoencoder_gives_its_latents(tmp_path):
+    """AutoencoderTiny (TAESD) has no distribution; what it encodes is decoded again by the pipeline."""
+    torch.manual_seed(0)
+    tiny_one = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        scaling_factor=0.5,
+    )
+    pipe = tiny.stable_diffusion(tmp_path)
+    pipe.register_modules(vae=tiny_one)
+    latents = Denoiser(pipe).encode_images(images(2))
+    x = images(2).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(latents, tiny_one.encode(x).latents * 0.5)
 
 
 @pytest.mark.slow
