@@ -220,14 +220,16 @@ def check_judging(params: Params, data: Path) -> None:
 
 
 def check_judges(settings: Evaluate, examples: Sequence[Example]) -> None:
-    """Check that what stage evaluate judges with is at hand: CheckpointError, or MetricError if it cannot judge these.
+    """Check that what stage evaluate judges with can be had: CheckpointError, or MetricError if it cannot judge these.
 
     DVC itself names the shipped judge if it is missing.
     """
     from sage.evaluation.extractors import find_extractor  # late: stage group imports this module
     from sage.evaluation.judges import find_judge
+    from sage.evaluation.references import check_references
 
     find_extractor(settings.features)
+    check_references(examples, settings.references)
     if settings.alignment != SHIPPED_JUDGE:
         find_judge(settings.alignment, examples)
 

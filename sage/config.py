@@ -292,6 +292,7 @@ class Evaluate(Section):
 
     features: Annotated[str, Field(min_length=1, pattern=r"\S")]
     alignment: Annotated[str, Field(min_length=1, pattern=r"\S")]
+    references: Count | None
     resamples: Annotated[int, Field(ge=100)]
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
     seed: Seed

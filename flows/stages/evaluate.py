@@ -24,6 +24,7 @@ from sage.evaluation import gates
 from sage.evaluation.arms import INDEPENDENT, JUDGED
 from sage.evaluation.extractors import Extractor, open_extractor, read_images
 from sage.evaluation.judges import Judge, open_judge, with_other_captions
+from sage.evaluation.references import references
 from sage.evaluation.registry import METRICS
 from sage.evaluation.results import Results, write
 from sage.evaluation.samples import Judged, read_judged, siblings
@@ -50,10 +51,13 @@ def main(
     cost = read_costs(costs, judged)
     with stage_run("evaluate", settings.model_dump()) as record:
         record.dataset("prepared", sha256_tree(data), "evaluation")
-        real, arms, others = measure(judged, data, extract, aligned)
+        real, arms, others = measure(judged, data, settings, extract, aligned)
         wrong, differs = with_other_captions(judged.examples)
-        other = aligned(wrong, real.features, [[example.image] for example in judged.examples]).values[:, 0]
+        one = [row[:1] for row in references(judged.examples, settings.references, settings.seed)]
+        other = aligned(wrong, real.features[:, :1], one).values[:, 0]
         by = {"features": extract.description, "alignment": aligned.description}
+        if settings.references:
+            by |= {"references": f"{settings.references} figures drawn for each prompt"}
         results = judge(judged, real, arms, others, cost, settings, extract.name, aligned.name, by, (other, differs))
         for warning in results.warnings:
             typer.echo(f"warning: {warning}", err=True)
@@ -90,12 +94,17 @@ def read_costs(path: Path, judged: Judged) -> dict[str, float]:
 
 
 def measure(
-    judged: Judged, data: Path, extract: Extractor, aligned: Judge
+    judged: Judged, data: Path, settings: Evaluate, extract: Extractor, aligned: Judge
 ) -> tuple[judging.ImageFeatures, dict[str, judging.ImageFeatures], np.ndarray]:
-    """Return what the extractors see: the real pictures, each arm's, and the features of the real ones' siblings."""
-    others = siblings(judged.examples, read_split(data, "train"))
+    """Return what the extractors see: the references, each arm's images, and features of other real images.
+
+    The others tell how far real images are from the references: siblings from the training split, or the held-out
+    images themselves if the references were drawn anew.
+    """
+    compared = references(judged.examples, settings.references, settings.seed)
+    others = judged.examples if settings.references else siblings(judged.examples, read_split(data, "train"))
     prompts, seeds = len(judged.examples), len(judged.seeds)
-    total = prompts * (1 + seeds * len(judged.arms)) + len(others)
+    total = prompts * (len(compared[0]) + seeds * len(judged.arms)) + len(others)
     with progress(total, "extracting features") as advance:
 
         def see(images: Sequence[Sequence[ImageFile]]) -> judging.ImageFeatures:
@@ -104,7 +113,7 @@ def measure(
             scores = aligned(judged.examples, features, images)
             return judging.ImageFeatures(features, scores.values, scores.parts)
 
-        real = see([[example.image] for example in judged.examples])
+        real = see(compared)
         arms = {arm: see(paths) for arm, paths in judged.arms.items()}
         return real, arms, extract(read_images(example.image for example in others), advance)
 
@@ -124,9 +133,9 @@ def judge(
     """Return the figures of all arms and the verdicts of the gates.
 
     judged    prompts, groups and seeds of the evaluation
-    real      features and alignment of the real images
+    real      features and alignment of the references
     arms      features and alignment of each arm's images
-    others    features of siblings of the real images, for the floor of the distances
+    others    features of other real images, for the floor of the distances
     cost      network evaluations per image of each arm
     settings  the section evaluate of params.yaml
     features  name of the extractor
@@ -141,7 +150,7 @@ def judge(
     for arm, values in figures.items():
         # Evaluations are counted, not estimated, so the interval is a point.
         values |= {"nfe_per_image": judging.figure(cost[arm], cost[arm], cost[arm], n)}
-    floor = judging.floor(real.features[:, 0], others, groups, bootstrap)
+    floor = judging.floor(real.features, others, groups, bootstrap)
     worse = {}
     for reference in (arm for arm in arms if JUDGED in arms and arm != JUDGED):
         least = float(floor["kernel_distance"].high or 0)

@@ -28,6 +28,7 @@ from sage.errors import DataError
 
 LICENCE = "CC0 1.0"
 CAPTIONS = 4  # of a training image
+_TRIES = 1000  # figures drawn at most to find one that shows what is asked for
 GRID, LEAST_GRID = 6, 3  # figures of a grid, which differ in one attribute
 # A style that leaves its background transparent gets one of these.
 _BACKGROUNDS = ("#7dd3fc", "#c4b5fd", "#fda4af", "#fdba74", "#fcd34d", "#bef264", "#5eead4", "#e2e8f0", "#1e293b")
@@ -287,6 +288,27 @@ def _drawn(combinations: Combinations, split: str, draws: random.Random, seed: s
 def any_figure(style: Style, draws: random.Random, seed: str) -> Figure:
     """Return a random figure of a style, of whatever split."""
     return Figure(style.name, {name: _choice(attribute, draws) for name, attribute in style.attributes.items()}, seed)
+
+
+def figure_with(style: Style, asked: Mapping[str, str], draws: random.Random, seed: str) -> Figure:
+    """Return a random figure of a style that shows these words, by attribute; what is not asked for is left to chance.
+
+    Raises DataError for words that no figure of the style shows.
+    """
+    wanted = {
+        name: [choice for choice, words in attribute.words.items() if words == asked[name]]
+        for name, attribute in style.attributes.items()
+        if name in asked
+    }
+    if not all(wanted.get(name) for name in asked):
+        raise DataError(f"no figure of style {style.name!r} shows {dict(asked)}: its glossary has other words")
+    for _ in range(_TRIES):
+        figure = any_figure(style, draws, seed)
+        chosen = {name: draws.choice(choices) for name, choices in wanted.items()}
+        figure = replace(figure, choices={**figure.choices, **chosen})
+        if {name: figure.attributes[name] for name in asked} == dict(asked):
+            return figure
+    raise DataError(f"in {_TRIES} tries no figure of style {style.name!r} showed {dict(asked)} at once")
 
 
 def _choice(attribute: Attribute, draws: random.Random) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow
 import pyarrow.parquet
@@ -66,7 +66,14 @@ class StoredImage:
             raise _damaged(self.shard, error) from error
 
 
-ImageFile = Path | StoredImage
+class Encoded(Protocol):
+    """An image that is read only when asked for."""
+
+    def read(self) -> bytes:
+        """Return the encoded image."""
+
+
+ImageFile = Path | Encoded
 
 
 @lru_cache(maxsize=2)  # images are mostly read in order, each row group once

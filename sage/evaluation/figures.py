@@ -130,19 +130,19 @@ def other_captions(
     )
 
 
-def floor(real: Array, siblings: Array, groups: Groups, bootstrap: Bootstrap) -> dict[str, Figure]:
-    """Return the kernel and the Frechet distance between real images and other real images: a floor for the arms.
+def floor(real: Array, others: Array, groups: Groups, bootstrap: Bootstrap) -> dict[str, Figure]:
+    """Return the kernel and the Frechet distance between references and other real images: a floor for the arms.
 
-    `real` has shape (prompts, width). `siblings` has shape (n, width); row i is of the family of real image i, if one
-    was left. If n is below the number of real images, only the first n are compared, and the figures have that n.
+    `real` has shape (prompts, references, width). `others` has shape (n, width); row i is for prompt i. If n is below
+    the number of prompts, only the first n are compared, and the figures have that n.
     """
-    n = len(siblings)
+    n = len(others)
     kept = [kept for group in groups if (kept := [prompt for prompt in group if prompt < n])]
     again = Bootstrap.over(kept, len(bootstrap.counts), bootstrap.confidence, bootstrap.seed)
-    frechet = frechet_statistic(real[:n, None], siblings[:, None], kept)
+    frechet = frechet_statistic(real[:n], others[:, None], kept)
     ends = jackknife(frechet, len(kept), bootstrap.confidence, bootstrap.seed)
     return {
-        "kernel_distance": again.figure(kernel_statistic(real[:n, None], siblings[:, None], kept), n),
+        "kernel_distance": again.figure(kernel_statistic(real[:n], others[:, None], kept), n),
         "frechet_distance": figure(value(frechet, len(kept)), *ends, n),
     }
 

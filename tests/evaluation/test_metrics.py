@@ -230,7 +230,7 @@ def test_parts_by_similarity_cover_all_groups_and_their_savings_make_the_whole(a
 
 
 def test_the_floor_says_how_many_pictures_it_had(arms, random):
-    real = arms[0].features[:, 0]
+    real = arms[0].features
     draws = figures.Bootstrap.over(MANY, 200, 0.9, 0)
     assert figures.floor(real, features(random, 60, 1)[:, 0], MANY, draws)["kernel_distance"].n == 60
     assert figures.floor(real, features(random, 45, 1)[:, 0], MANY, draws)["frechet_distance"].n == 45
@@ -251,7 +251,7 @@ def test_too_few_groups_have_a_value_and_no_interval(random, groups):
     found = [
         *figures.arm_figures(ours, arms[0], draws).values(),
         *figures.real_figures(real, partition, draws).values(),
-        *figures.floor(real.features[:, 0], features(random, n, 1)[:, 0], partition, draws).values(),
+        *figures.floor(real.features, features(random, n, 1)[:, 0], partition, draws).values(),
     ]
     for difference in figures.worse_by(ours, theirs, draws, 2 * n, 0.0).values():
         found += [difference, difference.relative]
