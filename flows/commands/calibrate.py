@@ -1,4 +1,4 @@
-"""`sage calibrate`: damage of sharing by similarity, measured on the validation split, stored in the model's folder.
+"""`sage calibrate`: damage of sharing by similarity, measured on the validation split, stored with the model.
 
 `group.max_damage` in params.yaml and `sage.plan_for_budget` read it. An interrupted run resumes.
 """
@@ -21,7 +21,7 @@ from sage.evaluation import bootstrap
 from sage.evaluation.damage import by_similarity, distances
 from sage.files import digest, new_file, sha256_tree, write_json
 from sage.grouping.boilerplate import distinct
-from sage.grouping.cost import FILE, Damage, kept_form, model_digest
+from sage.grouping.cost import Damage, kept_at, kept_form, model_digest
 from sage.grouping.embedding import embed
 from sage.grouping.groups import Groups, group, worst_similarity
 from sage.grouping.policy import ENCODER, Policy
@@ -36,7 +36,8 @@ _PIECE = 64  # prompts that are kept together
 
 def main(
     model: Annotated[
-        Path | None, typer.Option(help="Model folder to measure, in which the result is written; default: the base.")
+        Path | None,
+        typer.Option(help="Model to measure: a folder, a .safetensors file or a pin; default: the base."),
     ] = None,
     data: Annotated[Path, typer.Option(help="Prepared data.")] = Path("data/prepared"),
     work: Annotated[Path, typer.Option(help="Folder for the state of an interrupted run.")] = Path("work/calibrate"),
@@ -46,8 +47,11 @@ def main(
     model = model or Path(params.base)
     settings, grouping = params.generate, params.group
     examples = read_split(data, SPLIT)
-    if not model.is_dir():
-        raise DataError(f"{model} is no folder, so {FILE} cannot be written into it; save the model as a folder first")
+    if not model.exists():
+        raise DataError(
+            f"there is no {model}; give a folder, a .safetensors file, or the pin that `sage base` writes for a model "
+            "on a hub"
+        )
     device()  # a missing device fails here, not after the embedding
 
     from sage.evaluation.extractors import EfficientNetLite0
@@ -92,9 +96,9 @@ def main(
     above, below = (np.array([side.sum() for side in sides]) for sides in zip(*sums, strict=True))
     worst, sizes = np.array(worst_similarity(embeddings, groups)), np.array([len(members) for members in groups])
     damage = Damage(settings.share_ratio, grouping.max_size, by_similarity(worst, above, below, sizes, parts=parts))
-    write_json(model / FILE, kept_form(damage, model, how))
+    write_json(kept_at(model), kept_form(damage, model, how))
     _show(damage)
-    typer.echo(f"wrote {model / FILE}")
+    typer.echo(f"wrote {kept_at(model)}")
 
 
 def groups_at(thresholds: Sequence[float], embeddings: np.ndarray, max_size: int, near_duplicate: float) -> Groups:

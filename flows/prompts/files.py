@@ -19,7 +19,7 @@ import typer
 from sage.data.captions import clean_caption
 from sage.data.rows import Rejected
 from sage.data.tables import read_table, split_lines
-from sage.data.templates import Syntax, check
+from sage.data.templates import Syntax, check, template
 from sage.errors import ConfigurationError, DataError
 
 # Options of the commands that read lists of prompts.
@@ -117,6 +117,30 @@ def read_prompts(source: str, written: Syntax = Syntax()) -> list[Item]:  # noqa
     if twice := next((a for a, b in itertools.pairwise(names) if a == b), None):
         raise DataError(f"two prompts are named {twice!r}; names become file names, so each must be different")
     return items
+
+
+def negative(prompt: str, literal: bool) -> str:
+    """Return a negative prompt as it is drawn, cleaned; `literal` says that templates and markup in it are text.
+
+    Raises ConfigurationError for one that the commands refuse as a prompt, and for a template: only prompts are
+    expanded.
+    """
+    if not prompt.strip():
+        return ""
+    try:
+        text = clean_caption(prompt)
+        if not literal and (found := template(text)):
+            raise DataError(
+                f"{found!r} is a template, and only prompts are expanded; write one text, or say that it is text "
+                "(--literal)"
+            )
+        if not literal:
+            check(text)
+    except DataError as error:
+        raise ConfigurationError(f"--negative-prompt: {error}") from error
+    except Rejected as error:
+        raise ConfigurationError(f"--negative-prompt: {error.reason}: {error.detail}") from error
+    return text
 
 
 def _item(number: int, row: _Row, guess: str) -> Item:

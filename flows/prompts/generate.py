@@ -23,7 +23,7 @@ from PIL import Image
 
 from flows.machine import embedding_cache
 from flows.prompts import metadata
-from flows.prompts.files import Expand, Item, Literal, Wildcards, read_prompts, syntax
+from flows.prompts.files import Expand, Item, Literal, Wildcards, negative, read_prompts, syntax
 from flows.prompts.remote import Picture, Server
 from flows.report.sheet import in_rows, opened, sheet
 from flows.terminal import finite, progress, run
@@ -129,8 +129,9 @@ def main(
     """Generate images for a list of prompts, sharing early steps among similar ones; print the cost first."""
     given = {"steps": steps, "share_ratio": share_ratio, "branch_noise": branch_noise, "batch_size": batch_size}
     given |= {"guidance_scale": guidance_scale, "image_steps": image_steps}
+    avoided = negative(negative_prompt, literal)
     items = read_prompts(prompts, syntax(expand, wildcards, literal, seed))
-    job = prepare(items, model, given, negative_prompt, seed, server)
+    job = prepare(items, model, given, avoided, seed, server)
     typer.echo(job.cost)
     report_errors(job.items)
     if plan:

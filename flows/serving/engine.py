@@ -104,7 +104,7 @@ class Engine:
         policy          how the prompts of a request are grouped
         batch_size      blocks that run at a time
         deterministic   whether a network call evaluates one block, so that images do not depend on their company at all
-        model           folder of the model, for a policy with `max_damage`
+        model           path of the model, for a policy with `max_damage`
         prefixes        prefixes of earlier requests; by default none, and 64 MiB of memory for those to come
         across_tenants  whether tenants use each other's prefixes
         """

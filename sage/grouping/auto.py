@@ -31,7 +31,7 @@ class Grouping(Policy):
 
     encoder     "minilm", or a name or folder that SentenceTransformer loads
     embeddings  instead of `encoder`: one row for each prompt, shape (n, d), an array or a tensor on any device
-    model       folder with the measured damage of the model; `max_damage` needs it
+    model       path of a model whose damage was measured; `max_damage` needs it
     """
 
     max_size: int = DEFAULT.max_size

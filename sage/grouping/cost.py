@@ -1,7 +1,7 @@
 """Damage: how much sharing degrades the images of one model, by the similarity of the group.
 
-`sage calibrate` measures it (`sage.evaluation.damage`, which defines it) and writes it as JSON into the model's folder;
-`Damage.threshold` turns a bound on damage into a similarity threshold.
+`sage calibrate` measures it (`sage.evaluation.damage`, which defines it) and writes it as JSON into the model's folder, or
+beside a model that is a file; `Damage.threshold` turns a bound on damage into a similarity threshold.
 """
 
 import json
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sage.errors import ConfigurationError
-from sage.files import digest, sha256_tree
+from sage.files import digest, sha256, sha256_tree
 from sage.grouping.thresholds import damage_curve, threshold_for_damage
 
 FILE = "damage.json"
@@ -48,11 +48,18 @@ class Damage:
         return threshold_for_damage(curve, at_most)
 
 
+def kept_at(model: Path) -> Path:
+    """Return the file with a model's damage: in its folder, or beside it if it is a file or the pin of a hub's commit."""
+    return model / FILE if model.is_dir() else model.with_name(f"{model.name}.{FILE}")
+
+
 def model_digest(model: Path) -> str:
-    """Return a SHA-256 of the model's parts: its subfolders, and if they hold no weights, the files that do.
+    """Return a SHA-256 of a file or pin, or of a folder's parts: its subfolders, or else the files that hold the weights.
 
     Other files beside them, as damage.json, do not count.
     """
+    if model.is_file():
+        return sha256(model)
     parts = [part for part in model.iterdir() if part.is_dir()]
     if not any(model.glob("*/*.safetensors")):
         parts += model.glob("*.safetensors")
@@ -60,12 +67,12 @@ def model_digest(model: Path) -> str:
 
 
 def read_damage(model: Path, share_ratio: float, max_size: int, space: str = "minilm") -> Damage:
-    """Return the damage measured on the model in this folder.
+    """Return the damage measured on a model: a folder, a file, or a pin.
 
     Raises ConfigurationError if there is no measurement, or if it is of other weights, of a lower share ratio, of
     smaller groups than asked for, or of groups formed in another space than `space` (`Policy.space`).
     """
-    path = model / FILE
+    path = kept_at(model)
     remedy = "Run `sage calibrate`, or give group.threshold instead of group.max_damage."
     if not path.is_file():
         raise ConfigurationError(f"{path} does not exist, so the damage of sharing is unknown. {remedy}")

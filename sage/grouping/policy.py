@@ -59,8 +59,8 @@ class Policy:
         """Return the cosine threshold for prompts with these embeddings, shape (n, d).
 
         `saving` and `max_damage` refer to sampling that shares the fraction `share_ratio` of its steps, counted in
-        whole steps: `shared_steps(ratio, steps) / steps`. `max_damage` also needs `model`, the folder with its measured
-        damage; `saving` with a guard needs `texts`, as the guard splits groups; `keys` are as for `form`. Raises
+        whole steps: `shared_steps(ratio, steps) / steps`. `max_damage` also needs `model`, the path of one whose damage
+        was measured; `saving` with a guard needs `texts`, as the guard splits groups; `keys` are as for `form`. Raises
         ConfigurationError if the prompts do not allow the saving, if the model has no valid measurement or exceeds the
         damage everywhere, or if the policy is empty.
         """
@@ -71,10 +71,10 @@ class Policy:
                 return threshold
             return self._after_guard(embeddings, texts, keys, nested, threshold, share_ratio)
         if self.max_damage is not None:
-            if model is None or not model.is_dir():
+            if model is None or not model.exists():
                 raise ConfigurationError(
-                    f"group.max_damage {self.max_damage} needs the damage measured in a model's folder, but "
-                    f"{model or 'this model'} is not a folder. Give group.threshold instead."
+                    f"group.max_damage {self.max_damage} needs the damage measured on a model, but "
+                    f"{model or 'this model'} is no folder, file or pin here. Give group.threshold instead."
                 )
             return read_damage(model, share_ratio, self.max_size, self.space).threshold(self.max_damage)
         if self.threshold is None:

@@ -1,13 +1,16 @@
 """`sage calibrate` on a tiny model: what it writes is what a bound reads, and a killed run goes on."""
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import single_files
 import tiny
 import yaml
 from diffusers import HeunDiscreteScheduler, PNDMScheduler
+from huggingface_hub import constants
 from prepared_files import write_split
 
 from flows.commands import calibrate
@@ -15,8 +18,9 @@ from flows.drawing import open_pipeline
 from sage.errors import DataError
 from sage.evaluation import bootstrap
 from sage.evaluation.damage import distances
-from sage.grouping.cost import FILE, read_damage
+from sage.grouping.cost import FILE, kept_at, read_damage
 from sage.grouping.groups import worst_similarity
+from sage.sampling import hub
 
 ROOT = Path(__file__).parents[2]
 COLOURS = ["red", "green", "blue", "black"]
@@ -38,9 +42,9 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def measure(folder):
-    calibrate.main(folder / "model", folder / "prepared", folder / "work")
-    return (folder / "model" / FILE).read_bytes()
+def measure(folder, model="model"):
+    calibrate.main(folder / model, folder / "prepared", folder / "work")
+    return kept_at(folder / model).read_bytes()
 
 
 @pytest.mark.slow
@@ -69,6 +73,32 @@ def test_a_measurement_is_read_back_and_a_killed_run_goes_on_to_the_same_bytes(p
     similarity = [point.similarity for point in found.points]
     assert similarity == sorted(similarity) and all(point.low <= point.damage <= point.high for point in found.points)
     assert "worst pair" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_file_and_a_pin_have_the_damage_of_the_folder_that_they_hold(project, monkeypatch):
+    monkeypatch.setattr(bootstrap, "LEAST_GROUPS", 1)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(project / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    few_prompts(project)
+    shutil.copytree(project / "model", project / f"cache/models--some--model/snapshots/{'a' * 40}")
+    pin = hub.pin(hub.Model("some/model", "a" * 40))
+    made = tiny.stable_diffusion(project)
+    file = single_files.configuration(made, project / "single") / "model.safetensors"
+    single_files.write(made, file)
+    expected = json.loads(measure(project))["points"]
+    for model in (str(pin), "single/model.safetensors"):
+        points = json.loads(measure(project, model))["points"]
+        # A single file rounds nothing, but other kernels may be taken for weights laid out otherwise.
+        assert [list(point.values()) for point in points] == [
+            pytest.approx(list(point.values()), abs=2e-3) for point in expected
+        ]
+        assert read_damage(project / model, 0.4, 6).threshold(10.0) == points[0]["similarity"]
+
+
+def test_a_model_that_is_not_there_is_named(project):
+    with pytest.raises(DataError, match=r"there is no .*owner/name; give a folder, .* `sage base` writes"):
+        measure(project, "owner/name")
 
 
 def test_groups_of_every_threshold_are_measured_once():
@@ -110,9 +140,13 @@ def test_a_scheduler_that_evaluates_the_network_more_often_than_it_steps_is_meas
     assert [bool((alone[place] != shared[place]).any()) for place in range(6)] == [True] * 4 + [False] * 2
 
 
-def test_too_few_groups_are_refused(project):
+def few_prompts(project, texts=("red fox", "blue fox", "red house", "blue house")):
     shutil.rmtree(project / "prepared/validation")
-    write_split(project / "prepared/validation", ({"id": f"p{k}", "text": f"red {THINGS[k]}"} for k in range(4)))
+    write_split(project / "prepared/validation", ({"id": f"p{k}", "text": text} for k, text in enumerate(texts)))
+
+
+def test_too_few_groups_are_refused(project):
+    few_prompts(project)
     with pytest.raises(DataError, match="too few"):
         measure(project)
 

@@ -9,7 +9,8 @@ import pytest
 from sage.errors import ConfigurationError, DataError
 from sage.evaluation.bootstrap import LEAST_GROUPS
 from sage.evaluation.damage import by_similarity, distances
-from sage.grouping.cost import FILE, Damage, Point, kept_form, read_damage
+from sage.grouping.cost import FILE, Damage, Point, kept_at, kept_form, read_damage
+from sage.grouping.policy import Policy
 
 
 def images(n=400, seeds=2, width=64, seed=0, centre=None):
@@ -83,3 +84,24 @@ def test_the_file_travels_with_the_weights_and_is_refused_beside_others(tmp_path
     (model / "unet" / "weights").write_bytes(b"2")
     with pytest.raises(ConfigurationError, match="other weights"):
         read_damage(model, 0.4, 6)
+
+
+@pytest.mark.parametrize("name", ["my.model.safetensors", f"hub/owner/name-3.5@{'a' * 40}"])
+def test_the_damage_of_a_file_or_pin_lies_beside_it(name, tmp_path):
+    model = tmp_path / name
+    model.parent.mkdir(parents=True, exist_ok=True)
+    model.write_bytes(b"1")
+    damage = Damage(0.4, 6, [Point(0.5, 0.2, 0.1, 0.3, 9, 20)])
+    policy = Policy(6, 0.999, max_damage=0.3)
+    with pytest.raises(ConfigurationError, match=r"damage.json does not exist, so the damage of sharing is unknown"):
+        policy.choose_threshold(np.zeros((0, 0)), 0.4, model)
+    path = kept_at(model)
+    path.write_text(json.dumps(kept_form(damage, model, {})))
+    assert path == tmp_path / f"{name}.damage.json"
+    assert policy.choose_threshold(np.zeros((0, 0)), 0.4, model) == 0.5
+    model.write_bytes(b"2")
+    with pytest.raises(ConfigurationError, match="other weights"):
+        read_damage(model, 0.4, 6)
+    model.unlink()
+    with pytest.raises(ConfigurationError, match="is no folder, file or pin here"):
+        policy.choose_threshold(np.zeros((0, 0)), 0.4, model)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.prompts.files import read_prompts, syntax
+from flows.prompts import generate
+from flows.prompts.files import negative, read_prompts, syntax
 from sage.data.templates import Syntax
 from sage.errors import ConfigurationError, DataError
 
@@ -193,6 +194,29 @@ def test_options_that_contradict_are_refused(options, says):
     expand, folder = options
     with pytest.raises(ConfigurationError, match=says):
         syntax(expand, folder and Path(folder), literal=False, seed=0)
+
+
+NEGATIVE = [
+    ("(bad:1.3)", "'(bad:1.3)' is a weight in web UIs"),
+    ("bad, [ugly]", "lowers a weight"),
+    ("<lora:bad:1>", "load it with pipe.load_lora_weights"),
+    ("{bad|ugly}", "'{bad|ugly}' is a template, and only prompts are expanded"),
+    ("a __colour__ one", "'__colour__' is a template"),
+    ("bad\0", "bad_text: the caption has U+0000"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), NEGATIVE)
+def test_what_is_refused_in_a_prompt_is_refused_in_the_negative_prompt(text, said, tmp_path):
+    with pytest.raises(ConfigurationError, match=f"^--negative-prompt: .*{re.escape(said)}"):
+        generate.main("missing.txt", tmp_path / "out", negative_prompt=text)
+    if not said.startswith("bad_text"):
+        assert negative(text, literal=True) == text
+
+
+def test_an_empty_negative_prompt_is_none_and_others_are_cleaned_as_prompts_are():
+    assert negative(" \n", False) == ""
+    assert negative("  blurred,\tdark\u200b ", False) == "blurred, dark"
 
 
 def test_standard_input_is_read():
