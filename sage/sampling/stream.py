@@ -14,7 +14,7 @@ import sage.torchvision_ops  # noqa: F401
 import torch
 from torch import Generator, Tensor
 
-from sage.errors import ConfigurationError, DataError, DivergedError, PlanError, UnsupportedError
+from sage.errors import ConfigurationError, DataError, DivergedError, PlanError, SageError, UnsupportedError
 from sage.numbers import single, whole
 from sage.sampling import loop
 from sage.sampling.caches import StepCaches
@@ -168,6 +168,7 @@ class Stream:
         self._diverged: dict[int, int | None] = {}
         if self._latents is not None:
             self._check_latents(self._latents)
+        self._failure = ""
         self._results = self._run()
 
     def __iter__(self) -> Iterator[Result]:
@@ -175,10 +176,18 @@ class Stream:
         return self
 
     def __next__(self) -> Result:
-        """Return the next finished image."""
+        """Return the next finished image; raises SageError after an error, so that the stream does not seem complete."""
+        if self._failure:
+            raise SageError(f"this stream has failed with {self._failure}; begin another one")
         begin = time.perf_counter()
         try:
             return next(self._results)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            # Not the error itself: its traceback would keep the latents.
+            self._failure = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise
         finally:
             self._seconds += time.perf_counter() - begin
 

@@ -261,6 +261,18 @@ def test_a_model_that_is_not_the_one_that_the_graph_made_is_not_drawn_with(gener
     assert not Path("out").exists()
 
 
+def test_a_project_that_cannot_be_written_draws_elsewhere(generate, tmp_path, monkeypatch, caplog):
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "params.yaml").write_text(Path("params.yaml").read_text())
+    (project / "work").write_text("a file, where the cache would be")  # root may write anywhere else
+    monkeypatch.chdir(project)
+    monkeypatch.delenv("SAGE_CACHE")
+    assert len(list(generate(write(tmp_path)).glob("0*.png"))) == len(TEXTS)
+    assert "embeddings are not cached" in caplog.text
+    assert sorted(path.name for path in project.iterdir()) == ["params.yaml", "work"]
+
+
 def test_prompts_of_a_template_share_and_those_of_different_templates_do_not(generate, tmp_path, capsys):
     source = write(tmp_path, ["a {red|blue} cat", "tall tree", "a {red|blue} cat on a __thing__", "(a cat:1.3)"])
     (tmp_path / "thing.txt").write_text("mat\nred (mat:1.2)\n")

@@ -8,7 +8,7 @@ import tiny
 import tiny_families
 import torch
 
-from sage.errors import ConfigurationError, DataError, DivergedError
+from sage.errors import ConfigurationError, DataError, DivergedError, SageError
 from sage.sampling.pipeline import SharedSamplingPipeline
 
 pytestmark = pytest.mark.slow
@@ -71,6 +71,19 @@ def test_a_network_that_overflows_makes_no_image(pipe, options, value, output_ty
     assert sorted(result.index for result in results) == [2, 3]
     for result in results:
         assert np.array_equal(np.asarray(result.image), np.asarray(good[result.index]))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no room")], ids=["interrupt", "error"])
+def test_a_stream_that_failed_does_not_seem_complete(pipe, options, error):
+    def fails(pipeline, step, timestep, tensors):
+        raise error
+
+    stream = pipe.stream(PROMPTS, callback_on_step_end=fails, share_ratio=0, **options)
+    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+        next(stream)
+    for _ in range(2):
+        with pytest.raises(SageError, match=r"has failed with (KeyboardInterrupt|OSError: no room); begin another one"):
+            list(stream)
 
 
 def test_a_call_with_such_an_image_raises(pipe, options):
