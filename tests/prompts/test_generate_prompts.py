@@ -261,6 +261,11 @@ def test_a_model_that_is_not_the_one_that_the_graph_made_is_not_drawn_with(gener
     assert not Path("out").exists()
 
 
+def test_prompts_that_the_encoder_does_not_read_are_told(generate, tmp_path, capsys):
+    generate(write(tmp_path, ["\u043a\u043e\u0442", "\u043f\u0435\u0441", "red cat"]), plan=True)
+    assert "2 prompts are in a script other than Latin" in capsys.readouterr().err
+
+
 def test_a_project_that_cannot_be_written_draws_elsewhere(generate, tmp_path, monkeypatch, caplog):
     project = tmp_path / "project"
     project.mkdir()

@@ -97,6 +97,20 @@ def test_a_shard_that_is_drawn_again_makes_only_what_is_missing(source, model, w
 
 
 @pytest.mark.slow
+def test_no_name_of_a_prompt_meets_a_name_of_ours(source, model, tmp_path):
+    names = ["contact", "plan.json", "run.json", "judged-1-of-1.json", "a.error"]
+    Path(source).with_suffix(".jsonl").write_text(
+        "".join(json.dumps({"id": name, "prompt": "red cat"}) + "\n" for name in names)
+    )
+    out = tmp_path / "out"
+    for _ in range(2):
+        draw_all(str(Path(source).with_suffix(".jsonl")), model, str(out), 1)
+        lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+        assert [line["id"] for line in lines] == names
+        assert [sha256(out / line["file"]) for line in lines] == [line["sha256"] for line in lines]
+
+
+@pytest.mark.slow
 def test_judged_shards_give_the_figures_of_all_pictures(source, model, tmp_path, monkeypatch):
     monkeypatch.chdir(operated.ROOT)
     found = []
