@@ -36,6 +36,7 @@ from sage.grouping.boilerplate import distinct
 from sage.grouping.doubts import doubts
 from sage.grouping.embedding import embed
 from sage.grouping.policy import ENCODER, Policy
+from sage.sampling import hub
 from sage.sampling.plan import Plan, shared_steps
 from sage.sampling.seeds import image_seeds
 
@@ -220,7 +221,7 @@ def open_model(model: str) -> tuple[Any, str, dict[str, Any], Group]:
     params = load_params()
     settings = params.generate.sampling()
     integrity.check_output(Path(model))
-    name = sha256_tree(Path(model)) if Path(model).is_dir() else model
+    name = model if hub.named(model) is not None else sha256_tree(Path(model))
     return drawing.open_pipeline(model, scheduler=params.generate.scheduler), name, settings, params.group
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import single_files
 import tiny
 import torch
 import yaml
@@ -259,6 +260,19 @@ def test_a_model_that_is_not_the_one_that_the_graph_made_is_not_drawn_with(gener
     with pytest.raises(DataError, match=r"model has MD5 .*, not aaaa"):
         generate(write(tmp_path), model="model")
     assert not Path("out").exists()
+
+
+def test_a_model_in_one_file_is_named_by_the_hash_of_its_weights(generate, tmp_path):
+    made = tiny.pipeline("stable_diffusion", tmp_path)
+    file = single_files.configuration(made, tmp_path / "single") / "model.safetensors"
+    single_files.write(made, file)
+    source = write(tmp_path, ["red cat"])
+    (line,) = lines_of(generate(source, model=str(file)))
+    assert line["model"] == sha256(file)
+    made.unet.conv_out.bias.data += 1
+    single_files.write(made, file)
+    with pytest.raises(ConfigurationError, match="holds images of another run, with model"):
+        generate(source, model=str(file))
 
 
 def test_prompts_that_the_encoder_does_not_read_are_told(generate, tmp_path, capsys):
