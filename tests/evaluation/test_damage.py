@@ -91,7 +91,7 @@ def test_the_damage_of_a_file_or_pin_lies_beside_it(name, tmp_path):
     model = tmp_path / name
     model.parent.mkdir(parents=True, exist_ok=True)
     model.write_bytes(b"1")
-    damage = Damage(0.4, 6, [Point(0.5, 0.2, 0.1, 0.3, 9, 20)])
+    damage = Damage(0.4, 6, [Point(0.5, 0.2, 0.1, 0.3, 9, 20), Point(0.9, 0.05, 0.0, 0.1, 9, 20)])
     policy = Policy(6, 0.999, max_damage=0.3)
     with pytest.raises(ConfigurationError, match=r"damage.json does not exist, so the damage of sharing is unknown"):
         policy.choose_threshold(np.zeros((0, 0)), 0.4, model)
