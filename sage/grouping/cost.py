@@ -1,7 +1,7 @@
 """Damage: how much sharing degrades the images of one model, by the similarity of the group.
 
-`sage calibrate` measures it (`sage.evaluation.damage`, which defines it) and writes it as JSON into the model's folder, or
-beside a model that is a file; `Damage.threshold` turns a bound on damage into a similarity threshold.
+`sage calibrate` measures it (`sage.evaluation.damage`, which defines it) and writes it as JSON into the model's folder,
+or beside a model that is a file; `Damage.threshold` turns a bound on damage into a similarity threshold.
 """
 
 import json
@@ -49,12 +49,12 @@ class Damage:
 
 
 def kept_at(model: Path) -> Path:
-    """Return the file with a model's damage: in its folder, or beside it if it is a file or the pin of a hub's commit."""
+    """Return the file with a model's damage: in its folder, or beside a model that is a file or a pin."""
     return model / FILE if model.is_dir() else model.with_name(f"{model.name}.{FILE}")
 
 
 def model_digest(model: Path) -> str:
-    """Return a SHA-256 of a file or pin, or of a folder's parts: its subfolders, or else the files that hold the weights.
+    """Return a SHA-256 of a file or pin, or of a folder's parts: subfolders, and if these hold no weights, the files.
 
     Other files beside them, as damage.json, do not count.
     """

@@ -176,7 +176,7 @@ class Stream:
         return self
 
     def __next__(self) -> Result:
-        """Return the next finished image; raises SageError after an error, so that the stream does not seem complete."""
+        """Return the next finished image; raise SageError after an error, so that the stream does not seem complete."""
         if self._failure:
             raise SageError(f"this stream has failed with {self._failure}; begin another one")
         begin = time.perf_counter()
