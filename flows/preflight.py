@@ -281,6 +281,14 @@ def _trainable(job: Job) -> Iterator[str]:
     yield from ()
 
 
+def _timesteps(job: Job) -> Iterator[str]:
+    """Refuse timesteps that are drawn in a way that does not fit the scheduler."""
+    from sage.training import timesteps
+
+    timesteps.check(job.params.finetune.timesteps, job.pipe.scheduler)
+    yield from ()
+
+
 def _check_family(pipe: Any) -> None:
     """Raise UnsupportedError for a family that can be sampled, but not fine-tuned."""
     from sage.sampling.pipeline import FAMILIES
@@ -355,6 +363,7 @@ TRAINING: dict[str, Check] = {
     "splits with images": _splits,
     "captions within the text encoder's limit": _texts,
     "base that can be trained": _trainable,
+    "timesteps that fit the scheduler": _timesteps,
     "memory": _memory,
     "disk": _disk,
 }

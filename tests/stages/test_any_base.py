@@ -234,6 +234,9 @@ def test_what_cannot_be_drawn_is_refused_before_training(chain, tmp_path):
     said = r"stage generate cannot draw with this model: branch noise.*not PNDMScheduler.*generate.scheduler"
     refused(chain, base, tmp_path, UnsupportedError, said)
     refused(chain, base, tmp_path, UnsupportedError, "FlowMatch.*cannot replace PNDM", generate__scheduler=FLOW)
+    said = "timesteps logit_normal is for flow matching, but DDIMScheduler"
+    wrong = {"generate__scheduler": DDIM, "finetune__timesteps": "logit_normal"}
+    refused(chain, base, tmp_path, UnsupportedError, said, **wrong)
     said = "generate.share_ratio 0.1 of 6 steps is less than one step.* at least 0.17"
     refused(chain, base, tmp_path, ConfigurationError, said, generate__scheduler=DDIM, generate__share_ratio=0.1)
     pipe.unet.register_to_config(sample_size=16)
@@ -339,6 +342,11 @@ SETTINGS = {
         "needs 0.31",
     ),
     "scheduler and branch noise": ({"generate__scheduler": "PNDMScheduler"}, "failed", "branch noise needs one of"),
+    "timesteps that fit the scheduler": (
+        {"finetune__timesteps": "logit_normal"},
+        "failed",
+        "finetune.timesteps logit_normal is for flow matching, but DDIMScheduler has prediction type epsilon",
+    ),
 }
 
 
