@@ -111,6 +111,7 @@ def test_a_stage_imports_the_library_and_what_records_and_shows(stage):
     assert {".".join(module.split(".")[:2]) for module in shell} <= {
         "flows.drawing",
         "flows.machine",
+        "flows.packs",
         "flows.preflight",
         "flows.report",
         "flows.terminal",

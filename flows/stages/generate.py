@@ -6,7 +6,8 @@ sage/evaluation/arms.py describes the arms: model, steps and sharing.
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,9 @@ import torch
 import typer
 from PIL import Image
 
+from flows import packs
 from flows.drawing import first_predictions, image_steps, open_pipeline
+from flows.machine import device
 from flows.preflight import check
 from flows.report.sheet import opened, sheet
 from flows.terminal import progress, run
@@ -26,13 +29,18 @@ from sage.data.dataset import Example, read_split
 from sage.data.groups import read_groups
 from sage.errors import ConfigurationError, PlanError
 from sage.evaluation.arms import INDEPENDENT, SAGE, SAME_NFE, SHARED
-from sage.evaluation.manifest import image_path, write_manifest
-from sage.files import new_folder, sha256_tree, write_json
-from sage.sampling.plan import Plan, fewer_steps
+from sage.evaluation.manifest import image_path, write_manifest, write_unread
+from sage.files import digest, new_folder, sha256, sha256_tree, write_json
+from sage.sampling.first_prediction import FirstPredictions
+from sage.sampling.loop import first_packs
+from sage.sampling.plan import Block, Plan, fewer_steps
 from sage.sampling.seeds import prompt_seed
 
 GRID_COLUMNS = 12
 Made = tuple[str, Plan, int]
+# What the images depend on besides the settings, so that none of an older code is kept.
+CODE = Path(__file__).parents[2] / "sage"
+PACKAGES = ("torch", "diffusers", "transformers")
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,17 @@ class Arm:
         """Return the seeds in the lists that are drawn together: all, if their images share, else one at a time."""
         return [seeds] if self.image_steps else [[seed] for seed in seeds]
 
+    def packs(self, seeds: int, batch_size: int) -> list[tuple["Arm", list[int]]]:
+        """Return this arm for each pack of prompts that is drawn alone, with the prompts; `seeds` are drawn together.
+
+        First predictions are made for all prompts before, so they are not a pack's.
+        """
+        found = []
+        for roots in first_packs(self.plan.repeat(seeds, self.image_steps), batch_size):
+            plan, prompts = self.plan.part(roots)
+            found.append((replace(self, plan=plan, predicts=0), prompts))
+        return found
+
     def nfe(self, seeds: int, guided: bool) -> int:
         """Return the network evaluations of all images of this many seeds."""
         plan = self.plan.repeat(seeds, self.image_steps)
@@ -77,8 +96,11 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder to write: ARM/seed-SEED/ID.png and manifest.jsonl.")],
     metrics: Annotated[Path, typer.Option(help="JSON file of figures to write.")],
     only: Annotated[str | None, typer.Option(help="Generate only this arm.")] = None,
+    work: Annotated[Path, typer.Option(help="Folder for what a killed run keeps, emptied at the end.")] = Path(
+        "work/generate"
+    ),
 ) -> None:
-    """Generate the images of every arm; write and print the cost of each arm."""
+    """Generate the images of every arm, going on where a killed run stopped; write and print the cost of each arm."""
     params = load_params()
     settings = params.generate
     examples = read_split(data, settings.split)
@@ -100,21 +122,21 @@ def main(
         raise ConfigurationError(f"--only {only} is no arm; the arms are {', '.join(names)}")
     arms = [arm for arm in arms if only in (None, arm.name)]
     made: dict[Made, dict[str, Any]] = {}
-    first: dict[Made, str] = {}
     figures: dict[str, dict[str, Any]] = {}
     seconds: dict[str, float] = {}
+    unread: dict[str, int] = {}
     images = len(examples) * len(settings.seeds)
-    different = len({arm.made for arm in arms})
+    states = {arm.made: work / digest(identity(arm, examples, settings))[:16] for arm in arms}
 
     with stage_run("generate", settings.model_dump()) as record, new_folder(out) as folder:
         record.dataset("prepared", sha256_tree(data), "generation")
-        with progress(images * different, "generating") as advance:
+        with progress(images * len(states), "generating") as advance:
             for arm in arms:
-                if arm.made in made:
-                    shutil.copytree(folder / first[arm.made], folder / arm.name)
-                else:
-                    made[arm.made], seconds[arm.name] = make(arm, examples, settings, folder / arm.name, advance)
-                    first[arm.made] = arm.name
+                if arm.made not in made:
+                    made[arm.made], drawn = make(arm, examples, settings, states[arm.made], advance)
+                    seconds[arm.name] = sum(pack.seconds for pack in drawn) / images
+                    unread |= {id: tokens for pack in drawn for id, tokens in pack.unread.items()}
+                collect(states[arm.made], folder / arm.name)
                 figures[arm.name] = {
                     "model": str(arm.model),
                     "steps": arm.steps,
@@ -126,6 +148,7 @@ def main(
                 }
         ids = [example.id for example in examples]
         write_manifest(folder, [arm.name for arm in arms], ids, members, settings.seeds)
+        write_unread(folder, {id: unread[id] for id in ids if id in unread})
         for arm in arms:
             record.metrics(
                 {f"{arm.name}.{name}": v for name, v in figures[arm.name].items() if isinstance(v, (int, float))}
@@ -135,6 +158,8 @@ def main(
         record.metrics({f"{arm}.seconds_per_image": value for arm, value in seconds.items()})
         write_json(metrics, {"arms": figures, "split": settings.split, "seeds": settings.seeds})
         record.result(metrics)
+    for state in states.values():
+        shutil.rmtree(state)
     for name, value in seconds.items():
         typer.echo(f"{name:<22} {figures[name]['nfe_per_image']:6.2f} NFE  {value:8.3f} s per image")
 
@@ -176,50 +201,114 @@ def plan_arms(
     ]
 
 
+def identity(arm: Arm, examples: list[Example], settings: Generate) -> dict[str, Any]:
+    """Return all that an arm's images depend on, as JSON values; a killed run's images of another one are not kept."""
+    nodes = [root.flat() if isinstance(root, Block) else root for root in arm.plan.roots]
+    return {
+        "model": arm.model_hash,
+        "plan": [arm.plan.steps, nodes],
+        "steps": [arm.steps, arm.image_steps],
+        "predictions": [arm.predicts, arm.reuses],
+        "prompts": [[example.id, example.text] for example in examples],
+        "settings": settings.model_dump(),
+        "device": device(),
+        "packages": [version(name) for name in PACKAGES],
+        "code": [[path.relative_to(CODE).as_posix(), sha256(path)] for path in sorted(CODE.rglob("*.py"))],
+    }
+
+
 def make(
-    arm: Arm, examples: list[Example], settings: Generate, folder: Path, advance: Callable[[int], None]
-) -> tuple[dict[str, Any], float]:
-    """Write one arm's images; return its cost and the seconds per image.
+    arm: Arm, examples: list[Example], settings: Generate, state: Path, advance: Callable[[int], None]
+) -> tuple[dict[str, Any], list[packs.Drawn]]:
+    """Draw the packs of one arm that are not in the folder `state` yet; return the arm's cost and its packs.
 
     Raises PlanError if the number of rows that the network evaluated differs from the plan.
     """
-    pipe = open_pipeline(arm.model, scheduler=settings.scheduler)
-    seconds = 0.0
-    texts = [example.text for example in examples]
-    with counted(pipe._network) as evaluations:
-        first = first_predictions(pipe, texts, settings.model_dump()) if arm.predicts else None
-        for seeds in arm.seeds(settings.seeds):
-            for seed in seeds:
-                (folder / f"seed-{seed}").mkdir(parents=True)
-            stream = pipe.stream(
-                texts,
-                plan=arm.plan,
-                predictions=first,
-                num_inference_steps=arm.steps,
-                guidance_scale=settings.guidance_scale,
-                branch_noise=settings.branch_noise,
-                num_images_per_prompt=len(seeds),
-                image_steps=arm.image_steps,
-                # Depends only on the run's seed and the prompt's id, so it is the same in every arm.
-                seed=[prompt_seed(seed, example.id) for example in examples for seed in seeds],
-                batch_size=settings.batch_size,
-            )
-            for result in stream:
-                number, place = divmod(result.index, len(seeds))
-                result.image.save(folder / f"seed-{seeds[place]}" / f"{examples[number].id}.png")
-                advance(1)
-            seconds += stream.cost.seconds
-    images = len(examples) * len(settings.seeds)
-    nfe, independent = arm.nfe(len(settings.seeds), settings.guidance_scale > 1), images * arm.plan.steps
-    if sum(evaluations) != nfe:
-        raise PlanError(f"arm {arm.name} evaluated the network {sum(evaluations)} times, but its plan says {nfe}")
-    return {
-        "nfe": nfe,
-        "nfe_per_image": nfe / images,
-        "saving": 1 - arm.nfe(len(settings.seeds), guided=False) / independent
-        if arm.image_steps or arm.predicts
-        else arm.plan.saving,
-    }, seconds / images
+    guided, images = settings.guidance_scale > 1, len(examples) * len(settings.seeds)
+    waiting: list[tuple[Arm, list[int], list[int], Path]] = []
+    finished: list[packs.Drawn] = []
+    for seeds in arm.seeds(settings.seeds):
+        for number, (part, prompts) in enumerate(arm.packs(len(seeds), settings.batch_size)):
+            folder = state / f"seed-{seeds[0]}-pack-{number:05}"
+            if (found := packs.kept(folder)) is None:
+                waiting.append((part, prompts, seeds, folder))
+            else:
+                finished.append(found)
+                advance(len(prompts) * len(seeds))
+    if waiting:
+        pipe = open_pipeline(arm.model, scheduler=settings.scheduler)
+        texts = [example.text for example in examples]
+        with counted(pipe._network) as rows:
+            first = first_predictions(pipe, texts, settings.model_dump()) if arm.predicts else None
+        check_count(arm, sum(rows), (2 if guided else 1) * arm.predicts)
+        for part, prompts, seeds, folder in waiting:
+            some = None if first is None else first.of(prompts)
+            with counted(pipe._network) as rows:
+                chosen = [examples[prompt] for prompt in prompts]
+                finished.append(draw(part, pipe, chosen, seeds, settings, some, folder, advance))
+            check_count(arm, sum(rows), part.nfe(len(seeds), guided))
+    nfe, independent = arm.nfe(len(settings.seeds), guided), images * arm.plan.steps
+    saving = 1 - arm.nfe(len(settings.seeds), guided=False) / independent
+    cost = {"nfe": nfe, "nfe_per_image": nfe / images}
+    return cost | {"saving": saving if arm.image_steps or arm.predicts else arm.plan.saving}, finished
+
+
+def draw(
+    arm: Arm,
+    pipe: Any,
+    examples: list[Example],
+    seeds: list[int],
+    settings: Generate,
+    first: FirstPredictions | None,
+    folder: Path,
+    advance: Callable[[int], None],
+) -> packs.Drawn:
+    """Draw one pack of an arm into a folder.
+
+    arm       the arm for this pack's prompts
+    pipe      the arm's pipeline
+    examples  the prompts of the pack
+    seeds     seeds that are drawn together
+    settings  the section generate of params.yaml
+    first     first predictions of the prompts, or None
+    folder    the folder of the pack, which is made anew
+    advance   called for each image
+    """
+    stream = pipe.stream(
+        [example.text for example in examples],
+        plan=arm.plan,
+        predictions=first,
+        num_inference_steps=arm.steps,
+        guidance_scale=settings.guidance_scale,
+        branch_noise=settings.branch_noise,
+        num_images_per_prompt=len(seeds),
+        image_steps=arm.image_steps,
+        # Depends only on the run's seed and the prompt's id, so it is the same in every arm.
+        seed=[prompt_seed(seed, example.id) for example in examples for seed in seeds],
+        batch_size=settings.batch_size,
+    )
+    packs.begin(folder)
+    for result in stream:
+        number, place = divmod(result.index, len(seeds))
+        packs.add(folder, seeds[place], examples[number].id, result.image)
+        advance(1)
+    ids = [example.id for example in examples]
+    unread = {id: tokens for id, tokens in zip(ids, stream.truncated_tokens, strict=True) if tokens}
+    return packs.end(folder, stream.cost.seconds, unread)
+
+
+def check_count(arm: Arm, found: int, planned: int) -> None:
+    """Raise PlanError if the network was not evaluated as often as the plan says."""
+    if found != planned:
+        raise PlanError(f"arm {arm.name} evaluated the network {found} times, but its plan says {planned}")
+
+
+def collect(state: Path, folder: Path) -> None:
+    """Copy the images of an arm's packs into its folder."""
+    for pack in sorted(state.iterdir()):
+        for name, path in packs.images(pack):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from flows.versioning.repository import Output, Write
 from sage.config import Params, load_params
 from sage.errors import ConfigurationError, RegistryError, SageError
 from sage.evaluation.arms import JUDGED
-from sage.evaluation.manifest import MANIFEST, read_manifest, write_lines
+from sage.evaluation.manifest import MANIFEST, read_manifest, read_unread, write_lines, write_unread
 from sage.evaluation.results import Results, parse, read
 from sage.files import digest, sha256, write_json
 
@@ -156,7 +156,8 @@ def _evaluate(held_out: HeldOut, weights: Path, folder: Path, write: Write) -> N
     """Draw a version's arm and evaluate it beside the project's other arms; write folders `metrics` and `report`."""
     given = {"data": held_out.data, "groups": held_out.groups}
     drawn, costs = folder / "drawn", folder / "metrics/generate.json"
-    _stage("generate", write, **given, base=held_out.base, model=weights, only=JUDGED, out=drawn, metrics=costs)
+    made = {"out": drawn, "metrics": costs, "work": folder / "work"}
+    _stage("generate", write, **given, base=held_out.base, model=weights, only=JUDGED, **made)
 
     generated = folder / "generated"
     references = [line for line in read_manifest(held_out.generated) if line.arm != JUDGED]
@@ -164,6 +165,7 @@ def _evaluate(held_out: HeldOut, weights: Path, folder: Path, write: Write) -> N
         shutil.copytree(held_out.generated / arm, generated / arm)
     shutil.copytree(drawn / JUDGED, generated / JUDGED)
     write_lines(generated / MANIFEST, [*references, *read_manifest(drawn)])
+    write_unread(generated, read_unread(drawn))
     counted, own = (
         json.loads(path.read_text(encoding="utf-8")) for path in (held_out.metrics / "generate.json", costs)
     )

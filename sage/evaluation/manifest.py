@@ -7,14 +7,15 @@ null if nothing was shared. `image_path` gives the path of the image, in the fol
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sage.errors import MetricError
-from sage.files import sha256
+from sage.files import sha256, write_json
 
 MANIFEST = "manifest.jsonl"
+UNREAD = "unread_tokens.json"
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,20 @@ def read_manifest(folder: Path) -> list[Line]:
         except (TypeError, ValueError) as error:
             raise MetricError(f"{path}, line {number} is damaged. Run `dvc repro --force generate`.") from error
     return found
+
+
+def write_unread(folder: Path, unread: Mapping[str, int]) -> None:
+    """Write how many tokens of a prompt the text encoder leaves out, by prompt id; no file if it reads them all."""
+    if unread:
+        write_json(folder / UNREAD, dict(unread))
+
+
+def read_unread(folder: Path) -> dict[str, int]:
+    """Return what `write_unread` wrote; raise MetricError if it is damaged."""
+    path = folder / UNREAD
+    if not path.exists():
+        return {}
+    try:
+        return {str(id): int(tokens) for id, tokens in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise MetricError(f"{path} is damaged. Run `dvc repro --force generate`.") from error

@@ -188,10 +188,9 @@ def sample(
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     scales = hasattr(scheduler, "scale_model_input")
 
-    # Sort roots by branch point, so that a pack's blocks branch together and the pack is rarely split.
-    roots = sorted(plan.roots, key=lambda node: _end(node, plan.steps))
     packs = partial(_packs, steps=plan.steps, batch_size=batch_size, fill=fill, apart=begin is not None)
-    waiting = [_Waiting([roots[i] for i in rows]) for rows in reversed(packs(roots))]
+    first_ones = first_packs(plan, batch_size, fill, apart=begin is not None)
+    waiting = [_Waiting([plan.roots[number] for number in numbers]) for numbers in reversed(first_ones)]
     while waiting:
         pack = _start(waiting.pop(), plan.steps, scheduler, noise, generator, rank, prompt_of, branch_noise, guidance)
         blocks = [one_of_each(node, rank, prompt_of) for node in pack.nodes]
@@ -231,6 +230,18 @@ def sample(
         nodes, rows = _branches(pack.nodes, end)
         for part in reversed(packs(nodes)):
             waiting.append(_Waiting([nodes[i] for i in part], pack, [rows[i] for i in part]))
+
+
+def first_packs(plan: Plan, batch_size: int, fill: bool = False, apart: bool = False) -> list[list[int]]:
+    """Return the numbers of the roots of a plan that `sample` starts together, in its order.
+
+    What becomes of one such pack does not depend on the others. The parameters are those of `sample`; `apart`: roots
+    that branch at different steps are in different packs.
+    """
+    # Sort by branch point, so that a pack's blocks branch together and the pack is rarely split.
+    order = sorted(range(len(plan.roots)), key=lambda number: _end(plan.roots[number], plan.steps))
+    rows = _packs([plan.roots[number] for number in order], plan.steps, batch_size, fill, apart)
+    return [[order[row] for row in pack] for pack in rows]
 
 
 def _note_divergence(pack: Pack, step: int, output: Tensor) -> None:

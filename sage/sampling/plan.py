@@ -223,6 +223,22 @@ class Plan:
             return Plan(self.steps, tuple(found.together for found in copies))
         return Plan(self.steps, tuple(copy for found in copies for copy in found.apart.values()))
 
+    def part(self, roots: Sequence[int]) -> tuple["Plan", list[int]]:
+        """Return the plan of some of the roots alone, by number, and the prompts of this plan that it is for.
+
+        Prompt number i of the part is the i-th of these prompts, which ascend; the roots keep their order.
+        """
+        chosen = [self.roots[number] for number in roots]
+        prompts = sorted(leaves_of(chosen))
+        place = {prompt: number for number, prompt in enumerate(prompts)}
+
+        def renumbered(root: Node) -> Node:
+            flat = root.flat() if isinstance(root, Block) else (root,)
+            made: Node = rebuilt(Block, [item if isinstance(item, tuple) else place[item] for item in flat])
+            return made
+
+        return Plan(self.steps, tuple(map(renumbered, chosen))), prompts
+
     def _walk(self) -> Iterator[tuple[Node, int]]:
         """Yield every node with its first step."""
         open_nodes: list[tuple[Node, int]] = [(node, 0) for node in reversed(self.roots)]

@@ -517,3 +517,18 @@ def test_a_plan_for_other_steps_is_refused():
         PlanError, match="the plan has 6 steps, but HeunDiscreteScheduler evaluates the network 11 times"
     ):
         run(scheduler, Plan.independent(1, 6))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_a_pack_that_starts_together_gives_the_same_bits_alone(scheduler, batch_size):
+    """So a run that was killed goes on with the packs that are missing."""
+    count = steps(scheduler)
+    plan = Plan(count, (Block(2, (0, 4)), 1, Block(3, (2, 3, 6)), 5, Block(2, (7, Block(4, (8, 9))))))
+    whole = run(scheduler, plan, batch_size=batch_size)
+    packs = loop.first_packs(plan, batch_size)
+    assert all(len(pack) <= batch_size for pack in packs)
+    assert sorted(number for pack in packs for number in pack) == list(range(len(plan.roots)))
+    for pack in packs:
+        part, prompts = plan.part(pack)
+        seeds = [100 + prompt for prompt in prompts]
+        assert torch.equal(run(scheduler, part, seeds, prompts, batch_size), whole[prompts])

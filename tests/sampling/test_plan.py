@@ -272,3 +272,16 @@ def test_trees_may_be_deeper_than_python_recurses():
 def test_a_plan_is_written_as_the_code_that_makes_it(plan):
     assert eval(repr(plan), {"Plan": Plan, "Block": Block}) == plan
     assert pickle.loads(pickle.dumps(plan)) == plan
+
+
+@given(plans(), st.data())
+@settings(deadline=None)
+def test_parts_of_a_plan_are_its_roots_with_their_own_numbers(plan, data):
+    order = data.draw(st.permutations(range(len(plan.roots))))
+    cut = data.draw(st.integers(0, len(order)))
+    parts = [plan.part(numbers) for numbers in (order[:cut], order[cut:]) if numbers]
+    assert sorted(prompt for _, prompts in parts for prompt in prompts) == list(range(plan.prompts))
+    assert sum(part.nfe(guidance=False) for part, _ in parts) == plan.nfe(guidance=False)
+    for step in range(plan.steps):
+        back = [[prompts[p] for p in block] for part, prompts in parts for block in part.partition(step)]
+        assert sorted(back) == plan.partition(step)

@@ -1,7 +1,10 @@
 import json
+import os
 import shutil
+import signal
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +12,18 @@ import pytest
 import tiny
 import torch
 import yaml
+from faults import in_child
 from PIL import Image
 from prepared_files import write_split
 
+from flows import packs
 from flows.stages import generate
+from sage.config import Generate
+from sage.data.dataset import read_split
 from sage.errors import ConfigurationError, DataError
-from sage.files import sha256, sha256_tree
+from sage.evaluation.manifest import read_unread
+from sage.files import digest, sha256, sha256_tree
+from sage.sampling.plan import Plan
 
 pytestmark = pytest.mark.slow
 
@@ -200,6 +209,84 @@ def test_an_arm_with_the_same_model_and_plan_is_not_made_twice(project, made, mo
     assert figures["arms"]["sage"]["nfe"] == figures["arms"]["shared"]["nfe"]
     hashes = {(line["arm"], line["seed"], line["id"]): line["sha256"] for line in lines}
     assert all(hashes["sage", seed, f"p{i}"] == hashes["shared", seed, f"p{i}"] for seed in (0, 3) for i in range(5))
+
+
+def kill_after(project, images, out):
+    """Run the stage in a process that kills itself when it has drawn so many images."""
+
+    def work():
+        count = 0
+        add = packs.add
+
+        def counted(*arguments):
+            nonlocal count
+            if count == images:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+            add(*arguments)
+
+        packs.add = counted
+        os.chdir(project)
+        paths = {name: project / path for name, path in PATHS.items()}
+        generate.main(**paths, out=project / out / "images", metrics=project / out / "generate.json")
+
+    return in_child(work)
+
+
+def test_a_killed_run_goes_on_and_draws_no_finished_pack_again(project, made, monkeypatch):
+    """Ten images an arm. Without sharing, the packs of a seed have 2 and 3 prompts; with it, one has both groups."""
+    monkeypatch.setenv("SAGE_DEVICE", "cpu")
+    assert kill_after(project, 16, "killed") == -signal.SIGKILL
+    assert not (project / "killed/images").exists()
+    # One arm of 2 seeds with 2 packs each, and the first seed's 2 packs of the next arm; another was under way.
+    done = sorted(path.parent.name for path in project.glob("work/generate/*/*/pack.json"))
+    assert done == sorted(f"seed-{seed}-pack-0000{number}" for seed in (0, 3, 0) for number in (0, 1))
+    (damaged,) = project.glob("work/generate/*/seed-3-pack-00001")
+    next(damaged.glob("*/*.png")).write_bytes(b"no image")
+
+    drawn = []
+    add = packs.add
+    monkeypatch.setattr(packs, "add", lambda folder, *rest: drawn.append(folder) or add(folder, *rest))
+    figures, lines = run(project, monkeypatch, "killed")
+    assert (figures, lines) == made
+    assert sha256_tree(project / "killed/images") == sha256_tree(project / "first/images")
+    # Of 40 images 15 were finished, and 3 of these are in the damaged pack.
+    assert len(drawn) == 40 - 15 + 3
+    assert not list(project.glob("work/generate/*"))
+
+
+def test_what_a_killed_run_keeps_is_named_by_all_that_its_images_depend_on(project, monkeypatch):
+    monkeypatch.setenv("SAGE_DEVICE", "cpu")
+    settings = Generate.model_validate(yaml.safe_load((project / "params.yaml").read_text())["generate"])
+    examples = read_split(project / "data/prepared", "test")
+    arm = generate.Arm("shared", project, "hash", 6, Plan.shared([[0, 1, 2], [3, 4]], 6, 0.5), 0.5, 0)
+    base = generate.identity(arm, examples, settings)
+    assert base == generate.identity(replace(arm, name="sage", model=project / "elsewhere"), examples, settings)
+    changes = {"model_hash": "other", "plan": Plan.independent(5, 6), "image_steps": 2, "steps": 7, "reuses": True}
+    others = [generate.identity(replace(arm, **{name: value}), examples, settings) for name, value in changes.items()]
+    others.append(generate.identity(arm, examples, settings.model_copy(update={"guidance_scale": 2.0})))
+    others.append(generate.identity(arm, [replace(examples[0], text="other"), *examples[1:]], settings))
+    monkeypatch.setattr(generate, "version", lambda package: "0")
+    others.append(generate.identity(arm, examples, settings))
+    assert len({digest(one) for one in (base, *others)}) == 1 + len(others)
+
+
+def test_tokens_that_the_text_encoder_leaves_out_are_counted_for_each_prompt(project, made, monkeypatch):
+    assert read_unread(project / "first/images") == {}
+    limit = tiny.TOKENS
+    monkeypatch.setattr(tiny, "TOKENS", 9)  # "tall tree" has 8 letters, a start and an end
+    try:
+        short = tiny.clip_tokenizer(project)
+    finally:
+        monkeypatch.setattr(tiny, "TOKENS", limit)
+    for name in ("base", "tuned"):
+        shutil.copytree(project / name, project / "short" / name)
+        short.save_pretrained(project / "short" / name / "tokenizer")
+    monkeypatch.chdir(project)
+    out = project / "cut"
+    paths = {"base": project / "short/base", "model": project / "short/tuned", "data": project / "data/prepared"}
+    generate.main(**paths, groups=project / "data/groups", out=out / "images", metrics=out / "generate.json")
+    assert read_unread(out / "images") == {"p3": 1}
 
 
 def test_groups_of_other_prompts_are_refused_and_leave_nothing(project, monkeypatch, tmp_path):
