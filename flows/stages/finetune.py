@@ -30,7 +30,7 @@ from sage.randomness import generator
 from sage.sampling import adapters
 from sage.sampling import base as base_model
 from sage.sampling.seeds import prompt_seed
-from sage.training import lora, timesteps
+from sage.training import curves, lora
 from sage.training.batches import Batches
 from sage.training.denoiser import Denoiser
 from sage.training.finetuning import TrainingSet, finetuning_loss, sampling_cost
@@ -61,6 +61,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the fine-tuned model.")],
     metrics: Annotated[Path, typer.Option(help="JSON file for the figures.")],
     work: Annotated[Path, typer.Option(help="Folder for resumable state, removed at the end.")] = Path("work/finetune"),
+    losses: Annotated[Path | None, typer.Option(help="CSV file for the losses by step.")] = None,
 ) -> None:
     """Fine-tune the base model on the groups of the training split; a killed run resumes from its last checkpoint."""
     params = load_params()
@@ -72,7 +73,6 @@ def main(
     check_sums(data)
     pipeline = open_pipeline(base, accelerator.device, params.generate.scheduler)
     check(pipeline, params, data, groups, trains=True)
-    timesteps.check(settings.timesteps, pipeline.scheduler)
     examples = read_split(data, "train")
     members = tuple(map(tuple, read_groups(groups / "train.json", examples)[0]))
     batches = Batches(members, settings.weights.model_dump(), settings.batch_size, settings.seed)
@@ -138,6 +138,8 @@ def main(
         record.metrics({name: value for name, value in figures.items() if isinstance(value, (int, float))})
         record.tags({name: value for name, value in figures.items() if isinstance(value, str)})
         record.metrics({"seconds": round(trained.seconds, 1)})
+        if losses is not None:
+            curves.write_curves(losses, curves.points(trained.reports, trained.history))
         write_json(metrics, figures)
         record.result(metrics)
     shutil.rmtree(state)

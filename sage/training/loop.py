@@ -73,12 +73,14 @@ class Trained:
     seconds  duration, the time before it was resumed included
     steps    number of finished steps; fewer than scheduled if it stopped early
     history  held-out measurements, in order
+    reports  means of the losses, each with the step that it was reported at; the last one ends with the last step
     """
 
     losses: dict[str, float]
     seconds: float
     steps: int
     history: list[Measured]
+    reports: list[tuple[int, dict[str, float]]]
 
 
 @dataclass
@@ -95,10 +97,17 @@ class _Log:
         self.recent.append(values)
         if step % self.every:
             return False
-        names = self.recent[0]
-        self.reports.append((step, {name: sum(v[name] for v in self.recent) / len(self.recent) for name in names}))
+        self.reports.append((step, self._means()))
         self.recent = []
         return True
+
+    def whole(self, step: int) -> list[tuple[int, dict[str, float]]]:
+        """Return the reports and, if steps came after the last one, their means, at `step`."""
+        reports = [(at, means) for at, means in self.reports]
+        return [*reports, (step, self._means())] if self.recent else reports
+
+    def _means(self) -> dict[str, float]:
+        return {name: sum(v[name] for v in self.recent) / len(self.recent) for name in self.recent[0]}
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` takes, a JSON object."""
@@ -224,7 +233,7 @@ def fit(
         for name, p in parameters.items():
             p.copy_(best.get(name, ema[name]))
     network.eval()
-    return Trained(values, seconds(), done, log.history)
+    return Trained(values, seconds(), done, log.history, log.whole(done))
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from sage.errors import DataError, DivergedError
 from sage.files import sha256, sha256_tree, write_json
 from sage.sampling import base
 from sage.training import kohya, lora
+from sage.training.curves import HELD_OUT, TRAINING, read_curves
 
 pytestmark = pytest.mark.slow
 
@@ -80,15 +81,22 @@ def tune(project, tmp_path, monkeypatch):
                 }
             )
         )
-        finetune.main(base_folder, prepared, groups, tmp_path / "tuned", tmp_path / "finetune.json", Path("work"))
+        paths = tmp_path / "tuned", tmp_path / "finetune.json", Path("work"), tmp_path / "losses.csv"
+        finetune.main(base_folder, prepared, groups, *paths)
         return json.loads((tmp_path / "finetune.json").read_text())
 
     return run
 
 
-def test_the_stage_leaves_a_model_figures_and_no_work(project, tune, tmp_path):
-    figures = tune()
+def test_the_stage_leaves_a_model_figures_losses_and_no_work(project, tune, tmp_path):
+    figures = tune(validation={"every": 3, "images": 4, "keep": "last"})
     assert list(Path("work").iterdir()) == []
+    found = read_curves(tmp_path / "losses.csv")
+    assert {one.step for one in found if one.set == TRAINING} == {6}
+    assert {one.step for one in found if one.set == HELD_OUT} == {0, 3, 6}
+    held_out = {one.term: one.value for one in found if (one.set, one.step) == (HELD_OUT, 6)}
+    assert {"loss", "diffusion", "t0_249"} <= held_out.keys()
+    assert held_out["loss"] == pytest.approx(figures["validation"]["last"]["loss"], rel=1e-5)
     assert figures["steps"] == 6 and figures["evaluations"] == 54 and 6 * 5 <= figures["base_evaluations"] <= 6 * 12
     assert figures["losses"].keys() == {"loss", "diffusion", "shared", "branch", "consistency", "gradient_norm"}
     assert figures["model_sha256"] == sha256_tree(tmp_path / "tuned")

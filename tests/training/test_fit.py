@@ -217,6 +217,19 @@ def test_reports_come_once_each_however_often_the_run_is_killed(tmp_path):
     assert [(step, dict(means)) for step, means in seen] == whole
 
 
+def test_the_losses_of_a_run_reach_its_last_step_and_those_of_a_resumed_one_are_the_same(tmp_path):
+    def reports(folder, **calls):
+        net = network()
+        schedule = Schedule(20, 0.01, warmup=3, decay=5, ema=0.9, checkpoint_every=6, report_every=8)
+        return fit(net, loss_of(net), schedule, work=folder, identity=IDENTITY, **calls).reports
+
+    whole = reports(tmp_path / "whole")
+    assert [step for step, _ in whole] == [8, 16, 20]
+    with pytest.raises(Killed):
+        reports(tmp_path / "parts", on_step=kill_at(13))
+    assert reports(tmp_path / "parts") == whole == reports(tmp_path / "parts"), "also of a run that was finished"
+
+
 def test_a_report_is_the_mean_of_its_steps(tmp_path):
     values, reports = [], []
     calls = {"on_report": lambda step, means: reports.append(means["loss"])}
