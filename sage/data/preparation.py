@@ -1,7 +1,6 @@
 """From input rows to a prepared folder: checks every image and caption, accounts for every row, assigns splits."""
 
 import hashlib
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import SEEK_END
@@ -11,6 +10,7 @@ from typing import IO, Any
 
 from PIL import Image
 
+from sage.data.accounting import write_accounting
 from sage.data.captions import clean_caption
 from sage.data.dataset import SMALL_FAMILY, SPLITS, assign_splits, write_sums
 from sage.data.duplicates import first_alike, perceptual_hash
@@ -19,8 +19,6 @@ from sage.data.rows import MAX_BYTES, Rejected, Row
 from sage.data.shards import write_shards
 from sage.errors import DataError
 from sage.files import new_folder, sha256_tree
-
-ACCOUNTING = "accounting.jsonl"
 
 
 def prepare(
@@ -64,7 +62,7 @@ def prepare(
         for split in SPLITS:
             own = (entry for entry in kept if entry["split"] == split)
             write_shards(temporary / split, (row for entry in own for row in _written(entry, images)))
-        _write_lines(temporary / ACCOUNTING, entries)
+        write_accounting(temporary, entries)
         write_sums(temporary)
     return _summary(entries, counts) | {"digest": sha256_tree(folder)}
 
@@ -192,11 +190,6 @@ def _check(row: Row, size: int) -> tuple[Image.Image, dict[str, Any]]:
             {"name": name, "words": words, "asked": name in row.asked} for name, words in row.attributes.items()
         ]
     return square, found
-
-
-def _write_lines(path: Path, values: Sequence[dict[str, Any]]) -> None:
-    # ASCII escapes, because a rejected caption may hold lone surrogates, which UTF-8 cannot encode.
-    path.write_text("".join(f"{json.dumps(value)}\n" for value in values), encoding="ascii")
 
 
 def _summary(entries: Sequence[dict[str, Any]], splits: dict[str, int]) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from PIL import Image
 from flows.stages.prepare import main
 from flows.terminal import run
 from sage.data import twemoji
+from sage.data.accounting import ACCOUNTING
 from sage.data.dataset import SPLITS, SUMS, load_pixels, read_split
 from sage.data.imagefolder import read_folder, read_kohya
-from sage.data.preparation import ACCOUNTING, prepare
+from sage.data.preparation import prepare
 from sage.data.rows import Row
 from sage.errors import DataError
 from sage.files import sha256_tree
