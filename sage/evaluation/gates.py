@@ -81,6 +81,7 @@ def _check_set(found: JudgedSet, expected: JudgedSet) -> None:
 
 def _difference(results: Results, metric: str, reference: str, relative: bool, n: int) -> tuple[float, float, float]:
     """Return value, low and high of the difference; raise _Unfit if figures are missing, not finite, or disagree."""
+    _check_blank(results, (JUDGED, reference), n)
     ours, theirs = (_figure(results.arms.get(arm, {}), metric, f"arms.{arm}") for arm in (JUDGED, reference))
     difference = _figure(results.worse_by.get(reference, {}), metric, f"worse_by.{reference}")
     for figure in (ours, theirs, difference):
@@ -98,6 +99,13 @@ def _difference(results: Results, metric: str, reference: str, relative: bool, n
     if not low <= high:
         raise _Unfit(f"its interval runs from {low:.4g} down to {high:.4g}.")
     return value, low, high
+
+
+def _check_blank(results: Results, compared: Sequence[str], n: int) -> None:
+    """Raise _Unfit if an arm has blank images: they can raise a diversity, and their alignment means nothing."""
+    for arm in compared:
+        if blank := results.blank.get(arm):
+            raise _Unfit(f"{blank} of {n} images of arm {arm} are of a single colour.")
 
 
 def _check_groups(results: Results, within: bool) -> None:

@@ -5,6 +5,7 @@ problems. A figure that could not be measured is null. Unknown keys are ignored,
 version can still be compared.
 """
 
+import csv
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,12 @@ from typing import Annotated, Any, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sage.errors import MetricError
-from sage.files import write_json
+from sage.evaluation import arms
+from sage.evaluation.arms import INDEPENDENT, JUDGED
+from sage.evaluation.registry import METRICS
+from sage.files import new_file, write_json
 
+_COST = "nfe_per_image"
 SINGLE_PROMPTS = "single prompts"  # name of the part that holds all groups of one prompt
 _SHOWN = 8  # at most so many problems of a file are listed
 
@@ -37,6 +42,9 @@ class Figure(Interval):
     """A measured value with its interval and n, the number of images."""
 
     n: Annotated[int, Field(ge=0)]
+
+
+_UNMEASURED = Interval(value=None, low=None, high=None)
 
 
 class Difference(Figure):
@@ -100,6 +108,7 @@ class Results(_Strict):
     alignment: name of the judge that says how well an image shows what its prompt says.
     measured_by: network, weights and resizing of the features, and the judge with its hash, by "features", "alignment".
     other_captions: alignment of the real images with captions of other images; a judge is of use if it is lower.
+    blank: number of images of a single colour, by arm, of the arms that have any; no gate passes on such an arm.
     warnings: what makes the figures doubtful.
     confidence, resamples: confidence and number of draws of the bootstrap intervals.
     set: identity of the evaluated set.
@@ -117,6 +126,7 @@ class Results(_Strict):
     alignment: str = "dual encoder"
     measured_by: dict[str, str] = Field(default_factory=dict)
     other_captions: Figure | None = None
+    blank: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     warnings: list[str] = Field(default_factory=list)
     confidence: Annotated[float, Field(gt=0, lt=1)]
     resamples: int
@@ -139,6 +149,40 @@ class Results(_Strict):
 def write(path: Path, results: Results) -> None:
     """Write results atomically."""
     write_json(path, results.model_dump(exclude_unset=True))
+
+
+def headline(results: Results) -> dict[str, float]:
+    """Return the dozen figures that tell two models apart, flat: what was measured of the judged arm, and the verdicts.
+
+    METRIC is the value of a metric, METRIC_worse_by how much worse it is than independent sampling's, as a fraction.
+    """
+    ours, differences = results.arms.get(JUDGED, {}), results.worse_by.get(INDEPENDENT, {})
+    found = {name: ours[name].value for name in METRICS if name in ours}
+    for name, metric in METRICS.items():
+        if metric.gateable and not metric.cost and name in differences:
+            found[f"{name}_worse_by"] = differences[name].relative.value
+    measured = {name: value for name, value in found.items() if value is not None}
+    passed = sum(gate.passed for gate in results.gates)
+    counts = {"gates_passed": passed, "gates_failed": len(results.gates) - passed}
+    return measured | {"saving": results.saving, "blank_images": results.blank.get(JUDGED, 0)} | counts
+
+
+def write_frontier(path: Path, results: Results) -> None:
+    """Write the arms as points of quality against cost, a CSV file that `dvc plots` draws.
+
+    A line has the name of the arm, its network evaluations per image, and METRIC, METRIC_low and METRIC_high of each
+    metric of quality; what was not measured is empty.
+    """
+    metrics = [name for name, metric in METRICS.items() if not metric.cost]
+    ends = (("", "value"), ("_low", "low"), ("_high", "high"))
+    with new_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["arm", _COST, *(name + end for name in metrics for end, _ in ends)])
+        for arm, figures in results.arms.items():
+            cells = [figures.get(name, _UNMEASURED) for name in metrics]
+            rows.writerow(
+                [arms.label(arm), figures[_COST].value, *(getattr(cell, key) for cell in cells for _, key in ends)]
+            )
 
 
 def read(path: Path) -> Results:

@@ -12,7 +12,7 @@ from sage.data.dataset import Example, read_split
 from sage.data.groups import read_groups
 from sage.data.images import is_blank
 from sage.errors import MetricError
-from sage.evaluation.manifest import MANIFEST, Line, image_path, read_manifest
+from sage.evaluation.manifest import MANIFEST, Line, image_path, read_manifest, read_unread
 from sage.evaluation.results import JudgedSet
 from sage.files import digest, sha256
 
@@ -26,6 +26,8 @@ class Judged:
     similarity: cosine of the least similar pair of prompts in each group.
     seeds: the seeds of each prompt.
     arms: paths of the generated images by arm, as [prompt][seed].
+    blank: number of images of a single colour, by arm, of the arms that have any.
+    unread: number of tokens that the text encoder leaves out, by prompt id, of the prompts that it cuts.
     set: identity of the set, as recorded in the results.
     """
 
@@ -34,13 +36,15 @@ class Judged:
     similarity: list[float]
     seeds: list[int]
     arms: dict[str, list[list[Path]]]
+    blank: dict[str, int]
+    unread: dict[str, int]
     set: JudgedSet
 
 
 def read_judged(data: Path, groups: Path, generated: Path, split: str, seeds: Sequence[int]) -> Judged:
     """Return the images to evaluate, after comparing the SHA-256 of every generated image with the manifest.
 
-    Raises MetricError if the split is empty, or if images are missing, duplicated, unexpected, altered, blank, or were
+    Raises MetricError if the split is empty, or if images are missing, duplicated, unexpected, altered, or were
     generated with other groups; raises DataError if the groups are not a partition of the split. `data`, `groups` and
     `generated` are the output folders of the stages.
     """
@@ -58,7 +62,17 @@ def read_judged(data: Path, groups: Path, generated: Path, split: str, seeds: Se
         n_prompts=len(examples),
         seeds=list(seeds),
     )
-    return Judged(examples, partition, similarity, list(seeds), arms, identity)
+    blank = {arm: sum(_blank(path) for row in rows for path in row) for arm, rows in arms.items()}
+    return Judged(
+        examples,
+        partition,
+        similarity,
+        list(seeds),
+        arms,
+        {arm: number for arm, number in blank.items() if number},
+        read_unread(generated),
+        identity,
+    )
 
 
 def siblings(held_out: Sequence[Example], training: Sequence[Example]) -> list[Example]:
@@ -103,11 +117,6 @@ def _read_arms(
         raise MetricError(
             f"{folder} does not agree with its manifest: {_some('missing or altered', altered)}, "
             f"{_some('not listed', extra)}. Run `dvc repro --force generate`."
-        )
-    if blank := sorted(str(path.relative_to(folder)) for path in listed if _blank(path)):
-        raise MetricError(
-            f"{folder} holds images of a single colour: {_some('blank', blank)}. The model overflowed, or a safety "
-            "checker removed them; they are not judged. Mend the model, or choose another."
         )
     return paths
 

@@ -210,3 +210,11 @@ def test_one_failed_gate_fails_all_and_no_gates_pass_nothing():
 def test_an_unknown_reference_or_metric_fails():
     assert not passed(decided(results(), gate(reference="shared")))
     assert not passed(decided(results(), gate("group_diversity")))
+
+
+@pytest.mark.parametrize("arm", ["sage", "independent"])
+def test_no_gate_passes_on_an_arm_with_blank_images(arm):
+    verdicts = decided(results() | {"blank": {arm: 1}}, *GATES)
+    assert not any(verdict.passed for verdict in verdicts)
+    assert all(f"1 of 8 images of arm {arm} are of a single colour." in verdict.reason for verdict in verdicts)
+    assert passed(decided(results() | {"blank": {"shared": 1}}, *GATES)), "no gate compares this arm"
