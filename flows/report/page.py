@@ -3,7 +3,7 @@
 import base64
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,24 +14,22 @@ from markupsafe import Markup
 from PIL import Image
 
 from flows.report.groups_page import groups_image
+from flows.report.plots import DARK, LIGHT, curve_plots, quality_plot
 from flows.report.sheet import sheet
+from sage.data.accounting import Accounting
 from sage.data.shards import ImageFile, rgb
 from sage.evaluation import arms
 from sage.evaluation.arms import ARMS, INDEPENDENT, JUDGED, SAME_NFE
-from sage.evaluation.registry import BY_SIMILARITY, METRICS, Metric, named
+from sage.evaluation.registry import BY_SIMILARITY, named
 from sage.evaluation.registry import label as metric_label
-from sage.evaluation.results import Figure, Results
+from sage.evaluation.results import Results
 from sage.evaluation.samples import Judged
+from sage.training.curves import Point
 
 _ACROSS, _HARDEST = 24, 6  # groups shown: a sample over all similarities, and those that lose most
+_WORST, _UNREAD, _EXAMPLES = 12, 12, 3  # prompts shown, prompts of cut texts shown, files named for a rejection
 _DASH = "\N{EN DASH}"
 _THUMBNAIL = 128  # pixels at most
-# Placeholder colours in the plots, replaced by CSS variables so that plots follow the light and the dark theme.
-_INK, _SOFT, _PAPER = "#010203", "#040506", "#070809"
-_ARM_COLOURS = {arm: f"#0a0b{number:02x}" for number, arm in enumerate(ARMS, 1)}
-# Colours of the arms in the light and the dark theme; arms without a colour are grey.
-_LIGHT = dict(zip(ARMS, ("#3c6fb4", "#c2741a", "#8a63b8", "#17794a"), strict=False))
-_DARK = dict(zip(ARMS, ("#7fb0f2", "#f0a856", "#c3a1ec", "#5fd39a"), strict=False))
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,58 @@ class GroupRows:
     seed: int
     shareable: int
     map: Markup
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt as shown on the page.
+
+    text: the prompt.
+    score: alignment of the judged arm's images with it, the mean over seeds.
+    columns: headings of the images: "real", then the arms.
+    images: one image per column.
+    """
+
+    text: str
+    score: float
+    columns: list[str]
+    images: list[Image.Image]
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """What the page shows of data and training, beside the results.
+
+    accounting: what became of the input rows.
+    unread: prompts that the text encoder does not read to their end, with the number of tokens left out, most first.
+    worst: the prompts that the judged arm's images fit least.
+    curves: plots of the losses of training; empty if they are not known.
+    """
+
+    accounting: Accounting
+    unread: list[tuple[str, int]]
+    worst: list[PromptRow]
+    curves: list[Markup]
+
+
+def run_rows(judged: Judged, fit: np.ndarray | None, accounting: Accounting, losses: Sequence[Point]) -> RunRows:
+    """Return what the page shows of a run.
+
+    judged      the images that were evaluated
+    fit         alignment of the judged arm's images, (prompts, seeds); None if it was not drawn
+    accounting  what became of the input rows
+    losses      the losses of training, empty if they are not known
+    """
+    columns, scores = ["real", *judged.arms], np.empty(0) if fit is None else fit.mean(1)
+
+    def row(k: int) -> PromptRow:
+        images = [_open(judged.examples[k].image), *(_open(paths[k][0]) for paths in judged.arms.values())]
+        return PromptRow(judged.examples[k].text, float(scores[k]), columns, images)
+
+    text_of = {example.id: example.text for example in judged.examples}
+    unread = sorted(((text_of[id], tokens) for id, tokens in judged.unread.items()), key=lambda pair: -pair[1])
+    worst = np.argsort(scores, kind="stable")[:_WORST]
+    return RunRows(accounting, unread, [row(int(k)) for k in worst], curve_plots(losses))
 
 
 def group_rows(judged: Judged, saving: float, lost: Sequence[float], texts: np.ndarray) -> GroupRows:
@@ -112,7 +162,7 @@ def group_rows(judged: Judged, saving: float, lost: Sequence[float], texts: np.n
     )
 
 
-def build(results: Results, rows: GroupRows) -> str:
+def build(results: Results, rows: GroupRows, run: RunRows) -> str:
     """Return the report page as HTML; all text in it is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -121,6 +171,8 @@ def build(results: Results, rows: GroupRows) -> str:
     return environment.get_template("report.html.j2").render(
         r=results,
         rows=rows,
+        run=run,
+        most={"unread": _UNREAD, "examples": _EXAMPLES},
         metrics={
             name: metric
             for name, metric in named(results.features, results.alignment).items()
@@ -133,8 +185,8 @@ def build(results: Results, rows: GroupRows) -> str:
         plots=[quality_plot(results, metric) for metric in BY_SIMILARITY],
         split=BY_SIMILARITY,
         independent=INDEPENDENT,
-        light=_LIGHT,
-        dark=_DARK,
+        light=LIGHT,
+        dark=DARK,
     )
 
 
@@ -204,49 +256,6 @@ def group_sheet(row: GroupRow, scale: int = 2) -> Image.Image:
     headings = [arm_name(arm) for arm in row.columns]
     size = width * scale, height * scale
     return sheet([images for _, images in row.prompts], size=size, gap=6, headings=headings)
-
-
-def quality_plot(results: Results, metric: str) -> Markup:
-    """Return an SVG plot of a metric against cost: each arm is a point with its interval, real images are a band."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure as Canvas
-
-    settings = {"svg.fonttype": "none", "svg.hashsalt": metric, "font.size": 9, "font.family": "sans-serif"}
-    settings |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
-    mark = (results.real | results.floor).get(metric)
-    with mpl.rc_context(settings):
-        canvas = Canvas(figsize=(3.9, 2.9), layout="constrained")
-        _draw(canvas.subplots(), named(results.features, results.alignment)[metric], results.arms, mark)
-        content = io.StringIO()
-        canvas.savefig(content, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = content.getvalue()
-    svg = svg[svg.index("<svg") :]
-    colours = {_INK: "var(--ink)", _SOFT: "var(--line)", _PAPER: "var(--soft)"}
-    colours |= {colour: f"var(--{arm})" for arm, colour in _ARM_COLOURS.items()}
-    for placeholder, colour in colours.items():
-        svg = svg.replace(placeholder, colour)
-    return Markup(svg)  # noqa: S704 - contains only numbers and the labels of METRICS, no captions
-
-
-def _draw(axes: Any, metric: Metric, measured: Mapping[str, Mapping[str, Figure]], mark: Figure | None) -> None:
-    axes.set_title(f"{metric.title} ({metric.direction})", fontsize=10, loc="left")
-    axes.set_xlabel(METRICS["nfe_per_image"].label)
-    axes.grid(color=_SOFT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(color=_SOFT)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_SOFT)
-    if mark is not None and mark.low is not None:
-        axes.axhspan(mark.low, mark.high, color=_PAPER, linewidth=0)
-    for arm, figures in measured.items():
-        figure = figures[metric.name]
-        if figure.low is None:
-            continue
-        x, colour = figures["nfe_per_image"].value, _ARM_COLOURS.get(arm, _INK)
-        axes.vlines(x, figure.low, figure.high, color=colour, linewidth=1.6)
-        marker = "D" if arm == JUDGED else "o"
-        axes.plot(x, figure.value, marker, color=colour, markersize=7, linestyle="none")
-    axes.margins(x=0.25)
 
 
 def _open(image: ImageFile) -> Image.Image:

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import sage.torchvision_ops  # noqa: F401
 
@@ -16,6 +16,7 @@ from flows.report import page as page
 from flows.terminal import progress, run
 from flows.tracking.runs import stage_run
 from sage.config import Evaluate, load_params
+from sage.data.accounting import read_accounting
 from sage.data.dataset import read_split
 from sage.data.shards import ImageFile
 from sage.errors import MetricError
@@ -26,10 +27,12 @@ from sage.evaluation.extractors import Extractor, open_extractor, read_images
 from sage.evaluation.judges import Judge, open_judge, with_other_captions
 from sage.evaluation.references import references
 from sage.evaluation.registry import METRICS
-from sage.evaluation.results import Results, write
+from sage.evaluation.results import Results, write, write_frontier
+from sage.evaluation.results import headline as summary
 from sage.evaluation.samples import Judged, read_judged, siblings
 from sage.files import new_folder, sha256_tree, write_json
 from sage.grouping.embedding import embed
+from sage.training.curves import read_curves
 
 COSTS = tuple(name for name, metric in METRICS.items() if metric.cost)
 
@@ -41,6 +44,9 @@ def main(
     costs: Annotated[Path, typer.Option(help="What the pictures cost: the figures of stage generate.")],
     report: Annotated[Path, typer.Option(help="Folder of the report page.")],
     metrics: Annotated[Path, typer.Option(help="JSON file of figures to write.")],
+    losses: Annotated[Path | None, typer.Option(help="The losses of stage finetune, for the report.")] = None,
+    headline: Annotated[Path | None, typer.Option(help="JSON file for the dozen figures that matter most.")] = None,
+    frontier: Annotated[Path | None, typer.Option(help="CSV file for quality and cost of every arm.")] = None,
 ) -> None:
     """Evaluate every arm on the same held-out prompts and seeds, check the gates, and write figures and report."""
     params = load_params()
@@ -49,6 +55,7 @@ def main(
     judged = read_judged(data, groups, generated, params.generate.split, params.generate.seeds)
     aligned = open_judge(settings.alignment, judged.examples, extract.name, device())
     cost = read_costs(costs, judged)
+    accounting, curves = read_accounting(data), [] if losses is None else read_curves(losses)
     with stage_run("evaluate", settings.model_dump()) as record:
         record.dataset("prepared", sha256_tree(data), "evaluation")
         real, arms, others = measure(judged, data, settings, extract, aligned)
@@ -63,14 +70,19 @@ def main(
             typer.echo(f"warning: {warning}", err=True)
         texts = embed([example.text for example in judged.examples])
         rows = page.group_rows(judged, results.saving, alignment_lost(judged, arms), texts)
+        about = page.run_rows(judged, arms[JUDGED].alignment if JUDGED in arms else None, accounting, curves)
         with new_folder(report) as folder:
-            (folder / "index.html").write_text(page.build(results, rows), encoding="utf-8")
+            (folder / "index.html").write_text(page.build(results, rows, about), encoding="utf-8")
             write_json(folder / "samples.json", page.samples([*rows.across, *rows.hardest], rows.seed))
         record.metrics(flat(results))
         for step, row in enumerate(rows.across):
             record.image(page.group_sheet(row), "groups", step)
         record.artifact(report, "report")
         record.tags({"gates": "passed" if results.passed else "failed"})
+        if headline is not None:
+            write_json(headline, summary(results))
+        if frontier is not None:
+            write_frontier(frontier, results)
         write(metrics, results)
         record.result(metrics)
 
@@ -162,13 +174,16 @@ def judge(
     told = {arm: judging.attribute_figures(images, groups, bootstrap) for arm, images in arms.items()}
     own = real.alignment[:, 0]
     captions, warning = judging.other_captions(own, *other, groups, bootstrap)
+    # Left out if there is nothing to say, so that results without it stay as they are.
+    some: dict[str, Any] = {"attributes": told} if any(told.values()) else {}
+    some |= {"blank": judged.blank} if judged.blank else {}
     results = Results(
         features=features,
         alignment=aligned,
         measured_by=dict(by),
         other_captions=captions,
         warnings=[warning] if warning else [],
-        **({"attributes": told} if any(told.values()) else {}),
+        **some,
         confidence=settings.confidence,
         resamples=settings.resamples,
         set=judged.set,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flows.report import page
+from flows.report import plots
 from sage.config import load_params
 from sage.evaluation import arms, registry
 from sage.evaluation.arms import ARMS, JUDGED, REFERENCES
@@ -23,7 +23,7 @@ def test_worse_follows_the_direction_of_numbers_and_of_arrays():
 
 def test_the_judged_arm_is_no_reference_and_every_arm_has_colours():
     assert JUDGED not in REFERENCES and {JUDGED, *REFERENCES} == set(ARMS)
-    assert page._LIGHT.keys() == page._DARK.keys() == ARMS.keys()
+    assert plots.LIGHT.keys() == plots.DARK.keys() == ARMS.keys()
 
 
 def test_a_name_that_the_tables_do_not_know_is_spelled_out():

@@ -1,5 +1,6 @@
 """The page is parsed as a browser would: hostile text stays text, nothing is loaded, every picture is inside."""
 
+from collections import Counter
 from html.parser import HTMLParser
 
 import numpy as np
@@ -9,7 +10,12 @@ from PIL import Image
 
 from flows.report import page as report
 from flows.report.groups_page import groups_image
+from flows.report.plots import curve_plots, thinned
+from sage.data.accounting import Accounting
+from sage.data.dataset import Example
 from sage.evaluation.results import parse
+from sage.evaluation.samples import Judged
+from sage.training.curves import HELD_OUT, TRAINING, Point
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -94,9 +100,31 @@ def rows(captions):
     return report.GroupRows([row], [row], sizes, 0, 1, drawn)
 
 
+def run(captions, **changes):
+    """What the page shows of a run in which everything went wrong that can, with hostile texts."""
+    columns = ["real", "independent", "independent_same_nfe", "shared", "sage"]
+    images = [Image.new("RGB", (8, 8), (k, 0, 0)) for k in range(5)]
+    accounting = Accounting(
+        9, 5, 1, Counter({(48, 80): 3, (64, 64): 2}), {"no_caption": [(text, text) for text in captions]}
+    )
+    losses = [Point(10 * k, TRAINING, term, 1 / k) for k in range(1, 9) for term in ("loss", "diffusion", "branch")]
+    losses += [Point(10 * k, HELD_OUT, term, 1 / (1 + k)) for k in range(3) for term in ("loss", "t0_249", "t250_499")]
+    found = {
+        "accounting": accounting,
+        "unread": [(text, 9) for text in captions],
+        "worst": [report.PromptRow(text, 0.125, columns, images) for text in captions],
+        "curves": curve_plots(losses),
+    }
+    return report.RunRows(**found | changes)
+
+
+def built(found=None, captions=("a",), **changes):
+    return report.build(found or results(), rows(captions), run(captions, **changes))
+
+
 @pytest.fixture(scope="module")
 def page():
-    return Page(report.build(results(), rows(HOSTILE)))
+    return Page(built(captions=HOSTILE))
 
 
 def test_hostile_captions_end_up_as_text(page):
@@ -111,7 +139,7 @@ def test_hostile_captions_end_up_as_text(page):
 
 def test_nothing_is_loaded_from_outside(page):
     sources = [value for tag, name, value in page.attributes if name == "src"]
-    assert len(sources) == 2 * 5 * len(HOSTILE)
+    assert len(sources) == 3 * 5 * len(HOSTILE)  # across, hardest, worst
     assert all(source.startswith("data:image/webp;base64,") for source in sources)
     links = [value for _, name, value in page.attributes if name in ("href", "xlink:href", "action", "srcset")]
     assert links and all(link.startswith("#") for link in links)  # marks inside the plots
@@ -121,7 +149,7 @@ def test_nothing_is_loaded_from_outside(page):
 
 
 def test_the_plots_follow_the_colours_of_the_page_and_share_no_ids(page):
-    assert page.tags.count("svg") == 4  # three plots and the map
+    assert page.tags.count("svg") == 7  # three plots of quality, three of losses, and the map
     ids = [value for _, name, value in page.attributes if name == "id"]
     references = [value[1:] for _, name, value in page.attributes if name == "xlink:href"]
     assert set(references) <= set(ids)
@@ -133,7 +161,7 @@ def test_the_plots_follow_the_colours_of_the_page_and_share_no_ids(page):
 
 
 def test_every_prompt_is_a_point_of_the_map_in_the_colour_of_its_group():
-    drawn = Page(report.build(results(), rows(HOSTILE)))
+    drawn = Page(built(captions=HOSTILE))
     fills = [
         value
         for tag, name, value in drawn.attributes
@@ -163,7 +191,7 @@ def test_the_page_says_what_judged_on_how_many_pictures_and_warns_of_a_judge_of_
         "other_captions": figure(0.7, 0.6, 0.8, 4),
         "warnings": ["The judge does not tell <captions> apart."],
     }
-    page = Page(report.build(parse(found, "it"), rows(["a cat", "a dog"])))
+    page = Page(built(parse(found, "it"), ["a cat", "a dog"]))
     text = "".join(page.text)
     assert "Inception, SHA-256 abc, on 4 real pictures and 8 of each arm" in text
     assert "CLIP score: CLIP of them, SHA-256 def; 4 real pictures score 0.800 with their own captions, 0.700" in text
@@ -185,7 +213,62 @@ def test_figures_that_are_missing_are_dashes_and_the_page_still_stands():
     found["arms"]["sage"]["group_diversity"] = figure(None)
     found["worse_by"]["independent"]["group_diversity"] = worse(None, None, None)
     found["worse_by"].pop("independent_same_nfe")
-    assert "SAGE draws" in report.build(parse(found, "it"), rows(["a"]))
+    assert "SAGE draws" in built(parse(found, "it"))
+
+
+def test_the_page_says_what_went_wrong_with_data_prompts_and_images(page):
+    text = " ".join(" ".join(page.text).split())
+    assert "9 input rows: 5 kept, 1 duplicates (same image, same caption), 7 rejected." in text
+    assert "no caption 7" in text and f"{HOSTILE[0]}: {HOSTILE[0]}" in text and HOSTILE[3] + ": " not in text
+    assert "80 \N{MULTIPLICATION SIGN} 48 3 60%" in text and "64 \N{MULTIPLICATION SIGN} 64 2 40%" in text
+    assert "does not read 7 of 4 prompts to their end" in text and f"{HOSTILE[1]} 9" in text
+    assert "timesteps 250 to 499" in text and "branch phase" in text
+    assert "alignment 0.125" in text
+
+
+def test_what_went_well_is_not_mentioned():
+    plain = built(accounting=Accounting(5, 5), unread=[], worst=[], curves=[])
+    text = " ".join("".join(Page(plain).text).split())
+    assert "5 input rows: 5 kept, 0 duplicates (same image, same caption), 0 rejected." in text
+    for heading in ("Blank images", "The worst prompts", "Tokens that are not read", "The training", "by size"):
+        assert heading not in text, heading
+
+
+def test_blank_images_are_counted_at_the_top():
+    text = " ".join("".join(Page(built(parse(values() | {"blank": {"sage": 3}}, "it"))).text).split())
+    assert "Blank images. 3 of 8 images of SAGE are of a single colour" in text
+
+
+def test_long_lines_of_losses_are_averaged_to_what_a_plot_can_show():
+    line = [(step, float(step)) for step in range(1, 1001)]
+    short = thinned(line)
+    assert len(short) <= 150 and short[0] == (4.0, 4.0) and short[-1][0] > 990
+    assert thinned(line[:5]) == line[:5]
+
+
+def test_the_worst_prompts_are_those_with_the_lowest_alignment(tmp_path):
+    images = []
+    for number in range(20):
+        images.append(tmp_path / f"{number}.png")
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(images[-1])
+    examples = [Example(f"p{number}", path, f"text {number}", "f") for number, path in enumerate(images)]
+    judged = Judged(
+        examples,
+        [[k] for k in range(20)],
+        [1.0] * 20,
+        [0, 1],
+        {"sage": [[path] * 2 for path in images]},
+        {},
+        {"p4": 2, "p9": 7},
+        None,
+    )
+    fit = np.stack([np.arange(20.0)[::-1], np.zeros(20)], axis=1)
+    found = report.run_rows(judged, fit, Accounting(), [])
+    assert [row.text for row in found.worst] == [f"text {number}" for number in range(19, 7, -1)]
+    assert [row.score for row in found.worst[:3]] == [0.0, 0.5, 1.0]
+    assert found.worst[0].images[1].getpixel((0, 0)) == (19, 0, 0)
+    assert found.unread == [("text 9", 7), ("text 4", 2)]
+    assert report.run_rows(judged, None, Accounting(), []).worst == []
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from PIL import Image, ImageFilter
 from prepared_files import NOWHERE, write_split
 
 from flows.stages import evaluate
+from sage.data.accounting import write_accounting
 from sage.data.dataset import Example, read_split
 from sage.data.shards import rgb
 from sage.data.twemoji import images
@@ -19,8 +20,11 @@ from sage.errors import DataError, MetricError
 from sage.evaluation import gates
 from sage.evaluation.alignment import DualEncoder, save
 from sage.evaluation.bootstrap import LEAST_GROUPS
+from sage.evaluation.manifest import write_unread
 from sage.evaluation.results import read
 from sage.evaluation.samples import read_judged, siblings
+from sage.training.curves import points, write_curves
+from sage.training.selection import Measured
 
 SEEDS = [0, 1]
 GROUPS = [["p0", "p1", "p2"], ["p3", "p4"], ["p5", "p6"], ["p7"]]
@@ -53,6 +57,10 @@ def build(folder):
                     line = {"arm": arm, "seed": seed, "id": name, "group": group, "sha256": sha256}
                     manifest.append(line)
     write_manifest(folder, manifest)
+    kept = [{"id": id, "file": f"{id}.png", "status": "kept", "split": "test"} for id in reals]
+    rejected = {"id": "bad", "file": "<b>.png", "status": "rejected", "reason": "decode_error", "detail": "no image"}
+    write_accounting(folder / "prepared", [*kept, rejected])
+    write_curves(folder / "losses.csv", points([(10, {"loss": 0.5})], [Measured(0, {"validation_loss": 0.75})]))
     costs = {arm: {"images": 16, "nfe_per_image": nfe} for arm, nfe in NFE.items()}
     (folder / "generate.json").write_text(json.dumps({"arms": costs}))
     save(DualEncoder(1280, 384, 8), folder / "alignment", "nothing")
@@ -81,6 +89,9 @@ def run(folder, monkeypatch):
         costs=Path("generate.json"),
         report=Path("report"),
         metrics=Path("metrics/evaluate.json"),
+        losses=Path("losses.csv"),
+        headline=Path("metrics/headline.json"),
+        frontier=Path("plots/frontier.csv"),
     )
 
 
@@ -109,6 +120,12 @@ def test_the_stage_writes_figures_verdicts_and_the_page(project, monkeypatch):
     assert "only 3 groups of two or more prompts; an interval" in found["gates"][2]["reason"]
     page = (project / "report" / "index.html").read_text()
     assert all(gate["reason"] in page for gate in found["gates"])
+    assert "9 input rows: 8 kept, 0 duplicates" in page and "&lt;b&gt;.png: no image" in page
+    assert "Training loss" in page and "Held-out loss" in page
+    headline = json.loads((project / "metrics/headline.json").read_text())
+    assert headline["alignment"] == found["arms"]["sage"]["alignment"]["value"]
+    assert headline["gates_passed"] + headline["gates_failed"] == 5
+    assert len((project / "plots/frontier.csv").read_text().splitlines()) == 1 + len(ARMS)
     # What was written can be judged again, by whoever registers the model, and only against the set it belongs to.
     expected = read_judged(Path("prepared"), Path("groups"), Path("generated"), "test", SEEDS).set
     settings = [gate.model_dump() for gate in evaluate.load_params().evaluate.gates]
@@ -188,7 +205,6 @@ def uncounted(folder):
         (double, r"1 foreign or double \(\('independent', 0, 'p0'\)\)"),
         (foreign, r"1 foreign or double \(\('independent', 0, 'p99'\)\)"),
         (altered, r"1 missing or altered \(sage/seed-1/p3\)"),
-        (blank, r"images of a single colour: 1 blank \(sage/seed-1/p3.png\)"),
         (removed, r"1 missing or altered \(sage/seed-1/p3\)"),
         (unlisted, r"1 not listed \(sage/seed-1/p9.png\)"),
         (regrouped, "other groups than the ones at hand"),
@@ -203,6 +219,19 @@ def test_wrong_pictures_stop_the_stage_with_no_report_and_no_figures(project, mo
         run(project, monkeypatch)
     assert not (project / "report").exists()
     assert not (project / "metrics").exists()
+
+
+def test_blank_images_are_counted_and_the_report_says_so_and_no_gate_passes(project, monkeypatch):
+    blank(project)
+    write_unread(project / "generated", {"p3": 9})
+    run(project, monkeypatch)
+    found = read(project / "metrics/evaluate.json")
+    assert found.blank == {"sage": 1}
+    assert not any(gate.passed for gate in found.gates) and not found.passed
+    assert json.loads((project / "metrics/headline.json").read_text())["blank_images"] == 1
+    page = (project / "report/index.html").read_text()
+    assert "1 of 16 images of SAGE are of a single colour" in page
+    assert "does not read 1 of 8 prompts to their end" in page
 
 
 def test_a_fault_is_one_message_and_exit_code_2(project, monkeypatch, capsys):

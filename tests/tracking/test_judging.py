@@ -20,6 +20,7 @@ from flows.stages import evaluate, generate
 from flows.tracking import judging
 from flows.versioning import repository
 from sage.config import Params
+from sage.data.accounting import write_accounting
 from sage.errors import ConfigurationError, RegistryError, SageError
 from sage.evaluation.alignment import DualEncoder, save
 from sage.evaluation.results import read
@@ -57,6 +58,7 @@ def drawn(weights, other, tmp_path_factory):
             for number, text in enumerate(TEXTS)
         ]
         write_split(folder / "prepared" / split, rows)
+    write_accounting(folder / "prepared", [])
     ids = [f"test{k}" for k in range(4)]
     (folder / "held_out").mkdir()
     groups = {"threshold": 0.7, "groups": [{"ids": pair, "similarity": 0.8} for pair in (ids[:2], ids[2:])]}
