@@ -103,7 +103,12 @@ def test_a_stage_has_one_name_everywhere(stage):
     assert (ROOT / f"flows/stages/{stage}.py").is_file()
     assert GRAPH[stage]["cmd"].startswith(f"python -m flows.stages.{stage} ")
     assert any(name.split(".")[0] == stage for name in GRAPH[stage]["params"])
-    assert repository.paths(GRAPH[stage], "metrics") == [PurePosixPath(f"metrics/{stage}.json")]
+    assert PurePosixPath(f"metrics/{stage}.json") in repository.paths(GRAPH[stage], "outs")
+
+
+def test_the_only_metrics_are_the_headline():
+    named = {path for stage in GRAPH.values() for path in repository.paths(stage, "metrics")}
+    assert named == {PurePosixPath("metrics/headline.json")}
 
 
 def parameters(path: Path) -> set[str]:
