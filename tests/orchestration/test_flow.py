@@ -59,7 +59,8 @@ def run_flow(server: str, project: Path) -> dict[str, Any]:
 def fingerprint(project: Path) -> dict[str, str]:
     """Return a hash for everything that the job leaves."""
     folders = ["data/prepared", "data/groups", "models/sage", "data/generated", "report"]
-    files = ["dvc.lock", *(f"metrics/{stage}.json" for stage in small.STAGES)]
+    files = ["dvc.lock", *(f"metrics/{stage}.json" for stage in [*small.STAGES, "headline"])]
+    files += ["plots/losses.csv", "plots/frontier.csv"]
     return {name: sha256_tree(project / name) for name in folders} | {name: sha256(project / name) for name in files}
 
 
@@ -130,7 +131,8 @@ def test_a_fresh_clone_pulls_and_judges_without_training_again(flow_run, project
     subprocess.run(["git", "clone", "-q", str(project), str(clone)], check=True)
     # What a commit of the results would carry.
     shutil.copy(project / "dvc.lock", clone)
-    shutil.copytree(project / "metrics", clone / "metrics")
+    for folder in ("metrics", "plots"):
+        shutil.copytree(project / folder, clone / folder)
     store = [sys.executable, "-m", "dvc", "remote", "add", "--local", "--default", "store", str(tmp_path / "store")]
     for folder in (project, clone):
         subprocess.run(store, cwd=folder, check=True, capture_output=True)
@@ -198,6 +200,33 @@ def test_a_registered_version_is_judged_again_to_the_same_figures_beside_the_che
     assert fingerprint(project) == before
     mine, other = (json.loads(row["data"]) for row in arms(server))
     assert mine == other
+
+
+def test_versions_of_other_held_out_sets_are_judged_on_todays_and_then_promoted(flow_run, project):
+    """Version 1, the champion, was judged with seed 0 and version 2 is with seed 1: these figures do not compare."""
+    small.set_params(project, generate__seeds=[1])
+    done = small.sage(project, "run")
+    assert done.returncode == 0, done.stderr
+    assert "executed=2 cached=3" in done.stdout and "registered as version 2" in done.stdout
+    client = runs.client(f"sqlite:///{project / 'mlflow.db'}")
+    sets = [client.get_model_version("sage", number).tags["sage.heldout_set"] for number in ("1", "2")]
+    assert sets[0] != sets[1]
+
+    before = fingerprint(project)
+    judged = small.sage(project, "judge", "champion", "2")
+    assert judged.returncode == 0, judged.stdout + judged.stderr
+    runs_of = {number: client.get_model_version("sage", number).tags["sage.judged_in"] for number in ("1", "2")}
+    assert all(f"version {number}: run {run}" in judged.stdout for number, run in runs_of.items())
+    assert {client.get_run(run).data.tags["sage.heldout_set"] for run in runs_of.values()} == {sets[1]}
+    gates = next(line for line in judged.stdout.splitlines() if "Gates" in line)
+    assert gates.count("passed") == 2
+
+    promoted = small.sage(project, "promote")
+    assert promoted.returncode == 0, promoted.stdout + promoted.stderr
+    # What `sage judge` recorded is taken: neither version is drawn again.
+    assert runs_of == {number: client.get_model_version("sage", number).tags["sage.judged_in"] for number in runs_of}
+    assert champion(project) == "2" and fingerprint(project) == before
+    small.set_params(project, generate__seeds=[0])
 
 
 def arms(server: str) -> list[dict[str, Any]]:
