@@ -26,7 +26,7 @@ import sage.torchvision_ops  # noqa: F401
 import numpy as np
 import torch
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, PipelineCallback
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
@@ -65,7 +65,7 @@ TEXTS = ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")
 IMAGE_PROMPTS = ("ip_adapter_image", "ip_adapter_image_embeds")
 # Why some arguments of stock classes are refused.
 _REASONS = {
-    "ip_adapter_image": "image prompts (IP-Adapter) are for Stable Diffusion 1.x and XL without ControlNet",
+    "ip_adapter_image": "image prompts (IP-Adapter) are for Stable Diffusion 1.x, XL, 3, FLUX.1 and their ControlNets",
     "image": "sharing starts from text and noise, and an image belongs to a single prompt",
 }
 # Arguments of a call that its first step does not depend on.
@@ -512,7 +512,8 @@ class SharedSamplingPipeline:
         options: dict[str, Any],
     ) -> None:
         """Set the timesteps; called once, on the call's own copy of the pipeline."""
-        self._set_timesteps(steps, *options["size"])
+        own = {name: options[name] for name in ("timesteps", "sigmas") if options.get(name) is not None}
+        self._set_timesteps(steps, *options["size"], **own)
 
     def _is_guided(self, scale: float, negatives: list[str] | None, given: Mapping[str, Tensor]) -> bool:
         """Return whether each latent takes two evaluations, without and with text."""
@@ -539,12 +540,30 @@ class SharedSamplingPipeline:
         )
         return latents
 
+    def _as_drawn(self, latents: Tensor, options: dict[str, Any]) -> Tensor:
+        """Return given latents in the form of those that are drawn."""
+        return latents
+
     def _latents_shape(self, options: dict[str, Any]) -> tuple[int, ...]:
         """Return the shape of the latents of one image."""
         return self._network.config.in_channels, *(side // self.vae_scale_factor for side in options["size"])
 
-    def _set_timesteps(self, steps: int, height: int, width: int) -> None:
-        self.scheduler.set_timesteps(steps, device=self._execution_device)
+    def _set_timesteps(self, steps: int, height: int, width: int, **own: Any) -> None:
+        """Set this number of timesteps, or, whatever that is, `timesteps` or `sigmas` that are given."""
+        try:
+            retrieve_timesteps(self.scheduler, steps, self._execution_device, **own, **self._shift(height, width))
+        except ValueError as error:
+            if not own:
+                raise
+            reason = str(error).split(". Please")[0]
+            raise ConfigurationError(
+                f"{type(self.scheduler).__name__} does not take {' and '.join(own)}: {reason}; leave them out, or "
+                "exchange the scheduler"
+            ) from error
+
+    def _shift(self, height: int, width: int) -> dict[str, Any]:
+        """Return further arguments of `set_timesteps` for an image of this size."""
+        return {}
 
     def _tokenizers(self, options: dict[str, Any]) -> list[tuple[Any, int]]:
         """Return the tokenizers with the number of tokens that their text encoders read."""

@@ -10,7 +10,6 @@ timesteps decodes. So embeddings, guidance, positions and decoding are the stock
 import copy
 import functools
 import inspect
-import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -25,7 +24,8 @@ from torch import Generator, Tensor
 from sage.errors import ConfigurationError, UnsupportedError
 from sage.sampling.branch_noise import safe_image_steps
 from sage.sampling.conditions import Condition, stacked
-from sage.sampling.pipeline import TEXTS, SharedSamplingPipeline
+from sage.sampling.families.image_prompts import ImagePrompted, image_embeddings
+from sage.sampling.pipeline import IMAGE_PROMPTS, TEXTS, SharedSamplingPipeline
 
 # Arguments of the stock call that the driver gives itself; the others are options of the shared call.
 DRIVEN = {
@@ -35,10 +35,10 @@ DRIVEN = {
 }  # fmt: skip
 
 
-# Arguments of the stock call that are not supported: they bring an image or a sound of a single prompt.
+# Arguments of the stock call that are not supported unless a row says so: they bring an image or a sound of one prompt.
 UNSUPPORTED = {
-    "image", "ip_adapter_image", "ip_adapter_image_embeds", "negative_ip_adapter_image",
-    "negative_ip_adapter_image_embeds", "initial_audio_waveforms", "initial_audio_sampling_rate",
+    "image", *IMAGE_PROMPTS, *(f"negative_{name}" for name in IMAGE_PROMPTS), "initial_audio_waveforms",
+    "initial_audio_sampling_rate",
 }  # fmt: skip
 
 # The name of the condition that holds the control images, or their latents.
@@ -64,6 +64,7 @@ class Family:
     control     the argument that takes a control image for each prompt, or one for all
     posterior   None, or by what the stock call draws the control images' latents from the autoencoder's posterior:
                 "generator", each image's before its noise, or "global", torch's own generator, also without text
+    images      image prompts (IP-Adapter) as the stock call takes them
     fixed       options that have to keep their default: the stock loop counts its steps with them, or may
     defaults    defaults of options that mean the same as the stock ones, but do not wait for the device in each step
     output      the attribute of the stock output: images, frames, audios
@@ -79,6 +80,7 @@ class Family:
     encode: "Callable[[Any, list[str], list[str] | None], dict[str, Any]] | None" = None
     control: str | None = None
     posterior: Literal["generator", "global"] | None = None
+    images: bool = False
     fixed: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     output: str = "images"
@@ -103,24 +105,13 @@ class _Call:
     # What `prepare_latents` returns beside the latents, by number of rows.
     positions: dict[int, Any] = field(default_factory=dict)
     networks: dict[str, Any] = field(default_factory=dict)
-    # The shape (channels, height, width) of a control image, if the stock call encodes it to latents.
+    # The shape (channels, height, width) of a control image, if the stock call encodes it to latents, and how these lie
+    # in memory, which decides how what reads them rounds.
     pixels: tuple[int, ...] = ()
-    # What the steps of a pack have in common.
-    pack: "_Pack | None" = None
-
-
-@dataclass
-class _Pack:
-    """The conditions of a pack, whether it is guided, its arguments of the stock call, and what these are encoded to.
-
-    The stock call encodes even embeddings. `encoded` has the results of each of its calls of `encode_prompt`, so that
-    only the first step of a pack copies to the device, or waits for it.
-    """
-
-    condition: Condition
-    guided: bool
-    arguments: dict[str, Any]
-    encoded: list[Any] = field(default_factory=list)
+    layout: torch.memory_format = torch.contiguous_format
+    # Whether a guidance scale guides, by scale.
+    guides: dict[float, bool] = field(default_factory=dict)
+    steps: "_Steps | None" = None
 
 
 class SegmentedPipeline(SharedSamplingPipeline):
@@ -146,6 +137,11 @@ class SegmentedPipeline(SharedSamplingPipeline):
         found = vars(self).get("_device") or self._stock._execution_device.fget(self)
         return found  # type: ignore[no-any-return]
 
+    def _begin_call(self) -> Any:
+        call = super()._begin_call()
+        vars(call)["_segmented"] = _Call()
+        return call
+
     def _prepare_call(
         self,
         prompts: list[str] | None,
@@ -167,13 +163,16 @@ class SegmentedPipeline(SharedSamplingPipeline):
             count = len(given["prompt_embeds"] if prompts is None else prompts)
             images = self._control_images(given.get(self.family.control), count, height, width)
             given[self.family.control] = images
-        arguments = {name: value for name, value in options.items() if name != "size"}
+        # Some stock calls write into a dictionary that they are given.
+        arguments = {
+            name: dict(value) if isinstance(value, dict) else value for name, value in options.items() if name != "size"
+        }
         arguments |= {"num_inference_steps": steps, self.family.guidance: scale}
         arguments |= {name: side for name, side in (("height", height), ("width", width)) if side is not None}
         vars(self)["_device"] = self._execution_device
         if "negative_prompt" in inspect.signature(self._stock.__call__).parameters:
             arguments["negative_prompt"] = None
-        self._segmented = _Call(arguments)
+        self._segmented.arguments = arguments
         for name in ("unet", "transformer", "transformer_2"):
             if (network := getattr(self, name, None)) is not None:
                 self._segmented.networks[name] = _Counted(network, self._count)
@@ -184,7 +183,9 @@ class SegmentedPipeline(SharedSamplingPipeline):
         one = None if prompts is None else prompts[:1], None if negatives is None else negatives[:1]
         device = self._execution_device
         rows = {
-            name: [values[0].to(device)] if isinstance(values, list) else values[:1].to(device)
+            name: [row.to(device) if torch.is_tensor(row) else row for row in values[:1]]
+            if isinstance(values, list)
+            else values[:1].to(device)
             for name, values in given.items()
         }
         self._segmented.example = self._encode(*one, self._segmented.guided, rows, options)
@@ -246,7 +247,10 @@ class SegmentedPipeline(SharedSamplingPipeline):
         noise = {name: given[name] for name in _CONTROL_NOISE if name in given}
         pixels = images.to(self._execution_device, dtype).repeat(len(noise), 1, 1, 1)
         posterior = self.vae.encode(pixels).latent_dist
-        latents = (posterior.mean + posterior.std * torch.cat([*noise.values()])).split(len(images))
+        drawn = posterior.mean + posterior.std * torch.cat([*noise.values()])
+        if drawn.is_contiguous(memory_format=torch.channels_last):
+            self._segmented.layout = torch.channels_last
+        latents = drawn.split(len(images))
         return dict(zip(("negative_" + _CONTROL, _CONTROL)[-len(noise) :], latents, strict=True))
 
     def _is_guided(self, scale: float, negatives: Any, given: Mapping[str, Any]) -> bool:
@@ -259,9 +263,12 @@ class SegmentedPipeline(SharedSamplingPipeline):
         own = getattr(self._stock, "do_classifier_free_guidance", None)
         if own is None:
             return scale > 1
-        inner = copy.copy(self)
-        vars(inner)["_guidance_scale"] = scale
-        return bool(own.fget(inner))
+        known = self._segmented.guides
+        if scale not in known:
+            inner = copy.copy(self)
+            vars(inner)["_guidance_scale"] = scale
+            known[scale] = bool(own.fget(inner))
+        return known[scale]
 
     def _size(self, height: int | None, width: int | None, options: dict[str, Any]) -> Any:
         return height, width
@@ -275,7 +282,7 @@ class SegmentedPipeline(SharedSamplingPipeline):
         options: dict[str, Any],
     ) -> Condition:
         further = {name: given[name] for name in (*TEXTS, self.family.control) if name is not None and name in given}
-        control = {} if self.family.control is None else self._control_conditions(given, given[self.family.control])
+        beside = self._beside(given, guided)
         if prompts is not None and self.family.encode is not None:
             given = self.family.encode(self, prompts, negatives if guided else None)
         elif prompts is not None:
@@ -291,7 +298,11 @@ class SegmentedPipeline(SharedSamplingPipeline):
         found: dict[str, Tensor] = {}
         for prefix in ("negative_", "") if without else ("",):
             found |= {prefix + name: rows for name, rows in self._condition(given, prefix).items()}
-        return stacked(None, found | control)
+        return stacked(None, found | beside)
+
+    def _beside(self, given: Mapping[str, Any], guided: bool) -> dict[str, Tensor]:
+        """Return the conditions beside the text."""
+        return {} if self.family.control is None else self._control_conditions(given, given[self.family.control])
 
     def _condition(self, given: Mapping[str, Any], prefix: str) -> Condition:
         """Return the conditions among embeddings by argument; lists of tensors become rows with a mask."""
@@ -333,25 +344,27 @@ class SegmentedPipeline(SharedSamplingPipeline):
         return found
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition, scale: float, options: dict[str, Any]) -> Tensor:
-        guided, pack = self._segmented.guided and self._guides(scale), self._segmented.pack
-        if pack is None or pack.condition is not condition or pack.guided != guided:
-            pack = self._segmented.pack = _Pack(condition, guided, self._arguments(condition, guided))
-        arguments = pack.arguments | {self.family.guidance: scale}
-        output: Tensor = self._reach("step", arguments, timesteps=t[None], latents=x, encoded=pack.encoded)
-        return output
+        guided, steps = self._segmented.guided and self._guides(scale), self._segmented.steps
+        if steps is None or steps.condition is not condition or steps.guided != guided:
+            steps = self._segmented.steps = _Steps(self, condition, guided)
+        # Without guidance the stock call may say of every scale above 1 that it does not guide.
+        told = scale if guided or self.family.embedded else min(scale, 0.0)
+        return steps.predicted(x, t, told)
 
-    def _finish(self, latents: Tensor, output_type: str, options: dict[str, Any]) -> tuple[Any, None]:
-        scheduler = _segment(self.scheduler, self.scheduler.timesteps[:0], None)
+    def _finish(self, latents: Tensor, output_type: str, options: dict[str, Any]) -> tuple[Any, list[bool] | None]:
+        self._segmented.steps = None  # the pack has ended, and its copy of the pipeline refers to this one
+        scheduler = _segment(self.scheduler, lambda: self.scheduler.timesteps[:0], None)
         self._finite = [True] * len(latents)
         processors = {
             name: self._watched(name) for name in ("image_processor", "video_processor") if hasattr(self, name)
         }
         inner = self._inner(scheduler, prepare_latents=lambda *args, **kwargs: self._placed(latents), **processors)
         arguments = self._segmented.arguments | self._example(len(latents)) | {"output_type": output_type}
-        out = getattr(self._call_stock(inner, arguments), self.family.output)
+        result = self._call_stock(inner, arguments)
+        out = getattr(result, self.family.output)
         if not processors and output_type != "latent":
             self._finite = torch.as_tensor(out).isfinite().flatten(1).all(1).tolist()
-        return out, None
+        return out, getattr(result, "nsfw_content_detected", None)
 
     def _watched(self, name: str) -> Any:
         """Return a copy of a processor that notes which images it gets are finite."""
@@ -387,6 +400,13 @@ class SegmentedPipeline(SharedSamplingPipeline):
         latents: Tensor = drawn[0] if isinstance(drawn, tuple) else drawn
         return latents
 
+    def _as_drawn(self, latents: Tensor, options: dict[str, Any]) -> Tensor:
+        if latents.ndim == 1 + len(self._latents_shape(options)):
+            return latents
+        drawn = self._drawn(Generator(), len(latents), latents)  # of other stock calls the latents are packed by it
+        packed: Tensor = drawn[0] if isinstance(drawn, tuple) else drawn
+        return packed
+
     def _latents_shape(self, options: dict[str, Any]) -> tuple[int, ...]:
         return tuple(self._noise(Generator(), 1, options).shape[1:])
 
@@ -405,10 +425,10 @@ class SegmentedPipeline(SharedSamplingPipeline):
         scheduler.set_timesteps(steps, **({"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}))
         return scheduler
 
-    def _drawn(self, generators: Any, count: int) -> Any:
-        """Return what the stock `prepare_latents` returns for fresh noise: latents, or latents and their positions."""
-        inner = self._inner(_segment(self.scheduler, self.scheduler.timesteps, None))
-        changed = {"batch_size": count, "generator": generators, "latents": None}
+    def _drawn(self, generators: Any, count: int, latents: Tensor | None = None) -> Any:
+        """Return what the stock `prepare_latents` returns, by default for fresh noise: latents, maybe positions."""
+        inner = self._inner(_segment(self.scheduler, lambda: self.scheduler.timesteps, None))
+        changed = {"batch_size": count, "generator": generators, "latents": latents}
         return self._stock.prepare_latents(inner, **(self._segmented.noise | changed))
 
     def _placed(self, latents: Tensor) -> Any:
@@ -428,37 +448,35 @@ class SegmentedPipeline(SharedSamplingPipeline):
     def _inner(self, scheduler: Any, **replaced: Any) -> Any:
         """Return a copy of this pipeline for one stock call, with this scheduler and these methods."""
         inner = copy.copy(self)
+        vars(inner).update(self._segmented.networks)
         vars(inner).update(scheduler=scheduler, maybe_free_model_hooks=lambda: None, **replaced)
-        vars(inner)["_progress_bar_config"] = {"disable": True}
+        # It is not interrupted: a step that has begun is finished.
+        vars(inner).update(progress_bar=_NoBar, _called=None, _interrupts=0)
         return inner
 
     def _call_stock(self, inner: Any, arguments: dict[str, Any]) -> Any:
-        """Call the stock pipeline; control images that it encodes are in `arguments` as the latents of them."""
-        control = self.family.control
-        if control is not None and self._encodes_control:
-            latents, (channels, height, width) = arguments[control], self._segmented.pixels
-            rows = len(arguments["prompt"] if "prompt" in arguments else arguments["prompt_embeds"])
-            blank = latents.new_zeros(1).expand(rows, channels, height, width)
-            arguments = arguments | {control: blank}
-            vars(inner)["vae"] = _Encoded(self.vae, latents)
-        return self._stock.__call__(inner, **arguments)
+        return self._stock.__call__(inner, **self._taken(inner, arguments))
 
-    def _reach(
-        self,
-        point: str,
-        arguments: Mapping[str, Any],
-        *,
-        timesteps: Tensor | None = None,
-        latents: Tensor | None = None,
-        encoded: list[Any] | None = None,
-    ) -> Any:
-        """Run the stock call until a point and return what it has there.
+    def _taken(self, inner: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments as the stock call takes them; control images that it encodes come as their latents.
+
+        For these `inner` gets an autoencoder that encodes blank images to them.
+        """
+        control = self.family.control
+        if control is None or not self._encodes_control:
+            return arguments
+        latents = arguments[control].contiguous(memory_format=self._segmented.layout)
+        channels, height, width = self._segmented.pixels
+        rows = len(arguments["prompt"] if "prompt" in arguments else arguments["prompt_embeds"])
+        vars(inner)["vae"] = _Encoded(self.vae, latents)
+        return arguments | {control: latents.new_zeros(1).expand(rows, channels, height, width)}
+
+    def _reach(self, point: str, arguments: Mapping[str, Any]) -> Any:
+        """Run the stock call until a point before its loop, and return what it has there.
 
         encode_prompt    the embeddings, by argument
         set_timesteps    a scheduler with the timesteps of the whole schedule
         prepare_latents  the arguments of `prepare_latents`
-        step             the prediction for `latents`, from one evaluation at the one timestep in `timesteps`; `encoded`
-                         as in `_Pack`
         """
         found: dict[str, Any] = {}
         calls = iter(self.family.encoded)
@@ -468,37 +486,107 @@ class SegmentedPipeline(SharedSamplingPipeline):
             found.update((name, value) for name, value in zip(next(calls), results, strict=True) if name)
             return results
 
-        def stop(value: Any) -> Any:
-            raise _Stopped(value)
-
         def prepare_latents(*args: Any, **kwargs: Any) -> Any:
             bound = inspect.signature(self._stock.prepare_latents).bind(self, *args, **kwargs).arguments
-            stop({name: value for name, value in bound.items() if name != "self"})
+            _stop({name: value for name, value in bound.items() if name != "self"})
 
         replaced: dict[str, Any] = {}
-        scheduler = self.scheduler
-        if timesteps is not None and latents is not None:
-            scheduler = _segment(scheduler, timesteps, stop)
-            replaced = {"prepare_latents": lambda *args, **kwargs: self._placed(latents)}
-            replaced |= self._segmented.networks
-        elif point == "encode_prompt":
+        if point == "encode_prompt":
             # A call that encodes control images does so before it prepares the latents.
             ends = ("prepare_image",) if self._encodes_control else ("prepare_latents",)
-            replaced = {"encode_prompt": encode_prompt} | dict.fromkeys(ends, lambda *args, **kwargs: stop(None))
-            scheduler = _recorder(scheduler, stop)
-        elif point == "set_timesteps":
-            scheduler = _recorder(scheduler, stop)
-        else:
+            replaced = {"encode_prompt": encode_prompt} | dict.fromkeys(ends, lambda *args, **kwargs: _stop(None))
+        if point == "prepare_latents":
             replaced = {"prepare_latents": prepare_latents}
-            scheduler = _segment(scheduler, scheduler.timesteps, None)
-        inner = self._inner(scheduler, **replaced)
-        if encoded is not None:
-            vars(inner)["encode_prompt"] = _once(inner.encode_prompt, encoded)
+            scheduler = _segment(self.scheduler, lambda: self.scheduler.timesteps, None)
+        else:
+            scheduler = _recorder(self.scheduler)
         try:
-            self._call_stock(inner, self._segmented.arguments | dict(arguments))
+            self._call_stock(self._inner(scheduler, **replaced), self._segmented.arguments | dict(arguments))
         except _Stopped as stopped:
             return found if point == "encode_prompt" else stopped.value
-        raise UnsupportedError(f"{self.family.stock} ended before {point}; its loop is not one that segments can drive")
+        raise self._ended_before(point)
+
+    def _ended_before(self, point: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"{self.family.stock} ended before {point}; its loop is not one that segments can drive"
+        )
+
+
+class _Steps:
+    """The steps of a pack: stock calls of one timestep each, on one copy of the pipeline and with one condition.
+
+    The stock call encodes even embeddings: in the first step only, so that no other copies to the device, or waits.
+    """
+
+    def __init__(self, pipe: SegmentedPipeline, condition: Condition, guided: bool) -> None:
+        self.condition, self.guided = condition, guided
+        self._pipe, self._now = pipe, SimpleNamespace(latents=None, timesteps=None)
+        now = self._now
+        self._encoded = _Once(pipe._inner(pipe.scheduler).encode_prompt)
+        self._inner = pipe._inner(
+            _segment(pipe.scheduler, lambda: now.timesteps, _stop),
+            prepare_latents=lambda *args, **kwargs: pipe._placed(now.latents),
+            encode_prompt=self._encoded,
+        )
+        self._arguments = pipe._taken(self._inner, pipe._segmented.arguments | pipe._arguments(condition, guided))
+
+    def predicted(self, x: Tensor, t: Tensor, scale: float) -> Tensor:
+        """Return the prediction for latents at a timestep, under this guidance scale."""
+        self._now.latents, self._now.timesteps = x, t[None]
+        self._encoded.again()
+        pipe = self._pipe
+        try:
+            pipe._stock.__call__(self._inner, **self._arguments | {pipe.family.guidance: scale})
+        except _Stopped as stopped:
+            prediction: Tensor = stopped.value
+            return prediction
+        raise pipe._ended_before("step")
+
+
+class ImagePromptedSegments(ImagePrompted, SegmentedPipeline):
+    """A pipeline that is driven in segments, and whose prompts may have image prompts."""
+
+    # Of the base class; that of a family gets the parameters of its stock call.
+    __call__ = SharedSamplingPipeline.__call__
+
+    def _beside(self, given: Mapping[str, Any], guided: bool) -> dict[str, Tensor]:
+        without, with_image = self._image_conditions(given, guided)
+        negative = {f"negative_{name}": rows for name, rows in without.items()}
+        return super()._beside(given, guided) | negative | with_image
+
+    def _arguments(self, condition: Condition, guided: bool) -> dict[str, Any]:
+        found = super()._arguments(condition, guided)
+        images = image_embeddings(condition)
+        if images and guided:
+            images = [torch.cat(pair) for pair in zip(image_embeddings(condition, "negative_"), images, strict=True)]
+        if images:
+            found[IMAGE_PROMPTS[1]] = images[0] if self._has_one_adapter else images
+        return found
+
+    def _inner(self, scheduler: Any, **replaced: Any) -> Any:
+        # What the stock call gets is what this method of it returned.
+        return super()._inner(
+            scheduler, prepare_ip_adapter_image_embeds=lambda images, embeddings, *more: embeddings, **replaced
+        )
+
+
+class _NoBar:
+    """In place of a stock call's progress bar, whose making is a quarter of what the call does outside its network."""
+
+    def __init__(self, iterable: Any = None, total: int | None = None) -> None:
+        self._iterable = iterable
+
+    def __enter__(self) -> "_NoBar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __iter__(self) -> Any:
+        return iter(self._iterable)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None  # update, close and the like
 
 
 class _Encoded:
@@ -544,51 +632,64 @@ def segmented(family: Family, stock: type) -> type:
     parameters = inspect.signature(stock.__call__).parameters.values()
     conditions = {prefix + argument for argument in family.inputs.values() for prefix in ("", "negative_")}
     names = {parameter.name for parameter in parameters}
-    given = DRIVEN | UNSUPPORTED | conditions | {*TEXTS, family.control, family.guidance}
+    beside = {*TEXTS, family.control, *(IMAGE_PROMPTS if family.images else ())}
+    given = DRIVEN | UNSUPPORTED | conditions | beside | {family.guidance}
     body = {
         "__doc__": f"A {stock.__name__} whose similar prompts share their early steps.",
         "family": family,
         "makes": family.output,
         "_stock": stock,
         "_default_guidance": next(p.default for p in parameters if p.name == family.guidance),
-        "_embeddings": tuple(sorted(names & (conditions | {*TEXTS, family.control}))),
+        "_embeddings": tuple(sorted(names & (conditions | beside))),
         "_options": {p.name: p.default for p in parameters if p.name not in given} | dict(family.defaults),
     }
-    return type(f"Shared{stock.__name__}", (SegmentedPipeline, stock), body)
+    driver = ImagePromptedSegments if family.images else SegmentedPipeline
+    return type(f"Shared{stock.__name__}", (driver, stock), body)
 
 
-def _once(function: Callable[..., Any], results: list[Any]) -> Callable[..., Any]:
-    """Return a function whose first, second, ... call runs `function` only if `results` has no first, second, ... ."""
-    calls = itertools.count()
+class _Once:
+    """A function whose first, second, ... call of a step runs it in the first step only."""
 
-    def remembered(*args: Any, **kwargs: Any) -> Any:
-        if (number := next(calls)) == len(results):
-            results.append(function(*args, **kwargs))
-        return results[number]
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self._function, self._results, self._calls = function, list[Any](), 0
 
-    return functools.wraps(function)(remembered)
+    def again(self) -> None:
+        """Begin another step."""
+        self._calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._calls == len(self._results):
+            self._results.append(self._function(*args, **kwargs))
+        self._calls += 1
+        return self._results[self._calls - 1]
 
 
-def _segment(scheduler: Any, timesteps: Tensor, step: Callable[[Any], Any] | None) -> Any:
+def _stop(value: Any) -> Any:
+    raise _Stopped(value)
+
+
+def _segment(scheduler: Any, timesteps: Callable[[], Tensor], step: Callable[[Any], Any] | None) -> Any:
     """Return a copy of a scheduler that has these timesteps, whatever it is told to set, and calls `step` instead."""
     child = copy.copy(scheduler)
     child.__class__ = _segment_class(scheduler.__class__)
 
-    def set_timesteps(*args: Any, **kwargs: Any) -> None:
-        child.timesteps, child.num_inference_steps = timesteps, len(timesteps)
+    def set_timesteps(own: Any, *args: Any, **kwargs: Any) -> None:
+        own.timesteps = timesteps()
+        own.num_inference_steps = len(own.timesteps)
 
     vars(child).update(_on_set=set_timesteps, _on_step=step)
     return child
 
 
-def _recorder(scheduler: Any, stop: Callable[[Any], Any]) -> Any:
-    """Return a copy of a scheduler that hands over another copy as soon as that one's timesteps are set."""
+def _recorder(scheduler: Any) -> Any:
+    """Return a copy of a scheduler that stops the call with another copy as soon as that one's timesteps are set."""
     child, real = copy.copy(scheduler), copy.copy(scheduler)
     child.__class__ = _segment_class(scheduler.__class__)
 
-    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+    def set_timesteps(own: Any, *args: Any, **kwargs: Any) -> None:
         real.set_timesteps(*args, **kwargs)
-        stop(real)
+        _stop(real)
 
     vars(child).update(_on_set=set_timesteps, _on_step=None)
     return child
@@ -605,7 +706,7 @@ def _segment_class(scheduler: Hashable) -> Any:
 
         @functools.wraps(base.set_timesteps)
         def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-            self._on_set(*args, **kwargs)
+            self._on_set(self, *args, **kwargs)
 
         @functools.wraps(base.step)
         def step(self, model_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -617,4 +718,6 @@ def _segment_class(scheduler: Hashable) -> Any:
         def set_begin_index(self, *args: Any, **kwargs: Any) -> None:
             pass
 
+    # Stock calls look at the signature in each step.
+    Segment.set_timesteps.__signature__ = inspect.signature(base.set_timesteps)  # type: ignore[attr-defined]
     return Segment

@@ -167,6 +167,7 @@ class Stream:
         # The images that are not finite, with the step of the first such latents, or None if only the pixels are.
         self._diverged: dict[int, int | None] = {}
         if self._latents is not None:
+            self._latents = pipe._as_drawn(self._latents, options)
             self._check_latents(self._latents)
         self._failure = ""
         self._results = self._run()

@@ -11,6 +11,9 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
@@ -187,6 +190,38 @@ def test_identical_prompts_in_a_group_and_a_group_of_one_are_the_stock_image(pai
     found = shared(["red cat"] * 3 + ["tall tree"], seed=[7, 7, 7, 8], plan=plan, batch_size=2, **options).images
     np.testing.assert_allclose(found, expected[[0, 0, 0, 1]], **TOLERANCE)
     assert np.abs(expected[0] - expected[1]).max() > 0.01
+
+
+# A scheduler that takes own timesteps or sigmas, and these.
+OWN = {
+    "StableDiffusionPipeline": (lambda: EulerDiscreteScheduler(**BETAS), {"timesteps": [900, 700, 400, 50]}),
+    "StableDiffusionXLPipeline": (lambda: EulerDiscreteScheduler(**BETAS), {"sigmas": [10.0, 3.0, 1.0, 0.3, 0.0]}),
+    "StableDiffusion3Pipeline": (FlowMatchEulerDiscreteScheduler, {"sigmas": [1.0, 0.8, 0.4, 0.1]}),
+    "PixArtAlphaPipeline": (DPMSolverMultistepScheduler, {"timesteps": [900, 700, 400, 50]}),
+}
+
+
+def test_own_timesteps_and_sigmas_are_the_stock_pipelines(pair):
+    stock, _, options = pair
+    scheduler, own = OWN[type(stock).__name__]
+    stock = type(stock).from_pipe(stock, scheduler=scheduler())
+    stock.set_progress_bar_config(disable=True)
+    shared = SharedSamplingPipeline.from_pipe(stock)
+    expected = stock(tiny.PROMPTS, generator=generators(SEEDS), **options, **own).images
+    found = shared(tiny.PROMPTS, seed=SEEDS, share_ratio=0, **options, **own)
+    assert np.array_equal(found.images, expected)
+    assert found.plan.steps == 4 and found.cost.network_evaluations == 2 * 4 * 5
+    grouped = shared(tiny.PROMPTS, seed=SEEDS, groups=tiny.GROUPS, share_ratio=0.5, **options, **own)
+    assert grouped.cost.network_evaluations == 2 * (2 * 2 + 2 * 5)
+
+
+def test_timesteps_that_a_scheduler_does_not_take_are_named(pair):
+    stock, _, options = pair
+    name, own = ("sigmas", [1.0]) if type(stock).__name__ == "StableDiffusion3Pipeline" else ("timesteps", [900, 1])
+    scheduler = FlowMatchHeunDiscreteScheduler() if name == "sigmas" else SCHEDULERS["ddim"]()
+    shared = SharedSamplingPipeline.from_pipe(type(stock).from_pipe(stock, scheduler=scheduler))
+    with pytest.raises(ConfigurationError, match=f"{type(scheduler).__name__} does not take {name}: The current sched"):
+        shared("red cat", share_ratio=0, **options, **{name: own})
 
 
 def test_permuting_prompts_permutes_images_and_company_changes_nothing(pair):

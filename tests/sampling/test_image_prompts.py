@@ -1,15 +1,21 @@
-"""Image prompts (IP-Adapter) of Stable Diffusion and SDXL: each prompt its own, and a group their mean."""
+"""Image prompts (IP-Adapter): each prompt its own, and a group their mean."""
+
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import tiny_families
 import torch
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from PIL import Image
-from tiny_families import generators
+from tiny_families import generators, rows
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from sage.errors import ConfigurationError, DataError
+from sage.sampling.families.table import TABLE
 from sage.sampling.pipeline import SharedSamplingPipeline
 
 pytestmark = pytest.mark.slow
@@ -58,6 +64,13 @@ def adapter(network, seed: int = 0, plus: bool = False) -> dict[str, dict[str, t
 def stock(request, tmp_path):
     """A stock pipeline with an image encoder and one adapter."""
     pipe = tiny.pipeline(request.param, tmp_path)
+    give_sight(pipe)
+    wear(pipe, adapter(pipe.unet))
+    return pipe
+
+
+def give_sight(pipe) -> None:
+    """Register an image encoder."""
     encoder = CLIPVisionConfig(
         hidden_size=WIDTH, projection_dim=WIDTH, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         image_size=16, patch_size=8,
@@ -66,8 +79,6 @@ def stock(request, tmp_path):
         image_encoder=CLIPVisionModelWithProjection(encoder).eval(),
         feature_extractor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
     )
-    wear(pipe, adapter(pipe.unet))
-    return pipe
 
 
 def wear(pipe, *adapters) -> None:
@@ -199,7 +210,126 @@ def test_a_network_without_adapters_takes_none(tmp_path):
 
 
 def test_families_without_image_prompts_refuse_them():
-    family = tiny_families.tiny("FluxPipeline")
+    family = tiny_families.tiny("SanaPipeline")
     pipe = SharedSamplingPipeline.from_pipe(family.pipe)
-    with pytest.raises(ConfigurationError, match=r"are for Stable Diffusion 1\.x and XL without ControlNet"):
+    with pytest.raises(ConfigurationError, match=r"are for Stable Diffusion 1\.x, XL, 3, FLUX\.1 and their Contr"):
         pipe(**family.embed(1), **family.call, ip_adapter_image=picture(0))
+
+
+# SD 3, FLUX.1 and the ControlNets: other networks, and other forms of the embeddings.
+
+
+def flux_adapter(network) -> dict[str, dict[str, torch.Tensor]]:
+    text, inner = network.config.joint_attention_dim, network.inner_dim
+    projection = {
+        "proj.weight": torch.randn(4 * text, WIDTH),
+        "proj.bias": torch.randn(4 * text),
+        "norm.weight": torch.ones(text),
+        "norm.bias": torch.zeros(text),
+    }
+    found = {}
+    for block in range(network.config.num_layers):
+        for part in "kv":
+            found[f"{block}.to_{part}_ip.weight"] = torch.randn(inner, text)
+            found[f"{block}.to_{part}_ip.bias"] = torch.randn(inner)
+    return {"image_proj": projection, "ip_adapter": found}
+
+
+def adapter_3(network) -> dict[str, dict[str, torch.Tensor]]:
+    sides, size = {"embed_dim": WIDTH, "hidden_dim": 24, "timestep_in_dim": 8}, network.inner_dim
+    projection = IPAdapterTimeImageProjection(**sides, output_dim=size, heads=1, num_queries=4)
+    found = {}
+    for block in range(len(network.attn_processors)):
+        processor = SD3IPAdapterJointAttnProcessor2_0(size, size, network.config.attention_head_dim, 24)
+        found |= {f"{block}.{name}": 5 * weight for name, weight in processor.state_dict().items()}
+    return {"image_proj": projection.state_dict(), "ip_adapter": found}
+
+
+@dataclass
+class Seeing:
+    """A stock pipeline with an image encoder and an adapter, inputs of two prompts, and arguments of its call."""
+
+    pipe: Any
+    inputs: dict[str, Any]
+    call: dict[str, Any]
+
+    def stock(self, numbers: list[int], **more: Any) -> torch.Tensor:
+        torch.manual_seed(0)  # the ControlNet of SD 3 draws from torch's own generator
+        seeds = generators([5 + number for number in numbers])
+        return self.pipe(**rows(self.inputs, numbers), **CALL, **self.call | more, generator=seeds)[0]
+
+    def shared(self, **more: Any) -> Any:
+        torch.manual_seed(0)
+        pipe = SharedSamplingPipeline.from_pipe(self.pipe)
+        return pipe(**self.inputs, **CALL | {"share_ratio": 0} | self.call | more, seed=[5, 6])
+
+
+SEEING = ["stable_diffusion_3", *(name for name in TABLE if TABLE[name].images)]
+
+
+@pytest.fixture(params=SEEING)
+def seeing(request, tmp_path) -> Seeing:
+    torch.manual_seed(3)
+    if request.param in tiny.FAMILIES:
+        pipe = tiny.pipeline(request.param, tmp_path)
+        found = Seeing(pipe, {"prompt": PROMPTS}, {**tiny.OPTIONS[request.param], "guidance_scale": 3.0})
+    else:
+        family = tiny_families.tiny(request.param)
+        found = Seeing(family.pipe, family.embed(2), family.call | dict([family.guidance] if family.guidance else []))
+    give_sight(found.pipe)
+    network = getattr(found.pipe, "unet", None) or found.pipe.transformer
+    if "Flux" in request.param:
+        network._load_ip_adapter_weights([flux_adapter(network)])
+    elif "3" in request.param:
+        network._load_ip_adapter_weights(adapter_3(network))
+    else:
+        network._load_ip_adapter_weights([adapter(network)])
+    network.eval()
+    return found
+
+
+def test_an_image_prompt_is_that_of_the_stock_pipeline(seeing):
+    found = seeing.shared(ip_adapter_image=picture(0)).images
+    assert torch.equal(found, seeing.stock([0, 1], ip_adapter_image=picture(0)))
+    assert not torch.equal(found, seeing.shared(ip_adapter_image=picture(1)).images)
+
+
+def test_every_prompt_may_have_its_own_image(seeing):
+    images = [picture(0), picture(1)]
+    found = seeing.shared(ip_adapter_image=[[[image] for image in images]], batch_size=1).images
+    if "StableDiffusion3ControlNet" in type(seeing.pipe).__name__:  # it draws for both prompts in one call
+        assert torch.equal(found[0], seeing.shared(ip_adapter_image=images[0], batch_size=1).images[0])
+        assert torch.equal(found[1], seeing.shared(ip_adapter_image=images[1], batch_size=1).images[1])
+        return
+    for number, image in enumerate(images):
+        assert torch.equal(found[number], seeing.stock([number], ip_adapter_image=image)[0])
+
+
+def test_a_group_sees_the_mean_of_its_images_and_then_each_its_own(seeing):
+    torch.manual_seed(4)
+    halves = 2 if "guidance_scale" in seeing.call else 1
+    embeddings = torch.randn(2 * halves, 1, WIDTH)
+    mean = torch.stack([half.mean(0) for half in embeddings.chunk(halves)])
+    single = "3" in type(seeing.pipe).__name__  # one adapter at most: no list of them
+    seen: list[torch.Tensor] = []
+
+    def watch(pipe, step, t, tensors):
+        seen.append(tensors["latents"].clone())
+        return {}
+
+    call = {"groups": [[0, 1]], "share_ratio": 0.5, "callback_on_step_end": watch}
+    for values in (embeddings, mean):
+        out = seeing.shared(ip_adapter_image_embeds=values if single else [values], **call)
+        assert out.cost.network_evaluations == halves * (2 * STEPS - 2)
+    torch.testing.assert_close(seen[1], seen[STEPS + 1], rtol=1e-4, atol=1e-4)
+    assert (seen[STEPS - 1] - seen[-1]).abs().max() > 1e-3
+
+
+def test_an_adapter_of_stable_diffusion_3_does_without_an_image_and_takes_one_of_each_prompt(tmp_path):
+    pipe = tiny.pipeline("stable_diffusion_3", tmp_path)
+    give_sight(pipe)
+    pipe.transformer._load_ip_adapter_weights(adapter_3(pipe.transformer))
+    seeing = Seeing(pipe, {"prompt": PROMPTS}, tiny.OPTIONS["stable_diffusion_3"])
+    assert torch.equal(seeing.shared().images, seeing.stock([0, 1]))
+    with pytest.raises(ConfigurationError, match=r"a prompt has 2 images of one adapter, but .* takes one"):
+        seeing.shared(ip_adapter_image=[[picture(0), picture(1)]])

@@ -1,5 +1,6 @@
-"""Image prompts (IP-Adapter, Ye et al., 2023) of Stable Diffusion 1.x and XL: a further condition beside the text."""
+"""Image prompts (IP-Adapter, Ye et al., 2023): a further condition beside the text."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -21,8 +22,8 @@ class ImagePrompted(SharedSamplingPipeline):
 
     The arguments are those of the stock call, `ip_adapter_image` or `ip_adapter_image_embeds`, with an entry for each
     adapter. As there, an entry is an image or a list of images, for all prompts, or embeddings (g, images, ...), g = 2
-    under guidance, without image before with image. Beyond it, an entry may be a list of lists, the images of each
-    prompt, or embeddings (g * prompts, images, ...), the rows without image first.
+    under guidance in which the text is left out, without image before with image. Beyond it, an entry may be a list of
+    lists, the images of each prompt, or embeddings (g * prompts, images, ...), the rows without image first.
     """
 
     # Of the base class; that of a family gets the parameters of its stock call.
@@ -40,11 +41,9 @@ class ImagePrompted(SharedSamplingPipeline):
         scale: float,
         options: dict[str, Any],
     ) -> None:
-        adapters = 0
-        if self._network.config.encoder_hid_dim_type == "ip_image_proj":
-            adapters = self._network.encoder_hid_proj.num_ip_adapters
+        adapters = self._image_adapters()
         names = [name for name in IMAGE_PROMPTS if name in given]
-        if len(names) != min(adapters, 1):
+        if len(names) != min(adapters, 1) and not (self._has_one_adapter and not names):
             raise ConfigurationError(
                 f"the call has {' and '.join(names) or 'no image prompt'}, and the network {adapters} image adapters "
                 "(load_ip_adapter); give ip_adapter_image or ip_adapter_image_embeds if there is an adapter, else none"
@@ -56,16 +55,41 @@ class ImagePrompted(SharedSamplingPipeline):
                 raise ConfigurationError(
                     f"{name} has {len(entries)} entries for {adapters} adapters; give one for each"
                 )
+            each = 2 if self._is_guided(scale, negatives, given) else 1
             columns = [
-                _images(entry, count)
-                if name == "ip_adapter_image"
-                else _rows(entry, count, 2 if self._guides(scale) else 1)
-                for entry in entries
+                _images(entry, count) if name == "ip_adapter_image" else _rows(entry, count, each) for entry in entries
             ]
             given[name] = list(zip(*columns, strict=True))
         super()._prepare_call(prompts, negatives, given, steps, scale, options)
 
-    def _image_conditions(self, given: Mapping[str, Any], guided: bool) -> tuple[Condition, Condition]:
+    @property
+    def _has_one_adapter(self) -> bool:
+        """Whether the network is one of SD 3, which has one adapter at most, and does without an image prompt, too."""
+        return getattr(self._network, "image_proj", None) is not None
+
+    def _image_adapters(self) -> int:
+        if self._has_one_adapter:
+            return 1
+        if getattr(self._network.config, "encoder_hid_dim_type", None) != "ip_image_proj":
+            return 0
+        return int(self._network.encoder_hid_proj.num_ip_adapters)
+
+    def _prepared_images(self, name: str, entries: Sequence[Any], guided: bool) -> list[Tensor]:
+        """Return the stock pipeline's embeddings (g, images, ...) of a prompt's entries, one for each adapter."""
+        prepare = self.prepare_ip_adapter_image_embeds
+        given: Any = entries[0] if self._has_one_adapter else list(entries)
+        images, embeddings = (given, None) if name == "ip_adapter_image" else (None, given)
+        halves = (guided,) if "do_classifier_free_guidance" in inspect.signature(prepare).parameters else ()
+        found = prepare(images, embeddings, self._execution_device, 1, *halves)
+        found = found if isinstance(found, list) else [found]
+        if wrong := [len(rows) for rows in found if len(rows) != (2 if halves and guided else 1)]:
+            raise ConfigurationError(
+                f"a prompt has {wrong[0] // (2 if guided else 1)} images of one adapter, but {type(self).__name__} "
+                "takes one; give one"
+            )
+        return found
+
+    def _image_conditions(self, given: Mapping[str, Any], guided: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the conditions (n, ...) of the image prompts in `given`, without and with image; {} if there are none.
 
         Raises ConfigurationError if the prompts have different numbers of images.
@@ -73,11 +97,10 @@ class ImagePrompted(SharedSamplingPipeline):
         name = next((name for name in IMAGE_PROMPTS if name in given), None)
         if name is None:
             return {}, {}
-        known: dict[tuple[int, ...], list[Tensor]] = {}  # one image prompt for all is encoded once
+        known: dict[tuple[int, ...], Sequence[Tensor]] = {}  # one image prompt for all is encoded once
         for entries in given[name]:
             if (key := tuple(map(id, entries))) not in known:
-                found = (list(entries), None) if name == "ip_adapter_image" else (None, list(entries))
-                known[key] = self.prepare_ip_adapter_image_embeds(*found, self._execution_device, 1, guided)
+                known[key] = self._prepared_images(name, entries, guided)
         without: dict[str, Tensor] = {}
         with_image: dict[str, Tensor] = {}
         for number, rows in enumerate(zip(*(known[tuple(map(id, entries))] for entries in given[name]), strict=True)):
@@ -88,9 +111,14 @@ class ImagePrompted(SharedSamplingPipeline):
         return without if guided else {}, with_image
 
 
+def image_embeddings(condition: Condition, prefix: str = "") -> list[Tensor]:
+    """Return the image prompts among conditions, (rows, ...) for each adapter; those without image have a prefix."""
+    return [rows for name, rows in condition.items() if name.startswith(prefix + _CONDITION)]
+
+
 def network_inputs(condition: Condition) -> dict[str, list[Tensor]]:
-    """Return the network's further inputs for the image prompts among conditions (g * rows, ...); {} without any."""
-    found = [rows for name, rows in condition.items() if name.startswith(_CONDITION)]
+    """Return a U-Net's further inputs for the image prompts among conditions (g * rows, ...); {} without any."""
+    found = image_embeddings(condition)
     return {"image_embeds": found} if found else {}
 
 

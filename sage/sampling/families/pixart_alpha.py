@@ -27,6 +27,8 @@ class SharedPixArtAlphaPipeline(pipeline.SharedSamplingPipeline, PixArtAlphaPipe
         "clean_caption": False,
         "max_sequence_length": 120,
         "use_resolution_binning": True,
+        "timesteps": None,
+        "sigmas": None,
     }
     _embeddings: ClassVar = (
         "prompt_embeds",

@@ -18,7 +18,14 @@ class SharedStableDiffusionPipeline(ImagePrompted, StableDiffusionPipeline):  # 
 
     _callback_tensor_inputs: ClassVar = ["latents", "prompt_embeds"]
     _embeddings: ClassVar = ("prompt_embeds", "negative_prompt_embeds", *pipeline.IMAGE_PROMPTS)
-    _options: ClassVar = {"eta": 0.0, "guidance_rescale": 0.0, "clip_skip": None, "cross_attention_kwargs": None}
+    _options: ClassVar = {
+        "eta": 0.0,
+        "guidance_rescale": 0.0,
+        "clip_skip": None,
+        "cross_attention_kwargs": None,
+        "timesteps": None,
+        "sigmas": None,
+    }
 
     def _encode(
         self,

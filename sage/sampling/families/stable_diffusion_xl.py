@@ -29,6 +29,8 @@ class SharedStableDiffusionXLPipeline(ImagePrompted, StableDiffusionXLPipeline):
         "negative_original_size": None,
         "negative_crops_coords_top_left": (0, 0),
         "negative_target_size": None,
+        "timesteps": None,
+        "sigmas": None,
     }
     _callback_conditions: ClassVar = {
         "prompt_embeds": "states",

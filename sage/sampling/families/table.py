@@ -25,6 +25,7 @@ TABLE = {
             _POOLED,
             (("prompt_embeds", "pooled_prompt_embeds", None),),
             embedded=True,
+            images=True,
             fixed=("true_cfg_scale",),
         ),
         Family("Flux2Pipeline", _STATES, (("prompt_embeds", None),), embedded=True),
@@ -72,12 +73,13 @@ TABLE = {
                 for end in ("", "_2")
             ),
         ),
-        Family("StableDiffusionControlNetPipeline", _STATES, _PLAIN_PAIR, control="image", fixed=_KEPT),
+        Family("StableDiffusionControlNetPipeline", _STATES, _PLAIN_PAIR, control="image", images=True, fixed=_KEPT),
         Family(
             "StableDiffusionXLControlNetPipeline",
             _POOLED,
             (("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),),
             control="image",
+            images=True,
             fixed=(*_KEPT, "denoising_end"),
         ),
         Family(
@@ -86,6 +88,7 @@ TABLE = {
             (("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),),
             control="control_image",
             posterior="global",
+            images=True,
             fixed=(*_KEPT, "controlnet_pooled_projections"),
         ),
         Family(
@@ -95,6 +98,7 @@ TABLE = {
             embedded=True,
             control="control_image",
             posterior="generator",
+            images=True,
             fixed=(*_KEPT, "true_cfg_scale"),
         ),
         Family("WanPipeline", _STATES, _PLAIN_PAIR, output="frames"),
