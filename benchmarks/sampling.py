@@ -2,6 +2,7 @@
 
     python -m benchmarks.sampling                 this project's base model, 256 held-out prompts, then as with --free
     python -m benchmarks.sampling --sd15          a U-Net of Stable Diffusion 1.5's size, random weights (accelerator)
+    python -m benchmarks.sampling --flux          a transformer of FLUX.1's size, random weights (accelerator, 40 GB)
     python -m benchmarks.sampling --quick         a few prompts and steps, to see that it runs
     python -m benchmarks.sampling --free          networks that cost nothing: what is spent outside them, in CPU time
 
@@ -16,6 +17,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +40,34 @@ from flows.terminal import progress, quiet
 from sage.data.dataset import read_split
 from sage.files import write_json
 from sage.sampling import base
-from sage.sampling.pipeline import SharedSamplingPipeline
+from sage.sampling.pipeline import SharedSamplingPipeline, adopted
 from sage.sampling.plan import Plan
+from sage.sampling.segments import Family, segmented
 
 # What is held, and its limit: at most, or for the speed-up at least.
 LIMITS = {
     "share ratio 0, of the stock pipeline's time at its best batch size": 1.02,
     "speed-up, of what the evaluations promise": 0.95,
-    "time outside U-Net and text encoder": 0.03,
+    "time outside the networks": 0.03,
     "CPU time a prompt of the longest stream, of the shortest's": 1.15,
     "memory of the longest stream, MiB a thousand prompts": 2.0,
 }
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is sampled with a model: images, steps, batch sizes that stock is tried at, and arguments of the call."""
+
+    name: str
+    images: int
+    steps: int
+    batches: list[int]
+    call: dict[str, Any]
+
+
+BASE = Size("base", 256, 8, [16, 32, 64, 128], {"guidance_scale": 3.0})
+SD15 = Size("sd15", 256, 30, [8, 16, 32], {"guidance_scale": 3.0})
+FLUX = Size("flux", 16, 10, [1, 2, 4, 8], {"guidance_scale": 3.5, "height": 512, "width": 512})
 
 
 class Clock:
@@ -102,6 +121,20 @@ def stable_diffusion_15(device: str) -> StableDiffusionPipeline:
         requires_safety_checker=False,
     )
     return pipe.to(device, torch.float16)
+
+
+def flux_1(device: str) -> FluxPipeline:
+    """Return the transformer of FLUX.1 dev, 12 billion random weights, in bfloat16; text comes as embeddings."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # in single precision the weights would not fit beside their copies
+    try:
+        with torch.device(device):
+            transformer = FluxTransformer2DModel(guidance_embeds=True)
+    finally:
+        torch.set_default_dtype(before)
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    return FluxPipeline(**parts, transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
 
 
 def tiny_stable_diffusion(prompts: int = 6) -> tuple[Any, dict[str, Any]]:
@@ -165,7 +198,7 @@ class FreeTransformer(FluxTransformer2DModel):  # type: ignore[misc]
 
 def free(prompts: int, family: str) -> tuple[Any, dict[str, Any]]:
     """Return a pipeline whose network costs nothing, and the embeddings of some prompts."""
-    if family == "Stable Diffusion":
+    if family.startswith("Stable Diffusion"):
         pipe, call = tiny_stable_diffusion(prompts)
         pipe.unet.__class__ = FreeUNet
     else:
@@ -174,10 +207,19 @@ def free(prompts: int, family: str) -> tuple[Any, dict[str, Any]]:
     return pipe, call | {"num_inference_steps": 10, "output_type": "latent"}
 
 
+def shared_of(stock: Any, family: str) -> Any:
+    """Return the pipeline for shared sampling; "in segments" for one with a call of its own, too, to compare them."""
+    if not family.endswith("in segments"):
+        return SharedSamplingPipeline.from_pipe(stock)
+    name = "prompt_embeds"
+    row = Family(type(stock).__name__, {name: name}, ((name, f"negative_{name}"),))
+    return adopted(segmented(row, type(stock)), stock)
+
+
 def overhead(family: str, count: int = 64, repetitions: int = 7) -> dict[str, float]:
     """Return CPU milliseconds a network call of stock and of share ratio 0 (medians), and the median of their ratio."""
     stock, call = free(count, family)
-    pipe: Any = SharedSamplingPipeline.from_pipe(stock)
+    pipe = shared_of(stock, family)
     given = {name: call.pop(name) for name in list(call) if torch.is_tensor(call[name])}
     calls = call["num_inference_steps"] * (count // 8)
     arms: dict[str, Callable[[], Any]] = {
@@ -200,7 +242,7 @@ def scale(family: str, counts: Sequence[int]) -> list[dict[str, float]]:
     found = []
     for count in counts:
         stock, call = free(count, family)
-        pipe: Any = SharedSamplingPipeline.from_pipe(stock)
+        pipe = shared_of(stock, family)
         process = psutil.Process()
         begin, before, peak = time.process_time(), process.memory_info().rss, 0
         for number, _ in enumerate(pipe.stream(**call, seed=0, groups=groups_of(count, 3), share_ratio=0.4)):
@@ -217,8 +259,21 @@ def conditions(stock: Any, count: int, data: Path) -> tuple[list[str] | None, di
     if stock.tokenizer is not None:
         texts = [example.text for example in read_split(data, "test")]
         return (texts * (count // len(texts) + 1))[:count], {}
-    rows = torch.randn(2, count, 77, 768, generator=torch.Generator().manual_seed(0)).to(stock.unet)
-    return None, {"prompt_embeds": rows[0], "negative_prompt_embeds": rows[1]}
+    random = torch.Generator().manual_seed(0)
+    network = networks(stock)[0]
+    if isinstance(stock, FluxPipeline):
+        states, pooled = torch.randn(count, 512, 4096, generator=random), torch.randn(count, 768, generator=random)
+        given = {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
+    else:
+        rows = torch.randn(2, count, 77, 768, generator=random)
+        given = {"prompt_embeds": rows[0], "negative_prompt_embeds": rows[1]}
+    return None, {name: values.to(network.device, network.dtype) for name, values in given.items()}
+
+
+def networks(stock: Any) -> list[Any]:
+    """Return the network that is evaluated in each step, and the text encoder, if there is one."""
+    found = (getattr(stock, name, None) for name in ("unet", "transformer", "text_encoder"))
+    return [network for network in found if network is not None]
 
 
 def groups_of(count: int, size: int) -> list[list[int]]:
@@ -284,7 +339,7 @@ def measure(
 
 
 Runs = list[tuple[float, float]]
-"""One run a repetition: its seconds, and the share of them outside U-Net and text encoder."""
+"""One run a repetition: its seconds, and the share of them outside the networks."""
 
 
 def interleaved(arms: dict[str, Callable[[], Any]], stock: Any, repetitions: int) -> dict[str, Runs]:
@@ -302,7 +357,7 @@ def interleaved(arms: dict[str, Callable[[], Any]], stock: Any, repetitions: int
 
 def timed(arm: Callable[[], Any], stock: Any) -> tuple[float, float]:
     """Run an arm once; return its seconds and the share of them outside the networks."""
-    clocks = [Clock(stock.unet), Clock(stock.text_encoder)]
+    clocks = [Clock(network) for network in networks(stock)]
     synchronise()
     start = time.perf_counter()
     arm()
@@ -351,7 +406,7 @@ def free_figures(counts: Sequence[int]) -> dict[str, Any]:
     """Return what is spent outside networks that cost nothing, by family."""
     return {
         family: {"milliseconds_a_network_call": overhead(family), "streams": scale(family, counts)}
-        for family in ("Stable Diffusion", "FLUX.1")
+        for family in ("Stable Diffusion", "Stable Diffusion, in segments", "FLUX.1")
     }
 
 
@@ -367,8 +422,9 @@ def report(figures: dict[str, Any], out: Path | None) -> None:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sd15", action="store_true")
-    parser.add_argument("--free", action="store_true")
+    model = parser.add_mutually_exclusive_group()
+    for name in ("--sd15", "--flux", "--free"):
+        model.add_argument(name, action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--model", type=Path, default=Path("models/base"))
     parser.add_argument("--data", type=Path, default=Path("data/prepared"))
@@ -380,18 +436,21 @@ def main() -> None:
         report({"free": free_figures(counts)}, options.out)
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    stock = stable_diffusion_15(device) if options.sd15 else base.load(options.model).to(device)
+    if device == "cpu" and (options.sd15 or options.flux):
+        parser.error(f"{'--flux' if options.flux else '--sd15'} needs an accelerator (CUDA), and there is none here")
+    size = FLUX if options.flux else SD15 if options.sd15 else BASE
+    stock: Any = flux_1(device) if options.flux else stable_diffusion_15(device) if options.sd15 else None
+    stock = stock or base.load(options.model).to(device)
     stock.set_progress_bar_config(disable=True)
-    count = 8 if options.quick else 256
+    count = 8 if options.quick else size.images
     prompts, given = conditions(stock, count, options.data)
-    batches = [4, 8] if options.quick else [8, 16, 32] if options.sd15 else [16, 32, 64, 128]
-    steps = 2 if options.quick else 30 if options.sd15 else 8
+    batches = [4, 8] if options.quick else size.batches
     # Latents out: the decoder is the same work in every arm and is no part of the question.
-    call = {"num_inference_steps": steps, "guidance_scale": 3.0, "output_type": "latent"}
+    call = size.call | {"num_inference_steps": 2 if options.quick else size.steps, "output_type": "latent"}
     ratios = [0.0, 0.5] if options.quick else [0.0, 0.25, 0.4, 0.6]
     figures = measure(stock, prompts, given, count, batches, ratios, 3, 1 if options.quick else 5, call)
-    figures |= {"model": "sd15" if options.sd15 else "base", "device": device, "threads": torch.get_num_threads()}
-    if not options.sd15:
+    figures |= {"model": size.name, "device": device, "threads": torch.get_num_threads()}
+    if size is BASE:
         figures["free"] = free_figures(counts)
     report(figures, options.out)
 

@@ -1,8 +1,13 @@
 """The verdicts of `benchmarks/sampling.py` follow its limits."""
 
+import sys
 from typing import Any
 
-from benchmarks.sampling import LIMITS, verdicts
+import pytest
+import torch
+
+from benchmarks import sampling
+from benchmarks.sampling import LIMITS, measure, tiny_flux, tiny_stable_diffusion, verdicts
 
 
 def figures(over_stock: float = 1.0, promise: float = 1.0, outside: float = 0.01, late: float = 1.0) -> dict[str, Any]:
@@ -32,3 +37,24 @@ def test_each_limit_is_of_the_worst_case():
 def test_only_what_was_measured_is_judged():
     free = {"free": figures()["free"]}
     assert [value for _, value, _ in verdicts(free)] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("size", ["--sd15", "--flux"])
+def test_a_model_of_full_size_needs_an_accelerator(size, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sampling", size])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        sampling.main()
+    assert f"{size} needs an accelerator (CUDA), and there is none here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tiny", [tiny_stable_diffusion, tiny_flux])
+def test_what_is_measured_is_judged(tiny):
+    """The whole measurement, of networks that take no time worth judging."""
+    stock, call = tiny(8)
+    given = {name: call.pop(name) for name in list(call) if torch.is_tensor(call[name])}
+    call |= {"num_inference_steps": 2, "output_type": "latent"}
+    found = measure(stock, None, given, 8, [4, 8], [0.0, 0.5], 3, 1, call)
+    assert found["ratios"]["0.5"]["saving"] > found["ratios"]["0.0"]["saving"] == 0
+    assert 0 < found["ratios"]["0.5"]["outside_networks"] < 1
+    assert [what for what, _, _ in verdicts(found)] == list(LIMITS)[:3]
