@@ -15,6 +15,7 @@ import simulated_device
 import tiny
 import tiny_families
 import torch
+from peft import LoraConfig
 from simulated_device import DEVICE, counted
 from torch import Tensor
 
@@ -319,6 +320,37 @@ def test_half_precision_is_the_stock_pipeline(name: str, half: torch.dtype, tmp_
         it.inputs = lambda count: {key: value.to(half) for key, value in embed(count).items()}
     assert torch.equal(it.shared(it.alone(2)), it.stock(2))
     assert it.shared(it.tree(), branch_noise=0.7).isfinite().all()
+
+
+@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "FluxPipeline"])
+def test_weights_that_wait_on_the_host_change_no_image(name: str, offload: str, tmp_path: Path) -> None:
+    it, waiting = subject(name, tmp_path), subject(name, tmp_path, "cpu")
+    pipe = waiting.shared_pipe
+    getattr(pipe, offload)(device=DEVICE)
+    for plan in (it.alone(2), it.tree()):
+        found = [pipe(**waiting.arguments(plan, output_type="pt")).images for _ in range(2)]
+        assert torch.equal(found[0], found[1])
+        assert_near(found[0], it.shared(plan, output_type="pt"))
+    assert {weight.device.type for weight in pipe._network.parameters()} <= {"cpu", "meta"}
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "FluxPipeline"])
+def test_an_adapter_and_an_interruption_are_the_stock_pipelines(name: str, tmp_path: Path) -> None:
+    it = subject(name, tmp_path)
+    plain = it.shared(it.alone(2))
+    network = it.shared_pipe._network
+    network.add_adapter(LoraConfig(r=4, lora_alpha=16, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    network.to(DEVICE)
+    found = it.shared(it.alone(2))
+    assert torch.equal(found, it.stock(2)) and not torch.equal(found, plain)
+
+    def stop(pipe: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        pipe._interrupt = step == 1
+        return {}
+
+    changes = {"callback_on_step_end": stop}
+    assert torch.equal(it.shared(it.alone(2), **changes), it.stock(2, **changes))
 
 
 # The serving engine.

@@ -22,8 +22,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -210,6 +213,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stable_diffusion_3": {"max_sequence_length": 20},
     "pixart_alpha": {"use_resolution_binning": False, "max_sequence_length": 20},
 }
+
+
+def safety_checker() -> dict[str, Any]:
+    """Return a checker that finds something in some images, and its feature extractor, by the names of the parts."""
+    torch.manual_seed(0)
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = CLIPConfig(projection_dim=4, vision_config=vision | {"image_size": 16, "patch_size": 8})
+    checker = StableDiffusionSafetyChecker(config).eval()
+    checker.concept_embeds_weights.data.fill_(-0.2)
+    torch.nn.init.normal_(checker.concept_embeds)
+    extractor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    return {"safety_checker": checker, "feature_extractor": extractor}
 
 
 def overflow_at(letter: str, pipe: Any) -> None:

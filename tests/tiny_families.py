@@ -1,18 +1,21 @@
-"""Tiny random pipelines of the families that the segment driver runs, and embeddings in place of text encoders."""
+"""Tiny random pipelines of the families, and embeddings in place of text encoders."""
 
 import functools
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import sage.torchvision_ops  # noqa: F401
 
 import diffusers
+import tiny as own
 import torch
 from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
 from tiny import autoencoder, t5, t5_tokenizer, unet
 from torch import Tensor
-from transformers import BertConfig, BertModel, Qwen3Config, Qwen3Model
+from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, Qwen3Config, Qwen3Model
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
 
@@ -69,7 +72,7 @@ def _vae(channels: int = 4, **changes: Any) -> Any:
     return diffusers.AutoencoderKL(**(settings | changes))
 
 
-def flux() -> Tiny:
+def flux(guidance_embeds: bool = True) -> Tiny:
     transformer = diffusers.FluxTransformer2DModel(
         patch_size=1,
         in_channels=4,
@@ -80,9 +83,10 @@ def flux() -> Tiny:
         joint_attention_dim=32,
         pooled_projection_dim=32,
         axes_dims_rope=[4, 4, 8],
-        guidance_embeds=True,
+        guidance_embeds=guidance_embeds,
     )
-    pipe = diffusers.FluxPipeline(FLOW(use_dynamic_shifting=True), _vae(1), None, None, None, None, transformer)
+    scheduler = FLOW(use_dynamic_shifting=guidance_embeds)
+    pipe = diffusers.FluxPipeline(scheduler, _vae(1), None, None, None, None, transformer)
     shapes = {"prompt_embeds": (8, 32), "pooled_prompt_embeds": (32,)}
     return Tiny(pipe, shapes, {"height": 8, "width": 8})
 
@@ -218,8 +222,8 @@ def sana() -> Tiny:
     return Tiny(pipe, {"prompt_embeds": (None, 8)}, call, {"prompt_attention_mask": None}, ("guidance_scale", 3.0))
 
 
-def wan() -> Tiny:
-    """Two transformers, the second for the late steps."""
+def wan(second: bool = True, **config: Any) -> Tiny:
+    """By default two transformers, the second for the late steps."""
 
     def transformer() -> Any:
         return diffusers.WanTransformer3DModel(
@@ -240,9 +244,9 @@ def wan() -> Tiny:
     vae = diffusers.AutoencoderKLWan(
         base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
-    pipe = diffusers.WanPipeline(
-        None, None, vae, FLOW(shift=7.0), transformer(), transformer_2=transformer(), boundary_ratio=0.875
-    )
+    if second:
+        config = {"transformer_2": transformer(), "boundary_ratio": 0.875}
+    pipe = diffusers.WanPipeline(None, None, vae, FLOW(shift=7.0), transformer(), **config)
     call = {"height": 16, "width": 16, "num_frames": 9}
     return Tiny(pipe, {"prompt_embeds": (6, 32)}, call, guidance=("guidance_scale", 5.0))
 
@@ -283,7 +287,7 @@ def ltx() -> Tiny:
     return Tiny(pipe, {"prompt_embeds": (None, 32)}, call, {"prompt_attention_mask": None}, ("guidance_scale", 3.0))
 
 
-def flux2(klein: bool = False) -> Tiny:
+def flux2(klein: bool = False, distilled: bool = False) -> Tiny:
     transformer = diffusers.Flux2Transformer2DModel(
         patch_size=1,
         in_channels=4,
@@ -311,8 +315,8 @@ def flux2(klein: bool = False) -> Tiny:
     )
     size = {"height": 8, "width": 8}
     if klein:
-        pipe = diffusers.Flux2KleinPipeline(FLOW(), vae, None, None, transformer, is_distilled=False)
-        return Tiny(pipe, {"prompt_embeds": (6, 16)}, size, guidance=("guidance_scale", 3.0))
+        pipe = diffusers.Flux2KleinPipeline(FLOW(), vae, None, None, transformer, is_distilled=distilled)
+        return Tiny(pipe, {"prompt_embeds": (6, 16)}, size, guidance=None if distilled else ("guidance_scale", 3.0))
     pipe = diffusers.Flux2Pipeline(FLOW(), vae, None, None, transformer)
     return Tiny(pipe, {"prompt_embeds": (6, 16)}, size)
 
@@ -532,6 +536,23 @@ def _bert_and_t5(pipe: Any, width: int) -> dict[str, Any]:
     return {"tokenizer": t5_tokenizer(), "text_encoder": bert, "tokenizer_2": t5_tokenizer(), "text_encoder_2": t5()}
 
 
+def _clip(pipe: Any, width: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = own.clip_tokenizer(Path(folder))
+    sizes = {"hidden_size": width, "max_position_embeddings": 77}
+    config = CLIPTextConfig.from_dict(own.clip_config().to_dict() | sizes)
+    return {"tokenizer": tokenizer, "text_encoder": CLIPTextModel(config)}
+
+
+def _two_clips(pipe: Any, width: int) -> dict[str, Any]:
+    found = _clip(pipe, width // 2)
+    return found | {"tokenizer_2": found["tokenizer"], "text_encoder_2": own.projected_clip()}
+
+
+def _clip_and_t5(pipe: Any, width: int) -> dict[str, Any]:
+    return _clip(pipe, width) | {"tokenizer_2": t5_tokenizer(), "text_encoder_2": t5(width)}
+
+
 # How the texts of a family are read, and the width of its text states; the others have embeddings only.
 TEXTS: dict[str, tuple[Callable[[Any, int], dict[str, Any]], int]] = {
     "ChromaPipeline": (_t5, 32),
@@ -544,6 +565,9 @@ TEXTS: dict[str, tuple[Callable[[Any, int], dict[str, Any]], int]] = {
     "HunyuanDiTPipeline": (_bert_and_t5, 32),
     "PixArtSigmaPipeline": (_t5, 32),
     "StableAudioPipeline": (_t5, 32),
+    "FluxPipeline": (_clip_and_t5, 32),
+    "StableDiffusionControlNetPipeline": (_clip, 16),
+    "StableDiffusionXLControlNetPipeline": (_two_clips, 32),
 }
 
 
@@ -708,10 +732,74 @@ FAMILIES: dict[str, Callable[[], Tiny]] = {
 }
 
 
+def _own(name: str, embeddings: dict[str, tuple[int | None, ...]], **more: Any) -> Tiny:
+    """A family with a call of its own, without its text encoders."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipe = own.pipeline(name, Path(folder))
+    texts = [part for part in pipe.components if part.startswith(("tokenizer", "text_encoder"))]
+    pipe.register_modules(**dict.fromkeys(texts))
+    return Tiny(pipe, embeddings, own.OPTIONS.get(name, {}), guidance=("guidance_scale", 4.0), **more)
+
+
+def stable_diffusion() -> Tiny:
+    return _own("stable_diffusion", {"prompt_embeds": (6, 16)})
+
+
+def stable_diffusion_2() -> Tiny:
+    """Predicts v, and has projections that are linear."""
+    made = stable_diffusion()
+    network = unet(use_linear_projection=True, attention_head_dim=(2, 4))
+    scheduler = diffusers.DDIMScheduler(
+        prediction_type="v_prediction", beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+    made.pipe.register_modules(unet=network, scheduler=scheduler)
+    return made
+
+
+def stable_diffusion_xl() -> Tiny:
+    return _own("stable_diffusion_xl", {"prompt_embeds": (6, 32), "pooled_prompt_embeds": (16,)})
+
+
+def stable_diffusion_3(**changes: Any) -> Tiny:
+    made = _own("stable_diffusion_3", {"prompt_embeds": (6, 32), "pooled_prompt_embeds": (32,)})
+    if changes:
+        transformer = diffusers.SD3Transformer2DModel.from_config(made.pipe.transformer.config, **changes)
+        made.pipe.register_modules(transformer=transformer)
+    return made
+
+
+def stable_diffusion_3_5() -> Tiny:
+    """Normalised queries and keys, and in its first layer a second attention of the image alone."""
+    return stable_diffusion_3(qk_norm="rms_norm", dual_attention_layers=(0,))
+
+
+def pixart_alpha() -> Tiny:
+    return _own("pixart_alpha", {"prompt_embeds": (None, 32)}, masks={"prompt_attention_mask": None})
+
+
+# The families with a call of their own, by their stock class.
+OWN: dict[str, Callable[[], Tiny]] = {
+    "StableDiffusionPipeline": stable_diffusion,
+    "StableDiffusionXLPipeline": stable_diffusion_xl,
+    "StableDiffusion3Pipeline": stable_diffusion_3,
+    "PixArtAlphaPipeline": pixart_alpha,
+}
+# Other models of the same stock classes.
+MODELS: dict[str, Callable[[], Tiny]] = {
+    "Stable Diffusion 2": stable_diffusion_2,
+    "Stable Diffusion 3.5": stable_diffusion_3_5,
+    "FLUX.1 schnell": functools.partial(flux, guidance_embeds=False),
+    "FLUX.2 klein, distilled": functools.partial(flux2, klein=True, distilled=True),
+    "Wan 2.1": functools.partial(wan, second=False),
+    "Wan 2.2 of 5 billion": functools.partial(wan, second=False, expand_timesteps=True),
+}
+ALL = FAMILIES | OWN | MODELS
+
+
 def tiny(family: str) -> Tiny:
-    """Return the tiny pipeline of a family; the same weights each time."""
+    """Return the tiny pipeline of a family or model; the same weights each time."""
     torch.manual_seed(0)
-    made = FAMILIES[family]()
+    made = ALL[family]()
     for component in made.pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)

@@ -19,11 +19,9 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
-from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor
 
 from sage.errors import ConfigurationError, DataError, PlanError, SageError, UnsupportedError
 from sage.grouping.auto import Grouping
@@ -425,16 +423,7 @@ def test_memory_options_change_only_the_arithmetic(tmp_path):
 
 def test_a_safety_checker_is_asked_as_in_the_stock_pipeline(tmp_path):
     stock = tiny.pipeline("stable_diffusion", tmp_path)
-    torch.manual_seed(0)
-    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    config = CLIPConfig(projection_dim=4, vision_config=vision | {"image_size": 16, "patch_size": 8})
-    checker = StableDiffusionSafetyChecker(config).eval()
-    checker.concept_embeds_weights.data.fill_(-0.2)
-    torch.nn.init.normal_(checker.concept_embeds)
-    parts = stock.components | {
-        "safety_checker": checker,
-        "feature_extractor": CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16),
-    }
+    parts = stock.components | tiny.safety_checker()
     checked = StableDiffusionPipeline(**parts)
     checked.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in range(5)]

@@ -6,10 +6,11 @@ import diffusers
 import pytest
 import tiny_families
 import torch
-from test_segments import drift, scale, shared, stock
+from test_segments import drift, half, scale, shared, stock
 from tiny_families import FLOW, rows
 
 from sage.sampling.loop import HISTORY
+from sage.sampling.pipeline import SharedSamplingPipeline
 
 pytestmark = [
     pytest.mark.slow,
@@ -18,6 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Should have t[ab][<>]=t[01] but got:UserWarning"),
 ]
 STEPS = 5
+SEEDS = ([5, 6], [7, 8])
 FLOWS = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 SANA, SIGMA, AUDIO, FLUX = "SanaPipeline", "PixArtSigmaPipeline", "StableAudioPipeline", "FluxPipeline"
 CONTROLLED = "StableDiffusionControlNetPipeline"
@@ -92,6 +94,34 @@ def test_a_scheduler_is_the_stock_pipelines_and_branches(row):
     twins = found.images
     assert drift(twins[0], twins[1]) < min(scale(twins), drift(twins[0], twins[2]) / 10)
     assert drift(twins[3], alone.images[1]) < scale(twins)
+
+
+def streamed(pipe, family, embeddings, seeds):
+    call = family.call | {"num_inference_steps": STEPS, "output_type": "latent", "share_ratio": 0, "batch_size": 1}
+    if family.guidance:
+        call["guidance_scale"] = family.guidance[1]
+    return pipe.stream(**embeddings, **call, seed=seeds)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=said)
+def test_what_a_scheduler_keeps_belongs_to_its_call(row):
+    """Two calls at once, one that was abandoned, and half precision."""
+    name, make, call = row
+    family = tiny_families.tiny(name)
+    family.pipe.scheduler = made(make)
+    embeddings, family.call = family.embed(2), {**family.call, **call}
+    pipe = SharedSamplingPipeline.from_pipe(family.pipe)
+    expected = [shared(family, embeddings, seeds, num_inference_steps=STEPS, batch_size=1).images for seeds in SEEDS]
+    abandoned = streamed(pipe, family, embeddings, [5, 6])
+    next(abandoned)
+    streams = [streamed(pipe, family, embeddings, seeds) for seeds in SEEDS]
+    for number, results in enumerate(zip(*streams, strict=True)):
+        for result, images in zip(results, expected, strict=True):
+            assert torch.equal(result.image, images[number])
+    family.pipe.to(torch.bfloat16)
+    embeddings = half(embeddings)
+    found = shared(family, embeddings, [5, 6], num_inference_steps=STEPS).images
+    assert torch.equal(found, stock(family, embeddings, [5, 6], num_inference_steps=STEPS))
 
 
 def test_the_table_names_every_supported_scheduler():

@@ -1,4 +1,4 @@
-"""Every family that the segment driver runs, against its stock pipeline on the same random weights."""
+"""Every family, most of them run by the segment driver, against its stock pipeline on the same random weights."""
 
 import ast
 import inspect
@@ -8,13 +8,15 @@ import textwrap
 import diffusers
 import numpy as np
 import pytest
+import tiny
 import tiny_families
 import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
-from tiny_families import FAMILIES, Tiny, generators, latents, rows
+from tiny_families import ALL, FAMILIES, OWN, Tiny, generators, latents, rows
 
 from sage.errors import ConfigurationError, UnsupportedError
 from sage.sampling.families.table import TABLE
+from sage.sampling.pipeline import FAMILIES as CALLED
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
 
@@ -28,10 +30,10 @@ STEPS = 4
 # Batches of another size round differently; latents are of the order of 1.
 CLOSE = 3e-5
 # These default to an empty negative prompt and then refuse embeddings of one.
-ASKING = ("SanaPipeline", "PixArtSigmaPipeline")
+ASKING = ("SanaPipeline", "PixArtSigmaPipeline", "PixArtAlphaPipeline")
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=ALL)
 def family(request) -> Tiny:
     return tiny_families.tiny(request.param)
 
@@ -51,7 +53,7 @@ def stock(family: Tiny, embeddings, seeds, guided=True, output="latent", **chang
     if family.guidance:
         name, scale = family.guidance
         call[name] = scale if guided else family.unguided
-    if name_of(family) in ASKING:
+    if name_of(family) in ASKING and "prompt_embeds" in embeddings:
         call["negative_prompt"] = None
     torch.manual_seed(0)  # the ControlNet of SD 3 draws from torch's own generator
     return latents(family.pipe(**embeddings, **call, generator=generators(seeds)))
@@ -66,12 +68,21 @@ def shared(family: Tiny, embeddings, seeds, guided=True, output="latent", **chan
     return pipe(**embeddings, **call, seed=seeds)
 
 
+def half(embeddings):
+    def cast(values):
+        if isinstance(values, list):
+            return [cast(row) for row in values]
+        return values.bfloat16() if values.is_floating_point() else values
+
+    return {name: cast(values) for name, values in embeddings.items()}
+
+
 def drift(a, b) -> float:
     return (a.double() - b.double()).abs().max().item()
 
 
 def test_the_table_and_the_tests_know_the_same_families():
-    assert TABLE.keys() == FAMILIES.keys()
+    assert TABLE.keys() == FAMILIES.keys() and CALLED.keys() == OWN.keys()
 
 
 @pytest.mark.parametrize("guided", [True, False])
@@ -150,7 +161,7 @@ def test_two_streams_of_one_pipeline_do_not_meet(family):
 
 
 def test_branch_noise_moves_members_apart(family):
-    if name_of(family) == "PixArtSigmaPipeline":
+    if name_of(family).startswith("PixArt"):
         family.pipe.scheduler = DPMSolverMultistepScheduler(solver_order=1)
     embeddings = family.embed(2)
     call = {"groups": [[0, 1]], "share_ratio": 0.5}
@@ -236,8 +247,10 @@ def test_bad_input_is_named():
         shared(family, family.embed(1), [5], image=1)
     with pytest.raises(ConfigurationError, match=r"takes no image .*belongs to a single prompt"):
         shared(family, family.embed(1), [5], image=1)
-    flux = tiny_families.tiny("FluxPipeline")
     with pytest.raises(ConfigurationError, match=r"takes no ip_adapter_image \(image prompts \(IP-Adapter\) are for"):
+        shared(family, family.embed(1), [5], ip_adapter_image=1)
+    flux = tiny_families.tiny("FluxPipeline")
+    with pytest.raises(ConfigurationError, match=r"has ip_adapter_image, and the network 0 image adapters"):
         shared(flux, flux.embed(1), [5], ip_adapter_image=1)
     with pytest.raises(ConfigurationError, match="prompt_2 is for prompts, but embeddings were given"):
         shared(flux, flux.embed(1), [5], prompt_2="a cat")
@@ -308,6 +321,42 @@ def test_control_images_that_do_not_fit_are_named():
         shared(family, family.embed(2), [5, 6], image=None)
     with pytest.raises(UnsupportedError, match=r"control_guidance_end=0.5 of StableDiffusionControlNetP.* may depend"):
         shared(family, family.embed(2), [5, 6], control_guidance_end=0.5)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionControlNetPipeline", "HunyuanDiTPipeline"])
+def test_a_safety_checker_is_asked_as_in_the_stock_pipeline(name):
+    family = tiny_families.tiny(name)
+    family.pipe.register_modules(**tiny.safety_checker())
+    embeddings, seeds = family.embed(5), [1, 2, 3, 4, 5]
+    found = shared(family, embeddings, seeds, output="np")
+    call = family.call | {"num_inference_steps": STEPS, "output_type": "np", "guidance_scale": family.guidance[1]}
+    expected = family.pipe(**embeddings, **call, generator=generators(seeds))
+    assert found.nsfw_content_detected == expected.nsfw_content_detected and any(found.nsfw_content_detected)
+    assert np.array_equal(found.images, expected.images)
+
+
+def test_a_call_that_is_interrupted_while_a_step_begins_finishes_that_step(monkeypatch):
+    """By another thread, in the stock call of the second step."""
+    family = tiny_families.tiny("FluxPipeline")
+    embeddings, pipe, seen = family.embed(2), SharedSamplingPipeline.from_pipe(family.pipe), []
+    checked = type(family.pipe).check_inputs
+    family.pipe.transformer.register_forward_pre_hook(lambda *args: seen.append(1))
+
+    def check_inputs(self, *args, **kwargs):
+        if len(seen) == 1:
+            pipe._interrupt = True
+        checked(self, *args, **kwargs)
+
+    def stop(pipe, step, t, tensors):
+        pipe._interrupt = step == 1
+        return {}
+
+    expected = stock(family, embeddings, [5, 6], callback_on_step_end=stop)
+    seen.clear()
+    monkeypatch.setattr(type(family.pipe), "check_inputs", check_inputs)
+    call = family.call | {"num_inference_steps": STEPS, "output_type": "latent", "share_ratio": 0}
+    found = pipe(**embeddings, **call, seed=[5, 6])
+    assert found.finished == [False, False] and torch.equal(found.images, expected)
 
 
 def test_own_sigmas_and_solvers_with_history_are_the_stock_pipelines():
