@@ -322,17 +322,17 @@ def test_half_precision_is_the_stock_pipeline(name: str, half: torch.dtype, tmp_
     assert it.shared(it.tree(), branch_noise=0.7).isfinite().all()
 
 
-@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 @pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "FluxPipeline"])
-def test_weights_that_wait_on_the_host_change_no_image(name: str, offload: str, tmp_path: Path) -> None:
+def test_weights_that_wait_on_the_host_change_no_image(name: str, tmp_path: Path) -> None:
+    """Whole models; accelerate's sequential offloading makes tensors by their class, which is another here."""
     it, waiting = subject(name, tmp_path), subject(name, tmp_path, "cpu")
     pipe = waiting.shared_pipe
-    getattr(pipe, offload)(device=DEVICE)
+    pipe.enable_model_cpu_offload(device=DEVICE)
     for plan in (it.alone(2), it.tree()):
         found = [pipe(**waiting.arguments(plan, output_type="pt")).images for _ in range(2)]
         assert torch.equal(found[0], found[1])
         assert_near(found[0], it.shared(plan, output_type="pt"))
-    assert {weight.device.type for weight in pipe._network.parameters()} <= {"cpu", "meta"}
+    assert {weight.device.type for weight in pipe._network.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "FluxPipeline"])
