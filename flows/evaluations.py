@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flows.preflight import Job
+from sage.data.dataset import in_buckets
 from sage.evaluation.arms import INDEPENDENT, SAGE, SAME_NFE, SHARED
 from sage.sampling.plan import Plan, fewer_steps
-from sage.training.batches import Batches
+from sage.training.batches import batches_of_parts
 from sage.training.finetuning import sampling_cost
 
 _COUNTED = 200  # steps of a training that are counted, evenly spaced; their mean stands for the others
@@ -25,7 +26,8 @@ class Training:
 def training(job: Job) -> Training:
     """Return the evaluations of stage finetune; raises DataError if the training split has no groups yet."""
     settings, drawing = job.params.finetune, job.params.generate
-    batches = Batches(job.grouped("train"), settings.weights.model_dump(), settings.batch_size, settings.seed)
+    parts, weights = in_buckets(job.examples("train")), settings.weights.model_dump()
+    batches = batches_of_parts(job.grouped("train"), parts, weights, settings.batch_size, settings.seed)
     chosen = range(0, settings.steps, -(-settings.steps // _COUNTED))
     costs = [batches.cost(step) for step in chosen]
     low, high = settings.share_ratios

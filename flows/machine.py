@@ -75,6 +75,11 @@ def accelerator() -> "Accelerator":
         return Accelerator(cpu=cpu, mixed_precision="no")
 
 
+def encoded_cache() -> Path:
+    """Return the folder of the latents and text states that training reads, in SAGE_CACHE (default: work/cache)."""
+    return Path(os.environ.get("SAGE_CACHE", "work/cache")) / "encoded"
+
+
 def embedding_cache() -> Path | None:
     """Return the file that caches prompt embeddings, in the folder SAGE_CACHE (default: work/cache).
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flows import machine
 from sage.config import Evaluate, Gate, Params
-from sage.data.dataset import Example, load_pixels, read_split
+from sage.data.buckets import Size, named
+from sage.data.dataset import Example, in_buckets, load_pixels, read_split
 from sage.data.groups import read_groups
 from sage.errors import ConfigurationError, DataError, SageError, UnsupportedError
 from sage.evaluation.arms import ARMS, INDEPENDENT
@@ -122,12 +123,19 @@ class Job:
             self.pipe,
             self.size,
             items=-(-settings.batch_size // (settings.accumulate * processes)),
-            images=len(train),
-            captions=len({text for example in train for text in example.texts}) + 1,
+            images=len(train) * (2 if settings.flip else 1),
+            captions=_captions(self, train),
             rank=None if settings.adapter is None else settings.adapter.rank,
             consistency=settings.weights.consistency > 0,
             checkpointing=settings.gradient_checkpointing,
         )
+
+
+def _captions(job: Job, train: Sequence[Example]) -> int:
+    """Return how many text states there are at most: distinct captions in each bucket, in all orders of their tags."""
+    orders = 1 if job.params.finetune.shuffle_tags is None else job.params.finetune.shuffle_tags.orders
+    found = [len({text for row in rows for text in train[row].texts}) for rows in in_buckets(train)]
+    return orders * sum(found) + len(found)
 
 
 Check = Callable[[Job], Iterator[str]]
@@ -289,6 +297,59 @@ def _timesteps(job: Job) -> Iterator[str]:
     yield from ()
 
 
+def _buckets(job: Job) -> Iterator[str]:
+    """Refuse buckets of a size that the base cannot draw; warn of those with few images or without a group."""
+    from sage.training.batches import groups_of_parts  # late, as above
+
+    settings, train = job.params.finetune, job.examples("train")
+    parts = in_buckets(train)
+    sizes = [size for rows in parts if (size := train[rows[0]].image.bucket) is not None]
+    if not sizes:
+        return
+    for size in sizes:
+        yield from _bucket_size(job.pipe, size)
+    grouped = groups_of_parts(job.grouped("train"), parts)
+    counts = zip(sizes, map(len, parts), strict=True)
+    few = [f"{named(size)} ({count})" for size, count in counts if count < settings.batch_size]
+    if few:
+        yield (
+            f"{len(few)} of {len(sizes)} buckets have fewer images than a step has items (finetune.batch_size "
+            f"{settings.batch_size}), so their steps repeat images: {', '.join(few)}; give more images of these "
+            "shapes, a larger prepare.buckets.step, or a smaller prepare.buckets.max_aspect"
+        )
+    weights = settings.weights
+    alone = [named(size) for size, own in zip(sizes, grouped, strict=True) if all(len(group) < 2 for group in own)]
+    if alone and not weights.diffusion + weights.consistency:
+        raise DataError(
+            f"no two prompts of bucket {alone[0]} are in one group, and plain diffusion has no weight, so its images "
+            "cannot be trained on; lower group.threshold or give finetune.weights.diffusion a weight"
+        )
+    if alone and weights.shared + weights.branch:
+        yield (
+            f"{len(alone)} of {len(sizes)} buckets have no group of two prompts, so plain diffusion alone trains their "
+            f"images: {', '.join(alone)}; lower group.threshold, or give more images of these shapes"
+        )
+
+
+def _bucket_size(pipe: Any, size: Size) -> Iterator[str]:
+    """Refuse a size that the base cannot draw; warn if it draws another one instead."""
+    try:
+        drawn = pipe._size(*size, dict(pipe._options))
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"the base cannot draw bucket {named(size)}: {error}; set prepare.buckets.step to such a multiple"
+        ) from error
+    config, patch = pipe._network.config, pipe._network.config.get("patch_size", 1)
+    largest = config.get("pos_embed_max_size")
+    if largest is not None and max(size) > largest * patch * pipe.vae_scale_factor:
+        raise ConfigurationError(
+            f"the base cannot draw bucket {named(size)}: its sides go up to {largest * patch * pipe.vae_scale_factor} "
+            "pixels; lower prepare.image_size or prepare.buckets.max_aspect"
+        )
+    if drawn != size:
+        yield f"the base draws {named(drawn)} if it is asked for bucket {named(size)}, and scales and crops the image"
+
+
 def _check_family(pipe: Any) -> None:
     """Raise UnsupportedError for a family that can be sampled, but not fine-tuned."""
     from sage.sampling.pipeline import FAMILIES
@@ -306,7 +367,7 @@ def _memory(job: Job) -> Iterator[str]:
     remedy = "lower finetune.batch_size, raise finetune.accumulate, or set finetune.gradient_checkpointing"
     if needed.certain > total:
         raise ConfigurationError(
-            f"weights, optimizer and data take {needed.certain / 1e9:.1f} GB, but {on} has {total / 1e9:.1f} GB; train "
+            f"weights and optimizer take {needed.certain / 1e9:.1f} GB, but {on} has {total / 1e9:.1f} GB; train "
             "an adapter (finetune.adapter) or a smaller base"
         )
     if needed.total > free:
@@ -317,24 +378,29 @@ def _memory(job: Job) -> Iterator[str]:
 
 
 def _disk(job: Job) -> Iterator[str]:
-    """Refuse a run whose checkpoints, model and images do not fit on the disk."""
-    needed, free = disk(job), shutil.disk_usage(Path.cwd()).free
-    if needed > free:
+    """Refuse a run whose latents, text states, checkpoints, model and images do not fit on the disk."""
+    needed, free, kept = disk(job), shutil.disk_usage(Path.cwd()).free, machine.encoded_cache()
+    data = job.memory.data
+    # What is encoded already may be of this set, so it is not asked for twice.
+    there = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
+    if needed - min(data, there) > free:
         raise ConfigurationError(
-            f"checkpoints, model and images take up to {needed / 1e9:.1f} GB, but {Path.cwd()} has {free / 1e9:.1f} GB "
-            "free; make room, train an adapter, or draw fewer seeds (generate.seeds)"
+            f"latents and text states ({data / 1e9:.1f} GB), checkpoints, model and images take up to "
+            f"{needed / 1e9:.1f} GB, but {Path.cwd()} has {free / 1e9:.1f} GB free; make room ({kept} holds "
+            f"{there / 1e9:.1f} GB of this and earlier sets), train an adapter, lower prepare.image_size or "
+            "finetune.shuffle_tags.orders, or draw fewer seeds (generate.seeds)"
         )
     yield from ()
 
 
 def disk(job: Job) -> int:
-    """Return the bytes that checkpoints, the fine-tuned model and the images of all arms take at most.
+    """Return the bytes that latents, text states, checkpoints, model and the images of all arms take at most.
 
     Images are counted as uncompressed.
     """
     drawing, (height, width) = job.params.generate, job.size
     images = len(ARMS) * len(job.drawn) * len(drawing.seeds) * height * width * 3
-    return _CHECKPOINTS * job.memory.training + _COPIES * (job.memory.weights + images)
+    return job.memory.data + _CHECKPOINTS * job.memory.training + _COPIES * (job.memory.weights + images)
 
 
 def _shares(job: Job) -> Iterator[str]:
@@ -364,6 +430,7 @@ TRAINING: dict[str, Check] = {
     "captions within the text encoder's limit": _texts,
     "base that can be trained": _trainable,
     "timesteps that fit the scheduler": _timesteps,
+    "aspect-ratio buckets": _buckets,
     "memory": _memory,
     "disk": _disk,
 }

@@ -82,6 +82,13 @@ class Figures(Section):
     held_out: HeldOut
 
 
+class Buckets(Section):
+    """Aspect-ratio buckets of the training images (`sage.data.buckets`)."""
+
+    step: Annotated[int, Field(ge=8)]
+    max_aspect: Annotated[float, Field(ge=1, le=8)]
+
+
 class Prepare(Section):
     """Source of the images, their size, and the fractions held out for validation and test."""
 
@@ -89,6 +96,8 @@ class Prepare(Section):
     words: Annotated[float, Field(gt=0, le=1)]
     figures: Figures
     image_size: Annotated[int, Field(ge=8, le=2048)]
+    resize: Literal["pad", "crop"]
+    buckets: Buckets | None
     validation: HeldOut
     test: HeldOut
     near_duplicate: Annotated[int, Field(ge=0, le=16)] | None
@@ -99,6 +108,11 @@ class Prepare(Section):
         if self.validation + self.test >= 1:
             raise ValueError(
                 f"validation {self.validation} + test {self.test} leave nothing to train on; their sum must be below 1"
+            )
+        if self.buckets is not None and self.image_size % self.buckets.step:
+            raise ValueError(
+                f"buckets.step {self.buckets.step} does not divide image_size {self.image_size}, so no bucket is "
+                "square; give a divisor, such as 64 for photographs at 512 or more"
             )
         return self
 
@@ -184,6 +198,13 @@ class Adapter(Section):
     targets: Annotated[list[str], Field(min_length=1)] | None = None
 
 
+class ShuffleTags(Section):
+    """Shuffling of tags, the parts of a caption between commas (`sage.data.tags`)."""
+
+    keep: Annotated[int, Field(ge=0)]
+    orders: Annotated[int, Field(ge=2, le=100)]
+
+
 class Validation(Section):
     """The held-out loss during training (`sage.training.validation`), and what it decides."""
 
@@ -208,6 +229,8 @@ class Finetune(Section):
     branch_start: Literal["sampled", "mixture", "plain"]
     weights: Weights
     drop_text: Share
+    flip: bool
+    shuffle_tags: ShuffleTags | None
     ema: Share
     min_snr: Positive | None
     timesteps: Literal["uniform", "logit_normal"]
@@ -239,6 +262,12 @@ class Finetune(Section):
             raise ValueError(
                 f"init {self.init!r} goes on with an earlier adapter on its own targets; give adapter its rank, and "
                 f"alpha if that is another number, without targets (found adapter {self.adapter})"
+            )
+        if self.shuffle_tags is not None and not self.weights.diffusion + self.weights.consistency:
+            raise ValueError(
+                "shuffle_tags has no effect, because only plain diffusion draws shuffled captions, and "
+                f"weights.diffusion and weights.consistency are {self.weights.diffusion}; raise one of them, or set "
+                "shuffle_tags to null"
             )
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate {self.accumulate} is more than batch_size {self.batch_size}; lower it")

@@ -107,14 +107,15 @@ def _drawing(job: Job) -> Iterator[Row]:
 
 def _memory(job: Job) -> Iterator[Row]:
     needed, (free, _) = job.memory, job.free_memory
-    parts = ("weights", needed.weights), ("training states", needed.training), ("data", needed.data)
-    listed = ", ".join(f"{name} {_gb(size)}" for name, size in (*parts, ("activations", needed.activations)))
+    parts = ("weights", needed.weights), ("training states", needed.training), ("activations", needed.activations)
+    listed = ", ".join(f"{name} {_gb(size)}" for name, size in parts)
     yield "memory of training, at most", f"{_gb(needed.total)} ({listed}); {_gb(free)} are free"
 
 
 def _disk(job: Job) -> Iterator[Row]:
     free = shutil.disk_usage(Path.cwd()).free
-    yield "disk for checkpoints, model and images, at most", f"{_gb(disk(job))}; {_gb(free)} are free"
+    encoded = f"{_gb(job.memory.data)} of it latents and text states"
+    yield "disk for checkpoints, model and images, at most", f"{_gb(disk(job))}, {encoded}; {_gb(free)} are free"
 
 
 def _gb(size: int) -> str:

@@ -18,7 +18,8 @@ from flows.tracking.runs import stage_run
 from sage.config import Evaluate, load_params
 from sage.data.accounting import read_accounting
 from sage.data.dataset import read_split
-from sage.data.shards import ImageFile
+from sage.data.images import compose
+from sage.data.shards import ImageFile, rgb
 from sage.errors import MetricError
 from sage.evaluation import figures as judging
 from sage.evaluation import gates
@@ -110,11 +111,14 @@ def measure(
 ) -> tuple[judging.ImageFeatures, dict[str, judging.ImageFeatures], np.ndarray]:
     """Return what the extractors see: the references, each arm's images, and features of other real images.
 
-    The others tell how far real images are from the references: siblings from the training split, or the held-out
-    images themselves if the references were drawn anew.
+    The others tell how far real images are from the references: siblings from the training split, cropped to the size
+    that is drawn if they have another shape (buckets), or the held-out images themselves if the references were drawn
+    anew.
     """
     compared = references(judged.examples, settings.references, settings.seed)
     others = judged.examples if settings.references else siblings(judged.examples, read_split(data, "train"))
+    width, height = rgb(judged.examples[0].image).size
+    cropped = (np.asarray(compose(rgb(example.image), (height, width), "crop")) for example in others)
     prompts, seeds = len(judged.examples), len(judged.seeds)
     total = prompts * (len(compared[0]) + seeds * len(judged.arms)) + len(others)
     with progress(total, "extracting features") as advance:
@@ -127,7 +131,7 @@ def measure(
 
         real = see(compared)
         arms = {arm: see(paths) for arm, paths in judged.arms.items()}
-        return real, arms, extract(read_images(example.image for example in others), advance)
+        return real, arms, extract(cropped, advance)
 
 
 def judge(

@@ -23,19 +23,21 @@ from flows.terminal import progress, run
 from flows.tracking.runs import Run, stage_run
 from sage import diffusion
 from sage.config import Finetune, load_params
-from sage.data.dataset import Example, captions_of, check_sums, load_pixels, read_split
+from sage.data.dataset import Example, captions_of, check_sums, in_buckets, load_pixels, read_split
 from sage.data.groups import read_groups
+from sage.data.tags import tag_orders
 from sage.files import digest, new_folder, sha256, sha256_tree, write_json
 from sage.randomness import generator
 from sage.sampling import adapters
 from sage.sampling import base as base_model
 from sage.sampling.seeds import prompt_seed
 from sage.training import curves, lora
-from sage.training.batches import Batches
+from sage.training.batches import Batches, Buckets, batches_of_parts
 from sage.training.denoiser import Denoiser
 from sage.training.finetuning import TrainingSet, finetuning_loss, sampling_cost
 from sage.training.loop import Losses, Schedule, Trained, fit, processes
 from sage.training.selection import LOSS, Measured, Validation
+from sage.training.stored import stored
 from sage.training.validation import held_out_batches, held_out_loss
 
 if TYPE_CHECKING:
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REPORT_EVERY = 10
-ENCODED_TOGETHER = 512
 # Settings that change no weight, except for rounding (`accumulate`): they may differ between a killed run and the run
 # that resumes it, and dvc.yaml does not name them, so that a change of them makes no stage stale.
 WITHOUT_EFFECT = {"accumulate", "checkpoint_every", "gradient_checkpointing", "watch_every"}
@@ -74,8 +75,9 @@ def main(
     pipeline = open_pipeline(base, accelerator.device, params.generate.scheduler)
     check(pipeline, params, data, groups, trains=True)
     examples = read_split(data, "train")
-    members = tuple(map(tuple, read_groups(groups / "train.json", examples)[0]))
-    batches = Batches(members, settings.weights.model_dump(), settings.batch_size, settings.seed)
+    members = read_groups(groups / "train.json", examples)[0]
+    buckets = in_buckets(examples)
+    batches = batches_of_parts(members, buckets, settings.weights.model_dump(), settings.batch_size, settings.seed)
     if not any(len(group) > 1 for group in members):
         log.warning("no two training prompts are in one group, so this is plain fine-tuning; see group.threshold")
 
@@ -92,12 +94,15 @@ def main(
         watched = watch(data, groups)
         show(record, pipeline, watched, settings, sampler_steps, 0)
         denoiser = Denoiser(pipeline, settings.precision)
-        inputs = training_set(denoiser, examples, members)
+        inputs = [
+            training_set(denoiser, [examples[row] for row in rows], part.groups, sources, settings)
+            for rows, part in zip(buckets, batches.parts, strict=True)
+        ]
         adapt(denoiser, pipeline, settings)
         if settings.gradient_checkpointing:
             denoiser.network.enable_gradient_checkpointing()
         network = accelerator.prepare(denoiser)
-        validation = held_out(denoiser, pipeline, data, groups, settings, sampler_steps, sampling)
+        validation = held_out(denoiser, pipeline, data, groups, settings, sampler_steps, sampling, sources)
         trained = train(
             network,
             pipeline,
@@ -155,26 +160,59 @@ def _main_run(accelerator: "Accelerator", settings: Finetune) -> Iterator[Run]:
         yield record
 
 
-def training_set(denoiser: Denoiser, examples: Sequence[Example], members: tuple[tuple[int, ...], ...]) -> TrainingSet:
-    """Return the latents of all images and the conditions of all captions, computed once."""
-    size = load_pixels(examples[:1]).shape[1:3]
-    texts, captions = captions_of([example.texts for example in examples])
+def training_set(
+    denoiser: Denoiser,
+    examples: Sequence[Example],
+    members: Sequence[Sequence[int]],
+    sources: Mapping[str, str],
+    settings: Finetune | None = None,
+) -> TrainingSet:
+    """Return the latents of all images and the conditions of all captions, computed once and kept in files.
+
+    denoiser  the base, before it is trained
+    examples  images of one size
+    members   groups of their places
+    sources   hashes of the base and of the prepared data
+    settings  which images and captions to vary (`flip`, `shuffle_tags`); None: none, as for held-out images
+    """
+    height, width = load_pixels(examples[:1]).shape[1:3]
+    texts, captions = captions_of([varied_texts(example, settings) for example in examples])
     texts.append("")
-    parts = []
-    with _shown(len(texts), "encoding captions") as advance:
-        for start in range(0, len(texts), ENCODED_TOGETHER):
-            some = texts[start : start + ENCODED_TOGETHER]
-            parts.append(denoiser.encode_texts(some, size))
-            advance(len(some))
-    conditions = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    # A part at a time, because all pixels need far more memory than their latents; whole batches of the encoder.
-    latents = torch.cat(
-        [
-            denoiser.encode_images(torch.from_numpy(load_pixels(examples[start : start + ENCODED_TOGETHER])))
-            for start in range(0, len(examples), ENCODED_TOGETHER)
-        ]
-    )
-    return TrainingSet(latents, conditions, torch.from_numpy(captions), members)
+    key = {"base": sources["base_sha256"], "size": [height, width], "torch": torch.__version__}
+    key["device"] = next(denoiser.parameters()).device.type
+
+    def encoded_images(mirrored: bool) -> torch.Tensor:
+        def encode(start: int, stop: int) -> dict[str, torch.Tensor]:
+            pixels = torch.from_numpy(load_pixels(examples[start:stop]))
+            return {"latents": denoiser.encode_images(pixels.flip(2) if mirrored else pixels)}
+
+        ids = [example.id for example in examples]
+        own = key | {"data": sources["data_digest"], "ids": ids, "mirrored": mirrored}
+        return _encoded("mirrored images" if mirrored else "images", len(examples), own, encode)["latents"]
+
+    def encode_texts(start: int, stop: int) -> dict[str, torch.Tensor]:
+        return denoiser.encode_texts(texts[start:stop], (height, width))
+
+    conditions = _encoded("captions", len(texts), key | {"texts": texts}, encode_texts)
+    mirrored = encoded_images(mirrored=True) if settings is not None and settings.flip else None
+    groups = tuple(map(tuple, members))
+    return TrainingSet(encoded_images(mirrored=False), conditions, torch.from_numpy(captions), groups, mirrored)
+
+
+def varied_texts(example: Example, settings: Finetune | None) -> list[str]:
+    """Return the captions to train an image with, first the one by which it was grouped."""
+    chosen = None if settings is None else settings.shuffle_tags
+    if settings is None or chosen is None:
+        return list(example.texts)
+    return [order for text in example.texts for order in tag_orders(text, chosen.keep, chosen.orders, settings.seed)]
+
+
+def _encoded(
+    what: str, count: int, key: Mapping[str, Any], encode: Callable[[int, int], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    folder = machine.encoded_cache() / digest(key)[:16]
+    with _shown(count, f"encoding {what}") as advance:
+        return stored(folder, count, encode, advance)
 
 
 def adapt(denoiser: Denoiser, pipeline: Any, settings: Finetune) -> None:
@@ -196,6 +234,7 @@ def held_out(
     settings: Finetune,
     sampler_steps: int,
     sampling: Mapping[str, float],
+    sources: Mapping[str, str],
 ) -> Validation | None:
     """Return when and on which images of split validation to measure the held-out loss; None if that is not set.
 
@@ -213,7 +252,7 @@ def held_out(
         if len(rows) < chosen.images:
             members.append(tuple(range(len(rows), len(rows) + len(partition[place]))))
             rows += partition[place]
-    inputs = training_set(denoiser, [examples[row] for row in rows], tuple(members))
+    inputs = training_set(denoiser, [examples[row] for row in rows], members, sources)
     batches = held_out_batches(members, settings.weights.model_dump(), settings.batch_size, settings.seed)
     loss = loss_of(denoiser, pipeline, inputs, batches, settings, sampler_steps, sampling, drop_text=0.0)
     measure = held_out_loss(denoiser, pipeline.scheduler, inputs, batches, loss)
@@ -244,8 +283,8 @@ def _shown(total: int, what: str) -> AbstractContextManager[Callable[[int], None
 def train(
     network: torch.nn.Module,
     pipeline: Any,
-    data: TrainingSet,
-    batches: Batches,
+    data: Sequence[TrainingSet],
+    batches: Buckets,
     settings: Finetune,
     sampler_steps: int,
     sampling: dict[str, float],
@@ -259,7 +298,7 @@ def train(
 
     network        the denoiser on that network, prepared by accelerate
     pipeline       the pipeline, for its scheduler and the images to watch
-    data, batches  the training set, and the rows of each step
+    data, batches  the training sets, each of images of one size, and the rows of each step
     settings       the section finetune of params.yaml
     sampler_steps  number of sampler steps, of which groups share a part
     sampling       guidance scale and branch noise of these steps
@@ -306,8 +345,8 @@ def train(
 def loss_of(
     network: torch.nn.Module,
     pipeline: Any,
-    data: TrainingSet,
-    batches: Batches,
+    data: TrainingSet | Sequence[TrainingSet],
+    batches: Batches | Buckets,
     settings: Finetune,
     sampler_steps: int,
     sampling: Mapping[str, float],

@@ -48,6 +48,7 @@ def main(
         for split in SPLITS:
             examples = read_split(data, split)
             texts = [example.text for example in examples]
+            keys = [example.image.bucket for example in examples]  # a group shares latents, so its images have one size
             evaluations = {}
             with progress(len(examples), f"embedding {split}") as advance:
                 if pipe is not None:
@@ -56,10 +57,10 @@ def main(
                     advance(len(examples))
                 else:
                     embeddings = embed(distinct(texts), ENCODER, cache=embedding_cache(), progress=advance)
-            threshold = policy.choose_threshold(embeddings, shared / steps, base, texts)
+            threshold = policy.choose_threshold(embeddings, shared / steps, base, texts, keys)
             for doubt in doubts(texts, embeddings, threshold, policy.by):
                 typer.echo(f"{split}: {doubt}")
-            groups = policy.form(texts, embeddings, threshold)
+            groups = policy.form(texts, embeddings, threshold, keys)
             worst = worst_similarity(embeddings, groups)
             path, size = folder / f"{split}.json", settings.max_size
             write_groups(path, groups, worst, examples, encoder=policy.space, threshold=threshold, max_size=size)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sage.data.buckets import Size, named
 from sage.data.shards import StoredImage, read_rows, rgb
 from sage.errors import DataError
 from sage.files import sha256
@@ -126,6 +127,20 @@ def captions_of(texts: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray]:
     return different, np.array(rows, np.int64).reshape(len(texts), most)
 
 
+def in_buckets(examples: Sequence[Example]) -> list[list[int]]:
+    """Return the places of the examples of each aspect-ratio bucket, in order; without buckets all are in one."""
+    places: dict[Size | None, list[int]] = {}
+    for place, example in enumerate(examples):
+        places.setdefault(example.image.bucket, []).append(place)
+    return [places[bucket] for bucket in sorted(places, key=lambda bucket: bucket or (0, 0))]
+
+
 def load_pixels(examples: Sequence[Example]) -> np.ndarray:
-    """Return the images as uint8 RGB of shape (n, height, width, 3); all must have the same size."""
-    return np.stack([np.asarray(rgb(example.image)) for example in examples])
+    """Return the images as uint8 RGB of shape (n, height, width, 3); raise DataError if they differ in size."""
+    images = [np.asarray(rgb(example.image)) for example in examples]
+    if len(sizes := sorted({image.shape[:2] for image in images})) > 1:
+        found = ", ".join(map(named, sizes))
+        raise DataError(
+            f"the prepared images have {len(sizes)} sizes ({found}), and this needs one; set prepare.buckets to null"
+        )
+    return np.stack(images)

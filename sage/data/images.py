@@ -1,14 +1,17 @@
-"""Decoding image files of untrusted origin, and scaling them to square RGB images."""
+"""Decoding image files of untrusted origin, and scaling them to RGB images of one size."""
 
 import hashlib
 import warnings
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sage.data.rows import Rejected
+
+Resize = Literal["pad", "crop"]
 
 MAX_PIXELS = 50_000_000
 MIN_SIDE = 8
@@ -133,18 +136,27 @@ def _check_size(width: int, height: int) -> None:
         raise Rejected("too_small", f"{width}x{height} has a side below {MIN_SIDE} pixels")
 
 
-def compose(image: Image.Image, size: int) -> Image.Image:
-    """Return the image as RGB, its larger side scaled to `size` (Lanczos), centred on a white square of that size.
+def compose(image: Image.Image, size: tuple[int, int], resize: Resize) -> Image.Image:
+    """Return the image as RGB of this size (height, width), scaled with Lanczos and centred.
 
+    "pad": the whole image, with white beside it if its shape is another; "crop": the largest part of that shape.
     Transparency is composited over white.
     """
+    height, width = size
     rgba = image.convert("RGBA")
-    scale = size / max(rgba.size)
-    sides = (max(1, round(rgba.width * scale)), max(1, round(rgba.height * scale)))
-    rgba = rgba.resize(sides, Image.Resampling.LANCZOS, reducing_gap=2.0)
-    square = Image.new("RGBA", (size, size), "white")
-    square.alpha_composite(rgba, ((size - rgba.width) // 2, (size - rgba.height) // 2))
-    return square.convert("RGB")
+    if resize == "crop":
+        # In this order, because an image of the same shape is then not cropped by a rounding error.
+        across, along = min(rgba.width, rgba.height * width / height), min(rgba.height, rgba.width * height / width)
+        left, top = (rgba.width - across) / 2, (rgba.height - along) / 2
+        sides, box = (width, height), (left, top, left + across, top + along)
+    else:
+        scale = min(height / rgba.height, width / rgba.width)
+        sides = (max(1, round(rgba.width * scale)), max(1, round(rgba.height * scale)))
+        box = (0, 0, *rgba.size)
+    rgba = rgba.resize(sides, Image.Resampling.LANCZOS, box=box, reducing_gap=2.0)
+    canvas = Image.new("RGBA", (width, height), "white")
+    canvas.alpha_composite(rgba, ((width - rgba.width) // 2, (height - rgba.height) // 2))
+    return canvas.convert("RGB")
 
 
 def _eight_bit(image: Image.Image, depth: int) -> Image.Image:

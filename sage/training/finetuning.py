@@ -3,7 +3,7 @@
 All random draws of a step depend on (seed, step) alone. Latents and conditions are computed once, before training.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from sage.sampling.conditions import Condition, merge, select
 from sage.sampling.loop import rollout
 from sage.sampling.plan import shared_steps
 from sage.training import loss, timesteps
-from sage.training.batches import Batches
+from sage.training.batches import Batches, Buckets
 from sage.training.loop import Losses
 from sage.training.loss import BranchStart, Network, Query, SoftTarget
 
@@ -33,6 +33,7 @@ class TrainingSet:
     conditions  by name, conditions of m different captions and, last, of the empty prompt: (m + 1, ...); has "states"
     captions    row numbers in `conditions` of each image's k captions, (n, k); images were grouped by the first
     groups      partition of the image numbers 0 to n - 1
+    mirrored    latents of the mirrored images, to train on half of the time; None: images are not mirrored
 
     Raises DataError if there are no images, the sizes do not match or the groups are no partition.
     """
@@ -41,12 +42,18 @@ class TrainingSet:
     conditions: Condition
     captions: Tensor
     groups: tuple[tuple[int, ...], ...]
+    mirrored: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check that the sizes match and the groups are a partition."""
         n = len(self.latents)
         if n == 0:
             raise DataError("there are no pictures to train on.")
+        if self.mirrored is not None and self.mirrored.shape != self.latents.shape:
+            raise DataError(
+                f"latents of shape {tuple(self.latents.shape)} need as many mirrored ones; found "
+                f"{tuple(self.mirrored.shape)}."
+            )
         if len(self.captions) != n:
             raise DataError(f"{n} pictures need as many rows of captions; found {len(self.captions)}.")
         for name, values in self.conditions.items():
@@ -66,6 +73,13 @@ class TrainingSet:
             table[list(group), : len(group)] = torch.tensor(group)
         return table
 
+    def latents_of(self, rows: Tensor, flips: Tensor | None) -> Tensor:
+        """Return the latents of rows (n, ...), mirrored if `flips` (n,) says so; None: none are."""
+        if self.mirrored is None or flips is None:
+            return self.latents[rows]
+        flips = flips.reshape(-1, *[1] * (rows.ndim + self.latents.ndim - 2))
+        return torch.where(flips, self.mirrored[rows], self.latents[rows])
+
     def conditions_of(self, rows: Tensor) -> Condition:
         """Return the conditions of the captions by which these rows were grouped."""
         return select(self.conditions, self.captions[rows, 0])
@@ -74,8 +88,8 @@ class TrainingSet:
 def finetuning_loss(
     network: nn.Module,
     scheduler: Any,
-    data: TrainingSet,
-    batches: Batches,
+    data: TrainingSet | Sequence[TrainingSet],
+    batches: Batches | Buckets,
     *,
     share_ratios: tuple[float, float],
     soft_target: SoftTarget,
@@ -96,7 +110,7 @@ def finetuning_loss(
     network        a `training.denoiser.Denoiser`, or one that accelerate has prepared, with the base weights loaded;
                    if consistency has a weight, the frozen base is taken from it now
     scheduler      the base's diffusers scheduler, for the noise schedule and the prediction type
-    data           the training set
+    data           the training set; or one for each size of images, in the order of `batches.parts`
     batches        the rows of each step and the weights of the terms
     share_ratios   the range from which share ratios are drawn, so that one model serves them all
     soft_target    how the soft target weighs the members, see `training.loss.member_weights`
@@ -117,7 +131,9 @@ def finetuning_loss(
     that the network cannot read. The function raises ConfigurationError for more parts than items.
     """
     denoiser = extract_model_from_parallel(network)
-    denoiser.check_width(data.conditions)
+    sets = [data] if isinstance(data, TrainingSet) else list(data)
+    for one in sets:
+        denoiser.check_width(one.conditions)
     timesteps.check(timestep_sampling, scheduler)
     frozen = denoiser.frozen() if batches.weights["consistency"] else None
     schedule = NoiseSchedule.of(scheduler)
@@ -126,19 +142,21 @@ def finetuning_loss(
     def at_times(function: Network) -> Network:
         return lambda x_t, t, condition: function(x_t, times[t], condition)
 
-    sampler = guided(at_times(denoiser), select(data.conditions, slice(-1, None)), guidance_scale)
-    draw = _Draws(
-        schedule,
-        data,
-        sampler,
-        share_ratios,
-        soft_target,
-        branch_start,
-        visited,
-        drop_text,
-        branch_noise,
-        timestep_sampling,
-    )
+    draws = [
+        _Draws(
+            schedule,
+            one,
+            guided(at_times(denoiser), select(one.conditions, slice(-1, None)), guidance_scale),
+            share_ratios,
+            soft_target,
+            branch_start,
+            visited,
+            drop_text,
+            branch_noise,
+            timestep_sampling,
+        )
+        for one in sets
+    ]
 
     def weight(t: Tensor) -> Tensor:
         return torch.ones_like(t) if min_snr is None else loss.min_snr(schedule, t, min_snr)
@@ -150,7 +168,8 @@ def finetuning_loss(
                 "finetune.accumulate); raise finetune.batch_size"
             )
         random = generator(seed, step)
-        rows = batches.rows(step)
+        number, own, own_step = batches.turn(step)
+        draw, rows = draws[number], own.rows(own_step)
         count = {term: len(term_rows) for term, term_rows in rows.items()}
         mine = split_items(count, rows, part, parts)
         k = drawn_shared_steps(share_ratios, len(visited), seed, step)
@@ -210,13 +229,14 @@ def within_reach(x_0: Tensor, z: Tensor) -> Tensor:
     return diffusion.spread((2 * largest.max() / size).clamp(max=1), x_0) * x_0
 
 
-def sampling_cost(batches: Batches, share_ratios: tuple[float, float], evaluations: int, step: int) -> int:
+def sampling_cost(batches: Batches | Buckets, share_ratios: tuple[float, float], evaluations: int, step: int) -> int:
     """Return the evaluations, without gradient, that a step with `branch_start` "sampled" spends on its starts x_t*.
 
     Guidance doubles them.
     """
-    rows = set(batches.rows(step).get("branch", torch.empty(0)).tolist())
-    groups = sum(not rows.isdisjoint(group) for group in batches.groups)
+    _, own, own_step = batches.turn(step)
+    rows = set(own.rows(own_step).get("branch", torch.empty(0)).tolist())
+    groups = sum(not rows.isdisjoint(group) for group in own.groups)
     return groups * drawn_shared_steps(share_ratios, evaluations, batches.seed, step)
 
 
@@ -261,16 +281,19 @@ class _Draws:
         drawn = data.captions[rows, torch.randint(data.captions.shape[1], (len(rows),), generator=random)]
         c = select(data.conditions, torch.where(dropped, len(data.conditions["states"]) - 1, drawn))
         t = timesteps.drawn(self.timestep_sampling, len(rows), len(self.schedule), random)
-        return loss.diffusion_query(self.schedule, data.latents[rows], c, t, self._noise(rows, random))
+        eps = self._noise(rows, random)
+        return loss.diffusion_query(self.schedule, data.latents_of(rows, self._flips(rows, random)), c, t, eps)
 
     def shared(self, rows: Tensor, random: torch.Generator) -> Query:
-        """The shared phase, with the row's own image as the random member."""
-        z, present = self._group(rows)
+        """The shared phase, with the row's own image as the random member; groups are mirrored as a whole."""
+        flips = self._flips(rows, random)
+        z, present = self._group(rows, flips)
         t_star = self._branch_time(rows, random)
         above = len(self.schedule) - 1 - t_star
         t = (t_star + 1 + (stratified_uniform(len(rows), random) * above).long()).clamp(max=len(self.schedule) - 1)
         c_bar, eps = self._merged(rows), self._noise(rows, random)
-        return loss.shared_query(self.schedule, self.soft_target, self.data.latents[rows], z, present, c_bar, t, eps)
+        z_m = self.data.latents_of(rows, flips)
+        return loss.shared_query(self.schedule, self.soft_target, z_m, z, present, c_bar, t, eps)
 
     def branch(self, rows: Tensor, random: torch.Generator) -> Query:
         """The branch phase; rows of one group start from the same shared latent, as without branch noise.
@@ -279,14 +302,15 @@ class _Draws:
         """
         # One draw per group: every row uses the draws of the first row of its group in the batch.
         first = self._first(rows)
-        z, present = self._group(rows)
+        flips = self._flips(rows, random, first)
+        z, present = self._group(rows, flips)
         t_star = self._branch_time(rows, random)[first]
         eps = self._noise(rows, random)[first]
         place = (torch.rand(len(rows), generator=random)[first] * present.sum(1)).long()
         z_m = z[torch.arange(len(rows)), place]
         x_star = loss.mixture_start(self.schedule, self.soft_target, z_m, z, present, t_star, eps)
         t = (stratified_uniform(len(rows), random) * (t_star + 1)).long()
-        own, c = self.data.latents[rows], self.data.conditions_of(rows)
+        own, c = self.data.latents_of(rows, flips), self.data.conditions_of(rows)
         if self.branch_start == "plain":
             return loss.diffusion_query(self.schedule, own, c, t, eps)
         return loss.branch_query(self.schedule, own, c, t, x_star, t_star)
@@ -294,6 +318,7 @@ class _Draws:
     def sampled(self, rows: Tensor, random: torch.Generator, items: slice, steps: int) -> Query:
         """The branch phase from the network's own shared steps, each member with its own branch noise."""
         first = self._first(rows)
+        flips = self._flips(rows, random, first)
         shared_noise, own_noise = self._noise(rows, random), self._noise(rows, random)
         t_star = self.visited[steps].expand(len(rows))
         t = (stratified_uniform(len(rows), random) * (t_star + 1)).long()
@@ -308,7 +333,8 @@ class _Draws:
         x_0 = within_reach(x_0, self.data.latents[rows])[place]
         x_star = diffusion.add_noise(x_0, noise, *self.schedule.at(t_star[items]))
         mine = rows[items]
-        own, c = self.data.latents[mine], self.data.conditions_of(mine)
+        own = self.data.latents_of(mine, None if flips is None else flips[items])
+        c = self.data.conditions_of(mine)
         return loss.branch_query(self.schedule, own, c, t[items], x_star, t_star[items])
 
     def members(self, rows: Tensor) -> tuple[Condition, Tensor]:
@@ -332,10 +358,17 @@ class _Draws:
         group = self.data.group_members[rows, 0]
         return (group[:, None] == group).int().argmax(1)
 
-    def _group(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _group(self, rows: Tensor, flips: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the latents of each row's group, padded to (n, N, ...), and the mask of members, (n, N)."""
         members = self.data.group_members[rows]
-        return self.data.latents[members.clamp(min=0)], members >= 0
+        return self.data.latents_of(members.clamp(min=0), flips), members >= 0
+
+    def _flips(self, rows: Tensor, random: torch.Generator, first: Tensor | None = None) -> Tensor | None:
+        """Return which rows are mirrored; those with the same `first` alike. None, without a draw, if none ever is."""
+        if self.data.mirrored is None:
+            return None
+        flips = torch.rand(len(rows), generator=random) < 0.5
+        return flips if first is None else flips[first]
 
     def _branch_time(self, rows: Tensor, random: torch.Generator) -> Tensor:
         low, high = self.share_ratios

@@ -17,7 +17,10 @@ _BYTES = 4  # weights, optimizer, latents and conditions are float32
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: the pipeline's weights and a frozen copy; gradients, AdamW and average; the data; what backward needs."""
+    """Bytes: the pipeline's weights and a frozen copy; gradients, AdamW and average; what backward needs.
+
+    And `data`, the bytes of latents and text states, which lie on the disk (`sage.training.stored`).
+    """
 
     weights: int
     training: int
@@ -27,7 +30,7 @@ class Memory:
     @property
     def certain(self) -> int:
         """All but the activations, which depend on the kernels that the device has."""
-        return self.weights + self.training + self.data
+        return self.weights + self.training
 
     @property
     def total(self) -> int:
@@ -46,7 +49,7 @@ def estimate(
     consistency: bool,
     checkpointing: bool,
 ) -> Memory:
-    """Return the memory that fine-tuning a shared-sampling pipeline takes beside the libraries.
+    """Return the memory that fine-tuning a shared-sampling pipeline takes beside the libraries, and its data.
 
     size           height and width of the images in pixels
     items          items of one network call

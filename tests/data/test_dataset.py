@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from prepared_files import write_split
 
-from sage.data.dataset import SMALL_FAMILY, SPLITS, assign_splits, load_pixels, read_split
+from sage.data.dataset import SMALL_FAMILY, SPLITS, assign_splits, in_buckets, load_pixels, read_split
+from sage.errors import DataError
 
 # Few names and pictures, so that families share pictures and pictures repeat.
 rows = st.lists(st.tuples(st.sampled_from([None, "", "a", "b", "c"]), st.integers(0, 30).map(str)), max_size=80)
@@ -91,8 +92,23 @@ def test_a_split_is_read_in_its_order(tmp_path: Path) -> None:
     assert pixels[:, 0, 0].tolist() == [[0, 1, 2], [1, 1, 2]]
 
 
-def test_a_folder_that_is_not_prepared_says_so(tmp_path: Path) -> None:
-    from sage.errors import DataError
+def test_examples_lie_in_buckets_and_pixels_of_two_sizes_are_refused(tmp_path: Path) -> None:
+    sizes = [(16, 24)] * 2 + [(24, 16)]
+    rows = (
+        {"id": f"{n}", "text": "t", "image": Image.new("RGB", size[::-1]), "bucket": size}
+        for n, size in enumerate(sizes)
+    )
+    write_split(tmp_path / "train", rows)
+    examples = read_split(tmp_path, "train")
+    assert in_buckets(examples) == [[0, 1], [2]]
+    assert in_buckets(examples[::-1]) == [[1, 2], [0]]
+    assert load_pixels(examples[:2]).shape == (2, 16, 24, 3)
+    with pytest.raises(DataError, match=r"have 2 sizes \(24x16, 16x24\).*set prepare.buckets to null"):
+        load_pixels(examples)
+    write_split(tmp_path / "test", [{"id": "a", "text": "t"}, {"id": "b", "text": "u"}])
+    assert in_buckets(read_split(tmp_path, "test")) == [[0, 1]]
 
+
+def test_a_folder_that_is_not_prepared_says_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="dvc repro prepare"):
         read_split(tmp_path, "train")

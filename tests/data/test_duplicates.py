@@ -56,7 +56,7 @@ def test_a_scene_is_in_one_split(tmp_path: Path, near_duplicate: int | None) -> 
             name.parent.mkdir(exist_ok=True)
             changed(scene(seed), how).save(name)
             name.with_suffix(".txt").write_text(f"scene {seed} again {how}")
-    settings = {"size": 32, "validation": 0.2, "test": 0.2, "seed": 0}
+    settings = {"size": 32, "resize": "pad", "validation": 0.2, "test": 0.2, "seed": 0}
     prepare(read_folder(tmp_path / "raw"), tmp_path / "out", near_duplicate=near_duplicate, **settings)
     found = {split: {one.text.split()[1] for one in read_split(tmp_path / "out", split)} for split in SPLITS}
     both = found["train"] & (found["validation"] | found["test"])
@@ -72,7 +72,7 @@ def test_a_scene_that_the_user_put_into_two_splits_stays_in_the_held_out_one(tmp
             name.parent.mkdir(parents=True, exist_ok=True)
             changed(scene(seed), how).save(name)
             name.with_suffix(".txt").write_text(f"scene {seed} of {split}")
-    settings = {"size": 32, "validation": 0.2, "test": 0.2, "seed": 0}
+    settings = {"size": 32, "resize": "pad", "validation": 0.2, "test": 0.2, "seed": 0}
     found = prepare(read_folder(tmp_path / "raw"), tmp_path / "out", near_duplicate=6, **settings)
     entries = map(json.loads, (tmp_path / "out" / ACCOUNTING).read_text().splitlines())
     rejected = {entry["file"]: entry["reason"] for entry in entries if entry["status"] == "rejected"}

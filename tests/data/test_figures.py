@@ -170,7 +170,7 @@ def test_words_that_differ_look_different(name):
 def test_prepared_figures_keep_their_split_their_attributes_and_what_was_asked(tmp_path):
     numbers = {"train": 12, "validation": 5, "test": 7}
     rows = source.rows(["critters", "moods"], numbers, size=32, seed=0, held_out=0.1)
-    found = prepare(rows, tmp_path / "out", size=32, validation=0.1, test=0.2, seed=0)
+    found = prepare(rows, tmp_path / "out", size=32, resize="pad", validation=0.1, test=0.2, seed=0)
     assert found["splits"] == numbers and not found["rejected"] and not found["duplicates"]
     for split, number in numbers.items():
         drawn = list(figures(["critters", "moods"], split, number, 0, 0.1))

@@ -62,7 +62,7 @@ def test_every_mode_becomes_rgb_over_white(
 ) -> None:
     decoded = decode(data)
     assert decoded.mode == mode
-    square = np.asarray(compose(decoded.image, 16)).astype(int)
+    square = np.asarray(compose(decoded.image, (16, 16), "pad")).astype(int)
     assert square.shape == (16, 16, 3)
     assert np.abs(square[8, 2] - left).max() <= 2
     assert np.abs(square[8, 13] - right).max() <= 2
@@ -73,14 +73,14 @@ def test_16_bit_grey_is_scaled_and_never_clipped(kind: str) -> None:
     samples = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)
     decoded = decode(encoded(Image.fromarray(samples), kind))
     assert decoded.mode.startswith("I;16")
-    square = np.asarray(compose(decoded.image, 16))[..., 0]
+    square = np.asarray(compose(decoded.image, (16, 16), "pad"))[..., 0]
     assert np.array_equal(square, np.round(samples / 257).astype(np.uint8))
 
 
 def test_16_bit_colour_keeps_its_upper_byte() -> None:
     values = np.linspace(0, 65535, 16 * 16 * 3, dtype=np.uint16).reshape(16, 16, 3)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    square = np.asarray(compose(decode(png(16, 16, 16, 2, rows)).image, 16)).astype(int)
+    square = np.asarray(compose(decode(png(16, 16, 16, 2, rows)).image, (16, 16), "pad")).astype(int)
     assert np.abs(square - values / 257).max() <= 1
 
 
@@ -94,7 +94,7 @@ def test_a_grey_tiff_is_the_same_in_every_depth_and_polarity(bits: int, white_is
         with pytest.raises(Rejected, match="decode_error"):  # Pillow does not read it
             decode(data)
         return
-    square = np.asarray(compose(decode(data).image, 64))[..., 0].astype(int)
+    square = np.asarray(compose(decode(data).image, (64, 64), "pad"))[..., 0].astype(int)
     assert np.abs(square - ramp).max() <= 1
 
 
@@ -107,7 +107,7 @@ def test_the_clear_colour_of_a_png_is_white_in_every_depth(depth: int, colour: i
     bits = "".join(f"{sample:0{depth}b}" for sample in samples)
     row = b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
     data = png(16, 16, depth, colour, row * 16, clear.to_bytes(2, "big") * (3 if colour else 1))
-    square = np.asarray(compose(decode(data).image, 16)).astype(int)
+    square = np.asarray(compose(decode(data).image, (16, 16), "pad")).astype(int)
     assert (square[8, 2] == 255).all()
     assert np.abs(square[8, 13] - other / top * 255).max() <= 1
 
@@ -122,7 +122,7 @@ def test_exif_orientation_is_applied_once(kind: str) -> None:
     top, bottom = image.getpixel((8, 4)), image.getpixel((8, 28))
     assert top[0] > 200 > 60 > top[1]
     assert bottom[1] > 200 > 60 > bottom[0]
-    square = np.asarray(compose(image, 32))
+    square = np.asarray(compose(image, (32, 32), "pad"))
     assert square[4, 16, 0] > 200 > square[28, 16, 0]
 
 
@@ -148,18 +148,48 @@ def test_damage_is_rejected_or_harmless_but_never_an_error(kind: str, flips: lis
     except Rejected as rejected:
         assert rejected.reason in {"decode_error", "format_not_allowed", "too_large", "too_small", "aspect"}
     else:
-        assert compose(decoded.image, 8).size == (8, 8)
+        assert compose(decoded.image, (8, 8), "pad").size == (8, 8)
 
 
 @pytest.mark.parametrize(
     ("size", "inner"), [((100, 50), (32, 16)), ((16, 16), (32, 32)), ((8, 64), (4, 32)), ((32, 32), (32, 32))]
 )
 def test_compose_fills_the_square_and_centres(size: tuple[int, int], inner: tuple[int, int]) -> None:
-    square = np.asarray(compose(Image.new("RGB", size, (0, 0, 0)), 32))
+    square = np.asarray(compose(Image.new("RGB", size, (0, 0, 0)), (32, 32), "pad"))
     dark = np.argwhere(square[..., 0] < 128)
     (top, left), (bottom, right) = dark.min(0), dark.max(0)
     assert (right - left + 1, bottom - top + 1) == inner
     assert (left, top) == ((32 - inner[0]) // 2, (32 - inner[1]) // 2)
+
+
+def striped(width: int, height: int) -> Image.Image:
+    """A picture whose red says how far to the right a pixel lies, and whose green how far down."""
+    along, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([along, down, np.zeros_like(along)], 2).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize(("width", "height"), [(200, 100), (100, 200), (64, 64), (97, 131), (8, 64)])
+@pytest.mark.parametrize("target", [(32, 32), (24, 48)])
+def test_cropping_takes_the_largest_centred_part_of_the_shape(width: int, height: int, target: tuple[int, int]) -> None:
+    found = np.asarray(compose(striped(width, height), target, "crop")).astype(float)
+    assert found.shape[:2] == target
+    across, down = (
+        min(width, height * target[1] / target[0]) / width,
+        min(height, width * target[0] / target[1]) / height,
+    )
+    for channel, part, axis in ((0, across, 1), (1, down, 0)):
+        seen = found[..., channel].mean(1 - axis)
+        # Half of what is cut off, in shades, at each end; the first pixel's middle lies half a pixel within.
+        assert seen[0] == pytest.approx(255 * ((1 - part) / 2 + part / target[axis] / 2), abs=6)
+        assert seen[-1] == pytest.approx(255 * (1 - (1 - part) / 2 - part / target[axis] / 2), abs=6)
+    assert (found[..., 2] == 0).all()  # no white
+
+
+@pytest.mark.parametrize("size", [8, 31, 64, 72, 300])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_picture_of_the_right_shape_is_the_same_cropped_and_padded(size: int, mode: str) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, len(mode)), dtype=np.uint8))
+    assert compose(image, (64, 64), "crop").tobytes() == compose(image, (64, 64), "pad").tobytes()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "1"])

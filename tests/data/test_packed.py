@@ -23,7 +23,7 @@ from sage.data.preparation import ACCOUNTING, prepare
 from sage.data.rows import Rejected, Row
 from sage.errors import DataError
 
-SETTINGS: dict[str, Any] = {"size": 16, "validation": 0.1, "test": 0.2, "seed": 0}
+SETTINGS: dict[str, Any] = {"size": 16, "resize": "pad", "validation": 0.1, "test": 0.2, "seed": 0}
 
 
 def png(seed: int) -> bytes:

@@ -59,6 +59,19 @@ def test_large_images_give_small_groups_and_small_shards(tmp_path: Path, monkeyp
     assert [len(image.read()) for image, _ in read_rows(tmp_path / "train")] == sizes
 
 
+def test_a_shard_has_images_of_one_bucket_and_names_it(tmp_path: Path) -> None:
+    places = [(64, 64)] * 3 + [(48, 80)] * 150 + [(80, 48)]
+    write_shards(tmp_path / "train", (row(number) | {"bucket": place} for number, place in enumerate(places)))
+    assert groups(tmp_path / "train") == [[3], [100, 50], [1]]
+    found = list(read_rows(tmp_path / "train"))
+    assert [image.bucket for image, _ in found] == places
+    assert [image.read() for image, _ in found] == [row(number)["image"] for number in range(len(places))]
+    # Without buckets nothing is named.
+    write_shards(tmp_path / "plain", [row(0)])
+    assert [image.bucket for image, _ in read_rows(tmp_path / "plain")] == [None]
+    assert b"bucket" not in pyarrow.parquet.read_schema(tmp_path / "plain/00000.parquet").metadata
+
+
 @pytest.fixture
 def threads() -> Iterator[int]:
     before = pyarrow.cpu_count()

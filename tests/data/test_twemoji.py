@@ -71,7 +71,7 @@ def test_the_shipped_models_held_out_pictures_stay_held_out(found: list[Row]) ->
     hashes = []
     for row in found:
         with Image.open(row.path) as image:
-            hashes.append(pixel_hash(compose(image, params.image_size)))
+            hashes.append(pixel_hash(compose(image, (params.image_size,) * 2, params.resize)))
     splits = assign_splits([row.family for row in found], hashes, params.validation, params.test, params.seed)
     ids = defaultdict(list)
     for row, split in zip(found, splits, strict=True):

@@ -416,6 +416,80 @@ def test_a_scheduler_that_training_cannot_follow_has_its_verdict(project, tmp_pa
     assert found.state == "failed" and "use_dynamic_shifting" in found.found
 
 
+def with_buckets(project, folder, *sizes):
+    """Return a copy of the project in which the training images have these sizes, by turns, each group one of them."""
+    shutil.copytree(project, folder)
+    shutil.rmtree(folder / "prepared/train")
+    order = [sizes[n % len(sizes)] for n in range(10)]
+    rows = [
+        {"id": f"t{n}", "text": TEXTS[n % 5], "image": Image.new("RGB", size[::-1]), "bucket": size}
+        for n, size in enumerate(order)
+    ]
+    write_split(folder / "prepared/train", sorted(rows, key=lambda row: row["bucket"]))
+    groups = [[f"t{n}" for n in range(10) if order[n] == size] for size in sizes]
+    write_json(folder / "groups/train.json", {"groups": [{"ids": ids, "similarity": 0.8} for ids in groups]})
+    return folder
+
+
+BUCKETS = "aspect-ratio buckets"
+
+
+def test_buckets_that_the_base_draws_pass_and_are_counted(project, tmp_path):
+    made = with_buckets(project, tmp_path / "made", (16, 16), (8, 32))
+    job = job_of(made, tmp_path)
+    assert verdict_of(job, BUCKETS).state == "ok"
+    plain, varied = (
+        job.memory,
+        job_of(made, tmp_path, finetune__flip=True, finetune__shuffle_tags={"keep": 1, "orders": 4}).memory,
+    )
+    latents, state = 4 * 10 * 4 * 8 * 8, 4 * 16 * 16
+    assert plain.data == latents + state * (5 + 5 + 2)  # five captions in each bucket, and the empty one
+    assert varied.data == 2 * latents + state * (4 * (5 + 5) + 2) and varied.certain == plain.certain
+    assert evaluations.training(job).trained == 3
+
+
+def test_buckets_that_cannot_work_or_hardly_have_their_verdict(project, tmp_path):
+    odd = with_buckets(project, tmp_path / "odd", (16, 16), (15, 17))
+    found = verdict_of(job_of(odd, tmp_path), BUCKETS)
+    assert found.state == "failed" and "cannot draw bucket 17x15: " in found.found
+    assert found.found.endswith("must be multiples of 2; set prepare.buckets.step to such a multiple")
+    few = with_buckets(project, tmp_path / "few", (16, 16), (8, 32))
+    found = verdict_of(job_of(few, tmp_path, finetune__batch_size=6), BUCKETS)
+    assert found.state == "warning" and "2 of 2 buckets have fewer images" in found.found
+    assert "(finetune.batch_size 6), so their steps repeat images: 32x8 (5), 16x16 (5); give" in found.found
+    ids = [[f"t{n}"] for n in range(1, 10, 2)] + [[f"t{n}" for n in range(0, 10, 2)]]
+    write_json(few / "groups/train.json", {"groups": [{"ids": one, "similarity": 1.0} for one in ids]})
+    found = verdict_of(job_of(few, tmp_path), BUCKETS)
+    assert found.state == "warning" and "1 of 2 buckets have no group of two prompts" in found.found
+    alone = {"diffusion": 0.0, "shared": 0.0, "branch": 1.0, "consistency": 0.0}
+    found = verdict_of(job_of(few, tmp_path, finetune__weights=alone), BUCKETS)
+    assert found.state == "failed" and "no two prompts of bucket 32x8 are in one group" in found.found
+
+
+def test_a_bucket_above_a_transformers_largest_size_has_its_verdict(project, tmp_path, monkeypatch):
+    pipe = tiny.pipeline("stable_diffusion_3", tmp_path)
+    shared = type(SharedSamplingPipeline.from_pipe(pipe))
+    monkeypatch.setattr(shared, "_options", {**shared._options, **tiny.OPTIONS["stable_diffusion_3"]})
+    step = pipe.vae_scale_factor * pipe.transformer.config.patch_size
+    largest = step * pipe.transformer.config.pos_embed_max_size
+    made = with_buckets(project, tmp_path / "made", (16, 16), (step, largest + step))
+    found = verdict_of(job_of(made, tmp_path, pipe), BUCKETS)
+    assert found.state == "failed" and f"its sides go up to {largest} pixels" in found.found
+
+
+def test_latents_that_are_there_are_not_asked_of_the_disk_again(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAGE_CACHE", str(tmp_path / "cache"))
+    job = job_of(project, tmp_path)
+    needed = preflight.disk(job)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed - job.memory.data))
+    found = verdict_of(job, "disk")
+    assert found.state == "failed" and "latents and text states" in found.found
+    (tmp_path / "cache/encoded/some").mkdir(parents=True)
+    (tmp_path / "cache/encoded/some/latents").write_bytes(bytes(job.memory.data))
+    assert verdict_of(job, "disk").state == "ok"
+
+
 def test_what_is_not_made_yet_is_unknown_and_nothing_fails(tmp_path):
     found = list(verdicts(job_of(tmp_path / "nowhere", tmp_path, prepare__image_size=16)))
     assert {verdict.state for verdict in found} == {"ok", "unknown"}

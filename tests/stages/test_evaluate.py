@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -249,6 +250,28 @@ def test_a_fault_is_one_message_and_exit_code_2(project, monkeypatch, capsys):
 
 def example(name, family):
     return Example(name, NOWHERE, name, family)
+
+
+def test_training_images_of_other_shapes_are_judged_at_the_drawn_size(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 3), dtype=np.uint8)
+    write_split(tmp_path / "train", [{"id": "t", "text": "t", "image": Image.fromarray(pixels), "bucket": (8, 32)}])
+    square = [{"id": f"{n}", "text": "t", "image": Image.fromarray(pixels[:, n : n + 8])} for n in range(2)]
+    write_split(tmp_path / "test", square)
+    held_out, seen = read_split(tmp_path, "test"), []
+
+    def extract(images, on_batch):
+        found = list(images)
+        seen.append(found)
+        return np.zeros((len(found), 3), np.float32)
+
+    judged = SimpleNamespace(examples=held_out, seeds=[0], arms={})
+    settings = SimpleNamespace(references=None, seed=0)
+    evaluate.measure(
+        judged, tmp_path, settings, extract, lambda *_: SimpleNamespace(values=np.zeros((2, 1)), parts=None)
+    )
+    real, others = seen
+    assert [image.shape for image in real] == [(8, 8, 3)] * 2 and len(others) == 1
+    assert np.array_equal(others[0], pixels[:, 12:20])  # the middle
 
 
 def test_siblings_are_of_the_same_family_while_there_are_some_and_each_is_taken_once():

@@ -25,6 +25,7 @@ from flows.stages import finetune
 from flows.terminal import exit_on_error
 from flows.tracking.runs import run_of
 from sage.data import dataset
+from sage.data.tags import tag_orders
 from sage.errors import DataError, DivergedError
 from sage.files import sha256, sha256_tree, write_json
 from sage.sampling import base
@@ -65,6 +66,7 @@ def tune(project, tmp_path, monkeypatch):
     """Run the stage in a folder of its own, with changes to its parameters; return its figures."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SAGE_DEVICE", "cpu")
+    monkeypatch.setenv("SAGE_CACHE", str(tmp_path / "cache"))
     # dvc.yaml does not name it: an import of it would fail here.
     monkeypatch.setitem(sys.modules, "sage.grouping.auto", None)
     shipped = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
@@ -315,6 +317,79 @@ def test_curves_and_pictures_are_recorded(tune, tmp_path, monkeypatch):
     # Looking changes nothing.
     monkeypatch.setenv("SAGE_TRACKING_URI", "off")
     assert tune()["model_sha256"] == figures["model_sha256"]
+
+
+@pytest.fixture
+def in_buckets(tmp_path):
+    """Prepared images of two sizes, in groups of one size each, with tags as captions; held-out ones are square."""
+    random = np.random.default_rng(1)
+    sizes = [(16, 16)] * 3 + [(8, 32)] * 3
+    images = [Image.fromarray(random.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
+    rows = [
+        {"id": f"p{n}", "text": f"{TEXTS[n]}, night, rain, fog", "image": image, "bucket": size}
+        for n, (image, size) in enumerate(zip(images, sizes, strict=True))
+    ]
+    write_split(tmp_path / "prepared/train", rows)
+    square = [{"id": f"p{n}", "text": text, "image": images[n % 3]} for n, text in enumerate(TEXTS)]
+    write_split(tmp_path / "prepared/validation", square)
+    dataset.write_sums(tmp_path / "prepared")
+    for split in ("train", "validation"):
+        write_groups(tmp_path / "groups", split, GROUPS)
+    return {"prepared": tmp_path / "prepared", "groups": tmp_path / "groups"}
+
+
+VARIED = {"flip": True, "shuffle_tags": {"keep": 1, "orders": 3}}
+
+
+def test_images_of_several_sizes_are_trained_on_mirrored_and_with_shuffled_tags(tune, in_buckets, caplog, monkeypatch):
+    encoded = {"images": [], "texts": []}
+    encode_images, encode_texts = finetune.Denoiser.encode_images, finetune.Denoiser.encode_texts
+
+    def images(self, pixels):
+        encoded["images"].append(pixels)
+        return encode_images(self, pixels)
+
+    def texts(self, some, size):
+        encoded["texts"].append((some, size))
+        return encode_texts(self, some, size)
+
+    monkeypatch.setattr(finetune.Denoiser, "encode_images", images)
+    monkeypatch.setattr(finetune.Denoiser, "encode_texts", texts)
+    with caplog.at_level(logging.WARNING, "flows.preflight"):
+        figures = tune(**in_buckets, **VARIED, validation={"every": 3, "images": 4, "keep": "last"})
+    assert figures["images"] == 6 and figures["evaluations"] == 54 and figures["validation"]["last"]["loss"] > 0
+    assert "2 of 2 buckets have fewer images than a step has items (finetune.batch_size 9)" in caplog.text
+    wide, square = encoded["images"][1], encoded["images"][3]
+    assert (wide.shape[1:3], square.shape[1:3]) == ((8, 32), (16, 16))
+    assert torch.equal(encoded["images"][0], wide.flip(2)) and torch.equal(encoded["images"][2], square.flip(2))
+    # The captions in their orders and the empty one, for each size; then those of the held-out images, as they are.
+    for (some, size), place in zip(encoded["texts"], (3, 0), strict=False):
+        orders = [tag_orders(f"{text}, night, rain, fog", 1, 3, 0) for text in TEXTS[place : place + 3]]
+        assert some == [order for own in orders for order in own] + [""] and len(some) > 7
+        assert size == ((16, 16) if place == 0 else (8, 32))
+    assert {text for some, _ in encoded["texts"][2:] for text in some} <= {*TEXTS, ""}
+    # The next run finds all of it, and comes to the same model.
+    count = len(encoded["images"]), len(encoded["texts"])
+    assert tune(**in_buckets, **VARIED)["model_sha256"] == figures["model_sha256"]
+    assert (len(encoded["images"]), len(encoded["texts"])) == count
+    # Without mirroring it needs no other latents.
+    assert tune(**in_buckets, flip=False)["model_sha256"] != figures["model_sha256"]
+    assert len(encoded["images"]) == count[0]
+
+
+def test_a_group_of_two_sizes_is_refused(tune, in_buckets, tmp_path):
+    write_groups(tmp_path / "groups", "train", [["p0", "p3"], ["p1", "p2"], ["p4", "p5"]])
+    with pytest.raises(DataError, match=r"a group has images of several sizes.*dvc repro group"):
+        tune(**in_buckets)
+
+
+def test_latents_of_another_base_are_not_taken(tune, tmp_path):
+    tune(steps=3)
+    before = {path.name for path in (tmp_path / "cache/encoded").iterdir()}
+    torch.manual_seed(1)
+    base.save(base.assemble(tiny.autoencoder(), tiny.unet(cross_attention_dim=384)), tmp_path / "other")
+    tune(base_folder=tmp_path / "other", steps=3)
+    assert len({path.name for path in (tmp_path / "cache/encoded").iterdir()} - before) == 2
 
 
 def test_the_held_out_loss_is_recorded_and_changes_no_weight(tune, tmp_path, monkeypatch):

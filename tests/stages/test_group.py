@@ -1,6 +1,7 @@
 """Stage group on a small prepared folder, with threshold, budget and bound."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,23 @@ def test_the_stage_writes_a_partition_of_every_split_and_its_figures(project):
     assert metrics.keys() == set(SPLITS)
     together = {tuple(sorted(members["ids"])) for members in groups["train"]["groups"]}
     assert ("train-3", "train-4") in together and ("train-5",) in together
+
+
+def test_prompts_whose_images_differ_in_size_are_never_in_one_group(project):
+    configure(project, threshold=0.6)
+    together = {frozenset(one["ids"]) for one in stage(project)[0]["train"]["groups"]}
+    assert {"train-3", "train-4"} in together
+    sizes = [(16, 16), (16, 16), (16, 16), (8, 32), (16, 16), (8, 32)]
+    rows = [
+        {"id": f"train-{k}", "text": text, "bucket": size}
+        for k, (text, size) in enumerate(zip(TEXTS, sizes, strict=True))
+    ]
+    shutil.rmtree(project / "prepared/train")
+    write_split(project / "prepared/train", rows)
+    groups = [one["ids"] for one in stage(project)[0]["train"]["groups"]]
+    assert sorted(id for ids in groups for id in ids) == [row["id"] for row in rows]
+    assert all(len({sizes[int(id[-1])] for id in ids}) == 1 for ids in groups)
+    assert {frozenset(ids) for ids in groups} != together and any(len(ids) > 1 for ids in groups)
 
 
 def test_the_same_input_gives_the_same_bytes(project):

@@ -2,10 +2,11 @@
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
@@ -21,14 +22,16 @@ from flows.stages.prepare import main
 from flows.terminal import run
 from sage.data import twemoji
 from sage.data.accounting import ACCOUNTING
+from sage.data.buckets import bucket_sizes, cut_off, named, nearest_bucket
 from sage.data.dataset import SPLITS, SUMS, load_pixels, read_split
 from sage.data.imagefolder import read_folder, read_kohya
-from sage.data.preparation import prepare
+from sage.data.preparation import disk_needed, prepare
 from sage.data.rows import Row
+from sage.data.shards import rgb
 from sage.errors import DataError
 from sage.files import sha256_tree
 
-SETTINGS: dict[str, Any] = {"size": 16, "validation": 0.1, "test": 0.2, "seed": 0}
+SETTINGS: dict[str, Any] = {"size": 16, "resize": "pad", "validation": 0.1, "test": 0.2, "seed": 0}
 
 
 def noise(seed: int) -> Image.Image:
@@ -272,6 +275,73 @@ def test_a_right_hash_is_kept_and_garbage_inside_a_picture_is_seen_by_it(good: P
     assert entries["spoilt.jpg"]["reason"] == "hash_mismatch"
 
 
+def put_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    """Write pictures of four shapes, ten of each; return the height and width of each file."""
+    folder.mkdir()
+    shapes = {}
+    for place in range(40):
+        height, width = ((30, 30), (30, 40), (60, 40), (20, 90))[place % 4]
+        pixels = np.random.default_rng(place).integers(0, 250, (height, width, 3), dtype=np.uint8)
+        put(folder, f"{place:02}.png", encoded(Image.fromarray(pixels), "PNG"), f"caption {place}")
+        shapes[f"{place:02}.png"] = height, width
+    return shapes
+
+
+def test_training_images_keep_their_shape_in_buckets_and_held_out_ones_are_square(tmp_path: Path) -> None:
+    shapes, buckets = put_shapes(tmp_path / "raw"), bucket_sizes(32, 8, 2.0)
+    form = {"size": 32, "resize": "crop", "buckets": buckets}
+    found = prepare(read_folder(tmp_path / "raw"), tmp_path / "out", **SETTINGS | form)
+    entries = [entry for entry in accounting(tmp_path / "out") if entry["status"] == "kept"]
+    wanted = {entry["id"]: nearest_bucket(buckets, shapes[entry["file"]]) for entry in entries}
+    assert set(wanted.values()) == {(32, 32), (24, 40), (40, 24)}
+    for split in SPLITS:
+        examples = read_split(tmp_path / "out", split)
+        for example in examples:
+            size = wanted[example.id] if split == "train" else (32, 32)
+            assert rgb(example.image).size == size[::-1]
+            assert example.image.bucket == (size if split == "train" else None)
+        sizes = [example.image.bucket for example in examples if split == "train"]
+        assert sizes == sorted(sizes)
+    train = [wanted[entry["id"]] for entry in entries if entry["split"] == "train"]
+    assert found["buckets"] == {named(size): train.count(size) for size in sorted(set(train), key=named)}
+    cuts = [cut_off(shapes[e["file"]], tuple(e.get("bucket", (32, 32)))) for e in entries]
+    assert found["cut_off"] == pytest.approx(np.mean(cuts), abs=1e-4)
+    again = prepare(read_folder(tmp_path / "raw"), tmp_path / "again", **SETTINGS | form)
+    assert again == found
+
+
+def test_buckets_change_neither_the_splits_nor_the_held_out_images(tmp_path: Path) -> None:
+    put_shapes(tmp_path / "raw")
+    out = {}
+    for name, buckets in (("square", []), ("buckets", bucket_sizes(32, 8, 2.0))):
+        form = {"size": 32, "resize": "crop", "buckets": buckets}
+        prepare(read_folder(tmp_path / "raw"), tmp_path / name, **SETTINGS | form)
+        out[name] = {split: read_split(tmp_path / name, split) for split in SPLITS}
+    for split in SPLITS:
+        square, own = ({example.id: example.image.read() for example in found[split]} for found in out.values())
+        assert square.keys() == own.keys()
+        assert split == "train" or square == own
+
+
+def test_cropped_pictures_have_no_bars_and_padded_ones_keep_every_pixel(tmp_path: Path) -> None:
+    put_shapes(tmp_path / "raw")
+    for resize, white in (("crop", 0), ("pad", 30)):
+        found = prepare(read_folder(tmp_path / "raw"), tmp_path / resize, **SETTINGS | {"size": 32, "resize": resize})
+        assert ("cut_off" in found) == (resize == "crop")
+        pixels = [np.asarray(rgb(one.image)) for split in SPLITS for one in read_split(tmp_path / resize, split)]
+        assert sum((image[0] == 255).all() or (image[:, 0] == 255).all() for image in pixels) == white
+
+
+def test_square_pictures_are_prepared_to_the_same_bytes_whatever_is_done_with_others(
+    good: Path, tmp_path: Path
+) -> None:
+    digests = {
+        prepare(read_folder(good), tmp_path / resize, **SETTINGS | {"resize": resize})["digest"]
+        for resize in ("crop", "pad")
+    }
+    assert len(digests) == 1
+
+
 def test_families_of_a_user_hold_out_some_and_never_all(tmp_path: Path) -> None:
     folder = tmp_path / "raw"
     folder.mkdir()
@@ -363,6 +433,28 @@ def test_the_stage_writes_data_and_figures_and_prints_the_accounting(
     assert sum(int(count) for name, count in table.items() if name != "input rows") == int(table["input rows"])
     assert int(table["input rows"]) == found["rows"]
     assert f"prepare: {found['rows']}/{found['rows']}" in printed.err
+
+
+def test_a_set_that_the_disk_does_not_hold_is_refused_before_it_is_read(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_shapes(project / "raw")
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["prepare"] |= {"image_size": 32, "buckets": {"step": 8, "max_aspect": 2.0}}
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    rows = read_folder(project / "raw")
+    needed = disk_needed(rows, size=32, resize="crop", buckets=bucket_sizes(32, 8, 2.0))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
+    with pytest.raises(DataError, match=r"preparing 40 images takes about .* GB, but .* has .* GB free; make room"):
+        stage()
+    assert not (project / "out").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed))
+    stage()
+    # Twice the shards, of incompressible pictures, plus the held-out shape of those that have another bucket.
+    shards = sum(path.stat().st_size for path in (project / "out").rglob("*.parquet"))
+    assert 1.5 * shards < needed < 5 * shards
+    assert json.loads((project / "metrics/prepare.json").read_text())["buckets"].keys() == {"32x32", "24x40", "40x24"}
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from sage.errors import DataError, UnsupportedError
 from sage.randomness import stratified_uniform
 from sage.sampling import base
 from sage.sampling.conditions import merge
-from sage.training.batches import Batches, endless
+from sage.training.batches import Batches, Buckets, Endless
 from sage.training.denoiser import Denoiser
 from sage.training.finetuning import TrainingSet, finetuning_loss, sampling_cost, within_reach
 from sage.training.loop import Schedule, fit
@@ -91,7 +91,7 @@ def asked():
 
 def test_an_endless_order_is_a_permutation_each_epoch_with_groups_side_by_side():
     shareable = [group for group in GROUPS if len(group) > 1]
-    rows = torch.cat([endless(shareable, 5 * step, 5, seed=3) for step in range(36)]).tolist()
+    rows = torch.cat([Endless(shareable, 3).rows(5 * step, 5) for step in range(36)]).tolist()
     epochs = [rows[start : start + 9] for start in range(0, 180, 9)]
     for epoch in epochs:
         assert sorted(epoch) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
@@ -99,7 +99,7 @@ def test_an_endless_order_is_a_permutation_each_epoch_with_groups_side_by_side()
             place = epoch.index(group[0])
             assert tuple(epoch[place : place + len(group)]) == group
     assert len({tuple(epoch) for epoch in epochs}) == 6  # all orders of three groups
-    assert rows != torch.cat([endless(shareable, 5 * step, 5, seed=4) for step in range(36)]).tolist()
+    assert rows != torch.cat([Endless(shareable, 4).rows(5 * step, 5) for step in range(36)]).tolist()
 
 
 CHOICES = [ALL, *(weights(**{term: 1.0}) for term in ALL)]
@@ -214,6 +214,104 @@ def test_plain_diffusion_sees_every_caption_and_the_groups_those_that_made_them(
             (place,) = (states[own] == seen).flatten(1).all(1).nonzero().flatten().tolist()
             drawn.add(place)
     assert drawn == {0, 1, 2}
+
+
+# Mirrored images, and images of several sizes
+
+
+def mirrored(groups=GROUPS):
+    plain = data(groups)
+    return TrainingSet(plain.latents, plain.conditions, plain.captions, groups, plain.latents.flip(3))
+
+
+def targets(step_loss, monkeypatch, step=0):
+    """Return the clean latents of each query of a step, by the name of the term."""
+    found = {}
+
+    def terms(network, queries, anchors, weight):
+        found.update(queries)
+        return {name: torch.zeros(len(query.t), requires_grad=True) for name, query in queries.items()}
+
+    monkeypatch.setattr("sage.training.loss.terms", terms)
+    step_loss(step)
+    schedule = diffusion.NoiseSchedule.of(base.new_scheduler())
+    # v and x_t together give x_0: x_0 = alpha x_t - sigma v.
+    levels = {name: [diffusion.spread(one, q.x_t) for one in schedule.at(q.t)] for name, q in found.items()}
+    return {name: a * found[name].x_t - s * found[name].target for name, (a, s) in levels.items()}
+
+
+@pytest.mark.parametrize("start", ["mixture", "sampled", "plain"])
+def test_half_of_the_images_are_mirrored_and_a_group_as_a_whole(start, monkeypatch):
+    batches, both = Batches(GROUPS, weights(diffusion=1, branch=1), 48, 0), mirrored()
+    turned = {"diffusion": [], "branch": []}
+    for step in range(4):
+        seen = targets(loss_of(unet(), batches, both, branch_start=start), monkeypatch, step)
+        rows = batches.rows(step)
+        for term in turned:
+            plain = (seen[term] - both.latents[rows[term]]).abs().flatten(1).amax(1) < 1e-2
+            other = (seen[term] - both.mirrored[rows[term]]).abs().flatten(1).amax(1) < 1e-2
+            assert (plain ^ other).all()
+            turned[term] += other.tolist()
+        for group in GROUPS:
+            mine = [
+                bool(is_other) for row, is_other in zip(rows["branch"].tolist(), other, strict=True) if row in group
+            ]
+            assert len(set(mine)) <= 1
+    assert 0.3 < sum(turned["diffusion"]) / len(turned["diffusion"]) < 0.7
+    assert {True, False} == set(turned["branch"])
+
+
+def test_the_soft_target_of_a_mirrored_item_is_of_mirrored_members(monkeypatch):
+    groups = ((0, 1),)
+    batches = Batches(groups, weights(shared=1), 16, 0)
+    seen = targets(loss_of(unet(), batches, mirrored(groups), soft_target="mean"), monkeypatch)["shared"]
+    mean = data(groups).latents.mean(0)
+    both = torch.stack([mean, mean.flip(2)])
+    distance = (seen[:, None] - both).abs().flatten(2).amax(2)
+    assert (distance.amin(1) < 1e-2).all() and set(distance.argmin(1).tolist()) == {0, 1}
+
+
+def test_without_mirrored_images_nothing_is_drawn_for_them():
+    batches = Batches(GROUPS, ALL, 24, 0)
+    found = [loss_of(unet(), batches, training_set)(0) for training_set in (data(), [data()])]
+    assert found[0] == found[1]
+    assert loss_of(unet(), batches, mirrored())(0)["diffusion"] != found[0]["diffusion"]
+
+
+def test_mirrored_latents_of_another_shape_are_refused():
+    plain = data()
+    with pytest.raises(DataError, match="as many mirrored ones"):
+        TrainingSet(plain.latents, plain.conditions, plain.captions, GROUPS, plain.latents[:3])
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_step_on_several_sizes_has_the_loss_of_the_set_whose_turn_it_is(parts, asked):
+    square = data()
+    n = 7
+    wide = TrainingSet(
+        randn(n, 4, 6, 12, seed=2),
+        {"states": randn(n + 1, 5, 16, seed=3)},
+        torch.arange(n)[:, None],
+        ((0, 1, 2), (3, 4, 5, 6)),
+    )
+    batches = Buckets([Batches(one.groups, ALL, 12, 0) for one in (square, wide)])
+    network = unet()
+    step_loss = loss_of(network, batches, [square, wide], branch_start="sampled", drop_text=0.5)
+    seen = set()
+    for step in range(8):
+        asked.clear()
+        found = [step_loss(step, part, parts) for part in range(parts)]
+        number = batches.turn(step)[0]
+        data_of_step = (square, wide)[number]
+        assert {call[0].shape[1:] for call in asked} == {data_of_step.latents.shape[1:]}
+        assert (asked[-1][2][:, None] == data_of_step.conditions["states"]).flatten(2).all(2).any(1).any()
+        assert sum(len(call[0]) for call in asked if call[4]) == 12
+        if parts == 1:
+            sampled = sum(len(call[0]) for call in asked if not call[4]) - batches.cost(step)[1]
+            assert sampled == sampling_cost(batches, (0.4, 0.4), 8, step)
+        assert all(part["loss"].isfinite() for part in found)
+        seen.add(number)
+    assert seen == {0, 1}
 
 
 @pytest.mark.parametrize("chosen", CHOICES)
