@@ -38,14 +38,12 @@ _NEEDED = ("prepare", "group", "generate", "evaluate")
 class HeldOut:
     """The project's results on its held-out set, all up to date.
 
-    params: the project's parameters.
-    base: folder of the base model.
+    params: the project's parameters, which name the base model.
     data, groups, generated: output folders of the stages.
     metrics: folder of the stages' figures.
     """
 
     params: Params
-    base: Path = Path("models/base")
     data: Path = Path("data/prepared")
     groups: Path = Path("data/groups")
     generated: Path = Path("data/generated")
@@ -97,8 +95,7 @@ def judge_named(names: Sequence[str], held_out: HeldOut, write: Write) -> list[J
 def judge(versions: Sequence[Any], held_out: HeldOut, write: Write) -> list[Judgement]:
     """Judge versions of the registry; one that was judged under the same conditions before is not drawn again.
 
-    `write` receives what the stages print. Raises RegistryError if a version is damaged, SageError with the reason if
-    it cannot draw this set.
+    `write` receives what the stages print. Raises RegistryError if a version is damaged or cannot draw this set.
     """
     tracker, home = registry.connect()
     conditions = held_out.conditions()
@@ -142,7 +139,12 @@ def _judge(tracker: Any, home: str, version: Any, conditions: str, held_out: Hel
         folder = Path(temporary)
         write(f"version {number} of {version.name}:\n")
         weights = content.download(tracker, version, folder / "version").weights
-        _evaluate(held_out, weights, folder, write)
+        try:
+            _evaluate(held_out, weights, folder, write)
+        except SageError as error:
+            raise RegistryError(
+                f"version {number} of {version.name} cannot be judged on this folder's held-out set: {error}"
+            ) from error
         results = read(folder / "metrics/evaluate.json")
         run.tags(registry.evaluation_tags(results))
         run.artifact(folder / "metrics", "metrics")
@@ -157,7 +159,7 @@ def _evaluate(held_out: HeldOut, weights: Path, folder: Path, write: Write) -> N
     given = {"data": held_out.data, "groups": held_out.groups}
     drawn, costs = folder / "drawn", folder / "metrics/generate.json"
     made = {"out": drawn, "metrics": costs, "work": folder / "work"}
-    _stage("generate", write, **given, base=held_out.base, model=weights, only=JUDGED, **made)
+    _stage("generate", write, **given, base=held_out.params.base, model=weights, only=JUDGED, **made)
 
     generated = folder / "generated"
     references = [line for line in read_manifest(held_out.generated) if line.arm != JUDGED]
@@ -184,4 +186,4 @@ def _stage(stage: str, write: Write, **options: object) -> None:
     code = leash.run([sys.executable, "-m", f"flows.stages.{stage}", *arguments], output.feed, environment=environment)
     if code:
         said = [line for line in output.lines if line.startswith("error: ")] or [f"error: it ended with code {code}"]
-        raise SageError(f"the version cannot be judged: stage {stage}: {said[-1].removeprefix('error: ')}")
+        raise SageError(f"stage {stage}: {said[-1].removeprefix('error: ')}")

@@ -20,7 +20,7 @@ from flows.tracking.registry import (
     find,
     name_alias,
 )
-from sage.errors import RegistryError
+from sage.errors import RegistryError, SageError
 from sage.evaluation.arms import JUDGED
 from sage.evaluation.registry import METRICS, label
 from sage.evaluation.results import Figure, Results, parse_figure
@@ -103,7 +103,13 @@ def _check_against(candidate: Any, champion: Any, judge: Judge | None) -> None:
     if difference := _difference(candidate, champion):
         if judge is None:
             raise RegistryError(f"{names[0]} and {names[1]} cannot be compared: {difference}. Judge both anew.")
-        ours, theirs = judge([candidate, champion])
+        try:
+            theirs, ours = judge([champion, candidate])
+        except SageError as error:
+            raise RegistryError(
+                f"{names[0]} and {names[1]} cannot be compared: {difference}, and they cannot be judged anew: {error}\n"
+                "A model for other images has a champion of its own: `sage promote VERSION --to NAME`."
+            ) from error
         if failed := [gate.reason for gate in ours.gates if not gate.passed]:
             raise RegistryError(f"{names[0]}, judged anew, failed a gate:\n  " + "\n  ".join(failed))
         metrics = {gate.metric for gate in ours.gates}

@@ -21,7 +21,7 @@ from flows.tracking import judging
 from flows.versioning import repository
 from sage.config import Params
 from sage.data.accounting import write_accounting
-from sage.errors import ConfigurationError, RegistryError, SageError
+from sage.errors import ConfigurationError, RegistryError
 from sage.evaluation.alignment import DualEncoder, save
 from sage.evaluation.results import read
 from sage.sampling import base
@@ -65,7 +65,7 @@ def drawn(weights, other, tmp_path_factory):
     (folder / "held_out/test.json").write_text(json.dumps(groups))
     save(DualEncoder(1280, 384, 8), folder / "models/alignment", "tests")
     shutil.copytree(weights, folder / "base")
-    values = tracked.params().model_dump(mode="json")
+    values = tracked.params().model_dump(mode="json") | {"base": "base"}
     values["generate"] |= {"split": "test", "seeds": [0]}
     values["evaluate"] |= {"resamples": 100, "gates": [GATE]}
     (folder / "params.yaml").write_text(yaml.safe_dump(values))
@@ -76,7 +76,7 @@ def drawn(weights, other, tmp_path_factory):
         found = held_out(folder)
         given = {"data": found.data, "groups": found.groups}
         costs = found.metrics / "generate.json"
-        generate.main(base=found.base, model=other, out=found.generated, metrics=costs, **given)
+        generate.main(base=Path("base"), model=other, out=found.generated, metrics=costs, **given)
         results = found.metrics / "evaluate.json"
         evaluate.main(generated=found.generated, costs=costs, report=Path("report"), metrics=results, **given)
     return folder
@@ -86,7 +86,7 @@ def held_out(folder: Path, **changes) -> judging.HeldOut:
     values = yaml.safe_load((folder / "params.yaml").read_text())
     values["evaluate"] |= changes
     params = Params.model_validate(values)
-    return judging.HeldOut(params, *map(Path, ("base", "prepared", "held_out", "generated", "figures")))
+    return judging.HeldOut(params, *map(Path, ("prepared", "held_out", "generated", "figures")))
 
 
 @pytest.fixture
@@ -163,10 +163,9 @@ def test_what_a_version_cannot_draw_is_said(project, weights):
     groups = json.loads(Path("other_groups/test.json").read_text())
     groups["groups"].pop()
     Path("other_groups/test.json").write_text(json.dumps(groups))
-    damaged = judging.HeldOut(
-        held_out(Path()).params, *map(Path, ("base", "prepared", "other_groups", "generated", "figures"))
-    )
-    with pytest.raises(SageError, match=r"the version cannot be judged: stage generate: .*test.json"):
+    damaged = judging.HeldOut(held_out(Path()).params, *map(Path, ("prepared", "other_groups", "generated", "figures")))
+    said_of = r"version 1 of sage cannot be judged on this folder's held-out set: stage generate: .*test.json"
+    with pytest.raises(RegistryError, match=said_of):
         judging.judge_named(["1"], damaged, said)
     runs = client().search_runs([client().get_experiment_by_name("sage").experiment_id])
     assert next(run for run in runs if run.data.tags["sage.stage"] == "judge").info.status == "FAILED"

@@ -18,13 +18,13 @@ def test_a_version_of_another_day_is_promoted_if_both_are_judged_anew_and_it_is_
         """Stand for a judging in which the champion has alignment 0.5 [0.45, 0.55], the other version `ours`."""
 
         def judge(versions):
-            assert [str(version.version) for version in versions] == ["2", "1"]
+            assert [str(version.version) for version in versions] == ["1", "2"]
             gates = [evaluated.verdict("alignment", passed=passed, reason="alignment is too low")]
             return [
                 parse(
                     evaluated.results() | {"gates": gates, "arms": {"sage": {"alignment": tracked.figure(value)}}}, ""
                 )
-                for value in (ours, 0.5)
+                for value in (0.5, ours)
             ]
 
         return judge
@@ -50,7 +50,8 @@ def test_versions_of_different_judges_are_not_compared_by_their_recorded_figures
     register(weights, features="inception", measured_by={"features": "Inception"})
     with pytest.raises(RegistryError, match=r"different judges, .*inception.* and .*efficientnet_lite0"):
         promotion.promote()
-    with pytest.raises(SageError, match="asked to judge"):
+    said = r"different judges, .* be judged anew: asked to judge\nA model for other images .*promote VERSION --to"
+    with pytest.raises(RegistryError, match=said):
         promotion.promote(judge=ask)
 
 
