@@ -59,13 +59,26 @@ def test_a_parameter_is_added_removed_and_named_with_its_file(project):
         ("finetune.stepz=3", "'finetune.stepz=3'.*stepz"),
         ("finetune.steps=-1", "finetune.steps: .*greater than or equal to 1"),
         ("finetune.steps=many", "finetune.steps: .*valid integer"),
-        ("=3", "'=3'"),
+        ("=3", "override '=3'"),
         ("../other.yaml:group.max_size=3", "parameters are in params.yaml, not in ../other.yaml"),
     ],
 )
 def test_a_bad_override_is_named_with_its_path(project, override, said):
     with experiments.work_tree("bad") as tree, pytest.raises(ConfigurationError, match=said):
-        experiments.set_parameters(tree, [override])
+        experiments.set_parameters(tree, ["group.max_size=3", override, "group.max_size=4"])
+
+
+def test_what_dvc_add_tracks_is_in_the_tree_too(project):
+    photos = project / "raw/photos"
+    photos.mkdir(parents=True)
+    (photos / "a.jpg").write_bytes(b"photograph")
+    repository.dvc("add", "raw/photos")
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for command in (["add", "raw"], ["commit", "--quiet", "--message", "photographs"]):
+        subprocess.run([*git, *command], check=True)
+    with experiments.work_tree("data") as tree:
+        assert (tree / "raw/photos/a.jpg").read_bytes() == b"photograph"
+    assert status(project) == ""
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a b", "-x", "x" * 81])
