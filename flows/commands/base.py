@@ -17,6 +17,8 @@ def pin(name: str, write: Callable[[str], None]) -> None:
     if model is None:
         raise ConfigurationError(f"{name} is a file or folder here; name it in params.yaml: base: {name}")
     check_trainable(name)
+    if saved.cached(model) is None:
+        write(f"getting {model} from the hub; if this is interrupted, the next call goes on")
     # Its folder in the cache has the name of the commit.
     pinned = hub.pin(hub.Model(model.name, saved.fetch(model).name))
     write(f"wrote {pinned}; commit it to git")

@@ -33,6 +33,7 @@ _PACKAGED = [
     ),
 ]
 _ALIGNMENT = Path("models/alignment")
+_RAW = Path("data/raw")
 _GIT_MB = 50  # what git keeps, it keeps for ever, and every clone has it
 _DISK_GB = 3.0  # data, models, images, their copies in DVC's cache and in MLflow
 _MEMORY_GB = 4.0
@@ -49,7 +50,8 @@ class Finding:
 def report(write: Callable[[str], None]) -> bool:
     """Write the findings of all checks; return whether there is no problem."""
     fit = True
-    for check in (_python, _packages, _operators, _weights, _repository, _dvc, _tracking, _disk, _memory, _device):
+    checks = (_python, _packages, _operators, _weights, _data, _repository, _dvc, _tracking, _disk, _memory, _device)
+    for check in checks:
         for finding in check():
             mark = "NOT FIT" if finding.remedy else "fit"
             write(f"{mark:<7}  {finding.what}")
@@ -172,6 +174,18 @@ def _own_weights(folder: Path) -> Finding:
     if not tracked:
         return Finding(f"{what}: {size}, not in git")
     return Finding(f"{what}: {size}, {'your own, not the committed ones' if _changed(folder) else 'as in git'}")
+
+
+def _data() -> Iterator[Finding]:
+    """Check that git would not store the user's images, if there are any."""
+    size = sum(path.stat().st_size for path in _RAW.rglob("*") if path.is_file()) / 1e6
+    if (swallowed := _swallowed(_RAW)) > _GIT_MB:
+        yield Finding(
+            f"{_RAW}: {size:.1f} MB, of which `dvc exp save` and `git add` would store {swallowed:.0f} MB in git",
+            f"put the images into a folder below it, say {_RAW}/photos, and give that to DVC: dvc add {_RAW}/photos",
+        )
+    else:
+        yield Finding(f"{_RAW}: {size:.1f} MB")
 
 
 def _opens(path: Path) -> bool:

@@ -11,6 +11,7 @@ Results name the extractor of their features, because distances are comparable o
 is reserved for Inception features.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -30,6 +31,8 @@ from sage.data.shards import ImageFile, rgb
 from sage.errors import CheckpointError, UnsupportedError
 from sage.evaluation.saved_networks import check_image_processor, find, weights_digest
 from sage.files import sha256
+
+log = logging.getLogger(__name__)
 
 WIDTH = 1280
 _PIXELS = 160
@@ -187,6 +190,7 @@ def _inception(weights: Path) -> Path:
     """Return the file of clean-fid's Inception, downloaded if it is missing; raise CheckpointError if it is another."""
     if not weights.is_file():
         weights.parent.mkdir(parents=True, exist_ok=True)
+        log.warning("%s is missing; it is downloaded once, from %s", weights, inception_url)
         try:
             torch.hub.download_url_to_file(inception_url, str(weights), _INCEPTION_SHA256, progress=False)
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash of what was downloaded

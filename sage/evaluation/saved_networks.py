@@ -1,11 +1,14 @@
 """Networks that others saved, found before work starts by folder or hub name, and read from safetensors only."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from sage.errors import CheckpointError
 from sage.files import digest, sha256
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = "*.safetensors"
 _CONFIG = "config.json"
@@ -57,11 +60,14 @@ def weights_digest(folder: Path) -> str:
 
 
 def _downloaded(name: str) -> Path:
-    from huggingface_hub import snapshot_download  # late: only hub names need it
+    from huggingface_hub import snapshot_download, try_to_load_from_cache  # late: only hub names need it
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     repository, _, revision = name.partition("@")
     try:
+        known = try_to_load_from_cache(repository, _CONFIG, revision=revision or None)
+        if not isinstance(known, str) or not any(Path(known).parent.glob(WEIGHTS)):
+            log.warning("the hub cache lacks %s, which is downloaded once", name)
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_FILES))
     # OSError: no connection, and huggingface_hub's own errors for a network that is not in its cache.
     except (HFValidationError, HfHubHTTPError, OSError) as error:

@@ -85,6 +85,18 @@ def test_a_large_own_model_in_the_place_of_the_shipped_one_is_not_left_to_git(mo
     assert doctor._own_weights(Path("models/own")).remedy == ""
 
 
+def test_photographs_that_git_would_store_are_said_with_what_dvc_does_instead(monkeypatch):
+    monkeypatch.setattr(doctor, "_GIT_MB", 0.0001)
+    photos = Path("data/raw/photos")
+    photos.mkdir(parents=True)
+    (photos / "a.jpg").write_bytes(bytes(1_000_000))
+    (found,) = doctor._data()
+    assert found.what == "data/raw: 1.0 MB, of which `dvc exp save` and `git add` would store 1 MB in git"
+    assert found.remedy.endswith("dvc add data/raw/photos")
+    Path("data/raw/.gitignore").write_text("/photos\n")  # as `dvc add` writes it
+    assert list(doctor._data()) == [doctor.Finding("data/raw: 1.0 MB")]
+
+
 def test_the_base_of_the_parameters_is_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "_PACKAGED", [])
     shutil.copy(Path(__file__).parents[2] / "params.yaml", "params.yaml")

@@ -8,19 +8,13 @@ import sage.torchvision_ops  # noqa: F401
 import cleanfid.features
 import cleanfid.fid
 import numpy as np
+import photographs
 import pytest
+import tiny_judges
 import torch
 from PIL import Image
 from prepared_files import NOWHERE
-from tiny import clip_config, clip_tokenizer
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPVisionConfig,
-    Dinov2Config,
-    Dinov2Model,
-)
+from transformers import CLIPImageProcessor, CLIPModel, Dinov2Model
 
 from flows.preflight import check_judges
 from sage.config import load_params
@@ -31,24 +25,6 @@ from sage.evaluation.distances import frechet_distance
 from sage.evaluation.judges import find_judge, open_judge, with_other_captions
 from sage.evaluation.registry import label, named
 from sage.files import sha256
-
-
-class _Layers(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = torch.nn.Conv2d(3, 2048, 32, 64)
-
-    def forward(self, x):
-        return self.conv(x).mean((2, 3))
-
-
-class _Network(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = _Layers()
-
-    def forward(self, x):
-        return self.layers(x)
 
 
 @pytest.fixture
@@ -63,17 +39,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def clip(tmp_path):
-    torch.manual_seed(0)
-    folder = tmp_path / "clip"
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
-    )
-    config = CLIPConfig(text_config=clip_config().to_dict(), vision_config=vision.to_dict(), projection_dim=8)
-    CLIPModel(config).save_pretrained(folder)
-    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
-    CLIPImageProcessor(**size).save_pretrained(folder)
-    clip_tokenizer(tmp_path).save_pretrained(folder)
-    return folder
+    return tiny_judges.clip(tmp_path / "clip")
 
 
 def examples(*texts):
@@ -84,9 +50,7 @@ def examples(*texts):
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The `disp` argument:DeprecationWarning")  # clean-fid's call of scipy
 def test_inception_is_clean_fids_network_and_resizing_and_its_distance_is_fid(tmp_path, images, monkeypatch):
-    torch.manual_seed(0)
-    weights = tmp_path / "inception-2015-12-05.pt"
-    torch.jit.script(_Network()).save(weights)
+    weights = tiny_judges.inception(tmp_path / "inception-2015-12-05.pt")
     with pytest.raises(CheckpointError, match="no FID"):
         extractors.open_extractor(str(tmp_path))
     monkeypatch.setattr(extractors, "_INCEPTION_SHA256", sha256(weights))
@@ -123,11 +87,7 @@ def test_the_clip_score_is_a_hundred_times_the_cosine_if_it_is_positive(clip, im
 
 
 def test_a_vision_model_gives_its_pooled_features(tmp_path, images):
-    torch.manual_seed(0)
-    folder = tmp_path / "dino"
-    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
-    Dinov2Model(config).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    folder = tiny_judges.dinov2(tmp_path / "dino")
     extract = extractors.open_extractor(str(folder))
     found = extract(extractors.read_images(images))
     pixels = CLIPImageProcessor.from_pretrained(folder)(
@@ -139,7 +99,7 @@ def test_a_vision_model_gives_its_pooled_features(tmp_path, images):
     assert extract.name.startswith(f"{folder} (") and "Dinov2Model" in extract.description
 
 
-def test_inception_is_downloaded_once_and_verified(tmp_path, monkeypatch):
+def test_inception_is_downloaded_once_and_verified(tmp_path, monkeypatch, caplog):
     weights = tmp_path / "theirs.pt"
     weights.write_bytes(b"weights")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
@@ -149,11 +109,24 @@ def test_inception_is_downloaded_once_and_verified(tmp_path, monkeypatch):
     assert not list((tmp_path / "hub").rglob("*.pt"))
     monkeypatch.setattr(extractors, "_INCEPTION_SHA256", sha256(weights))
     found = extractors.find_extractor("inception")
+    assert f"{found} is missing; it is downloaded once, from {weights.as_uri()}" in caplog.messages
     weights.unlink()
-    assert extractors.find_extractor("inception") == found
+    caplog.clear()
+    assert extractors.find_extractor("inception") == found and not caplog.messages
     found.unlink()
     with pytest.raises(CheckpointError, match="FID needs it; put the file there"):
         extractors.find_extractor("inception")
+
+
+def test_a_download_from_the_hub_is_said_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="no folder some/clip, and"):
+        find_judge("some/clip", [])
+    assert caplog.messages == ["the hub cache lacks some/clip, which is downloaded once"]
+    caplog.clear()
+    photographs.cached(tmp_path, "some/clip", tiny_judges.clip)
+    assert find_judge("some/clip", []).name == photographs.COMMIT and not caplog.messages
 
 
 def test_what_cannot_be_had_is_named_before_work_starts(tmp_path, clip, monkeypatch):
