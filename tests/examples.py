@@ -36,6 +36,13 @@ def commands(page: Path) -> set[str]:
     return {re.split(r" #|  |\\$", line)[0].strip() for line in shown}
 
 
+def session(page: str) -> list[str]:
+    """Return the lines of the shell that a page shows in its indented blocks, in order; a line that goes on is one."""
+    text = _FENCED.sub("", (ROOT / page).read_text(encoding="utf-8"))
+    lines = re.findall(r"^    (\S.*?(?:\\\n.*)*)$", text, flags=re.M)
+    return [re.sub(r"\s*\\\n\s*", " ", line) for line in lines]
+
+
 def parsed(command: str) -> tuple[tuple[str, ...], list[str]]:
     """Return the program of a command with its subcommands, and the options that it is given."""
     words = shlex.split(command)

@@ -20,12 +20,8 @@ _GATE = {"metric": "nfe_per_image", "reference": "independent", "worse_by_at_mos
 
 def project(folder: Path) -> Path:
     """Make the project and return its folder; a git and DVC repository with everything committed."""
-    folder.mkdir()
-    ignore = shutil.ignore_patterns("__pycache__")
-    for name in ("sage", "flows", "models/base", "models/alignment"):
-        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-    for name in ("dvc.yaml", "prefect.yaml", ".gitignore", ".dvcignore"):
-        shutil.copy(ROOT / name, folder)
+    shipped(folder)
+    shutil.copytree(ROOT / "models/base", folder / "models/base")
     images(folder / "data/raw")
     set_params(
         folder,
@@ -43,6 +39,18 @@ def project(folder: Path) -> Path:
         evaluate__gates=[_GATE],
     )
     commit_all(folder)
+    return folder
+
+
+def shipped(folder: Path) -> Path:
+    """Make a folder with the shipped code, graph and judge, but no base model, no data and no parameters."""
+    folder.mkdir()
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("sage", "flows", "models/alignment"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    for name in ("dvc.yaml", "prefect.yaml", ".gitignore", ".dvcignore", "data/.gitignore", "models/.gitignore"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
     return folder
 
 

@@ -1,5 +1,6 @@
 """Every example of the documentation runs as it stands, with tiny stand-ins for what it leaves open."""
 
+import json
 import runpy
 import shutil
 import signal
@@ -12,12 +13,19 @@ from pathlib import Path
 import sage.torchvision_ops  # noqa: F401
 
 import diffusers
+import photographs
 import pytest
+import served
+import small
 import tiny
+import tiny_judges
 import torch
 import yaml
 from diffusers import DiffusionPipeline
-from examples import PAGES, ROOT, commands, parsed, python, ran
+from examples import PAGES, ROOT, commands, parsed, python, ran, session
+from huggingface_hub import constants
+from inside import inside  # noqa: F401
+from PIL import Image
 
 from flows.cli import main
 from sage.packaged import minilm_folder
@@ -35,6 +43,7 @@ def test_every_page_with_python_is_run_below_or_in_the_tests_of_its_room():
     assert {page: count for page, count in shown.items() if count} == {
         "README.md": 1,
         "docs/grouping.md": 4,
+        "docs/own-model.md": 1,
         "docs/sampling.md": 5,
         "docs/serving.md": 1,  # tests/serving/test_app.py
         "docs/training.md": 1,
@@ -193,3 +202,98 @@ def test_a_list_of_prompts_goes_through_the_commands(line, project, monkeypatch,
         assert drawn == 0 and "4 prompts" in shown.out
     else:
         assert drawn == (20 if "--expand 20" in line else 24 if "--expand all" in line else 4)
+
+
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+@pytest.fixture
+def photographer(tmp_path, monkeypatch):
+    """Where docs/own-model.md begins: a checkout, photographs at home, and a hub cache that has what the page names.
+
+    Tiny are the model, the judges, their sizes and the number of photographs, steps and gates.
+    """
+    project = small.shipped(tmp_path / "project")
+    monkeypatch.chdir(project)
+    for name in ("HOME", "MLFLOW_TRACKING_URI", "SAGE_TRACKING_URI"):
+        monkeypatch.setenv(name, str(tmp_path) if name == "HOME" else f"sqlite:///{project / 'mlflow.db'}")
+    monkeypatch.setenv("SAGE_DEVICE", "cpu")
+    for who in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{who}_NAME", "test")
+        monkeypatch.setenv(f"GIT_{who}_EMAIL", "test@localhost")
+    photographs.write(tmp_path / "photographs")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    pipe = tiny.pipeline("stable_diffusion_xl", tmp_path).to(torch.float16)
+    pipe.save_pretrained(tmp_path / "sdxl", variant="fp16")
+    for name, save in (
+        (SDXL, pipe.save_pretrained),
+        ("facebook/dinov2-base", tiny_judges.dinov2),
+        ("openai/clip-vit-large-patch14", tiny_judges.clip),
+    ):
+        photographs.cached(tmp_path / "hub", name, save)
+    Path("data/raw").mkdir()
+    shutil.copy(ROOT / "data/raw/README.md", "data/raw")
+    settings = yaml.safe_load((ROOT / "configs/sdxl_lora_24gb.yaml").read_text(encoding="utf-8"))
+    settings["prepare"] |= {"image_size": 16}
+    settings["finetune"] |= {"batch_size": 4, "accumulate": 2, "adapter": {"rank": 2}}
+    settings["generate"] |= {"steps": 4}
+    Path("configs").mkdir()
+    Path("configs/sdxl_lora_24gb.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    gate = {"metric": "nfe_per_image", "reference": "independent", "worse_by_at_most": -0.05, "relative": True}
+    few = {"finetune__steps": 2, "finetune__warmup": 0, "finetune__decay": 0, "evaluate__resamples": 100}
+    few |= {"prepare__test": 0.3, "group__threshold": 0.0, "evaluate__gates": [gate]}
+    small.set_params(project, **few)
+    small.commit_all(project)
+    Path("prompts.txt").write_text("a red boat\na blue boat\nan old raft\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_own_model(photographer, inside, tmp_path):
+    said = {}
+    for line in session("docs/own-model.md"):
+        command = line.replace("COMMIT", photographs.COMMIT).replace("/models/sdxl", str(tmp_path / "sdxl"))
+        if command.startswith("sage serve"):
+            _is_served(command.split()[2], tmp_path)
+            continue
+        inside.stages.clear()
+        done = inside(command)
+        assert done.code == 0, f"{command}: {done.said}"
+        said[line] = done.said, inside.stages.copy()
+    assert said["dvc repro group"][1] == ["prepare", "group"]
+    assert said["dvc repro"][1] == ["finetune", "generate", "evaluate"]
+    assert said["sage judge challenger"][1] == ["generate", "evaluate"]
+    assert said["dvc exp run -S base=/models/sdxl"][1] == ["group", "finetune", "generate", "evaluate"]
+    assert f"hub/{SDXL}@{photographs.COMMIT}: in the hub cache" in said["sage doctor"][0]
+    assert "failed" not in said["sage plan"][0] and "unknown:" not in said["sage plan"][0].partition("checks")[2]
+    assert "registered as version 1" in said["sage register"][0]
+    assert "version 1 of sage is champion" in said["sage promote"][0]
+
+    prepared = json.loads(Path("metrics/prepare.json").read_text())
+    assert prepared["kept"] == len(photographs.CAPTIONS) and prepared["reasons"] == {"no_caption": 1}
+    judged = json.loads(Path("metrics/evaluate.json").read_text())
+    assert judged["features"].startswith("dinov2 (") and judged["alignment"] == "CLIP score"
+    assert [_size(path) for path in Path("work/pictures").glob("*.png")] == [(16, 16)] * 3
+    kept = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, check=True).stdout.split("\0")
+    made = ("data/raw/photos/", "data/prepared/", "data/generated/", "models/sage/", "work/")
+    assert "data/raw/photos.dvc" in kept and not [name for name in kept if name.startswith(made)]
+
+    (code,) = python("docs/own-model.md")
+    base = f'from_pretrained("{tmp_path / "sdxl"}", variant="fp16")'
+    names = ran(code, {}, base=(f'from_pretrained("{SDXL}")', base))
+    assert names["pipe"].get_active_adapters() == ["default_0"]
+    names["pipe"].unload_lora_weights()
+    names["pipe"].load_lora_weights("photographs.safetensors")
+    assert names["pipe"].get_active_adapters() == ["default_0"]
+
+
+def _size(path):
+    with Image.open(path) as image:
+        return image.size
+
+
+def _is_served(model, folder):
+    with served.sage(model, folder) as server:
+        server.wait()
+        answer = server.ask("red boat", seed=1)
+        assert answer.status_code == 200 and answer.json()["data"][0]["b64_json"]
