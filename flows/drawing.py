@@ -4,9 +4,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import sage.torchvision_ops  # noqa: F401
+
+import torch
+
 from flows.machine import device
 from sage.errors import DivergedError, UnsupportedError
-from sage.sampling import proof, saved
+from sage.sampling import adapters, proof, saved
 from sage.sampling.families import derived
 from sage.sampling.first_prediction import FirstPredictions
 from sage.sampling.partition import equal
@@ -14,9 +18,16 @@ from sage.sampling.pipeline import SharedSamplingPipeline, is_known
 from sage.sampling.plan import Plan
 from sage.sampling.schedulers import exchanged
 from sage.sampling.stream import Result, Stream
+from sage.sampling.weights import Precision, dtype_of, store
 
 
-def open_pipeline(model: str | Path, on: Any = None, scheduler: str | None = None) -> Any:
+def open_pipeline(
+    model: str | Path,
+    on: Any = None,
+    scheduler: str | None = None,
+    precision: Precision = "fp32",
+    lora: Path | None = None,
+) -> Any:
     """Return a saved pipeline for shared sampling, without progress bars.
 
     A pipeline of a class that is not known has to pass `sage.sampling.proof` here, on its device. Raises
@@ -25,15 +36,25 @@ def open_pipeline(model: str | Path, on: Any = None, scheduler: str | None = Non
     model      folder or hub name
     on         device; default: `device()`
     scheduler  class name of the scheduler to sample with; None: the one that was saved
+    precision  of its weights; in less than fp32 its parts are on a CUDA device in turns
+    lora       a LoRA to load, a file or a folder
     """
     on = on or device()  # before the model is read: a missing device fails at once
     stock = saved.stock_class(model)
     unknown = stock is not None and not is_known(stock)
     if unknown:
         derived.candidates(stock)  # before the weights are read
-    pipe: Any = saved.load(model) if unknown else SharedSamplingPipeline.from_pretrained(model)
+    how = {} if precision == "fp32" else {"dtype": dtype_of(precision)}
+    pipe: Any = saved.load(model, **how) if unknown else SharedSamplingPipeline.from_pretrained(model, **how)
     pipe.scheduler = exchanged(pipe.scheduler, scheduler)
-    pipe.to(on)
+    if lora is not None:
+        adapters.load(pipe, {"lora": lora})
+    if precision == "fp8":
+        store(pipe._network)
+    if precision != "fp32" and torch.device(on).type == "cuda":
+        pipe.enable_model_cpu_offload(device=on)
+    else:
+        pipe.to(on)
     pipe.set_progress_bar_config(disable=True)
     pipe = proof.proved(pipe) if unknown else pipe
     if pipe.makes != "images":
@@ -41,14 +62,20 @@ def open_pipeline(model: str | Path, on: Any = None, scheduler: str | None = Non
     return pipe
 
 
-def first_predictions(pipe: Any, texts: Sequence[str], settings: Mapping[str, Any]) -> FirstPredictions:
-    """Return the pipeline's first predictions of prompts; `settings` are those of `draw`."""
+def first_predictions(
+    pipe: Any, texts: Sequence[str], settings: Mapping[str, Any], size: Mapping[str, int] | None = None
+) -> FirstPredictions:
+    """Return the pipeline's first predictions of prompts.
+
+    `settings` are those of `draw`; `size` is the height and width of the images in pixels, if not the model's own.
+    """
     found: FirstPredictions = pipe.first_predictions(
         list(texts),
         num_inference_steps=settings["steps"],
         guidance_scale=settings["guidance_scale"],
         negative_prompt=settings.get("negative_prompt") or None,
         batch_size=settings["batch_size"],
+        **(size or {}),
     )
     return found
 

@@ -33,7 +33,7 @@ def training(job: Job) -> Training:
     low, high = settings.share_ratios
     sampled = chosen if settings.branch_start == "sampled" else ()
     shared = [sampling_cost(batches, (low, high), job.evaluations, step) for step in sampled]
-    guidance = 2 if drawing.guidance_scale > 1 else 1
+    guidance = job.pipe.evaluations_a_step(drawing.guidance_scale)
 
     def whole(counts: Sequence[int]) -> int:
         return round(sum(counts) * settings.steps / len(chosen))
@@ -59,4 +59,5 @@ def drawing(job: Job) -> dict[str, int]:
         SHARED: shared,
         SAGE: shared,
     }
-    return {arm: (2 if settings.guidance_scale > 1 else 1) * nfe for arm, nfe in found.items()}
+    guidance = job.pipe.evaluations_a_step(settings.guidance_scale)
+    return {arm: guidance * nfe for arm, nfe in found.items()}

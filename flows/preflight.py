@@ -128,6 +128,8 @@ class Job:
             rank=None if settings.adapter is None else settings.adapter.rank,
             consistency=settings.weights.consistency > 0,
             checkpointing=settings.gradient_checkpointing,
+            precision=settings.precision,
+            texts=bool(settings.adapter and settings.adapter.text_encoders),
         )
 
 
@@ -188,9 +190,16 @@ def _judges(job: Job) -> Iterator[str]:
 
 
 def _size(job: Job) -> Iterator[str]:
-    """Refuse a model that draws images of another size than the prepared ones."""
+    """Refuse a model that draws images of another size than the prepared ones, or that has no such size."""
     height, width = drawn = job.pipe._size(None, None, dict(job.pipe._options))
-    if drawn != job.size:
+    if height is None:  # a model of all sizes, which stage generate asks for the prepared one
+        multiple = job.pipe.vae_scale_factor * (2 if hasattr(job.pipe, "_pack_latents") else 1)
+        if any(side % multiple for side in job.size):
+            raise ConfigurationError(
+                f"the prepared images have {job.size[0]}x{job.size[1]} pixels, but the model's sides are multiples of "
+                f"{multiple}; set prepare.image_size to {-(-job.size[0] // multiple) * multiple}"
+            )
+    elif drawn != job.size:
         raise ConfigurationError(
             f"the prepared images have {job.size[0]}x{job.size[1]} pixels, but the model draws {height}x{width}; set "
             f"prepare.image_size to {height} or take a model for {job.size[0]} pixels"
@@ -245,13 +254,13 @@ def check_judges(settings: Evaluate, examples: Sequence[Example]) -> None:
 def check_trainable(base: str | Path) -> None:
     """Raise UnsupportedError, before its weights are read, for a base model of a family that cannot be fine-tuned."""
     from sage.sampling import saved  # late, as above
-    from sage.sampling.pipeline import FAMILIES
+    from sage.sampling.pipeline import is_trainable, trainable
 
     stock = saved.stock_class(base)
-    if stock is not None and not any(above.__name__ in FAMILIES for above in stock.__mro__):
+    if stock is not None and not is_trainable(stock):
         raise UnsupportedError(
             f"the base model {base} is a {stock.__name__}, which can be sampled (sage generate --model {base}), but "
-            f"not fine-tuned; set base in params.yaml to one of {', '.join(FAMILIES)}"
+            f"not fine-tuned; set base in params.yaml to one of {', '.join(trainable())}"
         )
 
 
@@ -285,7 +294,11 @@ def _trainable(job: Job) -> Iterator[str]:
 
     _check_family(job.pipe)
     diffusion.NoiseSchedule.of(job.pipe.scheduler)
-    diffusion.visited(job.pipe.scheduler, job.params.generate.steps)
+    adapter = job.params.finetune.adapter
+    if adapter is not None and adapter.text_encoders:
+        from sage.training import lora
+
+        lora.trainable_encoders(job.pipe)
     yield from ()
 
 
@@ -352,12 +365,11 @@ def _bucket_size(pipe: Any, size: Size) -> Iterator[str]:
 
 def _check_family(pipe: Any) -> None:
     """Raise UnsupportedError for a family that can be sampled, but not fine-tuned."""
-    from sage.sampling.pipeline import FAMILIES
-    from sage.sampling.segments import SegmentedPipeline
+    from sage.sampling.pipeline import is_trainable, trainable
 
-    if isinstance(pipe, SegmentedPipeline):
+    if not is_trainable(type(pipe)):
         raise UnsupportedError(
-            f"{pipe.family.stock} can be sampled, but not fine-tuned; fine-tune one of {', '.join(FAMILIES)}"
+            f"{pipe.family.stock} can be sampled, but not fine-tuned; fine-tune one of {', '.join(trainable())}"
         )
 
 
@@ -368,7 +380,12 @@ def _memory(job: Job) -> Iterator[str]:
     if needed.certain > total:
         raise ConfigurationError(
             f"weights and optimizer take {needed.certain / 1e9:.1f} GB, but {on} has {total / 1e9:.1f} GB; train "
-            "an adapter (finetune.adapter) or a smaller base"
+            "an adapter (finetune.adapter), with finetune.precision fp8 if it must be, or a smaller base"
+        )
+    if needed.merged > (host := machine.memory("cpu")[1]):
+        yield (
+            f"the merged model is made in float32, which takes {needed.merged / 1e9:.1f} GB of the machine's memory, "
+            f"but there are {host / 1e9:.1f} GB; add swap, or take a smaller base"
         )
     if needed.total > free:
         yield (
@@ -400,7 +417,8 @@ def disk(job: Job) -> int:
     """
     drawing, (height, width) = job.params.generate, job.size
     images = len(ARMS) * len(job.drawn) * len(drawing.seeds) * height * width * 3
-    return job.memory.data + _CHECKPOINTS * job.memory.training + _COPIES * (job.memory.weights + images)
+    model = job.memory.merged or job.memory.weights
+    return job.memory.data + _CHECKPOINTS * job.memory.training + _COPIES * (model + images)
 
 
 def _shares(job: Job) -> Iterator[str]:
@@ -408,11 +426,14 @@ def _shares(job: Job) -> Iterator[str]:
 
 
 def _guidance(job: Job) -> Iterator[str]:
-    yield from _unknown_empty_prompt(job.params)
+    if not job.pipe.embeds_guidance:
+        yield from _unknown_empty_prompt(job.params)
 
 
 def _gates(job: Job) -> Iterator[str]:
-    yield from _unreachable_gates(job.params, job.evaluations, job.grouped(job.params.generate.split), job.image_steps)
+    groups = job.grouped(job.params.generate.split)
+    guided = job.pipe.evaluations_a_step(job.params.generate.guidance_scale) == 2
+    yield from _unreachable_gates(job.params, job.evaluations, groups, job.image_steps, guided)
 
 
 DRAWING: dict[str, Check] = {
@@ -446,7 +467,7 @@ def doubts(params: Params, evaluations: int, groups: Sequence[Sequence[int]], im
     """
     yield from _outside_training(params, evaluations)
     yield from _unknown_empty_prompt(params)
-    yield from _unreachable_gates(params, evaluations, groups, image_steps)
+    yield from _unreachable_gates(params, evaluations, groups, image_steps, params.generate.guidance_scale > 1)
 
 
 def _outside_training(params: Params, evaluations: int) -> Iterator[str]:
@@ -471,7 +492,7 @@ def _unknown_empty_prompt(params: Params) -> Iterator[str]:
 
 
 def _unreachable_gates(
-    params: Params, evaluations: int, groups: Sequence[Sequence[int]], image_steps: int
+    params: Params, evaluations: int, groups: Sequence[Sequence[int]], image_steps: int, guided: bool
 ) -> Iterator[str]:
     drawing = params.generate
     yield from _too_few(params.evaluate.gates, groups)
@@ -480,7 +501,7 @@ def _unreachable_gates(
     plan = Plan.shared(groups, evaluations, drawing.share_ratio).repeat(len(drawing.seeds), image_steps)
     for gate in params.evaluate.gates:
         if METRICS[gate.metric].cost and gate.reference == INDEPENDENT:
-            yield from _out_of_reach(gate, plan, drawing.guidance_scale > 1)
+            yield from _out_of_reach(gate, plan, guided)
 
 
 def cost_doubts(params: Params, saving: Mapping[str, float]) -> Iterator[str]:

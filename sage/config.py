@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from sage.errors import ConfigurationError
@@ -62,6 +62,17 @@ def _source(value: str) -> str:
         raise PydanticCustomError(
             "literal_error",
             "Input should be 'twemoji', 'figures', 'folder' or 'kohya', or an address such as s3://bucket/*.tar",
+        )
+    return value
+
+
+def _in_float32(value: Any) -> Any:
+    """Refuse an optimizer of 8 bits by what there is instead."""
+    if isinstance(value, str) and "8bit" in value.lower().replace("-", "").replace("_", ""):
+        raise PydanticCustomError(
+            "literal_error",
+            "Input should be 'adamw' or 'adafactor': optimizers of 8 bits need bitsandbytes, which is not "
+            "installed with this project; adafactor keeps less than they do",
         )
     return value
 
@@ -190,12 +201,16 @@ class Weights(Section):
         return self
 
 
+Precision = Literal["bf16", "fp8", "fp32"]
+
+
 class Adapter(Section):
-    """LoRA: trained low-rank matrices on frozen weights."""
+    """LoRA: trained low-rank matrices on frozen weights, of the denoiser or of its CLIP text encoders, too."""
 
     rank: Count
     alpha: Count | None = None
     targets: Annotated[list[str], Field(min_length=1)] | None = None
+    text_encoders: bool | None = None
 
 
 class ShuffleTags(Section):
@@ -218,7 +233,7 @@ class Finetune(Section):
     """Fine-tuning of the base model with L_SAGE."""
 
     steps: Count
-    optimizer: Literal["adamw", "adafactor"]
+    optimizer: Annotated[Literal["adamw", "adafactor"], BeforeValidator(_in_float32)]
     learning_rate: Positive
     warmup: Annotated[int, Field(ge=0)]
     decay: Annotated[int, Field(ge=0)]
@@ -236,13 +251,18 @@ class Finetune(Section):
     timesteps: Literal["uniform", "logit_normal"]
     adapter: Adapter | None
     init: str | None
-    precision: Literal["bf16", "fp32"]
+    precision: Precision
     accumulate: Count
     gradient_checkpointing: bool
     validation: Validation | None
     checkpoint_every: Count
     watch_every: Count
     seed: Seed
+
+    @property
+    def kept_in(self) -> Precision:
+        """The precision in which the base's weights are kept: float32, unless an adapter alone is trained."""
+        return "fp32" if self.adapter is None else self.precision
 
     @model_validator(mode="after")
     def _consistent(self) -> "Finetune":
@@ -269,6 +289,11 @@ class Finetune(Section):
                 f"weights.diffusion and weights.consistency are {self.weights.diffusion}; raise one of them, or set "
                 "shuffle_tags to null"
             )
+        if self.precision == "fp8" and self.adapter is None:
+            raise ValueError(
+                "precision fp8 stores frozen weights, but adapter is null, so all weights are trained; give an "
+                "adapter, for example {rank: 16}, or set precision to bf16"
+            )
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate {self.accumulate} is more than batch_size {self.batch_size}; lower it")
         return self
@@ -284,6 +309,7 @@ class Generate(Section):
     share_ratio: Share
     branch_noise: Annotated[float, Field(ge=0, le=1)]
     image_steps: Annotated[int, Field(ge=0)] | None
+    precision: Precision
     seeds: Annotated[list[Seed], Field(min_length=1)]
     batch_size: Count
 

@@ -65,21 +65,16 @@ def check_start(scheduler: Any) -> None:
         )
 
 
-def visited(scheduler: Any, steps: int) -> Tensor:
-    """Return the training timesteps at which a scheduler evaluates the network in `steps` steps, shape (evaluations,).
+def visited(scheduler: Any) -> Tensor:
+    """Return the training timesteps at which a sampler evaluates the network, shape (evaluations,).
 
-    Times between two training timesteps are rounded to the nearer one. Some schedulers evaluate more than once a step.
-    Raises UnsupportedError as `check_start` does, and for a scheduler whose times depend on the image size.
+    `scheduler` has its timesteps set, as the sampler sets them for its steps and the size of its images. Times between
+    two training timesteps are rounded to the nearer one. Some schedulers evaluate more than once a step.
+    Raises UnsupportedError as `check_start` does.
     """
-    if scheduler.config.get("use_dynamic_shifting"):
-        raise UnsupportedError(
-            f"{type(scheduler).__name__} has use_dynamic_shifting, so its times depend on the image size, which "
-            "training does not support; give it a fixed shift"
-        )
-    sampler = type(scheduler).from_config(scheduler.config)
-    sampler.set_timesteps(steps)
-    check_start(sampler)
-    nearest: Tensor = (network_times(scheduler) - sampler.timesteps[:, None]).abs().argmin(1)
+    check_start(scheduler)
+    times = scheduler.timesteps.cpu()
+    nearest: Tensor = (network_times(scheduler) - times[:, None]).abs().argmin(1)
     return nearest
 
 

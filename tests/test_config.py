@@ -5,10 +5,12 @@ from typing import get_args
 import pytest
 import yaml
 
+from sage import config
 from sage.config import Params, Scheduler, load_params
 from sage.errors import ConfigurationError
 from sage.grouping.auto import DEFAULT
 from sage.grouping.policy import Policy
+from sage.sampling import weights
 from sage.sampling.loop import HISTORY
 from sage.sampling.pipeline import SHARE_RATIO
 
@@ -37,6 +39,16 @@ def changed(folder: Path, **changes: object) -> Path:
 def test_the_schedulers_are_the_supported_ones():
     # EDM and cosine schedulers come with a pipeline: they are made with no other scheduler's configuration.
     assert set(get_args(Scheduler)) == {name for name in HISTORY if not name.startswith(("EDM", "Cosine"))}
+
+
+def test_the_precisions_are_those_of_pipelines():
+    assert get_args(config.Precision) == get_args(weights.Precision)
+
+
+def test_a_base_is_kept_in_less_than_float32_only_below_an_adapter(tmp_path):
+    assert load_params(SHIPPED).finetune.kept_in == "fp32"
+    adapted = changed(tmp_path, finetune__adapter={"rank": 4}, finetune__precision="fp8")
+    assert load_params(adapted).finetune.kept_in == "fp8"
 
 
 def test_the_shipped_file_is_valid_and_frozen():

@@ -14,6 +14,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
@@ -207,12 +209,40 @@ def pixart_alpha(folder: Path) -> PixArtAlphaPipeline:
     )
 
 
+def flux(folder: Path, guidance: bool = True) -> FluxPipeline:
+    """FLUX.1 dev, or schnell, whose network does not take the guidance scale and whose shift is none."""
+    torch.manual_seed(0)
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guidance),
+        vae=autoencoder(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=CLIPTextModel(clip_config()).eval(),
+        tokenizer=clip_tokenizer(folder),
+        text_encoder_2=t5(),
+        tokenizer_2=t5_tokenizer(),
+        transformer=FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            axes_dims_rope=(4, 4, 8),
+            guidance_embeds=guidance,
+        ).eval(),
+    )
+
+
 FAMILIES = {make.__name__: make for make in (stable_diffusion, stable_diffusion_xl, stable_diffusion_3, pixart_alpha)}
 # What a family's stock pipeline needs to be told at this size.
 OPTIONS: dict[str, dict[str, Any]] = {
     "stable_diffusion_3": {"max_sequence_length": 20},
     "pixart_alpha": {"use_resolution_binning": False, "max_sequence_length": 20},
+    "flux": {"max_sequence_length": 20},
 }
+# What can be fine-tuned: these, and of the segment driver's.
+TRAINED = FAMILIES | {"flux": flux}
 
 
 def safety_checker() -> dict[str, Any]:
@@ -234,6 +264,6 @@ def overflow_at(letter: str, pipe: Any) -> None:
 
 
 def pipeline(family: str, folder: Path) -> DiffusionPipeline:
-    pipe = FAMILIES[family](folder)
+    pipe = TRAINED[family](folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -47,7 +47,8 @@ def _opened(params: Params) -> Job:
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     check_trainable(params.base)
-    return Job(open_pipeline(params.base, "cpu", params.generate.scheduler), params, _DATA, _GROUPS)
+    pipe = open_pipeline(params.base, "cpu", params.generate.scheduler, params.finetune.kept_in)
+    return Job(pipe, params, _DATA, _GROUPS)
 
 
 def _stages(params: Params) -> Table:

@@ -5,6 +5,7 @@ On several devices: `accelerate launch -m flows.stages.finetune` with the argume
 
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ import sage.torchvision_ops  # noqa: F401
 
 import torch
 import typer
+from accelerate.utils import extract_model_from_parallel
 
 from flows import machine
 from flows.drawing import open_pipeline
@@ -21,16 +23,18 @@ from flows.preflight import check, check_trainable
 from flows.report.sheet import sheet
 from flows.terminal import progress, run
 from flows.tracking.runs import Run, stage_run
-from sage import diffusion
 from sage.config import Finetune, load_params
 from sage.data.dataset import Example, captions_of, check_sums, in_buckets, load_pixels, read_split
 from sage.data.groups import read_groups
 from sage.data.tags import tag_orders
+from sage.errors import ConfigurationError
 from sage.files import digest, new_folder, sha256, sha256_tree, write_json
 from sage.randomness import generator
 from sage.sampling import adapters
 from sage.sampling import base as base_model
+from sage.sampling.conditions import Condition
 from sage.sampling.seeds import prompt_seed
+from sage.sampling.weights import Precision, store
 from sage.training import curves, lora
 from sage.training.batches import Batches, Buckets, batches_of_parts
 from sage.training.denoiser import Denoiser
@@ -72,7 +76,10 @@ def main(
     accelerator = machine.accelerator()
     check_trainable(base)
     check_sums(data)
-    pipeline = open_pipeline(base, accelerator.device, params.generate.scheduler)
+    # A frozen base is kept on the CPU; the denoiser takes its parts to the device when they are needed.
+    on = accelerator.device if settings.kept_in == "fp32" else "cpu"
+    kept_in: Precision = "fp32" if settings.kept_in == "fp32" else "bf16"  # in 8 bits once its adapter is there
+    pipeline = open_pipeline(base, on, params.generate.scheduler, kept_in)
     check(pipeline, params, data, groups, trains=True)
     examples = read_split(data, "train")
     members = read_groups(groups / "train.json", examples)[0]
@@ -92,8 +99,14 @@ def main(
     with _main_run(accelerator, settings) as record:
         record.dataset("prepared", sources["data_digest"], "training")
         watched = watch(data, groups)
-        show(record, pipeline, watched, settings, sampler_steps, 0)
-        denoiser = Denoiser(pipeline, settings.precision)
+        denoiser = Denoiser(
+            pipeline,
+            settings.precision,
+            frozen=settings.kept_in != "fp32",
+            guidance_scale=params.generate.guidance_scale,
+            device=accelerator.device,
+        )
+        show(record, denoiser, pipeline, watched, settings, sampler_steps, 0)
         inputs = [
             training_set(denoiser, [examples[row] for row in rows], part.groups, sources, settings)
             for rows, part in zip(buckets, batches.parts, strict=True)
@@ -117,21 +130,21 @@ def main(
             watched,
             validation,
         )
-        show(record, pipeline, watched, settings, sampler_steps, trained.steps)
+        show(record, denoiser, pipeline, watched, settings, sampler_steps, trained.steps)
         accelerator.end_training()
         if not accelerator.is_main_process:
             return
-        save(pipeline, base, out)
+        save(pipeline, base, out, params.generate.scheduler, settings)
         costs = [batches.cost(step) for step in range(trained.steps)]
         low, high = settings.share_ratios
         sampled = range(trained.steps if settings.branch_start == "sampled" else 0)
-        evaluations = len(diffusion.visited(pipeline.scheduler, sampler_steps))
+        evaluations = pipeline.evaluations(sampler_steps)
         shared = sum(sampling_cost(batches, (low, high), evaluations, step) for step in sampled)
         figures = {
             "steps": trained.steps,
             "evaluations": sum(trained for trained, _ in costs),
             "base_evaluations": sum(frozen for _, frozen in costs),
-            "sampling_evaluations": shared * (2 if params.generate.guidance_scale > 1 else 1),
+            "sampling_evaluations": shared * pipeline.evaluations_a_step(params.generate.guidance_scale),
             "images": len(examples),
             "groups": len(members),
             "losses": {name: round(value, 6) for name, value in trained.losses.items()},
@@ -165,21 +178,23 @@ def training_set(
     examples: Sequence[Example],
     members: Sequence[Sequence[int]],
     sources: Mapping[str, str],
-    settings: Finetune | None = None,
+    settings: Finetune,
 ) -> TrainingSet:
     """Return the latents of all images and the conditions of all captions, computed once and kept in files.
+
+    If text encoders are trained, the conditions are those of the frozen base, and training reads the captions anew.
 
     denoiser  the base, before it is trained
     examples  images of one size
     members   groups of their places
     sources   hashes of the base and of the prepared data
-    settings  which images and captions to vary (`flip`, `shuffle_tags`); None: none, as for held-out images
+    settings  what to vary (`flip`, `shuffle_tags`), and how the base is kept
     """
     height, width = load_pixels(examples[:1]).shape[1:3]
     texts, captions = captions_of([varied_texts(example, settings) for example in examples])
     texts.append("")
     key = {"base": sources["base_sha256"], "size": [height, width], "torch": torch.__version__}
-    key["device"] = next(denoiser.parameters()).device.type
+    key |= {"device": denoiser.device.type, "frozen": settings.kept_in}
 
     def encoded_images(mirrored: bool) -> torch.Tensor:
         def encode(start: int, stop: int) -> dict[str, torch.Tensor]:
@@ -194,15 +209,25 @@ def training_set(
         return denoiser.encode_texts(texts[start:stop], (height, width))
 
     conditions = _encoded("captions", len(texts), key | {"texts": texts}, encode_texts)
-    mirrored = encoded_images(mirrored=True) if settings is not None and settings.flip else None
-    groups = tuple(map(tuple, members))
-    return TrainingSet(encoded_images(mirrored=False), conditions, torch.from_numpy(captions), groups, mirrored)
+    mirrored = encoded_images(mirrored=True) if settings.flip else None
+
+    def read(rows: list[int]) -> Condition:
+        return denoiser.current_texts([texts[row] for row in rows], (height, width))
+
+    return TrainingSet(
+        encoded_images(mirrored=False),
+        conditions,
+        torch.from_numpy(captions),
+        tuple(map(tuple, members)),
+        mirrored,
+        read if settings.adapter and settings.adapter.text_encoders else None,
+    )
 
 
-def varied_texts(example: Example, settings: Finetune | None) -> list[str]:
+def varied_texts(example: Example, settings: Finetune) -> list[str]:
     """Return the captions to train an image with, first the one by which it was grouped."""
-    chosen = None if settings is None else settings.shuffle_tags
-    if settings is None or chosen is None:
+    chosen = settings.shuffle_tags
+    if chosen is None:
         return list(example.texts)
     return [order for text in example.texts for order in tag_orders(text, chosen.keep, chosen.orders, settings.seed)]
 
@@ -216,14 +241,24 @@ def _encoded(
 
 
 def adapt(denoiser: Denoiser, pipeline: Any, settings: Finetune) -> None:
-    """Add the adapter to train, if there is to be one, or load the earlier one to go on with."""
+    """Add the adapter to train, if there is to be one, or load the earlier one; then store what is frozen."""
     chosen = settings.adapter
     if chosen is None:
         return
+    encoders = lora.trainable_encoders(pipeline) if chosen.text_encoders else {}
+    if encoders and processes()[1] > 1:
+        raise ConfigurationError(
+            f"finetune.adapter.text_encoders is for one process, but there are {processes()[1]}; leave it out, or "
+            "train on one device"
+        )
     if settings.init is not None:
-        lora.resume(pipeline, Path(settings.init), chosen.rank, chosen.alpha)
+        lora.resume(pipeline, Path(settings.init), chosen.rank, chosen.alpha, bool(encoders))
     else:
         lora.add(denoiser.network, chosen.rank, settings.seed, alpha=chosen.alpha, targets=chosen.targets)
+        lora.add_to_texts(encoders, chosen.rank, settings.seed, alpha=chosen.alpha)
+    denoiser.train_texts(encoders)
+    if settings.kept_in == "fp8":
+        store(denoiser.network)
 
 
 def held_out(
@@ -252,7 +287,8 @@ def held_out(
         if len(rows) < chosen.images:
             members.append(tuple(range(len(rows), len(rows) + len(partition[place]))))
             rows += partition[place]
-    inputs = training_set(denoiser, [examples[row] for row in rows], members, sources)
+    plain = settings.model_copy(update={"flip": False, "shuffle_tags": None})
+    inputs = training_set(denoiser, [examples[row] for row in rows], members, sources, plain)
     batches = held_out_batches(members, settings.weights.model_dump(), settings.batch_size, settings.seed)
     loss = loss_of(denoiser, pipeline, inputs, batches, settings, sampler_steps, sampling, drop_text=0.0)
     measure = held_out_loss(denoiser, pipeline.scheduler, inputs, batches, loss)
@@ -336,7 +372,9 @@ def train(
             identity=identity,
             on_step=on_step,
             on_report=lambda step, means: record.metrics(means, step),
-            on_watch=lambda step: show(record, pipeline, watched, settings, sampler_steps, step),
+            on_watch=lambda step: show(
+                record, extract_model_from_parallel(network), pipeline, watched, settings, sampler_steps, step
+            ),
             accumulate=settings.accumulate,
             validation=validation,
         )
@@ -371,19 +409,24 @@ def loss_of(
     )
 
 
-def save(pipeline: Any, base: Path, out: Path) -> None:
-    """Write the pipeline in the format of the base; an adapter is merged, and also saved as a file of its own."""
-    network, layers, alpha = pipeline._network, None, None
-    if lora.present(network):
-        layers, alpha = lora.layers(network), lora.alpha_of(network)
-        lora.merge(network)
-    with new_folder(out) as temporary:
+def save(pipeline: Any, base: Path, out: Path, scheduler: str | None, settings: Finetune) -> None:
+    """Write the pipeline in the format of the base; an adapter is merged, and also saved as a file of its own.
+
+    It is merged into float32 weights: those of a base that was frozen in less are read again, on the CPU.
+    """
+    parts = lora.trained(pipeline)
+    alpha = lora.alpha_of(pipeline._network) if parts else None
+    with new_folder(out) as temporary, tempfile.TemporaryDirectory() as between:
+        if settings.kept_in != "fp32":
+            lora.save(pipeline, parts, Path(between), alpha)
+            pipeline = open_pipeline(base, "cpu", scheduler, lora=Path(between) / adapters.FILE)
+        lora.fuse(pipeline, trained=True)
         if base_model.is_own(base):
             base_model.save(pipeline, temporary)
         else:
             pipeline.save_pretrained(temporary)
-        if layers is not None:
-            lora.save(pipeline, layers, temporary, alpha)
+        if parts:
+            lora.save(pipeline, parts, temporary, alpha)
 
 
 def watch(data: Path, groups: Path) -> list[list[Example]]:
@@ -394,13 +437,20 @@ def watch(data: Path, groups: Path) -> list[list[Example]]:
 
 
 def show(
-    record: Run, pipeline: Any, watched: list[list[Example]], settings: Finetune, sampler_steps: int, step: int
+    record: Run,
+    denoiser: Denoiser,
+    pipeline: Any,
+    watched: list[list[Example]],
+    settings: Finetune,
+    sampler_steps: int,
+    step: int,
 ) -> None:
     """Record images of the watched groups, one row per group, sampled with shared steps and fixed seeds.
 
     record         the tracking record; without a run nothing is sampled
+    denoiser       the denoiser on the pipeline's network
     pipeline       the pipeline with the current weights
-    watched        groups of examples, whose prompts are sampled
+    watched        groups of examples, whose prompts are sampled at the size of their images
     settings       the section finetune of params.yaml; the share ratio is the middle of its range
     sampler_steps  number of sampler steps
     step           the training step to record them under
@@ -408,15 +458,19 @@ def show(
     if record.id is None or not watched:
         return
     examples = [example for group in watched for example in group]
+    height, width = load_pixels(examples[:1]).shape[1:3]
     numbers = iter(range(len(examples)))
-    images = pipeline(
-        [example.text for example in examples],
-        groups=[[next(numbers) for _ in group] for group in watched],
-        share_ratio=sum(settings.share_ratios) / 2,
-        num_inference_steps=sampler_steps,
-        guidance_scale=GUIDANCE,
-        seed=[prompt_seed(0, example.id) for example in examples],
-    ).images
+    with denoiser.drawing(pipeline):
+        images = pipeline(
+            [example.text for example in examples],
+            groups=[[next(numbers) for _ in group] for group in watched],
+            share_ratio=sum(settings.share_ratios) / 2,
+            num_inference_steps=sampler_steps,
+            guidance_scale=denoiser.guidance_scale if denoiser.embeds_guidance else GUIDANCE,
+            height=height,
+            width=width,
+            seed=[prompt_seed(0, example.id) for example in examples],
+        ).images
     remaining = iter(images)
     grid = sheet([[next(remaining) for _ in group] for group in watched])
     record.image(grid, "shared", step)

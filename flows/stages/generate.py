@@ -25,12 +25,13 @@ from flows.report.sheet import opened, sheet
 from flows.terminal import progress, run
 from flows.tracking.runs import stage_run
 from sage.config import Generate, load_params
-from sage.data.dataset import Example, read_split
+from sage.data.dataset import Example, load_pixels, read_split
 from sage.data.groups import read_groups
 from sage.errors import ConfigurationError, PlanError
 from sage.evaluation.arms import INDEPENDENT, SAGE, SAME_NFE, SHARED
 from sage.evaluation.manifest import image_path, write_manifest, write_unread
 from sage.files import digest, new_folder, sha256, sha256_tree, write_json
+from sage.sampling import adapters
 from sage.sampling.first_prediction import FirstPredictions
 from sage.sampling.loop import first_packs
 from sage.sampling.plan import Block, Plan, fewer_steps
@@ -105,7 +106,7 @@ def main(
     settings = params.generate
     examples = read_split(data, settings.split)
     members, _ = read_groups(groups / f"{settings.split}.json", examples)
-    pipe = open_pipeline(base, scheduler=settings.scheduler)
+    pipe = open_pipeline(base, scheduler=settings.scheduler, precision=settings.precision)
     check(pipe, params, data, groups)
     predicts = len({example.text for example in examples}) if params.group.by == "prediction" else 0
     arms = plan_arms(
@@ -126,6 +127,7 @@ def main(
     seconds: dict[str, float] = {}
     unread: dict[str, int] = {}
     images = len(examples) * len(settings.seeds)
+    guided = pipe.evaluations_a_step(settings.guidance_scale) == 2
     states = {arm.made: work / digest(identity(arm, examples, settings))[:16] for arm in arms}
 
     with stage_run("generate", settings.model_dump()) as record, new_folder(out) as folder:
@@ -133,7 +135,7 @@ def main(
         with progress(images * len(states), "generating") as advance:
             for arm in arms:
                 if arm.made not in made:
-                    made[arm.made], drawn = make(arm, examples, settings, states[arm.made], advance)
+                    made[arm.made], drawn = make(arm, base, guided, examples, settings, states[arm.made], advance)
                     seconds[arm.name] = sum(pack.seconds for pack in drawn) / images
                     unread |= {id: tokens for pack in drawn for id, tokens in pack.unread.items()}
                 collect(states[arm.made], folder / arm.name)
@@ -218,13 +220,27 @@ def identity(arm: Arm, examples: list[Example], settings: Generate) -> dict[str,
 
 
 def make(
-    arm: Arm, examples: list[Example], settings: Generate, state: Path, advance: Callable[[int], None]
+    arm: Arm,
+    base: Path,
+    guided: bool,
+    examples: list[Example],
+    settings: Generate,
+    state: Path,
+    advance: Callable[[int], None],
 ) -> tuple[dict[str, Any], list[packs.Drawn]]:
     """Draw the packs of one arm that are not in the folder `state` yet; return the arm's cost and its packs.
 
+    arm       the arm
+    base      the base model, beside which an adapter is loaded (`opened_model`)
+    guided    whether a step evaluates the network twice
+    examples  the prompts
+    settings  the section generate of params.yaml
+    state     folder of the packs
+    advance   called for each image
+
     Raises PlanError if the number of rows that the network evaluated differs from the plan.
     """
-    guided, images = settings.guidance_scale > 1, len(examples) * len(settings.seeds)
+    images = len(examples) * len(settings.seeds)
     waiting: list[tuple[Arm, list[int], list[int], Path]] = []
     finished: list[packs.Drawn] = []
     for seeds in arm.seeds(settings.seeds):
@@ -236,10 +252,10 @@ def make(
                 finished.append(found)
                 advance(len(prompts) * len(seeds))
     if waiting:
-        pipe = open_pipeline(arm.model, scheduler=settings.scheduler)
+        pipe = opened_model(arm.model, base, settings)
         texts = [example.text for example in examples]
         with counted(pipe._network) as rows:
-            first = first_predictions(pipe, texts, settings.model_dump()) if arm.predicts else None
+            first = first_predictions(pipe, texts, settings.model_dump(), size_of(examples)) if arm.predicts else None
         check_count(arm, sum(rows), (2 if guided else 1) * arm.predicts)
         for part, prompts, seeds, folder in waiting:
             some = None if first is None else first.of(prompts)
@@ -280,6 +296,7 @@ def draw(
         predictions=first,
         num_inference_steps=arm.steps,
         guidance_scale=settings.guidance_scale,
+        **size_of(examples),
         branch_noise=settings.branch_noise,
         num_images_per_prompt=len(seeds),
         image_steps=arm.image_steps,
@@ -309,6 +326,22 @@ def collect(state: Path, folder: Path) -> None:
         for name, path in packs.images(pack):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
+
+
+def size_of(examples: list[Example]) -> dict[str, int]:
+    """Return the height and width of the images in pixels."""
+    return dict(zip(("height", "width"), load_pixels(examples[:1]).shape[1:3], strict=True))
+
+
+def opened_model(model: Path, base: Path, settings: Generate) -> Any:
+    """Return the pipeline of an arm.
+
+    In less than float32 an adapter is loaded beside the base: merged, small changes of a weight would be rounded away.
+    """
+    adapter = model / adapters.FILE
+    if settings.precision == "fp32" or not adapter.exists():
+        return open_pipeline(model, scheduler=settings.scheduler, precision=settings.precision)
+    return open_pipeline(base, scheduler=settings.scheduler, precision=settings.precision, lora=adapter)
 
 
 @contextmanager

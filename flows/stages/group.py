@@ -12,7 +12,7 @@ from flows.machine import embedding_cache
 from flows.terminal import progress, run
 from flows.tracking.runs import stage_run
 from sage.config import load_params
-from sage.data.dataset import SPLITS, read_split
+from sage.data.dataset import SPLITS, load_pixels, read_split
 from sage.data.groups import write_groups
 from sage.files import new_folder, sha256_tree, write_json
 from sage.grouping.boilerplate import distinct
@@ -42,7 +42,7 @@ def main(
     if policy.by == "prediction":
         from flows.drawing import first_predictions, open_pipeline  # late: groups by text need no network
 
-        pipe = open_pipeline(base, scheduler=params.generate.scheduler)
+        pipe = open_pipeline(base, scheduler=params.generate.scheduler, precision=params.generate.precision)
     with stage_run("group", settings.model_dump(exclude_none=True)) as record, new_folder(out) as folder:
         record.dataset("prepared", sha256_tree(data), "grouping")
         for split in SPLITS:
@@ -52,7 +52,8 @@ def main(
             evaluations = {}
             with progress(len(examples), f"embedding {split}") as advance:
                 if pipe is not None:
-                    found = first_predictions(pipe, texts, drawing)
+                    pixels = dict(zip(("height", "width"), load_pixels(examples[:1]).shape[1:3], strict=True))
+                    found = first_predictions(pipe, texts, drawing, pixels)
                     embeddings, evaluations = found.embeddings(), {"network_evaluations": found.network_evaluations}
                     advance(len(examples))
                 else:

@@ -8,6 +8,8 @@ from typing import Any
 from sage.errors import ConfigurationError, DataError, UnsupportedError
 from sage.files import sha256, sha256_tree
 
+# The file of a LoRA that diffusers writes, and stage finetune.
+FILE = "pytorch_lora_weights.safetensors"
 # Names and weights of the LoRAs of an image, in order of their names; without any, the pipeline's own weights.
 Worn = tuple[tuple[str, float], ...]
 

@@ -119,7 +119,6 @@ class SharedSamplingPipeline:
     transformer: Any
     vae: Any
     vae_scale_factor: int
-    _execution_device: torch.device
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Give the call of a family the parameters of the stock class, in their order, and those of its own."""
@@ -404,9 +403,11 @@ class SharedSamplingPipeline:
 
         Some schedulers evaluate more than once in an inference step.
         """
-        call = self._begin_call()
-        call._set_timesteps(num_inference_steps, *self._size(height, width, dict(self._options)))
-        return len(call.scheduler.timesteps)
+        return len(self._scheduled(num_inference_steps, height, width).timesteps)
+
+    def evaluations_a_step(self, guidance_scale: float) -> int:
+        """Return 2 if a step under this guidance scale evaluates the network without and with text, else 1."""
+        return 2 if self._is_guided(guidance_scale, None, {}) else 1
 
     def first_predictions(self, prompt: str | Sequence[str] | None = None, **arguments: Any) -> FirstPredictions:
         """Return what the model expects of each prompt at its first step (`sage.sampling.first_prediction`).
@@ -457,14 +458,47 @@ class SharedSamplingPipeline:
 
     def safe_image_steps(self, num_inference_steps: int, branch_noise: float) -> int:
         """Return how many steps the images of one prompt share by default, 0 or 1 (`sage.sampling.branch_noise`)."""
+        scheduler = self._scheduled(num_inference_steps)
+        return safe_image_steps(scheduler, branch_noise) if len(scheduler.timesteps) > 1 else 0
+
+    def _scheduled(self, steps: int, height: int | None = None, width: int | None = None) -> Any:
+        """Return the scheduler with timesteps set as a call sets them for images of this size."""
         call = self._begin_call()
-        call._set_timesteps(num_inference_steps, *self._size(None, None, dict(self._options)))
-        return safe_image_steps(call.scheduler, branch_noise) if len(call.scheduler.timesteps) > 1 else 0
+        call._set_timesteps(steps, *self._size(height, width, dict(self._options)))
+        return call.scheduler
+
+    def for_reading(self, size: Sequence[int]) -> Any:
+        """Return a copy whose `_encode` works without a call that is under way, for images of this size in pixels."""
+        return self._begin_call()
+
+    def for_training(self, steps: int, size: Sequence[int], condition: Condition, scale: float) -> Any:
+        """Return a copy for training, with timesteps set, whose `_predict` takes a time for each row of latents.
+
+        steps      number of sampler steps
+        size       height and width of the images in pixels
+        condition  conditions as `_encode` returns them, without the axis g
+        scale      guidance scale, for a network that takes it as an input
+        """
+        call = self._begin_call()
+        # Nothing but `visited` reads the timesteps, on the CPU.
+        vars(call)["_device"] = torch.device("cpu")
+        call._set_timesteps(steps, *size)
+        return call
+
+    def packed(self, latents: Tensor) -> Tensor:
+        """Return latents (n, channels, height, width) as `_predict` of a copy for training takes them."""
+        return latents
+
+    def unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Return what `packed` has packed; height and width are those of the unpacked latents."""
+        return latents
 
     # Overridden by families.
 
     # What it makes, as the stock output names it: images, frames, audios.
     makes: ClassVar = "images"
+    # Whether the guidance scale is an input of the network, which is then evaluated once a step.
+    embeds_guidance: ClassVar = False
     # The stock names of the conditions' tensors, for callbacks.
     _callback_conditions: ClassVar[Mapping[str, str]] = {"prompt_embeds": "states"}
 
@@ -623,6 +657,11 @@ class SharedSamplingPipeline:
     # Used by families.
 
     @property
+    def _execution_device(self) -> torch.device:
+        """The device of the networks: where it was noted, because diffusers looks at every module, else the stock's."""
+        return vars(self).get("_device") or super()._execution_device  # type: ignore[misc, no-any-return]
+
+    @property
     def _networks(self) -> list[Any]:
         """The networks that are evaluated: one, or two of which each has its part of the steps."""
         found = [getattr(self, name, None) for name in ("unet", "transformer", "transformer_2")]
@@ -779,6 +818,19 @@ def is_known(stock: Any) -> bool:
     from sage.sampling.families.table import TABLE
 
     return any(base.__name__ in (*FAMILIES, *TABLE) for base in stock.__mro__)
+
+
+def trainable() -> list[str]:
+    """Return the names of the stock classes that `sage.training` can fine-tune, with the classes derived from them."""
+    from sage.sampling.families.table import TABLE
+
+    return [*FAMILIES, *(name for name, family in TABLE.items() if family.trained)]
+
+
+def is_trainable(stock: Any) -> bool:
+    """Return whether a stock class, or a shared-sampling class, can be fine-tuned."""
+    known = trainable()
+    return any(base.__name__ in known for base in stock.__mro__)
 
 
 def _stock(family: type) -> Any:

@@ -46,7 +46,8 @@ def load(path: str | Path, **kwargs: Any) -> Any:
             raise FileNotFoundError("there is no such folder or file")
         folder = Path(path) if model is None else cached(model, **kwargs) or fetch(model, **kwargs)
         if base.is_own(folder):
-            return base.load(folder, **kwargs)
+            named = {"torch_dtype": kwargs.pop("dtype")} if "dtype" in kwargs else {}
+            return base.load(folder, **named, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in _HUB}
         if (file := single_file.found(folder)) is not None:
             known = _precision(kwargs) | _left_out(single_file.configuration(file))

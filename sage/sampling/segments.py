@@ -22,7 +22,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from sage.errors import ConfigurationError, UnsupportedError
-from sage.sampling.branch_noise import safe_image_steps
 from sage.sampling.conditions import Condition, stacked
 from sage.sampling.families.image_prompts import ImagePrompted, image_embeddings
 from sage.sampling.pipeline import IMAGE_PROMPTS, TEXTS, SharedSamplingPipeline
@@ -68,6 +67,7 @@ class Family:
     fixed       options that have to keep their default: the stock loop counts its steps with them, or may
     defaults    defaults of options that mean the same as the stock ones, but do not wait for the device in each step
     output      the attribute of the stock output: images, frames, audios
+    trained     whether it can be fine-tuned: its latents are those of one image, its network takes a time for each row
     """
 
     stock: str
@@ -84,6 +84,7 @@ class Family:
     fixed: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     output: str = "images"
+    trained: bool = False
 
 
 class _Stopped(Exception):
@@ -112,6 +113,8 @@ class _Call:
     # Whether a guidance scale guides, by scale.
     guides: dict[float, bool] = field(default_factory=dict)
     steps: "_Steps | None" = None
+    # Whether its stock calls keep gradients.
+    trains: bool = False
 
 
 class SegmentedPipeline(SharedSamplingPipeline):
@@ -130,12 +133,6 @@ class SegmentedPipeline(SharedSamplingPipeline):
     _callback_conditions: ClassVar[Mapping[str, str]] = {}
     _joins_texts: ClassVar = False
     _segmented: _Call
-
-    @property
-    def _execution_device(self) -> torch.device:  # type: ignore[override]
-        """The device of the networks: looked for once in a call, because diffusers looks at every module."""
-        found = vars(self).get("_device") or self._stock._execution_device.fget(self)
-        return found  # type: ignore[no-any-return]
 
     def _begin_call(self) -> Any:
         call = super()._begin_call()
@@ -163,16 +160,7 @@ class SegmentedPipeline(SharedSamplingPipeline):
             count = len(given["prompt_embeds"] if prompts is None else prompts)
             images = self._control_images(given.get(self.family.control), count, height, width)
             given[self.family.control] = images
-        # Some stock calls write into a dictionary that they are given.
-        arguments = {
-            name: dict(value) if isinstance(value, dict) else value for name, value in options.items() if name != "size"
-        }
-        arguments |= {"num_inference_steps": steps, self.family.guidance: scale}
-        arguments |= {name: side for name, side in (("height", height), ("width", width)) if side is not None}
-        vars(self)["_device"] = self._execution_device
-        if "negative_prompt" in inspect.signature(self._stock.__call__).parameters:
-            arguments["negative_prompt"] = None
-        self._segmented.arguments = arguments
+        self._begin_segments(steps, scale, options)
         for name in ("unet", "transformer", "transformer_2"):
             if (network := getattr(self, name, None)) is not None:
                 self._segmented.networks[name] = _Counted(network, self._count)
@@ -192,6 +180,49 @@ class SegmentedPipeline(SharedSamplingPipeline):
         conditions = self._example(1)
         self.scheduler = self._reach("set_timesteps", conditions)
         self._segmented.noise = self._reach("prepare_latents", conditions)
+
+    def _begin_segments(self, steps: int, scale: float, options: dict[str, Any]) -> None:
+        """Begin the state of a call with the arguments that all of its stock calls have."""
+        height, width = options["size"]
+        # Some stock calls write into a dictionary that they are given.
+        arguments = {
+            name: dict(value) if isinstance(value, dict) else value for name, value in options.items() if name != "size"
+        }
+        arguments |= {"num_inference_steps": steps, self.family.guidance: scale}
+        arguments |= {name: side for name, side in (("height", height), ("width", width)) if side is not None}
+        vars(self)["_device"] = self._execution_device
+        if "negative_prompt" in inspect.signature(self._stock.__call__).parameters:
+            arguments["negative_prompt"] = None
+        self._segmented.arguments = arguments
+
+    def for_reading(self, size: Sequence[int]) -> Any:
+        """Return a copy whose `_encode` works without a call that is under way; it keeps gradients."""
+        call = self._begin_call()
+        call._begin_segments(1, 0.0, {**self._options, "size": tuple(size)})
+        call._segmented.trains = True
+        return call
+
+    def for_training(self, steps: int, size: Sequence[int], condition: Condition, scale: float) -> Any:
+        """Return a copy for training, as the base class does; its latents are those of `packed`."""
+        call = self._begin_call()
+        options = {**self._options, "size": tuple(size)}
+        given = call._arguments({name: values[:1] for name, values in condition.items()}, guided=False)
+        call._prepare_call(None, None, given, steps, scale if self.family.embedded else 0.0, options)
+        call._segmented.trains = True
+        return call
+
+    def packed(self, latents: Tensor) -> Tensor:
+        """Return latents (n, channels, height, width) as the network takes them: some take rows of patches."""
+        if not hasattr(self, "_pack_latents"):
+            return latents
+        return self._pack_latents(latents, *latents.shape)  # type: ignore[no-any-return]
+
+    def unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Return what `packed` has packed; height and width are those of the unpacked latents."""
+        if not hasattr(self, "_unpack_latents"):
+            return latents
+        factor = self.vae_scale_factor
+        return self._unpack_latents(latents, height * factor, width * factor, factor)  # type: ignore[no-any-return]
 
     def _check_prompts(self, prompt: str | Sequence[str] | None, given: dict[str, Any]) -> list[str] | None:
         return super()._check_prompts(prompt, {name: v for name, v in given.items() if name != self.family.control})
@@ -410,16 +441,7 @@ class SegmentedPipeline(SharedSamplingPipeline):
     def _latents_shape(self, options: dict[str, Any]) -> tuple[int, ...]:
         return tuple(self._noise(Generator(), 1, options).shape[1:])
 
-    def evaluations(self, num_inference_steps: int, height: int | None = None, width: int | None = None) -> int:
-        """Return how often the network is evaluated for one image alone, without guidance: the steps of a plan."""
-        return len(self._scheduled(num_inference_steps).timesteps)
-
-    def safe_image_steps(self, num_inference_steps: int, branch_noise: float) -> int:
-        """Return how many steps the images of one prompt share by default, 0 or 1 (`sage.sampling.branch_noise`)."""
-        scheduler = self._scheduled(num_inference_steps)
-        return safe_image_steps(scheduler, branch_noise) if len(scheduler.timesteps) > 1 else 0
-
-    def _scheduled(self, steps: int) -> Any:
+    def _scheduled(self, steps: int, height: int | None = None, width: int | None = None) -> Any:
         """Return the scheduler with timesteps set; a shift by the image size changes neither their number nor 1."""
         scheduler = copy.copy(self.scheduler)
         scheduler.set_timesteps(steps, **({"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}))
@@ -455,7 +477,12 @@ class SegmentedPipeline(SharedSamplingPipeline):
         return inner
 
     def _call_stock(self, inner: Any, arguments: dict[str, Any]) -> Any:
-        return self._stock.__call__(inner, **self._taken(inner, arguments))
+        return self._stock_call(inner, **self._taken(inner, arguments))
+
+    @property
+    def _stock_call(self) -> Any:
+        """The stock call, for training without the decorator that turns gradients off."""
+        return inspect.unwrap(self._stock.__call__) if self._segmented.trains else self._stock.__call__
 
     def _taken(self, inner: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments as the stock call takes them; control images that it encodes come as their latents.
@@ -536,7 +563,7 @@ class _Steps:
         self._encoded.again()
         pipe = self._pipe
         try:
-            pipe._stock.__call__(self._inner, **self._arguments | {pipe.family.guidance: scale})
+            pipe._stock_call(self._inner, **self._arguments | {pipe.family.guidance: scale})
         except _Stopped as stopped:
             prediction: Tensor = stopped.value
             return prediction
@@ -638,6 +665,7 @@ def segmented(family: Family, stock: type) -> type:
         "__doc__": f"A {stock.__name__} whose similar prompts share their early steps.",
         "family": family,
         "makes": family.output,
+        "embeds_guidance": family.embedded,
         "_stock": stock,
         "_default_guidance": next(p.default for p in parameters if p.name == family.guidance),
         "_embeddings": tuple(sorted(names & (conditions | beside))),

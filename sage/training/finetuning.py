@@ -4,7 +4,7 @@ All random draws of a step depend on (seed, step) alone. Latents and conditions 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,10 +30,12 @@ class TrainingSet:
     """Training images as latents, with their captions and groups.
 
     latents     scaled latents of the images, (n, ...)
-    conditions  by name, conditions of m different captions and, last, of the empty prompt: (m + 1, ...); has "states"
+    conditions  by name, conditions of m different captions and, last, of the empty prompt: (m + 1, ...)
     captions    row numbers in `conditions` of each image's k captions, (n, k); images were grouped by the first
     groups      partition of the image numbers 0 to n - 1
     mirrored    latents of the mirrored images, to train on half of the time; None: images are not mirrored
+    encode      from row numbers in `conditions` to what they are by the text encoders as they are now, if these are
+                trained; None: conditions stay as they are
 
     Raises DataError if there are no images, the sizes do not match or the groups are no partition.
     """
@@ -43,6 +45,7 @@ class TrainingSet:
     captions: Tensor
     groups: tuple[tuple[int, ...], ...]
     mirrored: Tensor | None = None
+    encode: Callable[[list[int]], Condition] | None = None
 
     def __post_init__(self) -> None:
         """Check that the sizes match and the groups are a partition."""
@@ -84,6 +87,24 @@ class TrainingSet:
         """Return the conditions of the captions by which these rows were grouped."""
         return select(self.conditions, self.captions[rows, 0])
 
+    @property
+    def empty(self) -> int:
+        """The number of the empty prompt in `conditions`."""
+        return len(next(iter(self.conditions.values()))) - 1
+
+    def now(self, rows: Tensor) -> "TrainingSet":
+        """Return the set with the conditions as they are now, of these rows, of their groups and of the empty prompt.
+
+        Other rows have none. Without text encoders that are trained it is the set itself.
+        """
+        if self.encode is None:
+            return self
+        members = self.group_members[rows]
+        needed = torch.cat([torch.unique(self.captions[members[members >= 0]]), torch.tensor([self.empty])])
+        place = torch.zeros(self.empty + 1, dtype=torch.long)
+        place[needed] = torch.arange(len(needed))
+        return replace(self, conditions=self.encode(needed.tolist()), captions=place[self.captions])
+
 
 def finetuning_loss(
     network: nn.Module,
@@ -108,7 +129,8 @@ def finetuning_loss(
     of the parts add up to the loss of the step.
 
     network        a `training.denoiser.Denoiser`, or one that accelerate has prepared, with the base weights loaded;
-                   if consistency has a weight, the frozen base is taken from it now
+                   if consistency has a weight, the frozen base is taken from it now. It compares under the conditions
+                   in `data`, those of the text encoders as they were
     scheduler      the base's diffusers scheduler, for the noise schedule and the prediction type
     data           the training set; or one for each size of images, in the order of `batches.parts`
     batches        the rows of each step and the weights of the terms
@@ -123,7 +145,8 @@ def finetuning_loss(
     drop_text      fraction of the plain diffusion items with an empty prompt, for classifier-free guidance
     seed           seed of all draws
     min_snr        gamma of `training.loss.min_snr`; None weighs all timesteps equally
-    guidance_scale, branch_noise  those of sampling, for the shared steps of "sampled"
+    guidance_scale, branch_noise  those of sampling, for the shared steps of "sampled"; a denoiser with guidance as an
+                   input has its own scale
     timestep_sampling   how plain diffusion draws its timesteps, see `training.timesteps.drawn`
 
     Plain diffusion draws from all captions of an image; the other terms use the captions by which images were grouped.
@@ -137,26 +160,27 @@ def finetuning_loss(
     timesteps.check(timestep_sampling, scheduler)
     frozen = denoiser.frozen() if batches.weights["consistency"] else None
     schedule = NoiseSchedule.of(scheduler)
-    times, visited = diffusion.network_times(scheduler), diffusion.visited(scheduler, sampler_steps)
+    times = diffusion.network_times(scheduler)
+    # Of each size, because the times of some models depend on it; their number does not.
+    visited = [denoiser.times(scheduler, sampler_steps, one.latents, one.conditions) for one in sets]
+    scale = 1.0 if denoiser.embeds_guidance else guidance_scale
 
     def at_times(function: Network) -> Network:
         return lambda x_t, t, condition: function(x_t, times[t], condition)
 
-    draws = [
-        _Draws(
+    def draws_from(number: int, some: TrainingSet) -> _Draws:
+        return _Draws(
             schedule,
-            one,
-            guided(at_times(denoiser), select(one.conditions, slice(-1, None)), guidance_scale),
+            some,
+            guided(at_times(denoiser), select(some.conditions, slice(-1, None)), scale),
             share_ratios,
             soft_target,
             branch_start,
-            visited,
+            visited[number],
             drop_text,
             branch_noise,
             timestep_sampling,
         )
-        for one in sets
-    ]
 
     def weight(t: Tensor) -> Tensor:
         return torch.ones_like(t) if min_snr is None else loss.min_snr(schedule, t, min_snr)
@@ -167,25 +191,30 @@ def finetuning_loss(
                 f"{batches.batch_size} items of a step cannot be split into {parts} parts (processes times "
                 "finetune.accumulate); raise finetune.batch_size"
             )
-        random = generator(seed, step)
         number, own, own_step = batches.turn(step)
-        draw, rows = draws[number], own.rows(own_step)
+        chosen, rows = sets[number], own.rows(own_step)
         count = {term: len(term_rows) for term, term_rows in rows.items()}
         mine = split_items(count, rows, part, parts)
-        k = drawn_shared_steps(share_ratios, len(visited), seed, step)
-        # Draw all items of the step, so that the draws do not depend on the number of parts.
-        drawn = {term: draw.query(term, rows[term], random, mine.get(term, slice(0)), k) for term in rows}
-        queries = {term: drawn[term] for term in mine}
-        if frozen is not None:
-            count["consistency"] = count["diffusion"] + count.get("shared", 0)
+        k = drawn_shared_steps(share_ratios, len(visited[number]), seed, step)
+
+        def drawn(draw: _Draws, terms: Iterable[str]) -> dict[str, Query]:
+            """Draw all items of the step, so that the draws do not depend on the number of parts; return mine."""
+            random = generator(seed, step)
+            found = {term: draw.query(term, rows[term], random, mine.get(term, slice(0)), k) for term in terms}
+            return {term: query for term, query in found.items() if term in mine}
+
+        draw = draws_from(number, chosen.now(torch.cat([*rows.values()])))
+        queries = drawn(draw, rows)
         anchors = {}
         if frozen is not None:
-            base = at_times(frozen)
-            if "diffusion" in queries:
-                anchors["diffusion"] = loss.anchor(base, queries["diffusion"])
-            if "shared" in queries:
-                c, item = draw.members(rows["shared"][mine["shared"]])
-                anchors["shared"] = loss.shared_anchor(base, queries["shared"], c, item)
+            count["consistency"] = count["diffusion"] + count.get("shared", 0)
+            base, before = at_times(frozen), draws_from(number, chosen)
+            asked = queries if draw.data is chosen else drawn(before, [term for term in rows if term != "branch"])
+            if "diffusion" in asked:
+                anchors["diffusion"] = loss.anchor(base, asked["diffusion"])
+            if "shared" in asked:
+                c, item = before.members(rows["shared"][mine["shared"]])
+                anchors["shared"] = loss.shared_anchor(base, asked["shared"], c, item)
         values = loss.terms(at_times(network), queries, anchors, weight)
         means = {name: values[name].sum() / n if name in values else torch.zeros(()) for name, n in count.items()}
         return {"loss": loss.total({name: means[name] for name in values}, batches.weights)} | means
@@ -279,7 +308,7 @@ class _Draws:
         data = self.data
         dropped = torch.rand(len(rows), generator=random) < self.drop_text
         drawn = data.captions[rows, torch.randint(data.captions.shape[1], (len(rows),), generator=random)]
-        c = select(data.conditions, torch.where(dropped, len(data.conditions["states"]) - 1, drawn))
+        c = select(data.conditions, torch.where(dropped, data.empty, drawn))
         t = timesteps.drawn(self.timestep_sampling, len(rows), len(self.schedule), random)
         eps = self._noise(rows, random)
         return loss.diffusion_query(self.schedule, data.latents_of(rows, self._flips(rows, random)), c, t, eps)

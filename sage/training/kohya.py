@@ -1,7 +1,8 @@
 """The names that kohya's sd-scripts give to a LoRA's tensors, which web UIs read: for Stable Diffusion and SDXL.
 
 `lora_unet_MODULE.lora_down.weight`, `.lora_up.weight` and `.alpha`, with "_" for the "." of the module. SDXL's modules
-have the names of its first release: `input_blocks_4_1` is the attention `down_blocks.1.attentions.0` of diffusers.
+have the names of its first release: `input_blocks_4_1` is the attention `down_blocks.1.attentions.0` of diffusers. Text
+encoders have `lora_te_MODULE`, of SDXL `lora_te1_` and `lora_te2_`.
 """
 
 import re
@@ -15,28 +16,32 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 FILE = "kohya_lora_weights.safetensors"
-# A tensor of `sage.training.lora.layers`: the module, then the part under diffusers' name or peft's.
-_PART = re.compile(r"(.+)\.(?:lora\.(?P<way>down|up)|lora_(?P<letter>A|B))\.weight")
+# A tensor of `sage.training.lora.layers`: the module, then the part under diffusers' names or peft's.
+_PART = re.compile(r"(.+)\.(?:lora(?:_linear_layer)?\.(?P<way>down|up)|lora_(?P<letter>A|B))\.weight")
 _ATTENTION = re.compile(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.(.+)")
 
 
-def renamed(network: Any, layers: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor] | None:
+def renamed(network: Any, parts: Mapping[str, Mapping[str, Tensor]], alpha: float) -> dict[str, Tensor] | None:
     """Return an adapter's tensors under kohya's names; None if the network is no U-Net, for which there are none.
 
-    layers  the adapter's tensors under diffusers' names
-    alpha   the adapter's alpha, the same in all modules
+    parts  the adapter's tensors under diffusers' names, by part of the pipeline
+    alpha  the adapter's alpha, the same in all modules
     """
     if not isinstance(network, UNet2DConditionModel):
         return None
     sdxl = network.config["addition_embed_type"] == "text_time"
+    prefixes = {"unet": "unet", "text_encoder": "te1" if sdxl else "te", "text_encoder_2": "te2"}
     found = {}
-    for name, values in layers.items():
-        match = _PART.fullmatch(name)
-        assert match, f"{name} is no LoRA tensor of a U-Net"
-        module, part = match[1], match["way"] or {"A": "down", "B": "up"}[match["letter"]]
-        place = _first_release(module, network.config["layers_per_block"]) if sdxl else module
-        found[f"lora_unet_{place.replace('.', '_')}.lora_{part}.weight"] = values
-        found[f"lora_unet_{place.replace('.', '_')}.alpha"] = torch.tensor(float(alpha))
+    for kind, layers in parts.items():
+        for name, values in layers.items():
+            match = _PART.fullmatch(name)
+            assert match, f"{name} is no LoRA tensor"
+            module, part = match[1], match["way"] or {"A": "down", "B": "up"}[match["letter"]]
+            if kind == "unet" and sdxl:
+                module = _first_release(module, network.config["layers_per_block"])
+            place = f"lora_{prefixes[kind]}_{module.replace('.', '_')}"
+            found[f"{place}.lora_{part}.weight"] = values
+            found[f"{place}.alpha"] = torch.tensor(float(alpha))
     return found
 
 

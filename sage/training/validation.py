@@ -69,7 +69,7 @@ def held_out_loss(
         random = generator(batches.seed, "validation", place, int(rows[0]))
         t = low + (stratified_uniform(len(rows), random) * (high - low)).long()
         noise = torch.randn((len(rows), *data.latents.shape[1:]), generator=random)
-        query = loss.diffusion_query(schedule, data.latents[rows], data.conditions_of(rows), t, noise)
+        query = loss.diffusion_query(schedule, data.latents[rows], data.now(rows).conditions_of(rows), t, noise)
         errors = loss.terms(lambda x_t, t, c: denoiser(x_t, times[t], c), {"band": query}, {})
         return float(errors["band"].sum()) / len(data.latents)
 

@@ -491,7 +491,7 @@ def test_a_prediction_of_noise_cannot_start_from_noise_alone(name):
         ):
             run(scheduler, Plan.independent(2, 4))
         with pytest.raises(UnsupportedError, match="at its first timestep, 999"):
-            diffusion.visited(scheduler, 4)
+            diffusion.visited(scheduler)
     else:
         run(scheduler, Plan.independent(2, 4))
 

@@ -10,15 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import single_files
+import small
 import tiny
 import tiny_families
 import torch
+import tracked
 import typer
 import yaml
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
 )
@@ -26,12 +29,15 @@ from huggingface_hub import constants
 from PIL import Image
 from prepared_files import write_split
 from rich.console import Console
+from tracked import database  # noqa: F401
 from typer.testing import CliRunner
 
 from flows import evaluations, machine, preflight
 from flows.commands import plan
+from flows.drawing import open_pipeline
 from flows.preflight import Job, check, doubts, verdicts
-from flows.stages import finetune, generate, group
+from flows.stages import evaluate, finetune, generate, group, prepare
+from flows.tracking import promotion, registry
 from sage.config import load_params
 from sage.data import dataset
 from sage.errors import ConfigurationError, UnsupportedError
@@ -108,7 +114,7 @@ def drawn(folder, arm="sage"):
         return np.asarray(image).astype(int)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.TRAINED)
 def test_every_family_is_tuned_and_drawn(family, chain, tmp_path, monkeypatch):
     base = saved(tiny.pipeline(family, tmp_path), tmp_path / "base", monkeypatch, family)
     tuned, made = chain(base, finetune__learning_rate=0.01)
@@ -117,6 +123,45 @@ def test_every_family_is_tuned_and_drawn(family, chain, tmp_path, monkeypatch):
     assert made["arms"]["sage"]["nfe"] == 3 * 2 + 3 * 5
     assert made["arms"]["independent_same_nfe"]["steps"] == 5
     assert drawn(tmp_path).std() > 1 and np.abs(drawn(tmp_path) - drawn(tmp_path, "shared")).max() > 0
+
+
+# An adapter in a frozen base: the family, the precision, whether text encoders are trained, and the guidance scale.
+ADAPTED = {
+    "SD 1.5": ("stable_diffusion", "bf16", True, 1.0),
+    "SDXL": ("stable_diffusion_xl", "fp8", True, 2.0),
+    "SD 3": ("stable_diffusion_3", "bf16", False, 2.0),
+    "FLUX": ("flux", "fp8", False, 3.5),
+    "FLUX, texts": ("flux", "fp32", True, 3.5),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_an_adapter_is_trained_in_a_frozen_base_and_drawn_beside_it(name, chain, tmp_path, monkeypatch):
+    family, precision, texts, guidance = ADAPTED[name]
+    base = saved(tiny.pipeline(family, tmp_path).to(torch.bfloat16), tmp_path / "base", monkeypatch, family)
+    changes = {"finetune__adapter": {"rank": 4, "alpha": 8, "text_encoders": texts}, "finetune__learning_rate": 0.05}
+    changes |= {"finetune__steps": 4, "finetune__ema": 0.0, "generate__guidance_scale": guidance}
+    changes["finetune__weights"] = {"diffusion": 1.0, "shared": 1.0, "branch": 1.0, "consistency": 0.1}
+    tuned, made = chain(base, finetune__precision=precision, generate__precision=precision, **changes)
+    assert tuned["losses"]["loss"] > 0
+    a_step = 1 if family == "flux" or guidance <= 1 else 2
+    assert made["arms"]["sage"]["nfe"] == a_step * (3 * 2 + 3 * 5)
+    assert tuned["sampling_evaluations"] % a_step == 0
+    assert drawn(tmp_path).std() > 1 and np.abs(drawn(tmp_path) - drawn(tmp_path, "shared")).max() > 0
+    # The merged model is the base in float32 with the adapter, whatever precision that was trained in.
+    stock, merged = (SharedSamplingPipeline.from_pretrained(tmp_path / part) for part in ("base", "tuned"))
+    call = {"num_inference_steps": 2, "height": 16, "width": 16, "seed": 0, "output_type": "np"}
+
+    def images(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(["red cat"], **call).images
+
+    before = images(stock)
+    stock.load_lora_weights(tmp_path / "tuned", weight_name="pytorch_lora_weights.safetensors")
+    np.testing.assert_allclose(images(merged), images(stock), atol=1e-4)
+    assert np.abs(images(merged) - before).max() > 1e-2
+    trained = {name for name, adapters in stock.get_list_adapters().items() if adapters}
+    assert ("text_encoder" in trained) is texts
 
 
 def stable_diffusion_15(folder):
@@ -186,12 +231,46 @@ def test_a_base_as_people_keep_it_goes_from_data_to_images(name, project, tmp_pa
     assert drawn(tmp_path).std() > 1 and np.abs(drawn(tmp_path) - drawn(tmp_path, "shared")).max() > 0
 
 
+@pytest.mark.parametrize("family", ["stable_diffusion_xl", "stable_diffusion_3", "flux"])
+def test_a_folder_of_pictures_becomes_a_promoted_version(family, tmp_path, database, monkeypatch):
+    tracked.enter(tmp_path / "project", database, monkeypatch)
+    monkeypatch.setenv("SAGE_DEVICE", "cpu")
+    small.images(Path("data/raw"))
+    base = saved(tiny.pipeline(family, tmp_path).to(torch.bfloat16), tmp_path / "base", monkeypatch, family)
+    params = params_of(
+        prepare__source="folder",
+        prepare__image_size=16,
+        prepare__test=0.3,
+        finetune__adapter={"rank": 2, "text_encoders": True},
+        finetune__precision="bf16",
+        generate__precision="bf16",
+        generate__split="test",
+        evaluate__alignment=str(Path(__file__).parents[2] / "models/alignment"),
+        evaluate__resamples=100,
+    )
+    Path("params.yaml").write_text(yaml.safe_dump(params | {"base": str(base)}))
+    data, groups, made, figures = (Path(name) for name in ("data/prepared", "data/groups", "data/made", "metrics"))
+    figures.mkdir()
+    prepare.main(Path("data/raw"), data, figures / "prepare.json")
+    group.main(data, base, groups, figures / "group.json")
+    finetune.main(base, data, groups, Path("tuned"), figures / "finetune.json", Path("work"))
+    generate.main(base, Path("tuned"), data, groups, made, figures / "generate.json")
+    evaluate.main(data, groups, made, figures / "generate.json", Path("report"), figures / "evaluate.json")
+    found = registry.register(Path("tuned"), figures, groups, load_params())
+    assert found.version == "1" and not found.reasons
+    assert promotion.promote() == "1" and tracked.aliases() == {"champion": "1"}
+    version = registry.fetch("1", Path("fetched"))
+    again = open_pipeline(version.weights)
+    [image] = again(["red ring"], num_inference_steps=2, height=16, width=16, seed=0).images
+    assert np.asarray(image).std() > 1
+
+
 def test_a_family_that_is_not_trained_is_refused_by_name_before_its_weights_are_read(chain, tmp_path, monkeypatch):
-    base = saved(tiny_families.tiny("FluxPipeline").pipe, tmp_path / "base")
+    base = saved(tiny_families.tiny("LTXPipeline").pipe, tmp_path / "base")
     for weights in base.rglob("*.safetensors"):
         weights.unlink()
     said = (
-        "base model .*base is a FluxPipeline, .* but not fine-tuned; set base in params.yaml to one of StableDiffusion"
+        "base model .*base is a LTXPipeline, .* but not fine-tuned; set base in params.yaml to one of StableDiffusion"
     )
     refused(chain, base, tmp_path, UnsupportedError, said)
 
@@ -382,6 +461,27 @@ def test_captions_that_are_not_read_to_their_end_are_counted(project, tmp_path):
     )
 
 
+def test_flux_is_checked_at_the_size_of_the_data_and_without_an_empty_prompt(project, tmp_path, monkeypatch):
+    pipe = tiny.pipeline("flux", tmp_path)
+    shared = type(SharedSamplingPipeline.from_pipe(pipe))
+    monkeypatch.setattr(shared, "_options", {**shared._options, **tiny.OPTIONS["flux"]})
+    changes = {"generate__guidance_scale": 3.5, "finetune__drop_text": 0.0}
+    job = job_of(project, tmp_path, pipe, **changes)
+    assert {verdict.state for verdict in verdicts(job)} == {"ok"}
+    assert evaluations.drawing(job)["independent"] == 5 * 6
+    job = job_of(tmp_path / "nowhere", tmp_path, pipe, prepare__image_size=18, **changes)
+    found = {verdict.check: verdict for verdict in verdicts(job)}["image size"]
+    assert found.state == "failed" and "sides are multiples of 4; set prepare.image_size to 20" in found.found
+
+
+def test_text_encoders_without_a_clip_have_their_verdict(project, tmp_path):
+    job = job_of(project, tmp_path, finetune__adapter={"rank": 2, "text_encoders": True})
+    assert {verdict.state for verdict in verdicts(job)} == {"ok"}
+    job.pipe.register_modules(text_encoder=tiny.t5(16))
+    with pytest.raises(UnsupportedError, match="the text encoders are T5EncoderModel; leave text_encoders out"):
+        list(preflight.TRAINING["base that can be trained"](job))
+
+
 def test_an_empty_split_has_its_verdict(project, tmp_path, monkeypatch):
     read = preflight.read_split
     monkeypatch.setattr(preflight, "read_split", lambda data, split: read(data, split)[: 0 if split == "train" else 9])
@@ -409,11 +509,11 @@ def test_what_memory_and_disk_do_not_hold_has_its_verdict(project, tmp_path, mon
 
 def test_a_scheduler_that_training_cannot_follow_has_its_verdict(project, tmp_path, monkeypatch):
     pipe = tiny.pipeline("stable_diffusion_3", tmp_path)
-    pipe.scheduler.register_to_config(use_dynamic_shifting=True)
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler()
     shared = type(SharedSamplingPipeline.from_pipe(pipe))
     monkeypatch.setattr(shared, "_options", {**shared._options, **tiny.OPTIONS["stable_diffusion_3"]})
-    found = verdict_of(job_of(project, tmp_path, pipe), "base that can be trained")
-    assert found.state == "failed" and "use_dynamic_shifting" in found.found
+    found = verdict_of(job_of(project, tmp_path, pipe, generate__branch_noise=0.0), "base that can be trained")
+    assert found.state == "failed" and "has no alphas_cumprod" in found.found
 
 
 def with_buckets(project, folder, *sizes):

@@ -28,8 +28,8 @@ from sage.data import dataset
 from sage.data.tags import tag_orders
 from sage.errors import DataError, DivergedError
 from sage.files import sha256, sha256_tree, write_json
-from sage.sampling import base
-from sage.training import kohya, lora
+from sage.sampling import adapters, base
+from sage.training import kohya
 from sage.training.curves import HELD_OUT, TRAINING, read_curves
 
 pytestmark = pytest.mark.slow
@@ -226,10 +226,10 @@ def test_training_goes_on_with_an_earlier_adapter(tune, tmp_path):
     first = tmp_path / "first"
     (tmp_path / "tuned").rename(first)
     later = {"adapter": {"rank": 4, "alpha": 2}, "learning_rate": 1.0e-12}
-    figures = tune(init=str(first / lora.FILE), **later)
-    assert figures["init_sha256"] == sha256(first / lora.FILE)
+    figures = tune(init=str(first / adapters.FILE), **later)
+    assert figures["init_sha256"] == sha256(first / adapters.FILE)
     # With a rate of nearly 0 it ends where the earlier one did, in both formats.
-    for name in (lora.FILE, kohya.FILE):
+    for name in (adapters.FILE, kohya.FILE):
         before, after = load_file(first / name), load_file(tmp_path / "tuned" / name)
         assert before.keys() == after.keys() and all("to_q" in key or "to_v" in key for key in before)
         torch.testing.assert_close(after, before)
@@ -434,10 +434,14 @@ def test_the_best_weights_may_be_the_bases_and_then_it_is_said(tune, tmp_path, p
         ({"adapter": {"rank": 0}}, "finetune.adapter.rank"),
         ({"adapter": {"rank": 2, "targets": []}}, "finetune.adapter.targets"),
         ({"init": "old.safetensors"}, "'old.safetensors' goes on with an earlier adapter.*found adapter None"),
-        ({"optimizer": "adamw8bit"}, "'adamw' or 'adafactor'"),
+        (
+            {"optimizer": "adamw8bit"},
+            "'adamw' or 'adafactor': optimizers of 8 bits need bitsandbytes.*found 'adamw8bit'",
+        ),
         ({"timesteps": "cosine"}, "'uniform' or 'logit_normal'"),
         ({"min_snr": 0.0}, "finetune.min_snr"),
-        ({"precision": "fp16"}, "'bf16' or 'fp32'"),
+        ({"precision": "fp16"}, "'bf16', 'fp8' or 'fp32'"),
+        ({"precision": "fp8"}, "adapter is null, so all weights are trained; give an adapter"),
         ({"validation": {"every": 2, "images": 4, "keep": "first"}}, "'last' or 'best'"),
         ({"validation": {"every": 2, "images": 4, "keep": "best", "patience": 0}}, "finetune.validation.patience"),
     ],

@@ -454,7 +454,7 @@ def test_an_adapter_is_also_there_in_mlflows_own_form(project, weights, tmp_path
                 value += 0.5
     model = tmp_path / "model"
     shutil.copytree(weights, model)
-    lora.save(stock, lora.layers(stock.unet), model)
+    lora.save(stock, lora.trained(stock), model)
     register(model)
     run = client().get_model_version("sage", "1").run_id
     monkeypatch.setenv("MLFLOW_TRACKING_URI", runs.address())

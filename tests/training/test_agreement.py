@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from sage import diffusion
+from sage.training.denoiser import Denoiser
 
 SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SCHEDULERS = {
@@ -66,18 +67,41 @@ def stable_diffusion(tmp_path_factory):
     return tiny.pipeline("stable_diffusion", tmp_path_factory.mktemp("tokenizer"))
 
 
+def told(denoiser, scheduler, size):
+    """Return the times that training gives the network where it stands for the sampler's steps."""
+    condition = denoiser.encode_texts(["red cat"], size)
+    visited = denoiser.times(scheduler, STEPS, denoiser.encode_images(torch.zeros(1, *size, 3)), condition)
+    return diffusion.network_times(scheduler)[visited]
+
+
 @pytest.mark.parametrize(("kind", "config"), CASES)
 def test_training_visits_the_times_of_the_stock_loop(kind, config, stable_diffusion):
     stable_diffusion.scheduler = kind(**config)
     expected = asked(stable_diffusion)
-    found = diffusion.network_times(stable_diffusion.scheduler)[diffusion.visited(stable_diffusion.scheduler, STEPS)]
+    found = told(Denoiser(stable_diffusion), stable_diffusion.scheduler, (16, 16))
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.501)  # rounded to a training timestep
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_flow_matching_visits_the_times_of_the_stock_loop(shift, tmp_path):
-    pipe = tiny.pipeline("stable_diffusion_3", tmp_path)
-    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-    expected = asked(pipe, height=16, width=16, **tiny.OPTIONS["stable_diffusion_3"])
-    found = diffusion.network_times(pipe.scheduler)[diffusion.visited(pipe.scheduler, STEPS)]
-    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.6 * shift)  # the shifted times lie further apart
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        ({"shift": 1.0}, (16, 16)),
+        ({"shift": 3.0}, (16, 16)),
+        ({"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64}, (16, 16)),
+        ({"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64}, (16, 32)),
+    ],
+)
+@pytest.mark.parametrize("family", ["stable_diffusion_3", "flux"])
+def test_flow_matching_visits_the_times_of_the_stock_loop(family, config, size, tmp_path, monkeypatch):
+    pipe = tiny.pipeline(family, tmp_path)
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    expected = asked(pipe, height=size[0], width=size[1], **tiny.OPTIONS[family])
+    expected *= 1000 if family == "flux" else 1  # its network takes a time of 1 at most
+    denoiser = Denoiser(pipe)
+    denoiser._pipe._options = {**denoiser._pipe._options, **tiny.OPTIONS[family]}
+    found = told(denoiser, pipe.scheduler, size)
+    shift = config.get("shift", 1.0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.6 * shift)  # the shifted times lie further apart
+    if family == "flux" and "use_dynamic_shifting" in config:
+        unshifted = 1000 * (1 - torch.arange(STEPS) / STEPS)
+        assert (found[1:] > unshifted[1:] + 20).all()

@@ -13,7 +13,9 @@ from peft import LoraConfig
 from sage import diffusion
 from sage.diffusion import NoiseSchedule
 from sage.errors import ConfigurationError, UnsupportedError
+from sage.sampling import adapters
 from sage.sampling.conditions import merge, select
+from sage.sampling.weights import store
 from sage.training import lora, loss
 from sage.training.batches import Batches
 from sage.training.denoiser import Denoiser
@@ -61,7 +63,7 @@ def family(request):
 
 @pytest.fixture
 def pipe(family, tmp_path, monkeypatch):
-    if family in tiny.OPTIONS:
+    if family in tiny.OPTIONS:  # and FLUX, by `indirect`
         # What the tiny transformers have room for.
         from sage.sampling import families  # noqa: F401
         from sage.sampling.pipeline import SharedSamplingPipeline
@@ -122,7 +124,73 @@ def test_a_tiny_autoencoder_gives_its_latents(tmp_path):
         torch.testing.assert_close(latents, tiny_one.encode(x).latents * 0.5)
 
 
+@pytest.mark.parametrize("family", ["flux"], indirect=True)
+def test_flux_is_asked_as_the_stock_pipeline_asks_it(pipe, family):
+    """Packed latents, their positions, the time and the guidance scale are equal, and so is the prediction."""
+    seen, options = [], tiny.OPTIONS[family] | {"height": 16, "width": 12}
+
+    def keep(module, args, kwargs, output):
+        seen.append((kwargs, output[0]))
+
+    handle = pipe.transformer.register_forward_hook(keep, with_kwargs=True)
+    pipe(tiny.PROMPTS[0], num_inference_steps=3, guidance_scale=2.5, output_type="latent", **options)
+    stock, [*seen] = seen, []
+    denoiser = Denoiser(pipe, guidance_scale=2.5)
+    condition = denoiser.encode_texts(tiny.PROMPTS[:1], (16, 12))
+    for asked, output in stock:
+        x = denoiser._pipe.unpacked(asked["hidden_states"], 8, 6)
+        assert torch.equal(denoiser._pipe.packed(x), asked["hidden_states"]) and x.shape == (1, 4, 8, 6)
+        with torch.no_grad():
+            answer = denoiser(x, 1000 * asked["timestep"], condition)
+        torch.testing.assert_close(denoiser._pipe.packed(answer), output, rtol=1e-4, atol=1e-5)
+        found, _ = seen.pop()
+        tensors = {name for name, value in asked.items() if torch.is_tensor(value)}
+        assert tensors >= {"hidden_states", "timestep", "guidance", "img_ids", "txt_ids", "pooled_projections"}
+        for name in tensors:
+            torch.testing.assert_close(found[name], asked[name], rtol=1e-5, atol=1e-6, msg=name)
+    handle.remove()
+
+
+def test_each_row_has_a_time_of_its_own(tmp_path, monkeypatch):
+    """A batch of FLUX's latents at several times is predicted as each alone."""
+    denoiser = Denoiser(tiny.pipeline("flux", tmp_path))
+    denoiser._pipe._options = {**denoiser._pipe._options, **tiny.OPTIONS["flux"]}
+    condition = denoiser.encode_texts(tiny.PROMPTS[:3], SIZE)
+    x, t = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([20.0, 500.0, 990.0])
+    with torch.no_grad():
+        together = denoiser(x, t, condition)
+        for row in range(3):
+            alone = denoiser(x[row : row + 1], t[row : row + 1], select(condition, slice(row, row + 1)))
+            torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+    assert (together[0] - together[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_the_guidance_scale_is_an_input_of_flux_dev_alone(guidance, tmp_path):
+    pipe, answers = tiny.flux(tmp_path, guidance), []
+    for scale in (1.0, 4.0):
+        denoiser = Denoiser(pipe, guidance_scale=scale)
+        denoiser._pipe._options = {**denoiser._pipe._options, **tiny.OPTIONS["flux"]}
+        condition = denoiser.encode_texts(tiny.PROMPTS[:1], SIZE)
+        with torch.no_grad():
+            answers.append(denoiser(torch.ones(1, 4, 8, 8), torch.tensor([500.0]), condition))
+    assert denoiser.embeds_guidance and torch.equal(*answers) is not guidance
+
+
+@pytest.mark.parametrize("family", ["flux"], indirect=True)
+def test_latents_of_flux_are_what_the_pipeline_decodes(pipe):
+    denoiser = Denoiser(pipe)
+    latents = denoiser.encode_images(images(3))
+    x = images(3).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        expected = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mode()).sample
+        call = denoiser._call(1, SIZE, denoiser.encode_texts(tiny.PROMPTS[:3], SIZE))
+        found, _ = call._finish(call.packed(latents), "pt", denoiser._options((8, 8)))
+    torch.testing.assert_close(found, (expected / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("family", tiny.TRAINED, indirect=True)
 def test_every_family_can_be_tuned(pipe, family, tmp_path):
     denoiser = Denoiser(pipe, "bf16")
     data = data_of(denoiser)
@@ -145,9 +213,9 @@ def test_a_quantised_network_is_refused_by_name(tmp_path):
         Denoiser(pipe)
 
 
-def test_a_family_of_the_segment_driver_is_refused_by_name():
-    with pytest.raises(UnsupportedError, match="FluxPipeline can be sampled, but not fine-tuned"):
-        Denoiser(tiny_families.tiny("FluxPipeline").pipe)
+def test_a_family_that_is_not_trained_is_refused_by_name():
+    with pytest.raises(UnsupportedError, match=r"WanPipeline can be sampled, but not fine-tuned.*FluxPipeline"):
+        Denoiser(tiny_families.tiny("WanPipeline").pipe)
 
 
 @pytest.mark.parametrize("zeros", [True, False])
@@ -162,6 +230,7 @@ def test_the_empty_prompt_is_what_guidance_takes(pipe, family, zeros):
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", tiny.TRAINED, indirect=True)
 def test_a_pipeline_in_half_precision_is_trained_and_draws_in_single(pipe, family, half):
     denoiser = Denoiser(pipe.to(half))
     loss_of(denoiser, data_of(denoiser), pipe.scheduler)(0)["loss"].backward()
@@ -247,7 +316,7 @@ def test_more_parts_than_items_are_refused(tmp_path):
         loss_of(denoiser, data_of(denoiser), pipe.scheduler, batch_size=7)(0, 0, 8)
 
 
-@pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_3"], indirect=True)
+@pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_3", "flux"], indirect=True)
 def test_gradient_checkpointing_changes_no_gradient(pipe):
     denoiser = Denoiser(pipe)
     step_loss = loss_of(denoiser, data_of(denoiser), pipe.scheduler)
@@ -320,25 +389,27 @@ def tuned(pipe, tmp_path, rank=2):
     return denoiser, data
 
 
-@pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3"], indirect=True)
+ADAPTED = ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux"]
+
+
+@pytest.mark.parametrize("family", ADAPTED, indirect=True)
 def test_stock_diffusers_draws_the_same_with_the_adapter(pipe, family, tmp_path):
     before = draw(pipe, family)
     denoiser, _ = tuned(pipe, tmp_path)
     ours = draw(pipe, family)
-    layers = lora.layers(denoiser.network)
-    lora.save(denoiser._pipe, layers, tmp_path)
+    lora.save(denoiser._pipe, lora.trained(denoiser._pipe), tmp_path)
     assert np.abs(ours - before).max() > 1e-2
     stock = tiny.pipeline(family, tmp_path)
     assert np.array_equal(draw(stock, family), before)
     stock.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     np.testing.assert_allclose(draw(stock, family), ours, atol=1e-4)
-    lora.merge(denoiser.network)
+    lora.fuse(denoiser._pipe, trained=True)
     assert not lora.present(denoiser.network)
     assert not any("lora" in name for name, _ in denoiser.network.named_parameters())
     np.testing.assert_allclose(draw(pipe, family), ours, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_3"], indirect=True)
+@pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_3", "flux"], indirect=True)
 def test_with_an_adapter_the_base_is_the_same_network_with_it_off(pipe, tmp_path, monkeypatch):
     original = Denoiser(pipe).frozen()
     monkeypatch.setattr(copy, "deepcopy", lambda value, memo=None: pytest.fail("a copy was made"))
@@ -411,7 +482,7 @@ def test_training_starts_from_what_a_pipeline_with_a_lora_draws(pipe, family, tm
         lora.add(denoiser.network, 2, seed=0)
         torch.testing.assert_close(denoiser(*asked), start)
         torch.testing.assert_close(denoiser.frozen()(*asked), start)
-    lora.merge(denoiser.network)
+    lora.fuse(denoiser._pipe, trained=True)
     denoiser._pipe.save_pretrained(tmp_path / "saved")
     loaded = type(pipe).from_pretrained(tmp_path / "saved")
     loaded.set_progress_bar_config(disable=True)
@@ -445,3 +516,54 @@ def test_a_second_adapter_is_refused(tmp_path):
     wear(denoiser._pipe)
     with pytest.raises(ConfigurationError, match="UNet2DConditionModel has the adapter style already"):
         lora.add(denoiser.network, 2, seed=0)
+
+
+# A base frozen in less than float32
+
+
+@pytest.mark.parametrize("family", ADAPTED, indirect=True)
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_an_adapter_learns_in_a_base_of_less_precision(pipe, precision, tmp_path):
+    pipe.to(torch.bfloat16)
+    if precision == "fp8":
+        store(pipe.unet if hasattr(pipe, "unet") else pipe.transformer)
+    before = {name: values.clone() for name, values in Denoiser(pipe, frozen=True).network.named_parameters()}
+    denoiser = Denoiser(pipe, precision, frozen=True)
+    data = data_of(denoiser)
+    lora.add(denoiser.network, 2, seed=0)
+    step_loss = loss_of(denoiser, data, pipe.scheduler, branch_start="sampled")
+    assert step_loss(0)["consistency"] < 0.05 * step_loss(0)["diffusion"]
+    fit(denoiser, step_loss, Schedule(3, 0.05, warmup=0, ema=0.0), work=tmp_path / "work", identity={})
+    for name, values in denoiser.network.named_parameters():
+        if "lora_" in name:
+            assert values.dtype == torch.float32 and values.isfinite().all()
+        else:  # the frozen weights are what they were
+            was = before[name.replace(".base_layer", "")]
+            assert values.dtype == was.dtype and torch.equal(values.float(), was.float())
+    assert any(values.any() for name, values in denoiser.network.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion"], indirect=True)
+def test_an_earlier_adapter_goes_on_in_8_bits(pipe, tmp_path):
+    lora.add(pipe.unet, 2, seed=0)
+    parts = lora.trained(pipe)
+    lora.save(pipe, parts, tmp_path / "saved")
+    other = tiny.pipeline("stable_diffusion", tmp_path).to(torch.bfloat16)
+    lora.resume(other, tmp_path / "saved" / adapters.FILE, 2)
+    store(other.unet)
+    # diffusers loads it in the precision of the network.
+    torch.testing.assert_close(lora.trained(other), parts, rtol=2**-8, atol=0)
+    assert {values.dtype for name, values in other.unet.named_parameters() if "lora_" in name} == {torch.float32}
+
+
+def test_a_frozen_base_rests_where_it_was_loaded(tmp_path):
+    """Images are encoded in float32 all the same, and what was moved or cast is put back."""
+    pipe = tiny.pipeline("stable_diffusion", tmp_path).to(torch.bfloat16)
+    denoiser = Denoiser(pipe, "bf16", frozen=True)
+    exact = copy.deepcopy(pipe.vae).float()
+    found = denoiser.encode_images(images(2))
+    x = images(2).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        expected = exact.encode(x).latent_dist.mode() * exact.config.scaling_factor
+    torch.testing.assert_close(found, expected)
+    assert pipe.vae.dtype == pipe.unet.dtype == pipe.text_encoder.dtype == torch.bfloat16

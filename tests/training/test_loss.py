@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from sage import diffusion
 from sage.diffusion import NoiseSchedule
-from sage.errors import UnsupportedError
 from sage.sampling import base, branch_noise
 from sage.sampling.loop import rollout
 from sage.training import loss
@@ -136,9 +135,9 @@ SAMPLERS = {
 def test_branch_time_is_where_the_sampler_stands(name, steps):
     """After k evaluations, for any k: the sampler's noise level, and the time that it gives the network."""
     scheduler = SAMPLERS[name]
-    visited, times = diffusion.visited(scheduler, steps), diffusion.network_times(scheduler)
-    sigmas = diffusion.noise_levels(scheduler)[1]
     scheduler.set_timesteps(steps)
+    visited, times = diffusion.visited(scheduler), diffusion.network_times(scheduler)
+    sigmas = diffusion.noise_levels(scheduler)[1]
     torch.testing.assert_close(times[visited].double(), scheduler.timesteps.double(), rtol=0, atol=1.6)
     shares = torch.arange(len(visited)) / len(visited)
     assert torch.equal(diffusion.timestep_after(visited, shares), visited)
@@ -153,17 +152,14 @@ def test_branch_time_is_where_the_sampler_stands(name, steps):
 @pytest.mark.parametrize("steps", [2, 5, 6, 8, 20, 50])
 def test_trailing_branch_times_are_the_formula(steps):
     """(1 - k / steps) T - 1, rounded, and in between as well."""
-    visited = diffusion.visited(base.new_scheduler(), steps)
+    scheduler = base.new_scheduler()
+    scheduler.set_timesteps(steps)
+    visited = diffusion.visited(scheduler)
     expected = ((1 - torch.arange(steps) / steps) * 1000).round().long() - 1
     assert torch.equal(visited, expected)
     between = diffusion.timestep_after(visited, torch.rand(100, generator=torch.Generator().manual_seed(0)))
     shares = torch.rand(100, generator=torch.Generator().manual_seed(0))
     assert ((between - ((1 - shares) * 1000 - 1)).abs() <= 2).all()
-
-
-def test_times_that_depend_on_the_image_size_are_refused():
-    with pytest.raises(UnsupportedError, match="FlowMatchEulerDiscreteScheduler has use_dynamic_shifting"):
-        diffusion.visited(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), 6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -235,7 +231,7 @@ def test_a_rollout_is_the_samplers(kind, steps):
     for t in scheduler.timesteps[:steps]:
         stepped = scheduler.step(network(x, t.repeat(4), text(4)), t, x)
         x, x_0 = stepped.prev_sample, stepped.pred_original_sample
-    found, noise = rollout(schedule, network, text(4), eps, diffusion.visited(scheduler, 8)[:steps])
+    found, noise = rollout(schedule, network, text(4), eps, diffusion.visited(scheduler)[:steps])
     torch.testing.assert_close(found, x_0, rtol=1e-3, atol=1e-3)
     after = schedule.at(scheduler.timesteps[steps].repeat(4))
     torch.testing.assert_close(diffusion.add_noise(found, noise, *after), x, rtol=1e-3, atol=1e-3)

@@ -27,6 +27,7 @@ TABLE = {
             embedded=True,
             images=True,
             fixed=("true_cfg_scale",),
+            trained=True,
         ),
         Family("Flux2Pipeline", _STATES, (("prompt_embeds", None),), embedded=True),
         Family("Flux2KleinPipeline", _STATES, (("prompt_embeds", None), ("negative_prompt_embeds", None))),
