@@ -512,8 +512,9 @@ def test_a_scheduler_that_training_cannot_follow_has_its_verdict(project, tmp_pa
     pipe.scheduler = FlowMatchHeunDiscreteScheduler()
     shared = type(SharedSamplingPipeline.from_pipe(pipe))
     monkeypatch.setattr(shared, "_options", {**shared._options, **tiny.OPTIONS["stable_diffusion_3"]})
-    found = verdict_of(job_of(project, tmp_path, pipe, generate__branch_noise=0.0), "base that can be trained")
-    assert found.state == "failed" and "has no alphas_cumprod" in found.found
+    job = job_of(project, tmp_path, pipe, generate__branch_noise=0.0)
+    found = {verdict.check: verdict for verdict in verdicts(job)}["base that can be trained"]
+    assert found.state == "failed" and "FlowMatchHeunDiscreteScheduler has prediction type None" in found.found
 
 
 def with_buckets(project, folder, *sizes):
