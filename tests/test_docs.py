@@ -234,12 +234,12 @@ def photographer(tmp_path, monkeypatch):
         photographs.cached(tmp_path / "hub", name, save)
     Path("data/raw").mkdir()
     shutil.copy(ROOT / "data/raw/README.md", "data/raw")
-    settings = yaml.safe_load((ROOT / "configs/sdxl_lora_24gb.yaml").read_text(encoding="utf-8"))
+    settings = yaml.safe_load((ROOT / "configs/sdxl_lora_16gb.yaml").read_text(encoding="utf-8"))
     settings["prepare"] |= {"image_size": 16}
     settings["finetune"] |= {"batch_size": 4, "accumulate": 2, "adapter": {"rank": 2}}
     settings["generate"] |= {"steps": 4}
     Path("configs").mkdir()
-    Path("configs/sdxl_lora_24gb.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    Path("configs/sdxl_lora_16gb.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     gate = {"metric": "nfe_per_image", "reference": "independent", "worse_by_at_most": -0.05, "relative": True}
     few = {"finetune__steps": 2, "finetune__warmup": 0, "finetune__decay": 0, "evaluate__resamples": 100}
     few |= {"prepare__test": 0.3, "group__threshold": 0.0, "evaluate__gates": [gate]}
