@@ -9,10 +9,11 @@ import pytest
 from image_files import encoded
 from PIL import Image, ImageEnhance
 
+from sage.data.accounting import ACCOUNTING
 from sage.data.dataset import SPLITS, read_split
 from sage.data.duplicates import first_alike, perceptual_hash
 from sage.data.imagefolder import read_folder
-from sage.data.preparation import ACCOUNTING, prepare
+from sage.data.preparation import prepare
 
 
 def scene(seed: int) -> Image.Image:

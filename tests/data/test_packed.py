@@ -17,9 +17,10 @@ from image_files import encoded
 from PIL import Image
 
 from sage.data import packed
+from sage.data.accounting import ACCOUNTING
 from sage.data.dataset import SPLITS, read_split
 from sage.data.imagefolder import read_address, read_folder
-from sage.data.preparation import ACCOUNTING, prepare
+from sage.data.preparation import prepare
 from sage.data.rows import Rejected, Row
 from sage.errors import DataError
 
