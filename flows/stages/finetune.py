@@ -193,8 +193,11 @@ def training_set(
     height, width = load_pixels(examples[:1]).shape[1:3]
     texts, captions = captions_of([varied_texts(example, settings) for example in examples])
     texts.append("")
+    trains_texts = bool(settings.adapter and settings.adapter.text_encoders)
     key = {"base": sources["base_sha256"], "size": [height, width], "torch": torch.__version__}
     key |= {"device": denoiser.device.type, "frozen": settings.kept_in}
+    if trains_texts:  # held-out captions are read when an earlier adapter is in the text encoders
+        key["init"] = sources.get("init_sha256")
 
     def encoded_images(mirrored: bool) -> torch.Tensor:
         def encode(start: int, stop: int) -> dict[str, torch.Tensor]:
@@ -220,7 +223,7 @@ def training_set(
         torch.from_numpy(captions),
         tuple(map(tuple, members)),
         mirrored,
-        read if settings.adapter and settings.adapter.text_encoders else None,
+        read if trains_texts else None,
     )
 
 

@@ -246,7 +246,7 @@ def first_packs(plan: Plan, batch_size: int, fill: bool = False, apart: bool = F
 
 def _note_divergence(pack: Pack, step: int, output: Tensor) -> None:
     """Note which rows of a step's output or latents are not finite; the device is not waited for."""
-    # The largest value of each row is not finite if any is not: some seven times faster than to look at each.
+    # The largest value of each row is not finite if any is not: several times faster than to look at each.
     output, latents = (values.flatten(1).abs().amax(1) for values in (output, pack.latents))
     finite = output.maximum(latents).isfinite()
     pack.diverged = pack.diverged.where(finite, pack.diverged.clamp(max=step))
