@@ -45,8 +45,9 @@ def stored(
         advance(rows)
         saved = time.monotonic()
         while rows < count:
-            arrays = {name: values.numpy() for name, values in compute(rows, min(rows + TOGETHER, count)).items()}
-            forms = forms or {name: _form(array) for name, array in arrays.items()}
+            computed = compute(rows, min(rows + TOGETHER, count))
+            arrays = {name: _numbers(values) for name, values in computed.items()}
+            forms = forms or {name: _form(array, computed[name].dtype) for name, array in arrays.items()}
             for name, array in arrays.items():
                 _append(folder / name, rows * _row_bytes(forms[name]), array.transpose(forms[name]["axes"]))
             added = len(next(iter(arrays.values())))
@@ -58,13 +59,18 @@ def stored(
     return {name: _mapped(folder / name, count, form) for name, form in forms.items()}
 
 
-def _form(array: np.ndarray) -> dict[str, Any]:
-    """Return type and shape of an array's rows, and its axes in the order in which they lie in memory, rows first.
+def _numbers(values: Tensor) -> np.ndarray:
+    """Return a tensor as an array; numpy has no bfloat16, so its bits are kept as integers."""
+    return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
+
+
+def _form(array: np.ndarray, kind: torch.dtype) -> dict[str, Any]:
+    """Return types and shape of an array's rows, and its axes in the order in which they lie in memory, rows first.
 
     The order is kept, because kernels round differently for channels that lie first or last.
     """
     axes = sorted(range(1, array.ndim), key=lambda axis: -array.strides[axis])
-    return {"dtype": str(array.dtype), "shape": array.shape[1:], "axes": [0, *axes]}
+    return {"dtype": str(array.dtype), "shape": array.shape[1:], "axes": [0, *axes], "bfloat16": kind == torch.bfloat16}
 
 
 def _complete(folder: Path) -> tuple[int, dict[str, Any]]:
@@ -102,4 +108,5 @@ def _mapped(path: Path, count: int, form: Mapping[str, Any]) -> Tensor:
     # Not copy-on-write: Linux counts a private writable mapping as memory, and refuses one that is larger than that.
     shape = [(count, *form["shape"])[axis] for axis in form["axes"]]
     lying = np.memmap(path, form["dtype"], "r+", shape=tuple(shape))
-    return torch.from_numpy(lying.transpose(np.argsort(form["axes"])))
+    mapped = torch.from_numpy(lying.transpose(np.argsort(form["axes"])))
+    return mapped.view(torch.bfloat16) if form["bfloat16"] else mapped

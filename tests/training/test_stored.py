@@ -23,7 +23,8 @@ def few_together(monkeypatch):
 def rows(start, stop):
     numbers = torch.arange(start, stop)
     images = torch.rand(len(numbers), 4, 6, 5).to(memory_format=torch.channels_last)
-    return {"latents": numbers[:, None, None] + torch.rand(3, 2), "mask": numbers % 2 == 0, "images": images}
+    latents = numbers[:, None, None] + torch.rand(3, 2)
+    return {"latents": latents, "mask": numbers % 2 == 0, "images": images, "half": latents.bfloat16()}
 
 
 class Computed:
