@@ -23,8 +23,10 @@ from flows.tracking import judging, promotion, registry, runs
 from flows.versioning import experiments
 from sage.errors import RegistryError
 from sage.evaluation.results import Results
+from sage.training import curves
 
 _CHAMPION = "champion"
+LOSSES = Path("plots/losses.csv")
 _POLL = 5  # seconds between checks for an answer
 
 
@@ -72,6 +74,7 @@ def evaluate_version(judged: Judged = Judged()) -> dict[str, Any]:  # noqa: B008
         environment = pipeline.environment | {"SAGE_TRACKING_URI": runs.address() or "off"}
         outcomes = [reproduce(stage, environment, str(tree)) for stage in ("prepare", "group")]
         fetch(judged.version, str(tree / MODEL))
+        curves.write_curves(tree / LOSSES, [])  # stage evaluate shows them, but a version does not keep its own
         outcomes += [reproduce(stage, environment, str(tree)) for stage in ("generate", "evaluate")]
         pipeline.finish("FINISHED", tree / "metrics")
         shown.stages(outcomes)

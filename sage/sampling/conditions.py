@@ -84,7 +84,8 @@ def merge(members: Condition, medoid: bool = False) -> Condition:
     """Return one condition, (1, ...), for the members (n, ...): their mean, or with `medoid` the member nearest to it.
 
     Equal members give exactly their own condition. With a "mask" (for all) or an "x_mask" (for condition x), each
-    token's state is the mean over the members whose mask includes the token, and the merged mask is the union.
+    token's state is the mean over the members whose mask includes the token, and the merged mask is the union; a token
+    that no mask includes, which some networks read all the same, has the mean over all members.
     """
     mean = {}
     for name, rows in members.items():
@@ -99,7 +100,8 @@ def merge(members: Condition, medoid: bool = False) -> Condition:
             shift = difference.mean(0, keepdim=True)
         else:
             weight = mask.to(difference).reshape(*mask.shape, *[1] * (rows.ndim - mask.ndim))
-            shift = (weight * difference).sum(0, keepdim=True) / weight.sum(0, keepdim=True).clamp(min=1)
+            weight = weight.where(weight.amax(0, keepdim=True) > 0, 1)
+            shift = (weight * difference).sum(0, keepdim=True) / weight.sum(0, keepdim=True)
         mean[name] = (first.float() + shift).to(rows.dtype)
     if not medoid:
         return mean

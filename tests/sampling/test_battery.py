@@ -177,8 +177,10 @@ def test_negative_embeddings_that_differ_inside_a_group(family):
     for numbers in ([0, 1], [1, 0], [0, 0]):
         shared(family, embeddings | rows(negative, numbers), [5, 6], callback_on_step_end=watch, **GROUP)
     own, turned, one = seen[:STEPS], seen[STEPS : 2 * STEPS], seen[2 * STEPS :]
-    assert drift(own[1], turned[1]) < scale(own[1]) and not torch.equal(own[1], one[1])
-    assert drift(own[-1], turned[-1]) > 10 * scale(own[-1])
+    rounding = drift(own[1], turned[1])
+    assert rounding < scale(own[1]) and not torch.equal(own[1], one[1])
+    # Some of the tiny networks hardly see their text, so this is compared with what rounding does.
+    assert drift(own[-1], turned[-1]) > 10 * rounding
 
 
 @pytest.mark.parametrize("name", [name for name in TEXTS if not TABLE[name].embedded])

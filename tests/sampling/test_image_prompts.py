@@ -18,7 +18,11 @@ from sage.errors import ConfigurationError, DataError
 from sage.sampling.families.table import TABLE
 from sage.sampling.pipeline import SharedSamplingPipeline
 
-pytestmark = pytest.mark.slow
+# The ControlNet of FLUX of diffusers 0.42 uses a name that it deprecates.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*`FluxPosEmbed` is deprecated:FutureWarning"),
+]
 PROMPTS = ["red cat", "red dog"]
 STEPS = 4
 CALL = {"num_inference_steps": STEPS, "output_type": "latent"}
@@ -154,7 +158,7 @@ def test_a_group_has_the_mean_until_its_branch_and_then_each_its_own(stock):
     own = shared(stock, PROMPTS, [5, 6], ip_adapter_image_embeds=[rows], **call)
     shared(stock, PROMPTS, [5, 6], ip_adapter_image_embeds=[mean], **call)
     assert own.cost.network_evaluations == 2 * (2 * STEPS - 2)
-    torch.testing.assert_close(seen[1], seen[STEPS + 1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen[1], seen[STEPS + 1], rtol=1e-3, atol=1e-3)
     assert (seen[STEPS - 1] - seen[-1]).abs().max() > 1e-3
 
 
@@ -321,7 +325,7 @@ def test_a_group_sees_the_mean_of_its_images_and_then_each_its_own(seeing):
     for values in (embeddings, mean):
         out = seeing.shared(ip_adapter_image_embeds=values if single else [values], **call)
         assert out.cost.network_evaluations == halves * (2 * STEPS - 2)
-    torch.testing.assert_close(seen[1], seen[STEPS + 1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen[1], seen[STEPS + 1], rtol=1e-3, atol=1e-3)
     assert (seen[STEPS - 1] - seen[-1]).abs().max() > 1e-3
 
 
