@@ -235,7 +235,7 @@ def photographer(tmp_path, monkeypatch):
     Path("data/raw").mkdir()
     shutil.copy(ROOT / "data/raw/README.md", "data/raw")
     settings = yaml.safe_load((ROOT / "configs/sdxl_lora_16gb.yaml").read_text(encoding="utf-8"))
-    settings["prepare"] |= {"image_size": 16}
+    settings["prepare"] |= {"image_size": 16, "buckets": {"step": 8, "max_aspect": 2.0}}
     settings["finetune"] |= {"batch_size": 4, "accumulate": 2, "adapter": {"rank": 2}}
     settings["generate"] |= {"steps": 4}
     Path("configs").mkdir()
