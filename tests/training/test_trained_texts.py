@@ -31,7 +31,7 @@ def adapted(family, tmp_path, asked=None):
     lora.add(denoiser.network, 2, seed=0)
     lora.add_to_texts(encoders, 2, 0)
     denoiser.train_texts(encoders)
-    data = TrainingSet(denoiser.encode_images(images(5)), cached, torch.arange(5)[:, None], GROUPS, encode)
+    data = TrainingSet(denoiser.encode_images(images(5)), cached, torch.arange(5)[:, None], GROUPS, encode=encode)
     return denoiser, data, pipe
 
 
