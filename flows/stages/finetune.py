@@ -194,7 +194,7 @@ def training_set(
     texts, captions = captions_of([varied_texts(example, settings) for example in examples])
     texts.append("")
     trains_texts = bool(settings.adapter and settings.adapter.text_encoders)
-    key = {"base": sources["base_sha256"], "size": [height, width], "torch": torch.__version__}
+    key: dict[str, Any] = {"base": sources["base_sha256"], "size": [height, width], "torch": torch.__version__}
     key |= {"device": denoiser.device.type, "frozen": settings.kept_in}
     if trains_texts:  # held-out captions are read when an earlier adapter is in the text encoders
         key["init"] = sources.get("init_sha256")
