@@ -17,7 +17,7 @@ from flows.terminal import progress, run
 from flows.tracking.runs import stage_run
 from sage.config import Evaluate, load_params
 from sage.data.accounting import read_accounting
-from sage.data.dataset import read_split
+from sage.data.dataset import Example, read_split
 from sage.data.images import compose
 from sage.data.shards import ImageFile, rgb
 from sage.errors import MetricError
@@ -59,10 +59,11 @@ def main(
     accounting, curves = read_accounting(data), [] if losses is None else read_curves(losses)
     with stage_run("evaluate", settings.model_dump()) as record:
         record.dataset("prepared", sha256_tree(data), "evaluation")
-        real, arms, others = measure(judged, data, settings, extract, aligned)
+        compared = references(judged.examples, settings.references, settings.seed)
+        further = judged.examples if settings.references else siblings(judged.examples, read_split(data, "train"))
+        real, arms, others = measure(judged, compared, further, extract, aligned)
         wrong, differs = with_other_captions(judged.examples)
-        one = [row[:1] for row in references(judged.examples, settings.references, settings.seed)]
-        other = aligned(wrong, real.features[:, :1], one).values[:, 0]
+        other = aligned(wrong, real.features[:, :1], [row[:1] for row in compared]).values[:, 0]
         by = {"features": extract.description, "alignment": aligned.description}
         if settings.references:
             by |= {"references": f"{settings.references} figures drawn for each prompt"}
@@ -107,16 +108,21 @@ def read_costs(path: Path, judged: Judged) -> dict[str, float]:
 
 
 def measure(
-    judged: Judged, data: Path, settings: Evaluate, extract: Extractor, aligned: Judge
+    judged: Judged,
+    compared: Sequence[Sequence[ImageFile]],
+    others: Sequence[Example],
+    extract: Extractor,
+    aligned: Judge,
 ) -> tuple[judging.ImageFeatures, dict[str, judging.ImageFeatures], np.ndarray]:
-    """Return what the extractors see: the references, each arm's images, and features of other real images.
+    """Return what the extractors see: the references, each arm's images, and the features of other real images.
 
-    The others tell how far real images are from the references: siblings from the training split, cropped to the size
-    that is drawn if they have another shape (buckets), or the held-out images themselves if the references were drawn
-    anew.
+    judged    the images to evaluate
+    compared  the references of each prompt
+    others    real images that tell how far such are from the references: siblings from the training split, or the
+              held-out images if the references were drawn anew; cropped to the drawn size if they have another shape
+    extract   what the features are of
+    aligned   the judge of alignment
     """
-    compared = references(judged.examples, settings.references, settings.seed)
-    others = judged.examples if settings.references else siblings(judged.examples, read_split(data, "train"))
     width, height = rgb(judged.examples[0].image).size
     cropped = (np.asarray(compose(rgb(example.image), (height, width), "crop")) for example in others)
     prompts, seeds = len(judged.examples), len(judged.seeds)

@@ -250,9 +250,11 @@ def _in_float32(module: Any) -> Iterator[None]:
     kept = module.dtype
     if kept != torch.float32:
         module.to(torch.float32)
-    yield
-    if kept != torch.float32:
-        module.to(kept)
+    try:
+        yield
+    finally:
+        if kept != torch.float32:
+            module.to(kept)
 
 
 def _scaled(latents: Tensor, config: Any) -> Tensor:

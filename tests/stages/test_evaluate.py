@@ -265,9 +265,9 @@ def test_training_images_of_other_shapes_are_judged_at_the_drawn_size(tmp_path):
         return np.zeros((len(found), 3), np.float32)
 
     judged = SimpleNamespace(examples=held_out, seeds=[0], arms={})
-    settings = SimpleNamespace(references=None, seed=0)
+    real_ones, training = [[one.image] for one in held_out], read_split(tmp_path, "train")
     evaluate.measure(
-        judged, tmp_path, settings, extract, lambda *_: SimpleNamespace(values=np.zeros((2, 1)), parts=None)
+        judged, real_ones, training, extract, lambda *_: SimpleNamespace(values=np.zeros((2, 1)), parts=None)
     )
     real, others = seen
     assert [image.shape for image in real] == [(8, 8, 3)] * 2 and len(others) == 1
