@@ -56,7 +56,8 @@ def _names(cells: list[str]) -> list[str]:
 
 def _record(columns: list[str], cells: list[str], problem: str | None) -> Record:
     if problem is None and any(cell.strip() for cell in cells[len(columns) :]):
-        problem = f"{len(cells)} cells, but the table has {len(columns)} columns; put a text with separators in quotes"
+        named = "1 column" if len(columns) == 1 else f"{len(columns)} columns"
+        problem = f"{len(cells)} cells, but the table has {named}; put a text with separators in quotes"
     return Record(dict(zip(columns, cells, strict=False)) if problem is None else {}, problem)
 
 

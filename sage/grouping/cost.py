@@ -69,16 +69,20 @@ def model_digest(model: Path) -> str:
 def read_damage(model: Path, share_ratio: float, max_size: int, space: str = "minilm") -> Damage:
     """Return the damage measured on a model: a folder, a file, or a pin.
 
-    Raises ConfigurationError if there is no measurement, or if it is of other weights, of a lower share ratio, of
-    smaller groups than asked for, or of groups formed in another space than `space` (`Policy.space`).
+    Raises ConfigurationError if there is no measurement, or if it is damaged, of other weights, of a lower share ratio,
+    of smaller groups than asked for, or of groups formed in another space than `space` (`Policy.space`).
     """
     path = kept_at(model)
     remedy = "Run `sage calibrate`, or give group.threshold instead of group.max_damage."
     if not path.is_file():
         raise ConfigurationError(f"{path} does not exist, so the damage of sharing is unknown. {remedy}")
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    damage = Damage(stored["share_ratio"], stored["max_size"], [Point(**point) for point in stored["points"]])
-    if stored["model"] != model_digest(model):
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        damage = Damage(stored["share_ratio"], stored["max_size"], [Point(**point) for point in stored["points"]])
+        measured_on = stored["model"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(f"{path} is damaged: {error!r}. {remedy}") from error
+    if measured_on != model_digest(model):
         raise ConfigurationError(f"{path} was measured on other weights than {model} has now. {remedy}")
     if stored.get("encoder", space) != space:
         raise ConfigurationError(

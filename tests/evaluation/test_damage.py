@@ -86,6 +86,15 @@ def test_the_file_travels_with_the_weights_and_is_refused_beside_others(tmp_path
         read_damage(model, 0.4, 6)
 
 
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"share_ratio": 0.4}', '{"share_ratio": 1, "max_size": 6, "points": [{}]}']
+)
+def test_a_damaged_measurement_is_named(content, tmp_path):
+    (tmp_path / FILE).write_text(content)
+    with pytest.raises(ConfigurationError, match=r"damage\.json is damaged.*Run `sage calibrate`"):
+        read_damage(tmp_path, 0.4, 6)
+
+
 @pytest.mark.parametrize("name", ["my.model.safetensors", f"hub/owner/name-3.5@{'a' * 40}"])
 def test_the_damage_of_a_file_or_pin_lies_beside_it(name, tmp_path):
     model = tmp_path / name

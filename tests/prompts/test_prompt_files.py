@@ -96,7 +96,7 @@ def test_utf_16_and_32_without_a_mark_are_refused(tmp_path, encoding, text):
     [
         ("id,prompt\n1,a red fox, in snow, at night\n2,blue heart\n", ["4 cells, but the table has 2", "blue heart"]),
         ("prompt,id\na red fox, in snow,1\nblue heart,2\n", ["3 cells, but the table has 2", "blue heart"]),
-        ("prompt\na red fox, in snow\nblue heart\n", ["2 cells, but the table has 1", "blue heart"]),
+        ("prompt\na red fox, in snow\nblue heart\n", ["2 cells, but the table has 1 column;", "blue heart"]),
         ('id,prompt\n1,"a sign\n2,blue heart\n3,"green"\n', ["a quote begins a cell", "blue heart", "green"]),
         ('id,prompt\n1,blue heart\n2,"a sign\n3,red heart\n', ["blue heart", "a quote begins a cell", "red heart"]),
         ('id,prompt\n1,"hello" on a sign, at night\n2,blue heart\n', ["a quote begins a cell", "blue heart"]),
