@@ -226,7 +226,6 @@ def test_versions_of_other_held_out_sets_are_judged_on_todays_and_then_promoted(
     # What `sage judge` recorded is taken: neither version is drawn again.
     assert runs_of == {number: client.get_model_version("sage", number).tags["sage.judged_in"] for number in runs_of}
     assert champion(project) == "2" and fingerprint(project) == before
-    small.set_params(project, generate__seeds=[0])
 
 
 def arms(server: str) -> list[dict[str, Any]]:
@@ -234,6 +233,16 @@ def arms(server: str) -> list[dict[str, Any]]:
     found = ask(server, "artifacts/filter", {"artifacts": {"key": {"any_": ["arms"]}}})
     found.sort(key=lambda row: row["created"])
     return [found[0], found[-1]]
+
+
+def test_a_stricter_gate_repeats_the_verdict_only_and_registers_nothing(flow_run, project):
+    gate = {"metric": "nfe_per_image", "reference": "independent", "worse_by_at_most": -0.99, "relative": True}
+    small.set_params(project, evaluate__gates=[gate])
+    done = small.sage(project, "run")
+    assert done.returncode == 0, done.stderr
+    assert "executed=1 cached=4" in done.stdout
+    assert "not registered, because a gate failed" in done.stdout
+    assert "FAILED" in done.stdout
 
 
 def test_a_training_that_is_killed_is_tried_again_and_goes_on_where_it_was(flow_run, server, project):
@@ -262,16 +271,6 @@ def test_a_training_that_is_killed_is_tried_again_and_goes_on_where_it_was(flow_
     curve = client.get_metric_history(last.info.run_id, "loss")
     assert [point.step for point in curve] == list(range(10, 71, 10))
     small.set_params(project, finetune__steps=2)
-
-
-def test_a_stricter_gate_repeats_the_verdict_only_and_registers_nothing(flow_run, project):
-    gate = {"metric": "nfe_per_image", "reference": "independent", "worse_by_at_most": -0.99, "relative": True}
-    small.set_params(project, evaluate__gates=[gate])
-    done = small.sage(project, "run")
-    assert done.returncode == 0, done.stderr
-    assert "executed=1 cached=4" in done.stdout
-    assert "not registered, because a gate failed" in done.stdout
-    assert "FAILED" in done.stdout
 
 
 def test_a_broken_picture_of_a_user_costs_its_row_and_no_more(flow_run, project):
