@@ -88,23 +88,28 @@ def sd15(folder):
     return pipe
 
 
-# Family, whether its scheduler has to be replaced, and the adapter.
+# Family, whether its scheduler has to be replaced, the adapter, and the precision of drawing.
 BASES = {
-    "SD 1.5, all weights": ("stable_diffusion", "DDIMScheduler", None),
-    "SD 3, LoRA": ("stable_diffusion_3", None, {"rank": 2}),
-    "PixArt, all weights": ("pixart_alpha", None, None),
+    "SD 1.5, all weights": ("stable_diffusion", "DDIMScheduler", None, "fp32"),
+    "SD 3, LoRA": ("stable_diffusion_3", None, {"rank": 2}, "fp32"),
+    "PixArt, all weights": ("pixart_alpha", None, None, "fp32"),
+    "FLUX.1, LoRA": ("flux", None, {"rank": 2, "text_encoders": True}, "bf16"),
 }
 
 
 @pytest.mark.parametrize("name", BASES)
 def test_from_photographs_to_a_promoted_version(name, project, inside, tmp_path, monkeypatch):
-    family, scheduler, adapter = BASES[name]
+    family, scheduler, adapter, precision = BASES[name]
     pipe = sd15(tmp_path) if family == "stable_diffusion" else tiny.pipeline(family, tmp_path)
     shared = type(SharedSamplingPipeline.from_pipe(pipe))
     monkeypatch.setattr(shared, "_options", {**shared._options, **tiny.OPTIONS.get(family, {})})
     pipe.to(torch.float16).save_pretrained(tmp_path / "elsewhere")
     small.set_params(
-        project, base=str(tmp_path / "elsewhere"), generate__scheduler=scheduler, finetune__adapter=adapter
+        project,
+        base=str(tmp_path / "elsewhere"),
+        generate__scheduler=scheduler,
+        generate__precision=precision,
+        finetune__adapter=adapter,
     )
     said = [done(inside(command)) for command in ("dvc repro", "sage register", "sage promote")]
     version = said[1].split()[-1]
@@ -133,7 +138,8 @@ def test_what_is_killed_in_training_and_in_drawing_goes_on_to_the_same_files(pro
     sd15(tmp_path).to(torch.float16).save_pretrained(tmp_path / "elsewhere")
     elsewhere = str(tmp_path / "elsewhere")
     # Steps enough that the training is not over before it is killed.
-    changes = {"generate__scheduler": "DDIMScheduler", "finetune__adapter": None, "finetune__steps": 30}
+    changes = {"generate__scheduler": "DDIMScheduler", "generate__precision": "fp32"}
+    changes |= {"finetune__adapter": None, "finetune__steps": 30}
     small.set_params(project, base=elsewhere, **changes)
     done(inside("dvc repro group"))
     inside.stages.clear()

@@ -10,11 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import single_files
-import small
 import tiny
 import tiny_families
 import torch
-import tracked
 import typer
 import yaml
 from diffusers import (
@@ -34,10 +32,8 @@ from typer.testing import CliRunner
 
 from flows import evaluations, machine, preflight
 from flows.commands import plan
-from flows.drawing import open_pipeline
 from flows.preflight import Job, check, doubts, verdicts
-from flows.stages import evaluate, finetune, generate, group, prepare
-from flows.tracking import promotion, registry
+from flows.stages import finetune, generate, group
 from sage.config import load_params
 from sage.data import dataset
 from sage.errors import ConfigurationError, UnsupportedError
@@ -229,40 +225,6 @@ def test_a_base_as_people_keep_it_goes_from_data_to_images(name, project, tmp_pa
     assert 0 < made["sage"]["nfe"] < made["independent"]["nfe"] == 5 * 6
     assert made["independent"]["model"] == str(base)
     assert drawn(tmp_path).std() > 1 and np.abs(drawn(tmp_path) - drawn(tmp_path, "shared")).max() > 0
-
-
-@pytest.mark.parametrize("family", ["stable_diffusion_xl", "stable_diffusion_3", "flux"])
-def test_a_folder_of_pictures_becomes_a_promoted_version(family, tmp_path, database, monkeypatch):
-    tracked.enter(tmp_path / "project", database, monkeypatch)
-    monkeypatch.setenv("SAGE_DEVICE", "cpu")
-    small.images(Path("data/raw"))
-    base = saved(tiny.pipeline(family, tmp_path).to(torch.bfloat16), tmp_path / "base", monkeypatch, family)
-    params = params_of(
-        prepare__source="folder",
-        prepare__image_size=16,
-        prepare__test=0.3,
-        finetune__adapter={"rank": 2, "text_encoders": True},
-        finetune__precision="bf16",
-        generate__precision="bf16",
-        generate__split="test",
-        evaluate__alignment=str(Path(__file__).parents[2] / "models/alignment"),
-        evaluate__resamples=100,
-    )
-    Path("params.yaml").write_text(yaml.safe_dump(params | {"base": str(base)}))
-    data, groups, made, figures = (Path(name) for name in ("data/prepared", "data/groups", "data/made", "metrics"))
-    figures.mkdir()
-    prepare.main(Path("data/raw"), data, figures / "prepare.json")
-    group.main(data, base, groups, figures / "group.json")
-    finetune.main(base, data, groups, Path("tuned"), figures / "finetune.json", Path("work"))
-    generate.main(base, Path("tuned"), data, groups, made, figures / "generate.json")
-    evaluate.main(data, groups, made, figures / "generate.json", Path("report"), figures / "evaluate.json")
-    found = registry.register(Path("tuned"), figures, groups, load_params())
-    assert found.version == "1" and not found.reasons
-    assert promotion.promote() == "1" and tracked.aliases() == {"champion": "1"}
-    version = registry.fetch("1", Path("fetched"))
-    again = open_pipeline(version.weights)
-    [image] = again(["red ring"], num_inference_steps=2, height=16, width=16, seed=0).images
-    assert np.asarray(image).std() > 1
 
 
 def test_a_family_that_is_not_trained_is_refused_by_name_before_its_weights_are_read(chain, tmp_path, monkeypatch):
