@@ -141,9 +141,9 @@ class NetworkTraining(Section):
 
 
 class Autoencoder(NetworkTraining):
-    """The autoencoder (VAE) between images and latents."""
+    """The autoencoder between images and latents; `latent_noise` is the standard deviation of noise on its latents."""
 
-    kl_weight: Weight
+    latent_noise: Weight
 
 
 class Denoiser(NetworkTraining):
