@@ -31,6 +31,15 @@ ATTRIBUTES = Path("models/attributes")
 Out = Annotated[Path, typer.Option(help="Folder for the trained model.")]
 
 
+@app.command("base")
+def whole_base(
+    data: Data = Path("data/prepared"), work: Work = Path("work/pretrain"), out: Out = Path("models/base")
+) -> None:
+    """Train the base model from nothing: the autoencoder, then the U-Net; hours, continued when called again."""
+    autoencoder(data, work, work / "vae")
+    denoiser(data, work / "vae", work, None, out)
+
+
 @app.command()
 def autoencoder(
     data: Data = Path("data/prepared"), work: Work = Path("work/pretrain"), out: Out = Path("work/pretrain/vae")
@@ -221,7 +230,8 @@ def _fit(
             advance(step - at)
             at = step
 
-        fit(network, loss, schedule, work=work, identity=identity, on_step=on_step)
+        trained = fit(network, loss, schedule, work=work, identity=identity, on_step=on_step)
+    typer.echo(f"{work.name}: {trained.steps} steps in {trained.seconds / 60:.0f} minutes")
 
 
 if __name__ == "__main__":

@@ -57,14 +57,15 @@ def test_the_attribute_judge_says_what_it_reads_reliably(project, capsys):
 
 @pytest.mark.slow
 def test_it_leaves_a_base_that_loads_and_keeps_the_card(project, capsys):
-    pretrain.autoencoder()
-    assert "reconstruction of 4 unseen pictures" in capsys.readouterr().out
     card = project / "models/base/README.md"
     card.parent.mkdir(parents=True)
     card.write_text("what was measured")
     (card.parent / "damage.json").write_text("{}")
-    pretrain.denoiser()
-    assert base.load(card.parent).unet.config.in_channels == 16
+    pretrain.whole_base()
+    said = capsys.readouterr().out
+    assert "reconstruction of 4 unseen pictures" in said
+    assert "autoencoder: 2 steps in 0 minutes" in said and "denoiser: 2 steps in 0 minutes" in said
+    assert base.load(card.parent).unet.config.in_channels == 32
     assert card.read_text() == "what was measured"
     # Measured on other weights.
     assert not (card.parent / "damage.json").exists()
