@@ -28,6 +28,7 @@ from PIL import Image
 
 from benchmarks.captions import captions
 from flows.terminal import run
+from sage.config import load_params
 from sage.data.dataset import check_sums, read_split
 from sage.data.preparation import prepare
 from sage.data.rows import Row
@@ -163,7 +164,8 @@ def _training_set(folder: Path, denoiser: "Denoiser") -> "TrainingSet":
     os.environ["SAGE_CACHE"] = str(folder.parent)
     examples = read_split(folder, "train")
     groups = [tuple(range(start, min(start + 5, len(examples)))) for start in range(0, len(examples), 5)]
-    return training_set(denoiser, examples, groups, {"base_sha256": "", "data_digest": ""})
+    sources = {"base_sha256": "", "data_digest": ""}
+    return training_set(denoiser, examples, groups, sources, load_params().finetune)
 
 
 def _train(folder: Path, count: int, size: int) -> None:
