@@ -241,7 +241,8 @@ def languages(threshold: Threshold = 0.5) -> None:
 
 
 def _pairs(x: np.ndarray) -> np.ndarray:
-    return (x @ x.T)[np.triu_indices(len(x), 1)]
+    cosines: np.ndarray = x @ x.T
+    return cosines[np.triu_indices(len(x), 1)]
 
 
 @app.command()
@@ -284,7 +285,8 @@ def streaming(size: int = 2000, threshold: Threshold = 0.7, prompts: Prompts = N
 def _codes(a: np.ndarray, b: np.ndarray, size: int) -> np.ndarray:
     """Return pairs as numbers, each pair of different rows once."""
     codes = np.unique(np.minimum(a, b) * np.int64(size) + np.maximum(a, b))
-    return codes[codes // size != codes % size]
+    different: np.ndarray = codes[codes // size != codes % size]
+    return different
 
 
 def _files(probes: int) -> Find:
@@ -324,7 +326,7 @@ def _faiss_graph() -> Find:
 
 
 def _usearch(x: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    from usearch.index import Index
+    from usearch.index import Index  # type: ignore[import-not-found]
 
     index = Index(ndim=WIDTH, metric="ip", dtype="f16", connectivity=16, expansion_add=40, expansion_search=32)
     index.add(np.arange(len(x)), x)

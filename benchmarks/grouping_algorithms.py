@@ -44,10 +44,10 @@ def greedy_cliques(graph: Graph, max_size: int) -> Groups:
 
 def colouring(graph: Graph, max_size: int) -> Groups:
     """Colour the graph's complement greedily, rows with fewest neighbours first: a colour is a clique."""
-    colour: list[int | None] = [None] * len(graph)
+    colour = [-1] * len(graph)  # -1: none yet
     groups: Groups = []
     for row in sorted(range(len(graph)), key=lambda row: (len(graph[row]), row)):
-        near = {colour[other] for other in graph[row]} - {None}
+        near = {colour[other] for other in graph[row]} - {-1}
         fitting = [c for c in near if len(groups[c]) < max_size and all(member in graph[row] for member in groups[c])]
         if fitting:
             colour[row] = max(fitting, key=lambda c: (len(groups[c]), -c))
@@ -60,8 +60,8 @@ def colouring(graph: Graph, max_size: int) -> Groups:
 
 def leiden(graph: Graph, max_size: int, repair: Callable[[Iterable[int]], Groups]) -> Groups:
     """Find communities with Leiden (modularity, weights are cosines), then repair each into cliques."""
-    import igraph
-    import leidenalg
+    import igraph  # type: ignore[import-not-found]
+    import leidenalg  # type: ignore[import-not-found]
 
     edges = [(row, other) for row, near in enumerate(graph) for other in near if row < other]
     network = igraph.Graph(len(graph), edges)

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -66,7 +67,7 @@ def main() -> None:
         # The clone's own code, not the installed one; and a database of its own.
         os.environ |= {"PYTHONPATH": folder, "SAGE_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
         jobs: dict[str, Callable[[], object]] = {
-            stage: lambda stage=stage: repository.reproduce(show, stage, alone=True) for stage in repository.stages()
+            stage: partial(repository.reproduce, show, stage, alone=True) for stage in repository.stages()
         }
         jobs |= {
             "register": lambda: registry.register(

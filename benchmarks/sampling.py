@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,8 @@ def networks(stock: Any) -> list[Any]:
 
 def groups_of(count: int, size: int) -> list[list[int]]:
     """Return ragged groups of this mean size: of 1, of the double less 1, and of the size itself."""
-    sizes, groups, place = [size, 2 * size - 1, 1], [], 0
+    sizes, place = [size, 2 * size - 1, 1], 0
+    groups: list[list[int]] = []
     while place < count:
         groups.append(list(range(place, min(count, place + sizes[len(groups) % 3]))))
         place = groups[-1][-1] + 1
@@ -308,13 +310,13 @@ def measure(
     shared: Any = SharedSamplingPipeline.from_pipe(stock)
     groups = groups_of(count, size)
     stock_times = interleaved(
-        {str(b): (lambda b=b: run_stock(stock, prompts, given, count, b, call)) for b in batches}, stock, 2
+        {str(b): partial(run_stock, stock, prompts, given, count, b, call) for b in batches}, stock, 2
     )
     best = min(batches, key=lambda b: min(seconds for seconds, _ in stock_times[str(b)]))
     plans = {str(ratio): Plan.shared(groups, call["num_inference_steps"], ratio) for ratio in ratios}
     options = {"seed": list(range(count)), "batch_size": best, **given, **call}
     arms: dict[str, Callable[[], Any]] = {"stock": lambda: run_stock(stock, prompts, given, count, best, call)}
-    arms |= {name: (lambda plan=plan: shared(prompts, plan=plan, **options)) for name, plan in plans.items()}
+    arms |= {name: partial(shared, prompts, plan=plan, **options) for name, plan in plans.items()}
     times = interleaved(arms, stock, repetitions)
     return {
         "images": count,

@@ -97,8 +97,8 @@ def main(
     names = ["evaluations an image", *(name.replace("_", " ") for name in METRICS)]
     title = f"{len(texts)} prompts, {seeds} seeds, {len(groups['text'])} groups by text"
     table = Table("plan", "by", "steps", *names, title=title)
-    identity = {"model": model_digest(model), "data": sha256_tree(data / "validation"), "prompts": texts}
-    identity |= {"seeds": seeds, "settings": settings.model_dump(), "code": _code()}
+    identity: dict[str, Any] = {"model": model_digest(model), "data": sha256_tree(data / "validation")}
+    identity |= {"prompts": texts, "seeds": seeds, "settings": settings.model_dump(), "code": _code()}
     for point in POINTS:
         found = groups[point.by]
         folder = work / digest(identity | asdict(point) | {"groups": found})[:16]

@@ -34,7 +34,7 @@ def stream_of_sessions(count: int, seed: int = 0) -> list[tuple[str, str]]:
     subjects = [f"{colour} {noun}" for noun in NOUNS for colour in COLOURS]
     rng.shuffle(subjects)
     weights = [1 / (rank + 1) for rank in range(len(subjects))]
-    arrivals = []
+    arrivals: list[tuple[float, str, str]] = []
     for session in range(count // 6):
         (subject,) = rng.choices(subjects, weights)
         for turn in range(6):

@@ -99,16 +99,21 @@ class Stock:
         self.unet, self.optimizer, self.rate = self.accelerator.prepare(unet, optimizer, rate)
         if cached:
             with torch.no_grad():
-                self.latents = torch.cat([self._latents(part) for part in torch.arange(len(data.texts)).split(BATCH)])
-                self.states = torch.cat([self._states(part) for part in torch.arange(len(data.texts)).split(BATCH)])
+                parts = torch.split(torch.arange(len(data.texts)), BATCH)
+                self.latents = torch.cat([self._latents(part) for part in parts])
+                self.states = torch.cat([self._states(part) for part in parts])
 
     def _latents(self, rows: torch.Tensor) -> torch.Tensor:
         images = self.data.images[rows].permute(0, 3, 1, 2).float() / 127.5 - 1
         images = images.to(self.accelerator.device, self.dtype)
-        return self.pipe.vae.encode(images).latent_dist.sample() * self.pipe.vae.config.scaling_factor
+        latents: torch.Tensor = self.pipe.vae.encode(images).latent_dist.sample()
+        factor: float = self.pipe.vae.config.scaling_factor
+        return latents * factor
 
     def _states(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.pipe.text_encoder(self.tokens[rows].to(self.accelerator.device), return_dict=False)[0]
+        tokens = self.tokens[rows].to(self.accelerator.device)
+        states: torch.Tensor = self.pipe.text_encoder(tokens, return_dict=False)[0]
+        return states
 
     def step(self) -> None:
         """Do one step."""
@@ -244,11 +249,12 @@ def main() -> None:
     for repetition in range(repetitions):
         for name in random.Random(repetition).sample(list(arms), len(arms)):
             seconds[name] += arms[name].run(steps)[1:]
-    result = {"precision": arguments.precision, "threads": torch.get_num_threads(), "batch": BATCH, "arms": {}}
+    result: dict[str, Any] = {"precision": arguments.precision, "threads": torch.get_num_threads(), "batch": BATCH}
+    result["arms"] = {}
     for name, arm in arms.items():
         median = statistics.median(seconds[name])
         evaluations = arm.evaluations(steps) if isinstance(arm, Ours) else BATCH
-        result["arms"][name] = {  # type: ignore[index]
+        result["arms"][name] = {
             "seconds": round(median, 4),
             "pictures_per_second": round(BATCH / median, 1),
             "evaluations": round(evaluations, 1),
@@ -257,7 +263,7 @@ def main() -> None:
             "fastest": round(min(seconds[name]), 4),
             "slowest": round(max(seconds[name]), 4),
         }
-        print(name, json.dumps(result["arms"][name]), flush=True)  # type: ignore[index]
+        print(name, json.dumps(result["arms"][name]), flush=True)
     write_json(arguments.out, result)
 
 

@@ -38,8 +38,10 @@ from sage.sampling.seeds import prompt_seed
 
 BASE = "base"
 # The modules of sage that decide what is learned, and what is drawn and seen.
-TRAINS = ("training/finetuning", "training/loss", "training/loop", "training/denoiser", "sampling/loop", "diffusion")
-TRAINS += ("training/optimizers", "training/timesteps")
+TRAINS = (
+    *("training/finetuning", "training/loss", "training/loop", "training/denoiser", "sampling/loop", "diffusion"),
+    *("training/optimizers", "training/timesteps"),
+)
 DRAWS = ("sampling/plan", "sampling/loop", "sampling/stream", "sampling/pipeline", "diffusion", "evaluation/extractors")
 
 
