@@ -23,7 +23,7 @@ from flows.preflight import check, check_trainable
 from flows.report.sheet import sheet
 from flows.terminal import progress, run
 from flows.tracking.runs import Run, stage_run
-from sage.config import Finetune, load_params
+from sage.config import Finetune, Params, load_params
 from sage.data.dataset import Example, captions_of, check_sums, in_buckets, load_pixels, read_split
 from sage.data.groups import read_groups
 from sage.data.tags import tag_orders
@@ -91,10 +91,7 @@ def main(
     sources = {"base_sha256": sha256_tree(base), "data_digest": sha256_tree(data)}
     if settings.init is not None:
         sources["init_sha256"] = adapters.digest(Path(settings.init))
-    identity = settings.model_dump(exclude=WITHOUT_EFFECT) | sources | {"groups": sha256(groups / "train.json")}
-    identity |= {"sampler_steps": sampler_steps, "scheduler": params.generate.scheduler} | sampling
-    if settings.validation is not None:
-        identity["validation_groups"] = sha256(groups / "validation.json")
+    identity = identity_of(params, sources, groups) | sampling
     state = work / digest(identity)[:16]
     with _main_run(accelerator, settings) as record:
         record.dataset("prepared", sources["data_digest"], "training")
@@ -135,16 +132,9 @@ def main(
         if not accelerator.is_main_process:
             return
         save(pipeline, base, out, params.generate.scheduler, settings)
-        costs = [batches.cost(step) for step in range(trained.steps)]
-        low, high = settings.share_ratios
-        sampled = range(trained.steps if settings.branch_start == "sampled" else 0)
-        evaluations = pipeline.evaluations(sampler_steps)
-        shared = sum(sampling_cost(batches, (low, high), evaluations, step) for step in sampled)
         figures = {
             "steps": trained.steps,
-            "evaluations": sum(trained for trained, _ in costs),
-            "base_evaluations": sum(frozen for _, frozen in costs),
-            "sampling_evaluations": shared * pipeline.evaluations_a_step(params.generate.guidance_scale),
+            **evaluations_of(pipeline, params, batches, trained.steps),
             "images": len(examples),
             "groups": len(members),
             "losses": {name: round(value, 6) for name, value in trained.losses.items()},
@@ -161,6 +151,29 @@ def main(
         write_json(metrics, figures)
         record.result(metrics)
     shutil.rmtree(state)
+
+
+def identity_of(params: Params, sources: Mapping[str, str], groups: Path) -> dict[str, Any]:
+    """Return what checkpoints belong to: settings that change weights, and hashes of base, data and groups."""
+    settings = params.finetune
+    identity = settings.model_dump(exclude=WITHOUT_EFFECT) | {"groups": sha256(groups / "train.json")} | dict(sources)
+    if settings.validation is not None:
+        identity["validation_groups"] = sha256(groups / "validation.json")
+    return identity | {"sampler_steps": params.generate.steps, "scheduler": params.generate.scheduler}
+
+
+def evaluations_of(pipeline: Any, params: Params, batches: Buckets, steps: int) -> dict[str, int]:
+    """Return how often these training steps evaluate the network, the frozen base, and the steps that groups share."""
+    settings, costs = params.finetune, [batches.cost(step) for step in range(steps)]
+    low, high = settings.share_ratios
+    sampled = range(steps if settings.branch_start == "sampled" else 0)
+    evaluations = pipeline.evaluations(params.generate.steps)
+    shared = sum(sampling_cost(batches, (low, high), evaluations, step) for step in sampled)
+    return {
+        "evaluations": sum(trained for trained, _ in costs),
+        "base_evaluations": sum(frozen for _, frozen in costs),
+        "sampling_evaluations": shared * pipeline.evaluations_a_step(params.generate.guidance_scale),
+    }
 
 
 @contextmanager
