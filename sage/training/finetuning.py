@@ -234,7 +234,7 @@ def drawn_shared_steps(share_ratios: tuple[float, float], evaluations: int, seed
 def guided(network: Network, empty: Condition, scale: float) -> Network:
     """Return the network under classifier-free guidance, at twice the evaluations; up to scale 1 the network itself.
 
-    `empty` is the condition of the empty prompt, one row (Ho & Salimans, 2022; `sage.sampling.pipeline.guided`).
+    `empty` is the condition of the empty prompt, one row (Ho & Salimans, 2022).
     """
     if scale <= 1:
         return network

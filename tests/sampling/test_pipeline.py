@@ -26,7 +26,6 @@ from PIL import Image
 from sage.errors import ConfigurationError, DataError, PlanError, SageError, UnsupportedError
 from sage.grouping.auto import Grouping
 from sage.sampling import base
-from sage.sampling.families import stable_diffusion
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Block, Plan
 from sage.sampling.seeds import prompt_seed
@@ -441,7 +440,12 @@ def test_a_safety_checker_is_asked_as_in_the_stock_pipeline(tmp_path):
 def test_it_loads_as_a_custom_pipeline(stock, tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     stock.save_pretrained(tmp_path / "model")
-    file = Path(stable_diffusion.__file__)
+    file = tmp_path / "shared.py"
+    file.write_text(
+        "from diffusers import StableDiffusionPipeline\n"
+        "from sage.sampling.families.table import shared_class\n"
+        "Shared = shared_class(StableDiffusionPipeline)\n"
+    )
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "model", custom_pipeline=str(file), trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     expected = SharedSamplingPipeline.from_pipe(stock)("red cat", seed=[1], **CALL).images
