@@ -562,12 +562,13 @@ class SegmentedPipeline(SharedSamplingPipeline):
 
     def _count_truncated(self, texts: list[str], options: Mapping[str, Any]) -> list[int]:
         """Return the number of each text's tokens beyond the limit; of several encoders, of the one that reads most."""
-        if not self.family.counted:
+        tokenizers = self._tokenizers(options) if self.family.counted else []
+        if not tokenizers:
             return [0] * len(texts)
         if hasattr(self, "_text_preprocessing"):
             texts = self._text_preprocessing(texts, options["clean_caption"])
         beyond = []
-        for tokenizer, limit in self._tokenizers(options):
+        for tokenizer, limit in tokenizers:
             # Textual inversions of several tokens.
             convert = getattr(self, "maybe_convert_prompt", lambda texts, tokenizer: texts)
             beyond.append([max(0, len(ids) - limit) for ids in tokenizer(convert(texts, tokenizer)).input_ids])
@@ -877,6 +878,8 @@ def _recorder(scheduler: Any) -> Any:
     child.__class__ = _segment_class(scheduler.__class__)
 
     def set_timesteps(own: Any, *args: Any, **kwargs: Any) -> None:
+        if (device := kwargs.get("device")) is not None and torch.device(device).type == "meta":
+            kwargs["device"] = "cpu"  # schedulers read their values
         real.set_timesteps(*args, **kwargs)
         _stop(real)
 

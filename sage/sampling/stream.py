@@ -406,6 +406,8 @@ class Stream:
     def _keep(self, rows: Condition, numbers: Sequence[int] | None = None) -> None:
         """Keep the conditions of prompts, by default the first ones, and count what was left out of their texts."""
         numbers = range(len(next(iter(rows.values()), ()))) if numbers is None else numbers
+        if not numbers:
+            return
         if self._prompts is not None:
             texts = [self._prompts[number] for number in numbers]
             for number, tokens in zip(numbers, self._pipe._count_truncated(texts, self._options), strict=True):

@@ -63,7 +63,7 @@ class TrainingSet:
             if len(values) < int(self.captions.max()) + 2:
                 raise DataError(
                     f"caption {int(self.captions.max())} and the empty prompt after it need at least "
-                    f"{int(self.captions.max()) + 2} text {name}; found {len(values)}."
+                    f"{int(self.captions.max()) + 2} rows of {name}; found {len(values)}."
                 )
         if sorted(row for group in self.groups for row in group) != list(range(n)):
             raise DataError(f"the groups are no partition of the {n} training pictures; run the group stage again.")

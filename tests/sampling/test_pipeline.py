@@ -4,7 +4,6 @@ import itertools
 import math
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest

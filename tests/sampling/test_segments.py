@@ -192,7 +192,8 @@ def test_a_row_of_the_table_says_what_the_stock_source_says(name):
         list(family.encoded)
     )
     steps = [n for n in ast.walk(source) if isinstance(n, ast.Call) and ast.unparse(n.func) == "self.scheduler.step"]
-    assert len(steps) == 1
+    # PixArt-alpha writes the call twice: of a single step it takes another result.
+    assert len({ast.unparse(step) for step in steps}) == 1
 
 
 @pytest.mark.parametrize("name", ENCODED)
