@@ -191,10 +191,11 @@ class SegmentedPipeline(SharedSamplingPipeline):
             images = self._control_images(given.get(self.family.control), count, height, width)
             given[self.family.control] = images
         self._begin_segments(steps, scale, options)
+        self._segmented.guided = self._is_guided(scale, negatives, given)
+        mixed = self._segmented.guided and options.get("negative_original_size") and options.get("negative_target_size")
         for name in ("unet", "transformer", "transformer_2"):
             if (network := getattr(self, name, None)) is not None:
-                self._segmented.networks[name] = _Counted(network, self._count)
-        self._segmented.guided = self._is_guided(scale, negatives, given)
+                self._segmented.networks[name] = _Counted(network, self._count, _sizes_apart if mixed else None)
         if self._encodes_control:
             self._segmented.pixels = tuple(images.shape[1:])
             given |= self._control_noise(count)
@@ -598,12 +599,7 @@ class SegmentedPipeline(SharedSamplingPipeline):
         vars(inner).update(scheduler=scheduler, maybe_free_model_hooks=lambda: None, **replaced)
         # It is not interrupted: a step that has begun is finished.
         vars(inner).update(progress_bar=_NoBar, _called=None, _interrupts=0)
-        if hasattr(self, "_get_add_time_ids"):
-            vars(inner)["_get_add_time_ids"] = lambda *args, **kwargs: self._size_ids(*args, **kwargs)
         return inner
-
-    def _size_ids(self, *args: Any, **kwargs: Any) -> Any:
-        return self._stock._get_add_time_ids(self, *args, **kwargs).as_subclass(_SizeIds)
 
     def _call_stock(self, inner: Any, arguments: dict[str, Any]) -> Any:
         return self._stock_call(inner, **self._taken(inner, arguments))
@@ -671,7 +667,8 @@ class SegmentedPipeline(SharedSamplingPipeline):
 class _Steps:
     """The steps of a pack: stock calls of one timestep each, on one copy of the pipeline and with one condition.
 
-    The stock call encodes even embeddings: in the first step only, so that no other copies to the device, or waits.
+    The stock call encodes even embeddings, and SDXL's makes its size ids: in the first step only, so that no other
+    copies to the device, or waits.
     """
 
     def __init__(self, pipe: SegmentedPipeline, condition: Condition, guided: bool) -> None:
@@ -681,17 +678,25 @@ class _Steps:
         # As diffusers reads embeddings: what a subclass makes of them is done.
         encode_prompt = stock_class(type(pipe)).encode_prompt
         self._encoded = _Once(MethodType(encode_prompt, pipe._inner(pipe.scheduler)))
+        self._size_ids = _Once(self._size_ids_on_device)
         self._inner = pipe._inner(
             _segment(pipe.scheduler, lambda: now.timesteps, _stop),
             prepare_latents=lambda *args, **kwargs: pipe._placed(now.latents),
             encode_prompt=self._encoded,
+            **({"_get_add_time_ids": self._size_ids} if hasattr(pipe, "_get_add_time_ids") else {}),
         )
         self._arguments = pipe._taken(self._inner, pipe._segmented.arguments | pipe._arguments(condition, guided))
+
+    def _size_ids_on_device(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return size ids of SDXL, which the stock call makes on the host."""
+        ids: Tensor = self._pipe._get_add_time_ids(*args, **kwargs)
+        return ids.to(self._pipe._execution_device)
 
     def predicted(self, x: Tensor, t: Tensor, scale: float) -> Tensor:
         """Return the prediction for latents at a timestep, under this guidance scale."""
         self._now.latents, self._now.timesteps = x, t[None]
         self._encoded.again()
+        self._size_ids.again()
         pipe = self._pipe
         try:
             pipe._stock_call(self._inner, **self._arguments | {pipe.family.guidance: scale})
@@ -726,17 +731,6 @@ class ImagePromptedSegments(ImagePrompted, SegmentedPipeline):
         return super()._inner(
             scheduler, prepare_ip_adapter_image_embeds=lambda images, embeddings, *more: embeddings, **replaced
         )
-
-
-class _SizeIds(Tensor):
-    """Size ids of SDXL, a row without and one with text, each of which is repeated for its own half of a batch.
-
-    The stock call repeats the two together, which mixes them up in batches.
-    """
-
-    def repeat(self, *times: int) -> Tensor:
-        """Return each row so many times as the first number says."""
-        return self.as_subclass(Tensor).repeat_interleave(times[0], 0)
 
 
 class _NoBar:
@@ -779,12 +773,17 @@ class _Counted:
     A hook would count, too, but torch.compile would compile it with the network.
     """
 
-    def __init__(self, network: Any, count: Callable[[Any, Any, Any], None]) -> None:
-        self._network, self._count = network, count
+    def __init__(
+        self,
+        network: Any,
+        count: Callable[[Any, Any, Any], None],
+        changed: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> None:
+        self._network, self._count, self._changed = network, count, changed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._count(self._network, args, kwargs)
-        return self._network(*args, **kwargs)
+        return self._network(*args, **kwargs if self._changed is None else self._changed(kwargs))
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:
@@ -794,6 +793,16 @@ class _Counted:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._network, name)
+
+
+def _sizes_apart(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return a U-Net's arguments with its size ids without text before those with text.
+
+    The stock call of SDXL repeats the pair of them, which mixes them up in batches.
+    """
+    added = kwargs["added_cond_kwargs"]
+    pairs = added["time_ids"].unflatten(0, (-1, 2))
+    return kwargs | {"added_cond_kwargs": added | {"time_ids": pairs.transpose(0, 1).flatten(0, 1)}}
 
 
 def segmented(family: Family, stock: type) -> type:
