@@ -340,7 +340,7 @@ class SegmentedPipeline(SharedSamplingPipeline):
         own = getattr(self._stock, "do_classifier_free_guidance", None)
         if own is None:
             return scale > 1
-        known = self._segmented.guides
+        known = self._segmented.guides if "_segmented" in vars(self) else {}
         if scale not in known:
             inner = copy.copy(self)
             vars(inner)["_guidance_scale"] = scale
@@ -406,7 +406,8 @@ class SegmentedPipeline(SharedSamplingPipeline):
         self, prompts: list[str] | None, negatives: list[str] | None, guided: bool, given: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return the embeddings, by argument, that the stock call makes of prompts or of given embeddings."""
-        further = (*TEXTS, self.family.control) if prompts is not None else tuple(given)
+        embeddings = [prefix + name for name in self.family.inputs.values() for prefix in ("negative_", "")]
+        further = (*TEXTS, self.family.control, *(embeddings if prompts is None else ()))
         arguments = {name: given[name] for name in further if name is not None and name in given}
         if prompts is not None:
             arguments["prompt"] = list(prompts)  # some stock pipelines write into the list
@@ -417,7 +418,8 @@ class SegmentedPipeline(SharedSamplingPipeline):
             default = inspect.signature(self._stock.__call__).parameters["negative_prompt"].default
             arguments["negative_prompt"] = default if negatives is None else negatives
         found: dict[str, Any] = self._reach("encode_prompt", arguments)
-        return found if prompts is not None else {**given, **found}
+        made = {name: rows for name, rows in found.items() if rows is not None}
+        return made if prompts is not None else {**given, **made}
 
     def _beside(self, given: Mapping[str, Any], guided: bool) -> dict[str, Tensor]:
         """Return the conditions beside the text."""

@@ -333,6 +333,14 @@ def test_a_text_is_encoded_once_in_large_groups_and_trees(pipe, images):
     assert kept[-1] == 0
 
 
+@pytest.mark.parametrize("more", [{}, {"negative_prompt": ["dog", "cat"]}])
+def test_negative_prompts_are_read_beside_given_embeddings(pipe, stock, more):
+    embeddings, _ = stock.encode_prompt(tiny.PROMPTS[:2], "cpu", 1, False)
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    expected = stock(prompt_embeds=embeddings, generator=generators, **more, **CALL).images
+    assert np.array_equal(pipe(prompt_embeds=embeddings, seed=[1, 2], share_ratio=0, **more, **CALL).images, expected)
+
+
 def test_schedulers_are_swapped_as_in_diffusers(pipe, stock):
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     other = StableDiffusionPipeline(**stock.components | {"scheduler": pipe.scheduler}, requires_safety_checker=False)
