@@ -588,8 +588,8 @@ class SegmentedPipeline(SharedSamplingPipeline):
                 rows = len(next(iter(condition.values())))
                 pair = [one.expand(rows, *one.shape[1:]) for one in source(self)]
             else:
-                pair = [condition.get("negative_" + source), condition[source]]
-            found[name] = torch.cat(pair) if self._segmented.guided else pair[1]
+                pair = [condition[prefix + source] for prefix in ("negative_", "") if prefix + source in condition]
+            found[name] = torch.cat(pair) if self._segmented.guided else pair[-1]
         return found
 
     # Stock calls.
@@ -691,8 +691,9 @@ class _Steps:
 
     def _size_ids_on_device(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return size ids of SDXL, which the stock call makes on the host."""
-        ids: Tensor = self._pipe._get_add_time_ids(*args, **kwargs)
-        return ids.to(self._pipe._execution_device)
+        pipe: Any = self._pipe
+        ids: Tensor = pipe._get_add_time_ids(*args, **kwargs)
+        return ids.to(pipe._execution_device)
 
     def predicted(self, x: Tensor, t: Tensor, scale: float) -> Tensor:
         """Return the prediction for latents at a timestep, under this guidance scale."""
