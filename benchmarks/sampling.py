@@ -41,9 +41,8 @@ from flows.terminal import progress, quiet
 from sage.data.dataset import read_split
 from sage.files import write_json
 from sage.sampling import base
-from sage.sampling.pipeline import SharedSamplingPipeline, adopted
+from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
-from sage.sampling.segments import Family, segmented
 
 # What is held, and its limit: at most, or for the speed-up at least.
 LIMITS = {
@@ -199,7 +198,7 @@ class FreeTransformer(FluxTransformer2DModel):  # type: ignore[misc]
 
 def free(prompts: int, family: str) -> tuple[Any, dict[str, Any]]:
     """Return a pipeline whose network costs nothing, and the embeddings of some prompts."""
-    if family.startswith("Stable Diffusion"):
+    if family == "Stable Diffusion":
         pipe, call = tiny_stable_diffusion(prompts)
         pipe.unet.__class__ = FreeUNet
     else:
@@ -208,19 +207,10 @@ def free(prompts: int, family: str) -> tuple[Any, dict[str, Any]]:
     return pipe, call | {"num_inference_steps": 10, "output_type": "latent"}
 
 
-def shared_of(stock: Any, family: str) -> Any:
-    """Return the pipeline for shared sampling; "in segments" for one with a call of its own, too, to compare them."""
-    if not family.endswith("in segments"):
-        return SharedSamplingPipeline.from_pipe(stock)
-    name = "prompt_embeds"
-    row = Family(type(stock).__name__, {name: name}, ((name, f"negative_{name}"),))
-    return adopted(segmented(row, type(stock)), stock)
-
-
 def overhead(family: str, count: int = 64, repetitions: int = 7) -> dict[str, float]:
     """Return CPU milliseconds a network call of stock and of share ratio 0 (medians), and the median of their ratio."""
     stock, call = free(count, family)
-    pipe = shared_of(stock, family)
+    pipe = SharedSamplingPipeline.from_pipe(stock)
     given = {name: call.pop(name) for name in list(call) if torch.is_tensor(call[name])}
     calls = call["num_inference_steps"] * (count // 8)
     arms: dict[str, Callable[[], Any]] = {
@@ -243,7 +233,7 @@ def scale(family: str, counts: Sequence[int]) -> list[dict[str, float]]:
     found = []
     for count in counts:
         stock, call = free(count, family)
-        pipe = shared_of(stock, family)
+        pipe = SharedSamplingPipeline.from_pipe(stock)
         process = psutil.Process()
         begin, before, peak = time.process_time(), process.memory_info().rss, 0
         for number, _ in enumerate(pipe.stream(**call, seed=0, groups=groups_of(count, 3), share_ratio=0.4)):
@@ -408,7 +398,7 @@ def free_figures(counts: Sequence[int]) -> dict[str, Any]:
     """Return what is spent outside networks that cost nothing, by family."""
     return {
         family: {"milliseconds_a_network_call": overhead(family), "streams": scale(family, counts)}
-        for family in ("Stable Diffusion", "Stable Diffusion, in segments", "FLUX.1")
+        for family in ("Stable Diffusion", "FLUX.1")
     }
 
 

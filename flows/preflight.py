@@ -191,7 +191,7 @@ def _judges(job: Job) -> Iterator[str]:
 
 def _size(job: Job) -> Iterator[str]:
     """Refuse a model that draws images of another size than the prepared ones, or that has no such size."""
-    height, width = drawn = job.pipe._size(None, None, dict(job.pipe._options))
+    height, width = drawn = job.pipe.drawn_size()
     if height is None:  # a model of all sizes, which stage generate asks for the prepared one
         multiple = job.pipe.vae_scale_factor * (2 if hasattr(job.pipe, "_pack_latents") else 1)
         if any(side % multiple for side in job.size):
@@ -347,7 +347,7 @@ def _buckets(job: Job) -> Iterator[str]:
 def _bucket_size(pipe: Any, size: Size) -> Iterator[str]:
     """Refuse a size that the base cannot draw; warn if it draws another one instead."""
     try:
-        drawn = pipe._size(*size, dict(pipe._options))
+        drawn = pipe.drawn_size(*size)
     except ConfigurationError as error:
         raise ConfigurationError(
             f"the base cannot draw bucket {named(size)}: {error}; set prepare.buckets.step to such a multiple"

@@ -211,7 +211,7 @@ def test_every_family_shares_on_the_device(name: str, tmp_path: Path) -> None:
 
 # Copies of a step beside those of a stock step: sizes, or the seconds of a sound, of which the stock call makes tensors
 # before its loop.
-BESIDE = {"CogView4Pipeline": 3, "HunyuanDiTPipeline": 2, "StableDiffusionXLControlNetPipeline": 1, AUDIO: 2}
+BESIDE = {"CogView4Pipeline": 3, "HunyuanDiTPipeline": 2, AUDIO: 2}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,7 +1,7 @@
 """The `deps` of dvc.yaml are what each stage reaches, or DVC would call a stage with a changed loss "up to date".
 
 What a stage reaches is read from the imports of its file, theirs, and so on, also inside functions; module names in
-text ("sage.sampling.families.stable_diffusion") and files beside a module ("report.html.j2") count as well.
+text ("sage.sampling.families.table") and files beside a module ("report.html.j2") count as well.
 
 Some files cannot change a result, so that a change in them must not cost a training; they are listed nowhere:
 flows/machine.py names the device, flows/preflight.py refuses and warns, flows/terminal.py and flows/report/sheet.py
@@ -158,7 +158,7 @@ def test_what_is_left_out_computes_nothing():
 def test_reaching_follows_imports_in_functions_and_names_in_text():
     found = reached("generate")
     assert {
-        "sage/sampling/families/stable_diffusion.py",
+        "sage/sampling/families/table.py",
         "sage/sampling/loop.py",
         "sage/sampling/plan.py",
         "sage/sampling/base.py",

@@ -733,7 +733,7 @@ FAMILIES: dict[str, Callable[[], Tiny]] = {
 
 
 def _own(name: str, embeddings: dict[str, tuple[int | None, ...]], **more: Any) -> Tiny:
-    """A family with a call of its own, without its text encoders."""
+    """A family of `tiny`, without its text encoders."""
     with tempfile.TemporaryDirectory() as folder:
         pipe = own.pipeline(name, Path(folder))
     texts = [part for part in pipe.components if part.startswith(("tokenizer", "text_encoder"))]
@@ -777,7 +777,7 @@ def pixart_alpha() -> Tiny:
     return _own("pixart_alpha", {"prompt_embeds": (None, 32)}, masks={"prompt_attention_mask": None})
 
 
-# The families with a call of their own, by their stock class.
+# The families of `tiny`, by their stock class.
 OWN: dict[str, Callable[[], Tiny]] = {
     "StableDiffusionPipeline": stable_diffusion,
     "StableDiffusionXLPipeline": stable_diffusion_xl,

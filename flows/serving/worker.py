@@ -340,7 +340,7 @@ def _load(source: Source) -> tuple[Any, Model]:
     engine = Engine(
         pipe, policy, source.batch_size, source.deterministic, Path(source.model), prefixes, source.across_tenants
     )
-    size = pipe._size(None, None, dict(pipe._options))
+    size = pipe.drawn_size()
     multiple = pipe.vae_scale_factor * pipe._network.config.get("patch_size", 1)
     said = settings | {"group": grouping.model_dump(), "scheduler": type(pipe.scheduler).__name__}
     safe = pipe.safe_image_steps(settings["steps"], 1.0)

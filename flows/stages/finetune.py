@@ -224,7 +224,9 @@ def training_set(
     def encode_texts(start: int, stop: int) -> dict[str, torch.Tensor]:
         return denoiser.encode_texts(texts[start:stop], (height, width))
 
-    conditions = _encoded("captions", len(texts), key | {"texts": texts}, encode_texts)
+    # Named as the stock call names them; earlier versions kept them under other names.
+    captioned = key | {"texts": texts, "names": "stock"}
+    conditions = _encoded("captions", len(texts), captioned, encode_texts)
     mirrored = encoded_images(mirrored=True) if settings.flip else None
 
     def read(rows: list[int]) -> Condition:

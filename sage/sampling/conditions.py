@@ -83,14 +83,14 @@ def block_conditions(
 def merge(members: Condition, medoid: bool = False) -> Condition:
     """Return one condition, (1, ...), for the members (n, ...): their mean, or with `medoid` the member nearest to it.
 
-    Equal members give exactly their own condition. With a "mask" (for all) or an "x_mask" (for condition x), each
-    token's state is the mean over the members whose mask includes the token, and the merged mask is the union; a token
-    that no mask includes, which some networks read all the same, has the mean over all members.
+    Equal members give exactly their own condition. With an "x_mask" (for condition x), each token's state is the mean
+    over the members whose mask includes the token, and the merged mask is the union; a token that no mask includes,
+    which some networks read all the same, has the mean over all members.
     """
     mean = {}
     for name, rows in members.items():
-        mask = members.get(f"{name}_mask", members.get("mask"))
-        if name == "mask" or name.endswith("_mask"):
+        mask = members.get(f"{name}_mask")
+        if name.endswith("_mask"):
             mean[name] = rows.amax(0, keepdim=True)
             continue
         # Average the differences to the first member: they are exactly 0 for equal members, so nothing is rounded.

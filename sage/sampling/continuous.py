@@ -211,7 +211,9 @@ class Continuous:
         )
         kept = keep if type(scheduler).__name__ in SCHEDULERS else ()
         call = Call(stream, key, (background, next(self._orders)), kept, loras)
-        self._wearer.wear(loras)  # text encoders have LoRAs, too
+        self._wearer.wear(loras)
+        if loras is not None:
+            stream.forget()  # text encoders have LoRAs, too
         nodes, tracks = stream.plan.roots, []
         leaders = [min(leaves_of((node,)), key=call.rank) for node in nodes]
         generators = {leader: stream._generator(leader) for leader in leaders}

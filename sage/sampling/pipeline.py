@@ -11,7 +11,6 @@ loads as the stock class.
 
 import copy
 import functools
-import importlib
 import inspect
 import json
 import math
@@ -26,9 +25,7 @@ import sage.torchvision_ops  # noqa: F401
 import numpy as np
 import torch
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, PipelineCallback
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 from torch import Generator, Tensor
 
@@ -38,24 +35,16 @@ from sage.numbers import real, single, whole
 from sage.sampling import loop, saved
 from sage.sampling.branch_noise import safe_image_steps
 from sage.sampling.caches import StepCaches
-from sage.sampling.conditions import Condition
 from sage.sampling.first_prediction import FirstPredictions, first_predictions
 from sage.sampling.hooks import check_hooks
 from sage.sampling.partition import as_groups, check_keys, equal, share_keys
 from sage.sampling.plan import Plan, shared_steps
 from sage.sampling.seeds import prompt_seed as prompt_seed
-from sage.sampling.stream import Cost, Stream
+from sage.sampling.stream import ONE_AT_A_TIME, Cost, Stream
 
 if TYPE_CHECKING:
     from sage.grouping.auto import Grouping
 
-# Each supported stock class and the module with its subclass.
-FAMILIES = {
-    "StableDiffusionPipeline": "sage.sampling.families.stable_diffusion",
-    "StableDiffusionXLPipeline": "sage.sampling.families.stable_diffusion_xl",
-    "StableDiffusion3Pipeline": "sage.sampling.families.stable_diffusion_3",
-    "PixArtAlphaPipeline": "sage.sampling.families.pixart_alpha",
-}
 # With sage.grouping.auto.DEFAULT the operating point of params.yaml, but for branch noise (tests/test_config.py).
 SHARE_RATIO = 0.34
 BATCH_SIZE = 8
@@ -73,8 +62,6 @@ _NOT_FIRST = {
     "groups", "share_key", "plan", "share_ratio", "num_images_per_prompt", "image_steps", "predictions", "seed",
     "generator", "latents", "branch_noise", "output_type", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
 }  # fmt: skip
-# The methods of stock classes that shared sampling does without.
-_NOT_CALLED = ("__call__", "check_inputs", "prepare_latents", "prepare_extra_step_kwargs", "decode_latents")
 
 
 @dataclass
@@ -108,8 +95,7 @@ class SharedSamplingPipeline:
     precision). Groups that the pipeline forms itself depend on all prompts. One generator for all images draws their
     noise in order.
 
-    For maintainers: this is the base class of the families (`sage.sampling.families`), which override the methods that
-    raise NotImplementedError here.
+    For maintainers: the segment driver (`sage.sampling.segments`) derives from it, and each family from that.
     """
 
     # Provided by the stock class.
@@ -125,7 +111,7 @@ class SharedSamplingPipeline:
         super().__init_subclass__(**kwargs)
         if "__call__" in vars(cls):
             return
-        stock = inspect.signature(_stock(cls).__call__).parameters
+        stock = inspect.signature(stock_class(cls).__call__).parameters
         own = inspect.signature(SharedSamplingPipeline.stream).parameters
         keyword = inspect.Parameter.KEYWORD_ONLY
         more = [p.replace(kind=keyword) for p in own.values() if p.name not in stock and p.kind == keyword]
@@ -175,7 +161,7 @@ class SharedSamplingPipeline:
     def to_json_string(self) -> str:
         """Return the configuration to save; it names the stock class, so that diffusers alone can load it."""
         config = json.loads(super().to_json_string())  # type: ignore[misc]
-        return json.dumps(config | {"_class_name": _stock(type(self)).__name__}, indent=2, sort_keys=True) + "\n"
+        return json.dumps(config | {"_class_name": stock_class(type(self)).__name__}, indent=2, sort_keys=True) + "\n"
 
     @torch.no_grad()
     def __call__(
@@ -318,8 +304,8 @@ class SharedSamplingPipeline:
                 f"{num_inference_steps} must each be at least 1"
             )
         inputs = _callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        if extra := sorted(set(inputs) - {"latents", *self._callback_conditions}):
-            allowed = ", ".join(("latents", *self._callback_conditions))
+        if extra := sorted(set(inputs) - {"latents", *self._callback_names}):
+            allowed = ", ".join(("latents", *self._callback_names))
             raise ConfigurationError(f"the callback can get {allowed}, not {', '.join(extra)}")
         loop.check_scheduler(self.scheduler, branch_noise)
         for network in self._networks:
@@ -336,11 +322,12 @@ class SharedSamplingPipeline:
                 "a network without it"
             )
         options = {**self._options, **options}
-        options["size"] = self._size(height, width, options)
+        options["size"] = self._size(height, width)
         count = len(prompts) if prompts is not None else len(given["prompt_embeds"])
         negatives = _negatives(negative_prompt, count)
         given |= {name: _texts(name, given[name], prompts) for name in TEXTS if name in given}
-        call._prepare_call(prompts, negatives, given, num_inference_steps, scale, options)
+        with ONE_AT_A_TIME:
+            call._prepare_call(prompts, negatives, given, num_inference_steps, scale, options, batch_size)
         diffusion.check_start(call.scheduler)
         steps = len(call.scheduler.timesteps)
         if plan is not None and groups is not None:
@@ -461,80 +448,23 @@ class SharedSamplingPipeline:
         scheduler = self._scheduled(num_inference_steps)
         return safe_image_steps(scheduler, branch_noise) if len(scheduler.timesteps) > 1 else 0
 
-    def _scheduled(self, steps: int, height: int | None = None, width: int | None = None) -> Any:
-        """Return the scheduler with timesteps set as a call sets them for images of this size."""
-        call = self._begin_call()
-        call._set_timesteps(steps, *self._size(height, width, dict(self._options)))
-        return call.scheduler
-
-    def for_reading(self, size: Sequence[int]) -> Any:
-        """Return a copy whose `_encode` works without a call that is under way, for images of this size in pixels."""
-        return self._begin_call()
-
-    def for_training(self, steps: int, size: Sequence[int], condition: Condition, scale: float) -> Any:
-        """Return a copy for training, with timesteps set, whose `_predict` takes a time for each row of latents.
-
-        steps      number of sampler steps
-        size       height and width of the images in pixels
-        condition  conditions as `_encode` returns them, without the axis g
-        scale      guidance scale, for a network that takes it as an input
-        """
-        call = self._begin_call()
-        # Nothing but `visited` reads the timesteps, on the CPU.
-        vars(call)["_device"] = torch.device("cpu")
-        call._set_timesteps(steps, *size)
-        return call
-
-    def packed(self, latents: Tensor) -> Tensor:
-        """Return latents (n, channels, height, width) as `_predict` of a copy for training takes them."""
-        return latents
-
-    def unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """Return what `packed` has packed; height and width are those of the unpacked latents."""
-        return latents
-
-    # Overridden by families.
+    # What the segment driver (`sage.sampling.segments`) says of a family.
 
     # What it makes, as the stock output names it: images, frames, audios.
     makes: ClassVar = "images"
     # Whether the guidance scale is an input of the network, which is then evaluated once a step.
     embeds_guidance: ClassVar = False
-    # The stock names of the conditions' tensors, for callbacks.
-    _callback_conditions: ClassVar[Mapping[str, str]] = {"prompt_embeds": "states"}
-
+    # The names of what callbacks get beside the latents.
+    _callback_names: ClassVar[tuple[str, ...]] = ()
     _default_guidance: ClassVar = 7.5
-    # Whether conditions without and with text are rows of one tensor (g = 2), or conditions of different names (g = 1).
-    _joins_texts: ClassVar = True
     # Options for the encoder, scheduler, network or decoder, with the stock pipeline's defaults.
     _options: ClassVar[Mapping[str, Any]] = {}
-    # Tensors that can be given instead of prompts.
-    _embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
+    # Tensors that can be given instead of prompts, further texts and image prompts.
+    _embeddings: ClassVar[tuple[str, ...]] = ()
 
-    def _encode(
-        self,
-        prompts: list[str] | None,
-        negatives: list[str] | None,
-        guided: bool,
-        given: dict[str, Tensor],
-        options: dict[str, Any],
-    ) -> Condition:
-        """Return the conditions of some prompts, or of the embeddings in `given`, each of shape (n, g, ...)."""
+    def _size(self, height: int | None, width: int | None) -> Any:
+        """Return the height and width of the images, None for what the stock call decides."""
         raise NotImplementedError
-
-    def _predict(self, x: Tensor, t: Tensor, condition: Condition, scale: float, options: dict[str, Any]) -> Tensor:
-        """Return the guided prediction for latents x, shape (n, ...), from one network call."""
-        raise NotImplementedError
-
-    def _decode(self, latents: Tensor, output_type: str, options: dict[str, Any]) -> tuple[Any, list[bool] | None]:
-        """Return the images in this output type, and whether the safety checker blanked each (None: no checker)."""
-        raise NotImplementedError
-
-    def _finish(self, latents: Tensor, output_type: str, options: dict[str, Any]) -> tuple[Any, list[bool] | None]:
-        """Return the output for finished latents, and whether the safety checker blanked each (None: no checker)."""
-        if output_type == "latent":
-            self._finite = [True] * len(latents)
-            return latents, None
-        return self._decode(latents, output_type, options)
 
     def _prepare_call(
         self,
@@ -544,74 +474,18 @@ class SharedSamplingPipeline:
         steps: int,
         scale: float,
         options: dict[str, Any],
+        batch_size: int = 1,
     ) -> None:
         """Set the timesteps; called once, on the call's own copy of the pipeline."""
-        own = {name: options[name] for name in ("timesteps", "sigmas") if options.get(name) is not None}
-        self._set_timesteps(steps, *options["size"], **own)
+        raise NotImplementedError
+
+    def _scheduled(self, steps: int, height: int | None = None, width: int | None = None) -> Any:
+        """Return the scheduler with timesteps set as a call sets them for images of this size."""
+        raise NotImplementedError
 
     def _is_guided(self, scale: float, negatives: list[str] | None, given: Mapping[str, Tensor]) -> bool:
         """Return whether each latent takes two evaluations, without and with text."""
-        return self._guides(scale)
-
-    def _guides(self, scale: float) -> bool:
-        """Return whether this is a guidance scale with which the stock pipeline guides."""
-        return scale > 1
-
-    @property
-    def _encodes_control(self) -> bool:
-        """Whether the stock call draws latents of control images."""
-        return False
-
-    def _drawn_before(self, generators: Generator | Sequence[Generator], count: int) -> dict[str, Tensor]:
-        """Return what the stock call draws before the noise, by name, (count, ...), for the conditions."""
-        return {}
-
-    def _noise(self, generators: Generator | Sequence[Generator], count: int, options: dict[str, Any]) -> Tensor:
-        """Return standard normal initial latents, (count, ...), from one generator or one for each row."""
-        shape = (count, *self._latents_shape(options))
-        latents: Tensor = randn_tensor(
-            shape, generator=generators, device=self._execution_device, dtype=self._network.dtype
-        )
-        return latents
-
-    def _as_drawn(self, latents: Tensor, options: dict[str, Any]) -> Tensor:
-        """Return given latents in the form of those that are drawn."""
-        return latents
-
-    def _latents_shape(self, options: dict[str, Any]) -> tuple[int, ...]:
-        """Return the shape of the latents of one image."""
-        return self._network.config.in_channels, *(side // self.vae_scale_factor for side in options["size"])
-
-    def _set_timesteps(self, steps: int, height: int, width: int, **own: Any) -> None:
-        """Set this number of timesteps, or, whatever that is, `timesteps` or `sigmas` that are given."""
-        try:
-            retrieve_timesteps(self.scheduler, steps, self._execution_device, **own, **self._shift(height, width))
-        except ValueError as error:
-            if not own:
-                raise
-            reason = str(error).split(". Please")[0]
-            raise ConfigurationError(
-                f"{type(self.scheduler).__name__} does not take {' and '.join(own)}: {reason}; leave them out, or "
-                "exchange the scheduler"
-            ) from error
-
-    def _shift(self, height: int, width: int) -> dict[str, Any]:
-        """Return further arguments of `set_timesteps` for an image of this size."""
-        return {}
-
-    def _tokenizers(self, options: dict[str, Any]) -> list[tuple[Any, int]]:
-        """Return the tokenizers with the number of tokens that their text encoders read."""
-        found = (getattr(self, name, None) for name in ("tokenizer", "tokenizer_2"))
-        return [(tokenizer, int(tokenizer.model_max_length)) for tokenizer in found if tokenizer is not None]
-
-    def _count_truncated(self, texts: list[str], options: dict[str, Any]) -> list[int]:
-        """Return the number of each text's tokens beyond the limit; of several encoders, of the one that reads most."""
-        beyond = []
-        for tokenizer, limit in self._tokenizers(options):
-            # Textual inversions of several tokens.
-            convert = getattr(self, "maybe_convert_prompt", lambda texts, tokenizer: texts)
-            beyond.append([max(0, len(ids) - limit) for ids in tokenizer(convert(texts, tokenizer)).input_ids])
-        return [min(counts) for counts in zip(*beyond, strict=True)]
+        raise NotImplementedError
 
     # The state of a call is in a copy of the pipeline, so that calls in several threads or streams do not meet.
 
@@ -650,11 +524,19 @@ class SharedSamplingPipeline:
         self._interrupts += bool(value)
 
     @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of the last step, which callbacks may set."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of steps of the last call."""
+        return self._num_timesteps
+
+    @property
     def current_timestep(self) -> Tensor | None:
         """The timestep of the step under way, for callbacks of step caches; None between steps."""
         return self._current_timestep
-
-    # Used by families.
 
     @property
     def _execution_device(self) -> torch.device:
@@ -671,40 +553,15 @@ class SharedSamplingPipeline:
     def _network(self) -> Any:
         return self.unet if hasattr(self, "unet") else self.transformer
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Call the network and add the rows of its batch to the count of evaluations."""
-        self._count(self._network, args, kwargs)
-        output: Tensor = self._network(*args, **kwargs, return_dict=False)[0]
-        return output
-
     def _count(self, network: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Add the rows of a network call to the count of evaluations; raise UnsupportedError if a cache mixes them."""
         rows = len(args[0] if args else kwargs["hidden_states"])
         self._caches.check_call(network, rows)
         self._evaluations += rows
 
-    def _decoded(self, latents: Tensor) -> Tensor:
-        """Return the autoencoder's images of scaled latents, zeros where not finite, and note which are finite."""
-        images: Tensor = self.vae.decode(latents, return_dict=False)[0]
-        finite = images.isfinite().flatten(1).all(1)
-        self._finite = finite.tolist()
-        return images if all(self._finite) else images.where(finite[:, None, None, None], 0)
-
-    def _size(self, height: int | None, width: int | None, options: dict[str, Any]) -> tuple[int, int]:
-        default = self._network.config.sample_size
-        default = (default, default) if isinstance(default, int) else default
-        size = (
-            whole("height", height) if height else default[0] * self.vae_scale_factor,
-            whole("width", width) if width else default[1] * self.vae_scale_factor,
-        )
-        multiple = self.vae_scale_factor * self._network.config.get("patch_size", 1)
-        if size[0] % multiple or size[1] % multiple:
-            raise ConfigurationError(f"height {size[0]} and width {size[1]} must be multiples of {multiple}")
-        return size
-
     def _given_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options without those that are None or have the stock call's default."""
-        stock = inspect.signature(_stock(type(self)).__call__).parameters
+        stock = inspect.signature(stock_class(type(self)).__call__).parameters
         plain = (bool, int, float, str)
         return {
             name: value
@@ -817,14 +674,14 @@ def is_known(stock: Any) -> bool:
     """Return whether a stock class, or a class it derives from, is supported without a proof."""
     from sage.sampling.families.table import TABLE
 
-    return any(base.__name__ in (*FAMILIES, *TABLE) for base in stock.__mro__)
+    return any(base.__name__ in TABLE for base in stock.__mro__)
 
 
 def trainable() -> list[str]:
     """Return the names of the stock classes that `sage.training` can fine-tune, with the classes derived from them."""
     from sage.sampling.families.table import TABLE
 
-    return [*FAMILIES, *(name for name, family in TABLE.items() if family.trained)]
+    return [name for name, family in TABLE.items() if family.trained]
 
 
 def is_trainable(stock: Any) -> bool:
@@ -833,7 +690,7 @@ def is_trainable(stock: Any) -> bool:
     return any(base.__name__ in known for base in stock.__mro__)
 
 
-def _stock(family: type) -> Any:
+def stock_class(family: type) -> Any:
     """Return the class of diffusers that a family derives from."""
     return next(base for base in family.__mro__ if base.__module__.startswith("diffusers."))
 
@@ -844,21 +701,17 @@ def _family(stock: Any) -> Any:
     from sage.sampling.families import derived
     from sage.sampling.families.table import TABLE, shared_class
 
+    if issubclass(stock, SharedSamplingPipeline):
+        return stock
     for base in stock.__mro__:
         if base.__name__ in TABLE:
-            return stock if issubclass(stock, SharedSamplingPipeline) else shared_class(stock)
-        if base.__name__ not in FAMILIES:
-            continue
-        family = getattr(importlib.import_module(FAMILIES[base.__name__]), f"Shared{base.__name__}")
-        if issubclass(stock, SharedSamplingPipeline) or stock is base:
-            return stock if issubclass(stock, SharedSamplingPipeline) else family
-        if unused := [name for name in _NOT_CALLED if getattr(stock, name, None) is not getattr(base, name, None)]:
-            raise UnsupportedError(
-                f"{stock.__name__} overrides {', '.join(unused)}, which shared sampling does not call; use "
-                f"{base.__name__}, or override encode_prompt only"
-            )
-        return type(f"Shared{stock.__name__}", (family, stock), {})
-    known = ", ".join(sorted((*FAMILIES, *TABLE)))
+            if stock.__call__ is not base.__call__:
+                raise UnsupportedError(
+                    f"{stock.__name__} overrides __call__, whose loop may be another one; use {base.__name__}, or "
+                    "override what that calls, such as encode_prompt"
+                )
+            return shared_class(stock)
+    known = ", ".join(sorted(TABLE))
     try:
         derived.candidates(stock)
     except UnsupportedError as error:
@@ -915,16 +768,3 @@ def _texts(name: str, texts: str | Sequence[str], prompts: list[str] | None) -> 
             f"{name} has {len(found)} entries for {len(prompts)} prompts; give a text, or one each"
         )
     return found
-
-
-def guided(output: Tensor, rows: int, scale: float, rescale: float = 0.0) -> Tensor:
-    """Return the guided prediction, (rows, ...), from the network output without and with text, (2 * rows, ...).
-
-    An output of `rows` rows is unguided and stays as it is. `rescale` brings the prediction's standard deviation back
-    towards the deviation of the output with text (Lin et al., 2023, section 3.4).
-    """
-    if len(output) == rows:
-        return output
-    without, with_text = output.chunk(2)
-    prediction = without + scale * (with_text - without)
-    return rescale_noise_cfg(prediction, with_text, guidance_rescale=rescale) if rescale > 0 else prediction

@@ -10,21 +10,24 @@ timesteps decodes. So embeddings, guidance, positions and decoding are the stock
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import sage.torchvision_ops  # noqa: F401
 
 import torch
+from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from sage.errors import ConfigurationError, UnsupportedError
+from sage.numbers import whole
 from sage.sampling.conditions import Condition, stacked
 from sage.sampling.families.image_prompts import ImagePrompted, image_embeddings
-from sage.sampling.pipeline import IMAGE_PROMPTS, TEXTS, SharedSamplingPipeline
+from sage.sampling.pipeline import IMAGE_PROMPTS, TEXTS, SharedSamplingPipeline, stock_class
 
 # Arguments of the stock call that the driver gives itself; the others are options of the shared call.
 DRIVEN = {
@@ -40,6 +43,18 @@ UNSUPPORTED = {
     "initial_audio_sampling_rate",
 }  # fmt: skip
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+# By the `sample_size` of a PixArt network, the sizes that it was trained on. An image is drawn at the size whose aspect
+# ratio is nearest to the requested one, then resized and cropped.
+_BINS = {
+    128: pipeline_pixart_alpha.ASPECT_RATIO_1024_BIN,
+    64: pipeline_pixart_alpha.ASPECT_RATIO_512_BIN,
+    32: pipeline_pixart_alpha.ASPECT_RATIO_256_BIN,
+}
+# Sizes that SDXL reads.
+_PAIRS = tuple(
+    prefix + name for prefix in ("", "negative_") for name in ("original_size", "crops_coords_top_left", "target_size")
+)
 # The name of the condition that holds the control images, or their latents.
 _CONTROL = "control"
 # Noise that is drawn for the latents of control images, in the order of their rows.
@@ -68,6 +83,11 @@ class Family:
     defaults    defaults of options that mean the same as the stock ones, but do not wait for the device in each step
     output      the attribute of the stock output: images, frames, audios
     trained     whether it can be fine-tuned: its latents are those of one image, its network takes a time for each row
+    sized       whether the network's configuration has the size of the images that it is made for, `sample_size`
+    counted     whether what the text encoders leave out of a text is told: those of CLIP and BERT read what their
+                tokenizers say, those of T5 `max_sequence_length` tokens
+    callbacks   what callbacks get beside the latents, by its name in the stock loop: the name of a condition, of which
+                the rows without text come first, or a function of the call's pipeline that returns one row of each
     """
 
     stock: str
@@ -85,6 +105,9 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     output: str = "images"
     trained: bool = False
+    sized: bool = False
+    counted: bool = False
+    callbacks: "Mapping[str, str | Callable[[Any], tuple[Tensor, Tensor]]]" = field(default_factory=dict)
 
 
 class _Stopped(Exception):
@@ -101,6 +124,8 @@ class _Call:
 
     arguments: dict[str, Any] = field(default_factory=dict)
     example: Condition = field(default_factory=dict)
+    # The conditions of the call's first prompts, until they are taken: the example is one of them.
+    first: Condition = field(default_factory=dict)
     guided: bool = False
     noise: dict[str, Any] = field(default_factory=dict)
     # What `prepare_latents` returns beside the latents, by number of rows.
@@ -130,8 +155,6 @@ class SegmentedPipeline(SharedSamplingPipeline):
 
     family: ClassVar[Family]
     _stock: ClassVar[Any]
-    _callback_conditions: ClassVar[Mapping[str, str]] = {}
-    _joins_texts: ClassVar = False
     _segmented: _Call
 
     def _begin_call(self) -> Any:
@@ -147,39 +170,57 @@ class SegmentedPipeline(SharedSamplingPipeline):
         steps: int,
         scale: float,
         options: dict[str, Any],
+        batch_size: int = 1,
     ) -> None:
-        """Set the timesteps as the stock pipeline does for this size, and learn how it draws its noise."""
+        """Set the timesteps as the stock pipeline does for this size, and learn how it draws its noise.
+
+        Of the prompts, the first `batch_size` are encoded for it; the others are later.
+        """
         for name in self.family.fixed:
             if options[name] != self._options[name]:
                 raise UnsupportedError(
                     f"{name}={options[name]!r} of {self.family.stock} may depend on the number of the step, which a "
                     f"segment does not know; leave it at {self._options[name]!r}"
                 )
+        for name in _PAIRS:
+            if options.get(name) is not None and len(options[name]) != 2:
+                raise ConfigurationError(f"{name} is {options[name]}; give two numbers, (height, width)")
         height, width = options["size"]
         if self.family.control is not None:
             count = len(given["prompt_embeds"] if prompts is None else prompts)
             images = self._control_images(given.get(self.family.control), count, height, width)
             given[self.family.control] = images
         self._begin_segments(steps, scale, options)
+        self._segmented.guided = self._is_guided(scale, negatives, given)
+        mixed = self._segmented.guided and options.get("negative_original_size") and options.get("negative_target_size")
         for name in ("unet", "transformer", "transformer_2"):
             if (network := getattr(self, name, None)) is not None:
-                self._segmented.networks[name] = _Counted(network, self._count)
-        self._segmented.guided = self._is_guided(scale, negatives, given)
+                self._segmented.networks[name] = _Counted(network, self._count, _sizes_apart if mixed else None)
         if self._encodes_control:
             self._segmented.pixels = tuple(images.shape[1:])
             given |= self._control_noise(count)
-        one = None if prompts is None else prompts[:1], None if negatives is None else negatives[:1]
+        # The latents of control images, which are encoded here, are not drawn yet.
+        count = 1 if self._encodes_control else batch_size
+        some = None if prompts is None else prompts[:count], None if negatives is None else negatives[:count]
         device = self._execution_device
         rows = {
-            name: [row.to(device) if torch.is_tensor(row) else row for row in values[:1]]
+            name: [row.to(device) if torch.is_tensor(row) else row for row in values[:count]]
             if isinstance(values, list)
-            else values[:1].to(device)
+            else values[:count].to(device)
             for name, values in given.items()
         }
-        self._segmented.example = self._encode(*one, self._segmented.guided, rows, options)
-        conditions = self._example(1)
-        self.scheduler = self._reach("set_timesteps", conditions)
+        with _own_schedule(self.scheduler, options):
+            first = self._encode(*some, self._segmented.guided, rows, options)
+            self._segmented.example = {name: values[:1] for name, values in first.items()}
+            self._segmented.first = {} if self._encodes_control else first
+            conditions = self._example(1)
+            self.scheduler = self._reach("set_timesteps", conditions)
         self._segmented.noise = self._reach("prepare_latents", conditions)
+
+    def _first_conditions(self) -> Condition:
+        """Return, once, the conditions of the call's first prompts, as `_encode` returns them; {} if there are none."""
+        first, self._segmented.first = self._segmented.first, {}
+        return first
 
     def _begin_segments(self, steps: int, scale: float, options: dict[str, Any]) -> None:
         """Begin the state of a call with the arguments that all of its stock calls have."""
@@ -198,18 +239,23 @@ class SegmentedPipeline(SharedSamplingPipeline):
     def for_reading(self, size: Sequence[int]) -> Any:
         """Return a copy whose `_encode` works without a call that is under way; it keeps gradients."""
         call = self._begin_call()
-        call._begin_segments(1, 0.0, {**self._options, "size": tuple(size)})
+        call._begin_segments(1, 0.0, self._training_options(size))
         call._segmented.trains = True
         return call
 
     def for_training(self, steps: int, size: Sequence[int], condition: Condition, scale: float) -> Any:
         """Return a copy for training, as the base class does; its latents are those of `packed`."""
         call = self._begin_call()
-        options = {**self._options, "size": tuple(size)}
+        options = self._training_options(size)
         given = call._arguments({name: values[:1] for name, values in condition.items()}, guided=False)
         call._prepare_call(None, None, given, steps, scale if self.family.embedded else 0.0, options)
         call._segmented.trains = True
         return call
+
+    def _training_options(self, size: Sequence[int]) -> dict[str, Any]:
+        """Return the options of a call for images of this size in pixels, whatever sizes the family draws at."""
+        binning = {"use_resolution_binning": False} if "use_resolution_binning" in self._options else {}
+        return {**self._options, **binning, "size": tuple(size)}
 
     def packed(self, latents: Tensor) -> Tensor:
         """Return latents (n, channels, height, width) as the network takes them: some take rows of patches."""
@@ -294,15 +340,38 @@ class SegmentedPipeline(SharedSamplingPipeline):
         own = getattr(self._stock, "do_classifier_free_guidance", None)
         if own is None:
             return scale > 1
-        known = self._segmented.guides
+        known = self._segmented.guides if "_segmented" in vars(self) else {}
         if scale not in known:
             inner = copy.copy(self)
             vars(inner)["_guidance_scale"] = scale
             known[scale] = bool(own.fget(inner))
         return known[scale]
 
-    def _size(self, height: int | None, width: int | None, options: dict[str, Any]) -> Any:
-        return height, width
+    def _size(self, height: int | None, width: int | None) -> Any:
+        """Return the height and width of the images, None for what the stock call decides; raise for what none has."""
+        if not self.family.sized:
+            return height, width
+        config = self._network.config
+        default = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
+        size = (
+            whole("height", height) if height else default[0] * self.vae_scale_factor,
+            whole("width", width) if width else default[1] * self.vae_scale_factor,
+        )
+        multiple = self.vae_scale_factor * config.get("patch_size", 1)
+        if size[0] % multiple or size[1] % multiple:
+            raise ConfigurationError(f"height {size[0]} and width {size[1]} must be multiples of {multiple}")
+        return size
+
+    def drawn_size(self, height: int | None = None, width: int | None = None) -> Any:
+        """Return the size at which images of this height and width are drawn, before they are resized and cropped.
+
+        (None, None) if the network is made for no size and none is given.
+        """
+        size = self._size(height, width)
+        ratios = _BINS.get(self._network.config.get("sample_size"))
+        if not self.family.sized or ratios is None or not self._options.get("use_resolution_binning"):
+            return size
+        return self.image_processor.classify_height_width_bin(*size, ratios=ratios)
 
     def _encode(
         self,
@@ -312,24 +381,45 @@ class SegmentedPipeline(SharedSamplingPipeline):
         given: dict[str, Any],
         options: dict[str, Any],
     ) -> Condition:
-        further = {name: given[name] for name in (*TEXTS, self.family.control) if name is not None and name in given}
         beside = self._beside(given, guided)
         if prompts is not None and self.family.encode is not None:
             given = self.family.encode(self, prompts, negatives if guided else None)
-        elif prompts is not None:
-            arguments: dict[str, Any] = {"prompt": list(prompts)}  # some stock pipelines write into the list
-            if not guided and not self.family.embedded:
-                arguments[self.family.guidance] = 0.0
-            elif "negative_prompt" in self._segmented.arguments:
-                # Of some stock pipelines "", which is not the same as None.
-                default = inspect.signature(self._stock.__call__).parameters["negative_prompt"].default
-                arguments["negative_prompt"] = default if negatives is None else negatives
-            given = self._reach("encode_prompt", arguments | further)
+        elif prompts is not None or self._reads_embeddings(given, guided):
+            given = self._encoded(prompts, negatives, guided, given)
         without = guided and not (self.family.implicit and not any(name.startswith("negative_") for name in given))
         found: dict[str, Tensor] = {}
         for prefix in ("negative_", "") if without else ("",):
             found |= {prefix + name: rows for name, rows in self._condition(given, prefix).items()}
         return stacked(None, found | beside)
+
+    def _reads_embeddings(self, given: Mapping[str, Any], guided: bool) -> bool:
+        """Return whether `encode_prompt` adds to embeddings that are given: negative ones, or what a subclass has."""
+        if not self.family.encoded:
+            return False
+        if self._stock.encode_prompt is not stock_class(type(self)).encode_prompt:
+            return True
+        has_encoder = any(getattr(self, name, None) is not None for name in TEXT_ENCODERS)
+        needed = [argument for name, argument in self.family.inputs.items() if not name.endswith("_mask")]
+        return guided and has_encoder and any("negative_" + argument not in given for argument in needed)
+
+    def _encoded(
+        self, prompts: list[str] | None, negatives: list[str] | None, guided: bool, given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the embeddings, by argument, that the stock call makes of prompts or of given embeddings."""
+        embeddings = [prefix + name for name in self.family.inputs.values() for prefix in ("negative_", "")]
+        further = (*TEXTS, self.family.control, *(embeddings if prompts is None else ()))
+        arguments = {name: given[name] for name in further if name is not None and name in given}
+        if prompts is not None:
+            arguments["prompt"] = list(prompts)  # some stock pipelines write into the list
+        if not guided and not self.family.embedded:
+            arguments[self.family.guidance] = 0.0
+        elif "negative_prompt" in self._segmented.arguments:
+            # Of some stock pipelines "", which is not the same as None.
+            default = inspect.signature(self._stock.__call__).parameters["negative_prompt"].default
+            arguments["negative_prompt"] = default if negatives is None else negatives
+        found: dict[str, Any] = self._reach("encode_prompt", arguments)
+        made = {name: rows for name, rows in found.items() if rows is not None}
+        return made if prompts is not None else {**given, **made}
 
     def _beside(self, given: Mapping[str, Any], guided: bool) -> dict[str, Tensor]:
         """Return the conditions beside the text."""
@@ -407,7 +497,8 @@ class SegmentedPipeline(SharedSamplingPipeline):
                 bound = inspect.signature(original).bind(*args, **kwargs)
                 name, images = next(iter(bound.arguments.items()))  # `image` or `video`
                 finite = images.isfinite().flatten(1).all(1)
-                self._finite = finite.tolist()
+                # A safety checker gets them, too, and blanks some before the other call.
+                self._finite = [a and b for a, b in zip(self._finite, finite.tolist(), strict=True)]
                 bound.arguments[name] = images.where(finite.reshape(-1, *[1] * (images.ndim - 1)), 0)
                 return original(*bound.args, **bound.kwargs)
 
@@ -462,8 +553,44 @@ class SegmentedPipeline(SharedSamplingPipeline):
         positions = known[count]
         return latents if positions is None else (latents, *positions)
 
-    def _count_truncated(self, texts: list[str], options: dict[str, Any]) -> list[int]:
-        return [0] * len(texts)  # several encoders, each with its own limit, which the stock pipeline warns of
+    def _tokenizers(self, options: Mapping[str, Any]) -> list[tuple[Any, int]]:
+        """Return the tokenizers of the text encoders that there are, with the number of tokens that these read."""
+        ends = [name.removeprefix("text_encoder") for name in TEXT_ENCODERS if getattr(self, name, None) is not None]
+        found = [tokenizer for end in ends if (tokenizer := getattr(self, "tokenizer" + end, None)) is not None]
+        longest = options.get("max_sequence_length")
+        return [
+            (one, int(one.model_max_length if longest is None or "CLIP" in type(one).__name__ else longest))
+            for one in found
+        ]
+
+    def _count_truncated(self, texts: list[str], options: Mapping[str, Any]) -> list[int]:
+        """Return the number of each text's tokens beyond the limit; of several encoders, of the one that reads most."""
+        tokenizers = self._tokenizers(options) if self.family.counted else []
+        if not tokenizers:
+            return [0] * len(texts)
+        if hasattr(self, "_text_preprocessing"):
+            texts = self._text_preprocessing(texts, options["clean_caption"])
+        beyond = []
+        for tokenizer, limit in tokenizers:
+            # Textual inversions of several tokens.
+            convert = getattr(self, "maybe_convert_prompt", lambda texts, tokenizer: texts)
+            beyond.append([max(0, len(ids) - limit) for ids in tokenizer(convert(texts, tokenizer)).input_ids])
+        return [min(counts) for counts in zip(*beyond, strict=True)]
+
+    # Callbacks.
+
+    def _callback_tensors(self, names: Sequence[str], condition: Condition) -> dict[str, Tensor]:
+        """Return what a callback gets of a pack's conditions: under guidance the rows without text come first."""
+        found = {}
+        for name in names:
+            source = self.family.callbacks[name]
+            if callable(source):
+                rows = len(next(iter(condition.values())))
+                pair = [one.expand(rows, *one.shape[1:]) for one in source(self)]
+            else:
+                pair = [condition[prefix + source] for prefix in ("negative_", "") if prefix + source in condition]
+            found[name] = torch.cat(pair) if self._segmented.guided else pair[-1]
+        return found
 
     # Stock calls.
 
@@ -542,25 +669,37 @@ class SegmentedPipeline(SharedSamplingPipeline):
 class _Steps:
     """The steps of a pack: stock calls of one timestep each, on one copy of the pipeline and with one condition.
 
-    The stock call encodes even embeddings: in the first step only, so that no other copies to the device, or waits.
+    The stock call encodes even embeddings, and SDXL's makes its size ids: in the first step only, so that no other
+    copies to the device, or waits.
     """
 
     def __init__(self, pipe: SegmentedPipeline, condition: Condition, guided: bool) -> None:
         self.condition, self.guided = condition, guided
         self._pipe, self._now = pipe, SimpleNamespace(latents=None, timesteps=None)
         now = self._now
-        self._encoded = _Once(pipe._inner(pipe.scheduler).encode_prompt)
+        # As diffusers reads embeddings: what a subclass makes of them is done.
+        encode_prompt = stock_class(type(pipe)).encode_prompt
+        self._encoded = _Once(MethodType(encode_prompt, pipe._inner(pipe.scheduler)))
+        self._size_ids = _Once(self._size_ids_on_device)
         self._inner = pipe._inner(
             _segment(pipe.scheduler, lambda: now.timesteps, _stop),
             prepare_latents=lambda *args, **kwargs: pipe._placed(now.latents),
             encode_prompt=self._encoded,
+            **({"_get_add_time_ids": self._size_ids} if hasattr(pipe, "_get_add_time_ids") else {}),
         )
         self._arguments = pipe._taken(self._inner, pipe._segmented.arguments | pipe._arguments(condition, guided))
+
+    def _size_ids_on_device(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return size ids of SDXL, which the stock call makes on the host."""
+        pipe: Any = self._pipe
+        ids: Tensor = pipe._get_add_time_ids(*args, **kwargs)
+        return ids.to(pipe._execution_device)
 
     def predicted(self, x: Tensor, t: Tensor, scale: float) -> Tensor:
         """Return the prediction for latents at a timestep, under this guidance scale."""
         self._now.latents, self._now.timesteps = x, t[None]
         self._encoded.again()
+        self._size_ids.again()
         pipe = self._pipe
         try:
             pipe._stock_call(self._inner, **self._arguments | {pipe.family.guidance: scale})
@@ -637,12 +776,17 @@ class _Counted:
     A hook would count, too, but torch.compile would compile it with the network.
     """
 
-    def __init__(self, network: Any, count: Callable[[Any, Any, Any], None]) -> None:
-        self._network, self._count = network, count
+    def __init__(
+        self,
+        network: Any,
+        count: Callable[[Any, Any, Any], None],
+        changed: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> None:
+        self._network, self._count, self._changed = network, count, changed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._count(self._network, args, kwargs)
-        return self._network(*args, **kwargs)
+        return self._network(*args, **kwargs if self._changed is None else self._changed(kwargs))
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:
@@ -654,11 +798,22 @@ class _Counted:
         return getattr(self._network, name)
 
 
+def _sizes_apart(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return a U-Net's arguments with its size ids without text before those with text.
+
+    The stock call of SDXL repeats the pair of them, which mixes them up in batches.
+    """
+    added = kwargs["added_cond_kwargs"]
+    pairs = added["time_ids"].unflatten(0, (-1, 2))
+    return kwargs | {"added_cond_kwargs": added | {"time_ids": pairs.transpose(0, 1).flatten(0, 1)}}
+
+
 def segmented(family: Family, stock: type) -> type:
     """Return the shared-sampling class of a stock pipeline class."""
     parameters = inspect.signature(stock.__call__).parameters.values()
     conditions = {prefix + argument for argument in family.inputs.values() for prefix in ("", "negative_")}
-    names = {parameter.name for parameter in parameters}
+    named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    names = {parameter.name for parameter in named}
     beside = {*TEXTS, family.control, *(IMAGE_PROMPTS if family.images else ())}
     given = DRIVEN | UNSUPPORTED | conditions | beside | {family.guidance}
     body = {
@@ -666,11 +821,14 @@ def segmented(family: Family, stock: type) -> type:
         "family": family,
         "makes": family.output,
         "embeds_guidance": family.embedded,
+        "_callback_names": tuple(family.callbacks),
         "_stock": stock,
         "_default_guidance": next(p.default for p in parameters if p.name == family.guidance),
         "_embeddings": tuple(sorted(names & (conditions | beside))),
-        "_options": {p.name: p.default for p in parameters if p.name not in given} | dict(family.defaults),
+        "_options": {p.name: p.default for p in named if p.name not in given} | dict(family.defaults),
     }
+    if family.callbacks:
+        body["_callback_tensor_inputs"] = ["latents", *family.callbacks]
     driver = ImagePromptedSegments if family.images else SegmentedPipeline
     return type(f"Shared{stock.__name__}", (driver, stock), body)
 
@@ -691,6 +849,22 @@ class _Once:
             self._results.append(self._function(*args, **kwargs))
         self._calls += 1
         return self._results[self._calls - 1]
+
+
+@contextmanager
+def _own_schedule(scheduler: Any, options: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what diffusers raises for timesteps or sigmas that a scheduler does not take into a ConfigurationError."""
+    own = [name for name in ("timesteps", "sigmas") if options.get(name) is not None]
+    try:
+        yield
+    except ValueError as error:
+        reason = str(error).split(". Please")[0]
+        if not any(name.removesuffix("s") in reason for name in own):
+            raise
+        raise ConfigurationError(
+            f"{type(scheduler).__name__} does not take {' and '.join(own)}: {reason}; leave them out, or exchange the "
+            "scheduler"
+        ) from error
 
 
 def _stop(value: Any) -> Any:
@@ -716,6 +890,8 @@ def _recorder(scheduler: Any) -> Any:
     child.__class__ = _segment_class(scheduler.__class__)
 
     def set_timesteps(own: Any, *args: Any, **kwargs: Any) -> None:
+        if (device := kwargs.get("device")) is not None and torch.device(device).type == "meta":
+            kwargs["device"] = "cpu"  # schedulers read their values
         real.set_timesteps(*args, **kwargs)
         _stop(real)
 
@@ -746,6 +922,8 @@ def _segment_class(scheduler: Hashable) -> Any:
         def set_begin_index(self, *args: Any, **kwargs: Any) -> None:
             pass
 
+    # As errors of diffusers name it.
+    Segment.__qualname__, Segment.__module__ = base.__qualname__, base.__module__
     # Stock calls look at the signature in each step.
     Segment.set_timesteps.__signature__ = inspect.signature(base.set_timesteps)  # type: ignore[attr-defined]
     return Segment

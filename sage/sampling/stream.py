@@ -18,13 +18,13 @@ from sage.errors import ConfigurationError, DataError, DivergedError, PlanError,
 from sage.numbers import single, whole
 from sage.sampling import loop
 from sage.sampling.caches import StepCaches
-from sage.sampling.conditions import Condition, concatenated, padded, select
+from sage.sampling.conditions import Condition, concatenated, padded
 from sage.sampling.first_prediction import FirstPredictions, made_for
 from sage.sampling.plan import Plan
 from sage.sampling.seeds import image_seeds
 
 # Tokenizers keep the padding of their last call, and decoding may change the autoencoder's precision for its time.
-_ONE_AT_A_TIME = threading.RLock()
+ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,11 @@ class Stream:
         self._undone = [images] * (plan.prompts // images)
         # A negative prompt common to all images is encoded once, together with the first batch as in diffusers.
         self._one_negative = (
-            pipe._joins_texts
-            and not any(name.startswith("negative") or "image" in name for name in given)
+            not any(name.startswith("negative") or "image" in name for name in given)
             and len(set(negatives or [""])) == 1
         )
         self._without: Condition = {}
+        self._keep(pipe._first_conditions())
         # Latents and rows of the network's batches that the steps so far needed.
         self._steps, self._rows, self._padding, self._seconds = 0, 0, 0, 0.0
         # The conditions of the pack under way, and the same padded.
@@ -264,7 +264,7 @@ class Stream:
                 for part in packs:
                     yield from self._results_of(part)
             finally:
-                with _ONE_AT_A_TIME:  # it empties step caches
+                with ONE_AT_A_TIME:  # it empties step caches
                     pipe._end_call()
         counted = self.cost.network_evaluations
         if not pipe._interrupt and (self._steps, self._rows + self._spent) != (self._planned, counted):
@@ -286,7 +286,7 @@ class Stream:
         latents = part.latents if len(rows) == len(part.prompts) else part.latents[rows]
         images, nsfw, finite = latents, None, [True] * len(rows)
         if rows:
-            with _ONE_AT_A_TIME:
+            with ONE_AT_A_TIME:
                 images, nsfw = self._pipe._finish(latents, self._output_type, self._options)
             finite = self._pipe._finite
         for place, row in enumerate(rows):
@@ -335,9 +335,6 @@ class Stream:
         guided = self._guided and self._pipe._guides(guidance)
         times = 2 if guided else 1
         self._rows += times * len(x)
-        if self._guided and not guided and self._pipe._joins_texts:
-            # A callback turned guidance off: the rows with text are the last ones.
-            condition = select(condition, slice(-len(x), None))
         rows = len(x)
         if more := next((size for size in self._padded_sizes if size >= rows), rows) - rows:
             self._padding += times * more
@@ -352,7 +349,7 @@ class Stream:
         if not self._caches:
             yield
             return
-        with _ONE_AT_A_TIME, self._caches.own(self._pipe._called, t, rows, times):
+        with ONE_AT_A_TIME, self._caches.own(self._pipe._called, t, rows, times):
             yield
 
     def _padded(self, condition: Condition, rows: int, size: int) -> Condition:
@@ -364,8 +361,8 @@ class Stream:
         self._bar.update(len(pack.latents))
         if self._callback is None:
             return
-        named = {name: pack.condition[part] for name, part in self._pipe._callback_conditions.items()}
-        given = {name: named[name].clone() for name in self._callback_inputs if name != "latents"}
+        named = self._pipe._callback_tensors([n for n in self._callback_inputs if n != "latents"], pack.condition)
+        given = {name: tensor.clone() for name, tensor in named.items()}
         # As in diffusers, the callback may set the guidance scale on the pipeline that it gets.
         self._pipe._guidance_scale = before = pack.guidance
         changed = self._callback(self._pipe, step, t, given | {"latents": pack.latents})
@@ -386,7 +383,7 @@ class Stream:
                 )
 
     def _encode(self, images: list[int]) -> Condition:
-        with _ONE_AT_A_TIME:
+        with ONE_AT_A_TIME:
             return self._encode_alone(images)
 
     def _encode_alone(self, images: list[int]) -> Condition:
@@ -396,27 +393,36 @@ class Stream:
         for start in range(0, len(missing), self._batch_size):
             numbers = missing[start : start + self._batch_size]
             texts = None if self._prompts is None else [self._prompts[number] for number in numbers]
-            if texts is not None:
-                for number, tokens in zip(numbers, self._pipe._count_truncated(texts, self._options), strict=True):
-                    self.truncated_tokens[number] = tokens
             negatives = None if self._negatives is None else [self._negatives[number] for number in numbers]
             given = {
                 name: [rows[number] for number in numbers] if isinstance(rows, list) else rows[numbers]
                 for name, rows in self._given.items()
             }
             rows = self._pipe._encode(texts, negatives, self._guided and not self._without, given, self._options)
-            if self._without:
-                without = {
-                    name: values.expand(len(numbers), *[-1] * (values.ndim - 1))
-                    for name, values in self._without.items()
-                }
-                rows = concatenated([without, rows], dim=1)
-            elif self._guided and self._one_negative:
-                self._without = {name: values[:1, :1] for name, values in rows.items()}
-            for place, number in enumerate(numbers):
-                self._encoded[number] = {name: values[place : place + 1] for name, values in rows.items()}
+            self._keep(rows, numbers)
         found = [self._encoded[image // self._images] for image in images]
         return concatenated(found, dim=0)
+
+    def _keep(self, rows: Condition, numbers: Sequence[int] | None = None) -> None:
+        """Keep the conditions of prompts, by default the first ones, and count what was left out of their texts."""
+        numbers = range(len(next(iter(rows.values()), ()))) if numbers is None else numbers
+        if not numbers:
+            return
+        if self._prompts is not None:
+            texts = [self._prompts[number] for number in numbers]
+            for number, tokens in zip(numbers, self._pipe._count_truncated(texts, self._options), strict=True):
+                self.truncated_tokens[number] = tokens
+        if self._without:
+            without = {name: values.expand(len(numbers), *values.shape[1:]) for name, values in self._without.items()}
+            rows = {**without, **rows}
+        elif self._guided and self._one_negative:
+            self._without = {name: values[:1] for name, values in rows.items() if name.startswith("negative_")}
+        for place, number in enumerate(numbers):
+            self._encoded[number] = {name: values[place : place + 1] for name, values in rows.items()}
+
+    def forget(self) -> None:
+        """Forget the conditions so far, which other LoRAs of the text encoders may have made."""
+        self._encoded, self._without = {}, {}
 
     def _noise(self, images: list[int], generators: list[Generator]) -> Tensor:
         if self._latents is not None:

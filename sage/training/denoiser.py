@@ -135,7 +135,7 @@ class Denoiser(nn.Module):
 
     def check_width(self, condition: Condition) -> None:
         """Raise UnsupportedError for text states of another width than the network reads."""
-        states = condition["states"] if "states" in condition else condition["prompt_embeds"]
+        states = condition["prompt_embeds"]
         config, found = self._pipe._network.config, states.shape[-1]
         expected = next((config[name] for name in _WIDTHS if config.get(name) is not None), found)
         if expected != found:
@@ -183,7 +183,7 @@ class Denoiser(nn.Module):
         conditions = {name: values[:, 0] for name, values in rows.items()}
         if self._pipe.config.get("force_zeros_for_empty_prompt"):
             empty = torch.tensor([not text for text in texts])
-            for name in ("states", "pooled"):
+            for name in ("prompt_embeds", "pooled_prompt_embeds"):
                 shape = (-1, *[1] * (conditions[name].ndim - 1))
                 conditions[name] = conditions[name].masked_fill(empty.to(conditions[name].device).view(shape), 0)
         return conditions
@@ -258,7 +258,7 @@ def _in_float32(module: Any) -> Iterator[None]:
 
 
 def _scaled(latents: Tensor, config: Any) -> Tensor:
-    """Return autoencoder latents shifted and scaled for the network, the inverse of the families' `_decode`."""
+    """Return autoencoder latents shifted and scaled for the network; pipelines do the inverse before they decode."""
     if (mean := config.get("latents_mean")) is not None and (deviation := config.get("latents_std")) is not None:
         mean, deviation = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, deviation))
         return (latents - mean) / deviation * config.scaling_factor  # type: ignore[no-any-return]

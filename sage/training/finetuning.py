@@ -63,7 +63,7 @@ class TrainingSet:
             if len(values) < int(self.captions.max()) + 2:
                 raise DataError(
                     f"caption {int(self.captions.max())} and the empty prompt after it need at least "
-                    f"{int(self.captions.max()) + 2} text {name}; found {len(values)}."
+                    f"{int(self.captions.max()) + 2} rows of {name}; found {len(values)}."
                 )
         if sorted(row for group in self.groups for row in group) != list(range(n)):
             raise DataError(f"the groups are no partition of the {n} training pictures; run the group stage again.")
@@ -234,7 +234,7 @@ def drawn_shared_steps(share_ratios: tuple[float, float], evaluations: int, seed
 def guided(network: Network, empty: Condition, scale: float) -> Network:
     """Return the network under classifier-free guidance, at twice the evaluations; up to scale 1 the network itself.
 
-    `empty` is the condition of the empty prompt, one row (Ho & Salimans, 2022; `sage.sampling.pipeline.guided`).
+    `empty` is the condition of the empty prompt, one row (Ho & Salimans, 2022).
     """
     if scale <= 1:
         return network

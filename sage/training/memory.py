@@ -124,6 +124,8 @@ def _saved(
         return tensor
 
     example = copy.copy(pipe)
+    # Without its text encoders, whose precision the stock call gives the embeddings.
+    vars(example).update(dict.fromkeys(name for name in lora.ENCODERS if hasattr(pipe, name)))
     vars(example).update({"unet" if hasattr(pipe, "unet") else "transformer": twin, "_device": torch.device("meta")})
     rows = {name: values[:1].to("meta").expand(len(x), *values.shape[1:]) for name, values in condition.items()}
     call = example.for_training(2, size, rows, 1.0)

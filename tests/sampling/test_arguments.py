@@ -101,3 +101,9 @@ def test_sdxl_without_a_first_tokenizer_and_with_negative_sizes(tmp_path):
         shared("red cat", **CALL, original_size=(8,))
     shared.tokenizer = None
     assert shared._count_truncated(["a" * 20], {}) == [20 + 2 - tiny.TOKENS]
+
+
+def test_tokens_that_flux_leaves_out_are_those_beyond_both_limits(tmp_path):
+    shared = SharedSamplingPipeline.from_pipe(tiny.pipeline("flux", tmp_path))
+    options = {**shared._options, **tiny.OPTIONS["flux"]}
+    assert shared._count_truncated(["a" * 30, "a"], options) == [30 + 1 - 20, 0]

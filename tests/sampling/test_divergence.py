@@ -100,7 +100,7 @@ def test_an_autoencoder_that_overflows_makes_no_image(pipe, options, output_type
     good = pipe(PROMPTS, **call).images
     decode = pipe.vae.decode
 
-    def overflowing(latents, return_dict):
+    def overflowing(latents, return_dict, **kwargs):
         (images,) = decode(latents, return_dict=False)
         images[1, 0, 0, 0] = math.inf
         return (images,)

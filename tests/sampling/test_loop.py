@@ -225,8 +225,8 @@ def test_merging_equal_members_is_exact_and_padding_does_not_count():
     states = torch.tensor([[[[1.0], [2.0], [5.0]]], [[[3.0], [9.0], [9.0]]]])
     mask = torch.tensor([[[1, 1, 0]], [[1, 0, 0]]])
     for order in ([0, 1], [1, 0]):
-        merged = merge({"states": states[order], "mask": mask[order]})
-        assert merged["mask"].tolist() == [[[1, 1, 0]]]
+        merged = merge({"states": states[order], "states_mask": mask[order]})
+        assert merged["states_mask"].tolist() == [[[1, 1, 0]]]
         # HunyuanDiT pools all tokens, so what no mask includes must not depend on the order of the members.
         assert merged["states"][0, 0, :, 0].tolist() == [2.0, 2.0, 7.0]
 

@@ -4,7 +4,6 @@ import itertools
 import math
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +25,6 @@ from PIL import Image
 from sage.errors import ConfigurationError, DataError, PlanError, SageError, UnsupportedError
 from sage.grouping.auto import Grouping
 from sage.sampling import base
-from sage.sampling.families import stable_diffusion
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Block, Plan
 from sage.sampling.seeds import prompt_seed
@@ -335,6 +333,14 @@ def test_a_text_is_encoded_once_in_large_groups_and_trees(pipe, images):
     assert kept[-1] == 0
 
 
+@pytest.mark.parametrize("more", [{}, {"negative_prompt": ["dog", "cat"]}])
+def test_negative_prompts_are_read_beside_given_embeddings(pipe, stock, more):
+    embeddings, _ = stock.encode_prompt(tiny.PROMPTS[:2], "cpu", 1, False)
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    expected = stock(prompt_embeds=embeddings, generator=generators, **more, **CALL).images
+    assert np.array_equal(pipe(prompt_embeds=embeddings, seed=[1, 2], share_ratio=0, **more, **CALL).images, expected)
+
+
 def test_schedulers_are_swapped_as_in_diffusers(pipe, stock):
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     other = StableDiffusionPipeline(**stock.components | {"scheduler": pipe.scheduler}, requires_safety_checker=False)
@@ -441,7 +447,12 @@ def test_a_safety_checker_is_asked_as_in_the_stock_pipeline(tmp_path):
 def test_it_loads_as_a_custom_pipeline(stock, tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     stock.save_pretrained(tmp_path / "model")
-    file = Path(stable_diffusion.__file__)
+    file = tmp_path / "shared.py"
+    file.write_text(
+        "from diffusers import StableDiffusionPipeline\n"
+        "from sage.sampling.families.table import shared_class\n"
+        "Shared = shared_class(StableDiffusionPipeline)\n"
+    )
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "model", custom_pipeline=str(file), trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     expected = SharedSamplingPipeline.from_pipe(stock)("red cat", seed=[1], **CALL).images

@@ -16,7 +16,6 @@ from tiny_families import ALL, FAMILIES, OWN, Tiny, generators, latents, rows
 
 from sage.errors import ConfigurationError, UnsupportedError
 from sage.sampling.families.table import TABLE
-from sage.sampling.pipeline import FAMILIES as CALLED
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
 
@@ -82,7 +81,7 @@ def drift(a, b) -> float:
 
 
 def test_the_table_and_the_tests_know_the_same_families():
-    assert TABLE.keys() == FAMILIES.keys() and CALLED.keys() == OWN.keys()
+    assert TABLE.keys() == FAMILIES.keys() | OWN.keys()
 
 
 @pytest.mark.parametrize("guided", [True, False])
@@ -193,7 +192,8 @@ def test_a_row_of_the_table_says_what_the_stock_source_says(name):
         list(family.encoded)
     )
     steps = [n for n in ast.walk(source) if isinstance(n, ast.Call) and ast.unparse(n.func) == "self.scheduler.step"]
-    assert len(steps) == 1
+    # PixArt-alpha writes the call twice: of a single step it takes another result.
+    assert len({ast.unparse(step) for step in steps}) == 1
 
 
 @pytest.mark.parametrize("name", ENCODED)

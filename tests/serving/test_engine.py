@@ -134,14 +134,14 @@ def test_images_of_one_prompt_share_in_given_groups_and_as_the_schedule_allows(p
 
 
 def test_one_bad_job_fails_alone(pipe, monkeypatch):
-    encode = pipe._encode
+    encode = type(pipe)._encode
 
-    def poisoned(prompts, *arguments):
+    def poisoned(self, prompts, *arguments):
         if any("poison" in prompt for prompt in prompts):
             raise ValueError("cannot be encoded")
-        return encode(prompts, *arguments)
+        return encode(self, prompts, *arguments)
 
-    monkeypatch.setattr(pipe, "_encode", poisoned)
+    monkeypatch.setattr(type(pipe), "_encode", poisoned)
     prompts = ["red cat", "red dog", "blue cat", "a poison", "tall tree", "tall trees", "dog", "cat"]
     found = run(Engine(pipe, POLICY, 4), [job("a", prompts), job("b", ["red cat"])])
     assert [index for (name, index), event in found.items() if isinstance(event, Failed)] == [3]
@@ -149,11 +149,11 @@ def test_one_bad_job_fails_alone(pipe, monkeypatch):
 
 
 def test_an_error_of_the_network_fails_what_runs_and_the_engine_goes_on(pipe, monkeypatch):
-    engine, predict = Engine(pipe, POLICY, 2), pipe._predict
-    monkeypatch.setattr(pipe, "_predict", lambda *arguments: 1 / 0)
+    engine, predict = Engine(pipe, POLICY, 2), type(pipe)._predict
+    monkeypatch.setattr(type(pipe), "_predict", lambda *arguments: 1 / 0)
     found = run(engine, [job("a", ["red cat", "red dog"])])
     assert all(isinstance(event, Failed) for event in found.values()) and len(found) == 2
-    monkeypatch.setattr(pipe, "_predict", predict)
+    monkeypatch.setattr(type(pipe), "_predict", predict)
     assert isinstance(run(engine, [job("b", ["red cat"])])["b", 0], Drawn)
 
 

@@ -96,13 +96,15 @@ def test_a_denoiser_asks_as_the_stock_pipeline_does(pipe, family):
         torch.testing.assert_close(answer, output[:, : x.shape[1]], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", tiny.TRAINED, indirect=True)
 def test_latents_are_what_the_pipeline_decodes(pipe):
     denoiser = Denoiser(pipe)
     latents = denoiser.encode_images(images(3), batch_size=2)
     x = images(3).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         expected = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mode()).sample
-        found, _ = denoiser._pipe._decode(latents, "pt", denoiser._options((8, 8)))
+        call = denoiser._call(1, SIZE, denoiser.encode_texts(tiny.PROMPTS[:3], SIZE))
+        found, _ = call._finish(call.packed(latents), "pt", denoiser._options((8, 8)))
     torch.testing.assert_close(found, (expected / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
 
 
@@ -177,18 +179,6 @@ def test_the_guidance_scale_is_an_input_of_flux_dev_alone(guidance, tmp_path):
     assert denoiser.embeds_guidance and torch.equal(*answers) is not guidance
 
 
-@pytest.mark.parametrize("family", ["flux"], indirect=True)
-def test_latents_of_flux_are_what_the_pipeline_decodes(pipe):
-    denoiser = Denoiser(pipe)
-    latents = denoiser.encode_images(images(3))
-    x = images(3).permute(0, 3, 1, 2) / 127.5 - 1
-    with torch.no_grad():
-        expected = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mode()).sample
-        call = denoiser._call(1, SIZE, denoiser.encode_texts(tiny.PROMPTS[:3], SIZE))
-        found, _ = call._finish(call.packed(latents), "pt", denoiser._options((8, 8)))
-    torch.testing.assert_close(found, (expected / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.TRAINED, indirect=True)
 def test_every_family_can_be_tuned(pipe, family, tmp_path):
@@ -224,9 +214,12 @@ def test_the_empty_prompt_is_what_guidance_takes(pipe, family, zeros):
         pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
     denoiser = Denoiser(pipe)
     found = denoiser.encode_texts(["red cat", ""], SIZE)
-    guidance = denoiser._pipe._encode(["red cat"], None, True, {}, denoiser._options((8, 8)))
+    call, options = denoiser._pipe._begin_call(), denoiser._options((8, 8))
+    call._begin_segments(1, 4.0, options)
+    guidance = call._encode(["red cat"], None, True, {}, options)
     for name, values in found.items():
-        torch.testing.assert_close(values, guidance[name][0].flip(0), rtol=1e-4, atol=1e-5)
+        both = torch.cat([guidance[name][:, 0], guidance["negative_" + name][:, 0]])
+        torch.testing.assert_close(values, both, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
@@ -250,7 +243,9 @@ def test_flow_matching_is_trained_on_the_formula(tmp_path):
     value = loss_of(denoiser, data, pipe.scheduler, weights=weights, drop_text=0.0)(0)["loss"]
     [(x_t, told, condition, output)] = asked
     s = (told / 1000).reshape(-1, 1, 1, 1)
-    assert told.max() > 950 and told.dtype == torch.float32 and set(condition) == {"states", "pooled"}
+    assert (
+        told.max() > 950 and told.dtype == torch.float32 and set(condition) == {"prompt_embeds", "pooled_prompt_embeds"}
+    )
     rows = Batches(GROUPS, WEIGHTS | weights, 12, 0).rows(0)["diffusion"]
     x_0 = data.latents[rows]
     eps = (x_t - (1 - s) * x_0) / s

@@ -34,7 +34,7 @@ def randn(*shape, seed=0):
 def data(groups=GROUPS, captions=1):
     n = sum(map(len, groups))
     own = torch.arange(captions * n).reshape(captions, n).T
-    return TrainingSet(randn(n, 4, 8, 8), {"states": randn(captions * n + 1, 5, 16, seed=1)}, own, groups)
+    return TrainingSet(randn(n, 4, 8, 8), {"prompt_embeds": randn(captions * n + 1, 5, 16, seed=1)}, own, groups)
 
 
 def unet(seed=0):
@@ -79,7 +79,7 @@ def asked():
     def record(module, args, output):
         if isinstance(module, Denoiser):
             x_t, t, condition = args
-            calls.append((x_t, t, condition["states"], output, output.requires_grad))
+            calls.append((x_t, t, condition["prompt_embeds"], output, output.requires_grad))
 
     handle = torch.nn.modules.module.register_module_forward_hook(record)
     yield calls
@@ -152,7 +152,7 @@ def test_rows_depend_on_seed_and_step_alone():
     ("latents", "states", "groups", "message"),
     [
         (0, 1, (), "no pictures"),
-        (2, 2, ((0, 1),), "caption 1 and the empty prompt after it need at least 3 text states; found 2"),
+        (2, 2, ((0, 1),), "caption 1 and the empty prompt after it need at least 3 rows of prompt_embeds; found 2"),
         (2, 3, ((0,),), "no partition"),
         (2, 3, ((0, 1), (1,)), "no partition"),
         (2, 3, ((0, 2),), "no partition"),
@@ -160,9 +160,11 @@ def test_rows_depend_on_seed_and_step_alone():
 )
 def test_a_training_set_that_does_not_fit_is_refused(latents, states, groups, message):
     with pytest.raises(DataError, match=message):
-        TrainingSet(randn(latents, 4, 8, 8), {"states": randn(states, 5, 16)}, torch.arange(latents)[:, None], groups)
+        TrainingSet(
+            randn(latents, 4, 8, 8), {"prompt_embeds": randn(states, 5, 16)}, torch.arange(latents)[:, None], groups
+        )
     with pytest.raises(DataError, match="2 pictures need as many rows of captions; found 1"):
-        TrainingSet(randn(2, 4, 8, 8), {"states": randn(2, 5, 16)}, torch.tensor([[0]]), ((0, 1),))
+        TrainingSet(randn(2, 4, 8, 8), {"prompt_embeds": randn(2, 5, 16)}, torch.tensor([[0]]), ((0, 1),))
 
 
 def test_times_are_spread_and_stay_below_one():
@@ -181,7 +183,7 @@ def test_plain_diffusion_alone_is_the_loss_of_pretraining(asked):
     values = loss_of(network, batches)(5)
     [(x_t, t, condition, output, trained)] = asked
     rows = batches.rows(5)["diffusion"]
-    assert trained and torch.equal(condition, data().conditions["states"][rows])
+    assert trained and torch.equal(condition, data().conditions["prompt_embeds"][rows])
     alphas, sigmas = diffusion.noise_levels(base.new_scheduler())
     x_0 = data().latents[rows]
     eps = diffusion.implied_noise(x_t, x_0, alphas[t], sigmas[t])
@@ -193,14 +195,14 @@ def test_plain_diffusion_alone_is_the_loss_of_pretraining(asked):
 
 def test_captions_are_dropped_from_plain_diffusion_alone(asked):
     loss_of(unet(), Batches(GROUPS, weights(diffusion=1, branch=1), 48, 0), drop_text=0.5)(0)
-    empty = (asked[0][2] == data().conditions["states"][-1]).flatten(1).all(1)
+    empty = (asked[0][2] == data().conditions["prompt_embeds"][-1]).flatten(1).all(1)
     assert 8 < empty[:32].sum() < 24 and not empty[32:].any()
 
 
 def test_plain_diffusion_sees_every_caption_and_the_groups_those_that_made_them(asked):
     terms = weights(diffusion=1, shared=1, branch=1)
     training_set, batches = data(captions=3), Batches(GROUPS, terms, 48, 0)
-    states = training_set.conditions["states"]
+    states = training_set.conditions["prompt_embeds"]
     step_loss = loss_of(unet(), batches, training_set, drop_text=0.0, branch_start="mixture")
     drawn = set()
     for step in range(4):
@@ -290,7 +292,7 @@ def test_a_step_on_several_sizes_has_the_loss_of_the_set_whose_turn_it_is(parts,
     n = 7
     wide = TrainingSet(
         randn(n, 4, 6, 12, seed=2),
-        {"states": randn(n + 1, 5, 16, seed=3)},
+        {"prompt_embeds": randn(n + 1, 5, 16, seed=3)},
         torch.arange(n)[:, None],
         ((0, 1, 2), (3, 4, 5, 6)),
     )
@@ -304,7 +306,7 @@ def test_a_step_on_several_sizes_has_the_loss_of_the_set_whose_turn_it_is(parts,
         number = batches.turn(step)[0]
         data_of_step = (square, wide)[number]
         assert {call[0].shape[1:] for call in asked} == {data_of_step.latents.shape[1:]}
-        assert (asked[-1][2][:, None] == data_of_step.conditions["states"]).flatten(2).all(2).any(1).any()
+        assert (asked[-1][2][:, None] == data_of_step.conditions["prompt_embeds"]).flatten(2).all(2).any(1).any()
         assert sum(len(call[0]) for call in asked if call[4]) == 12
         if parts == 1:
             sampled = sum(len(call[0]) for call in asked if not call[4]) - batches.cost(step)[1]
@@ -337,7 +339,7 @@ def test_the_shared_phase_lies_above_the_branch_time_under_the_groups_condition(
     assert t.min() > 599 and t.max() <= 999 and t.min() < 620 and t.max() > 980
     for row, found in zip(batches.rows(0)["shared"].tolist(), condition, strict=True):
         members = next(group for group in GROUPS if row in group)
-        merged = merge({"text": data().conditions["states"][list(members)][:, None]})["text"][0, 0]
+        merged = merge({"text": data().conditions["prompt_embeds"][list(members)][:, None]})["text"][0, 0]
         torch.testing.assert_close(found, merged)  # what the sampler gives the block
 
 
@@ -347,7 +349,7 @@ def test_siblings_in_a_batch_branch_off_one_shared_latent(soft, asked):
     loss_of(unet(), batches, soft_target=soft)(0)
     [(x_t, t, condition, *_)] = asked
     rows = batches.rows(0)["branch"]
-    assert torch.equal(condition, data().conditions["states"][rows]) and t.max() <= 599 and t.max() > 560
+    assert torch.equal(condition, data().conditions["prompt_embeds"][rows]) and t.max() <= 599 and t.max() > 560
     alphas, sigmas = diffusion.noise_levels(base.new_scheduler())
     z = data().latents[rows]
     eps = diffusion.implied_noise(x_t, z, alphas[t], sigmas[t])
@@ -399,7 +401,7 @@ def test_sampled_branches_start_where_the_sampler_arrives(asked):
             stepped = scheduler.step(output, time, x)
             x, x_0 = stepped.prev_sample, stepped.pred_original_sample
         star = scheduler.timesteps[k]
-        assert torch.equal(condition, data().conditions["states"][rows]) and t.max() <= star
+        assert torch.equal(condition, data().conditions["prompt_embeds"][rows]) and t.max() <= star
         order = [next(group for group in GROUPS if row in group) for row in rows.tolist()]
         place = torch.tensor([list(dict.fromkeys(order)).index(group) for group in order])
         z = data().latents[rows]
@@ -408,7 +410,7 @@ def test_sampled_branches_start_where_the_sampler_arrives(asked):
         assert abs(own.std() - 1) < 0.05 and abs(own.mean()) < 0.05
         assert abs(torch.corrcoef(own.flatten(1)).fill_diagonal_(0)).max() < 0.3  # no two share their noise
         members = [list(dict.fromkeys(order))[i] for i in range(len(x_0))]
-        c_bar = [merge({"t": data().conditions["states"][list(m)][:, None]})["t"][0, 0] for m in members]
+        c_bar = [merge({"t": data().conditions["prompt_embeds"][list(m)][:, None]})["t"][0, 0] for m in members]
         torch.testing.assert_close(rollout[-1][2], torch.stack(c_bar))
     assert shared <= {1, 2, 3, 4} and len(shared) > 1
 
@@ -483,7 +485,7 @@ def test_consistency_is_measured_from_the_base_not_from_what_it_became():
 
 def test_a_base_that_does_not_fit_is_refused():
     with pytest.raises(UnsupportedError, match="text states 16 wide, but its text encoder gives 8"):
-        narrow = TrainingSet(randn(2, 4, 8, 8), {"states": randn(3, 5, 8)}, torch.tensor([[0], [1]]), ((0, 1),))
+        narrow = TrainingSet(randn(2, 4, 8, 8), {"prompt_embeds": randn(3, 5, 8)}, torch.tensor([[0], [1]]), ((0, 1),))
         loss_of(unet(), Batches(((0, 1),), ALL, 6, 0), narrow)
 
 
@@ -526,7 +528,7 @@ def test_shared_steps_are_guided_as_in_sampling(asked):
     x = calls[0][0].chunk(2)[1]
     for time, (seen, _, states, output, _) in zip(scheduler.timesteps, calls, strict=False):
         torch.testing.assert_close(seen, torch.cat([x, x]), rtol=1e-3, atol=1e-3)
-        assert torch.equal(states.chunk(2)[0], data().conditions["states"][-1:].expand(len(x), -1, -1))
+        assert torch.equal(states.chunk(2)[0], data().conditions["prompt_embeds"][-1:].expand(len(x), -1, -1))
         without, with_text = output.chunk(2)
         x = scheduler.step(without + scale * (with_text - without), time, x).prev_sample
 

@@ -40,6 +40,7 @@ class ImagePrompted(SharedSamplingPipeline):
         steps: int,
         scale: float,
         options: dict[str, Any],
+        batch_size: int = 1,
     ) -> None:
         adapters = self._image_adapters()
         names = [name for name in IMAGE_PROMPTS if name in given]
@@ -60,7 +61,7 @@ class ImagePrompted(SharedSamplingPipeline):
                 _images(entry, count) if name == "ip_adapter_image" else _rows(entry, count, each) for entry in entries
             ]
             given[name] = list(zip(*columns, strict=True))
-        super()._prepare_call(prompts, negatives, given, steps, scale, options)
+        super()._prepare_call(prompts, negatives, given, steps, scale, options, batch_size)
 
     @property
     def _has_one_adapter(self) -> bool:
@@ -114,12 +115,6 @@ class ImagePrompted(SharedSamplingPipeline):
 def image_embeddings(condition: Condition, prefix: str = "") -> list[Tensor]:
     """Return the image prompts among conditions, (rows, ...) for each adapter; those without image have a prefix."""
     return [rows for name, rows in condition.items() if name.startswith(prefix + _CONDITION)]
-
-
-def network_inputs(condition: Condition) -> dict[str, list[Tensor]]:
-    """Return a U-Net's further inputs for the image prompts among conditions (g * rows, ...); {} without any."""
-    found = image_embeddings(condition)
-    return {"image_embeds": found} if found else {}
 
 
 def _images(entry: Any, count: int) -> Sequence[Any]:

@@ -5,6 +5,7 @@ from collections.abc import Hashable
 from typing import Any, cast
 
 from sage.sampling.families import stable_audio
+from sage.sampling.families.size_ids import size_ids
 from sage.sampling.segments import Family, segmented
 
 _STATES = {"prompt_embeds": "prompt_embeds"}
@@ -14,12 +15,61 @@ _MASKED_FIRST = (
 )
 _PLAIN_PAIR = (("prompt_embeds", "negative_prompt_embeds"),)
 _POOLED = _STATES | {"pooled_prompt_embeds": "pooled_prompt_embeds"}
+_POOLED_PAIRS = (("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),)
 # A ControlNet is on or off by the number of the step.
 _KEPT = ("control_guidance_start", "control_guidance_end")
+# The layers that SD 3 skips, and when, by the number of the step.
+_SKIPPED = (
+    "skip_guidance_layers",
+    "skip_layer_guidance_scale",
+    "skip_layer_guidance_stop",
+    "skip_layer_guidance_start",
+)
 
 TABLE = {
     family.stock: family
     for family in (
+        Family(
+            "StableDiffusionPipeline",
+            _STATES,
+            _PLAIN_PAIR,
+            images=True,
+            trained=True,
+            sized=True,
+            counted=True,
+            callbacks=_STATES,
+        ),
+        Family(
+            "StableDiffusionXLPipeline",
+            _POOLED,
+            _POOLED_PAIRS,
+            images=True,
+            fixed=("denoising_end",),
+            trained=True,
+            sized=True,
+            counted=True,
+            callbacks=_STATES | {"add_text_embeds": "pooled_prompt_embeds", "add_time_ids": size_ids},
+        ),
+        Family(
+            "StableDiffusion3Pipeline",
+            _POOLED,
+            _POOLED_PAIRS,
+            images=True,
+            fixed=_SKIPPED,
+            trained=True,
+            sized=True,
+            counted=True,
+            callbacks=_POOLED,
+        ),
+        Family(
+            "PixArtAlphaPipeline",
+            _MASKED,
+            _MASKED_FIRST,
+            trained=True,
+            sized=True,
+            counted=True,
+            callbacks=_STATES,
+        ),
         Family(
             "FluxPipeline",
             _POOLED,
@@ -28,6 +78,7 @@ TABLE = {
             images=True,
             fixed=("true_cfg_scale",),
             trained=True,
+            counted=True,
         ),
         Family("Flux2Pipeline", _STATES, (("prompt_embeds", None),), embedded=True),
         Family("Flux2KleinPipeline", _STATES, (("prompt_embeds", None), ("negative_prompt_embeds", None))),
@@ -55,8 +106,8 @@ TABLE = {
         ),
         Family("Lumina2Pipeline", _MASKED, _MASKED_FIRST, fixed=("cfg_trunc_ratio",)),
         Family("SanaPipeline", _MASKED, _MASKED_FIRST),
-        Family("PixArtSigmaPipeline", _MASKED, _MASKED_FIRST),
-        Family("AuraFlowPipeline", _MASKED, _MASKED_FIRST),
+        Family("PixArtSigmaPipeline", _MASKED, _MASKED_FIRST, counted=True),
+        Family("AuraFlowPipeline", _MASKED, _MASKED_FIRST, counted=True),
         Family("CogView4Pipeline", _STATES, _PLAIN_PAIR),
         Family(
             "HunyuanDiTPipeline",
@@ -74,23 +125,33 @@ TABLE = {
                 for end in ("", "_2")
             ),
         ),
-        Family("StableDiffusionControlNetPipeline", _STATES, _PLAIN_PAIR, control="image", images=True, fixed=_KEPT),
+        Family(
+            "StableDiffusionControlNetPipeline",
+            _STATES,
+            _PLAIN_PAIR,
+            control="image",
+            images=True,
+            fixed=_KEPT,
+            counted=True,
+        ),
         Family(
             "StableDiffusionXLControlNetPipeline",
             _POOLED,
-            (("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),),
+            _POOLED_PAIRS,
             control="image",
             images=True,
             fixed=(*_KEPT, "denoising_end"),
+            counted=True,
         ),
         Family(
             "StableDiffusion3ControlNetPipeline",
             _POOLED,
-            (("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),),
+            _POOLED_PAIRS,
             control="control_image",
             posterior="global",
             images=True,
             fixed=(*_KEPT, "controlnet_pooled_projections"),
+            counted=True,
         ),
         Family(
             "FluxControlNetPipeline",
@@ -101,6 +162,7 @@ TABLE = {
             posterior="generator",
             images=True,
             fixed=(*_KEPT, "true_cfg_scale"),
+            counted=True,
         ),
         Family("WanPipeline", _STATES, _PLAIN_PAIR, output="frames"),
         Family("LTXPipeline", _MASKED, _MASKED_FIRST, output="frames"),
