@@ -44,7 +44,7 @@ def test_every_page_with_python_is_run_below_or_in_the_tests_of_its_room():
         "README.md": 1,
         "docs/grouping.md": 4,
         "docs/own-model.md": 1,
-        "docs/sampling.md": 5,
+        "docs/sampling.md": 6,
         "docs/serving.md": 1,  # tests/serving/test_app.py
         "docs/training.md": 1,
         "models/base/README.md": 1,
