@@ -1,6 +1,6 @@
 """Whether a pipeline can share sampling: tried on a few prompts against its stock run, and not assumed.
 
-A class of the table, or with a call of its own, is tried as it is. For any other class of diffusers the general rules
+A class of the table is tried as it is. For any other class of diffusers the general rules
 (`sage.sampling.families.derived`) make candidate rows, and the first that passes every check is its row.
 """
 
