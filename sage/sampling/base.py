@@ -22,7 +22,7 @@ from sage.packaged import minilm_folder
 PIXELS = 64
 LATENT_SIZE = 8
 LATENT_CHANNELS = 32
-MAX_TOKENS = 24
+MAX_TOKENS = 40
 _INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "vae": ["diffusers", "AutoencoderTiny"],
