@@ -141,9 +141,9 @@ class NetworkTraining(Section):
 
 
 class Autoencoder(NetworkTraining):
-    """The autoencoder between images and latents; `latent_noise` is the standard deviation of noise on its latents."""
+    """The autoencoder (VAE) between images and latents."""
 
-    latent_noise: Weight
+    kl_weight: Weight
 
 
 class Denoiser(NetworkTraining):

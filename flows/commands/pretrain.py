@@ -55,11 +55,12 @@ def autoencoder(
 
     images = _images(examples)
     torch.manual_seed(settings.seed)
-    network = base.new_autoencoder().to(memory_format=torch.channels_last)
+    network = base.new_autoencoder()
     loss = pretraining.autoencoder_loss(
-        network, images, batch_size=settings.batch_size, latent_noise=settings.latent_noise, seed=settings.seed
+        network, images, batch_size=settings.batch_size, kl_weight=settings.kl_weight, seed=settings.seed
     )
     _fit(network, loss, settings, work / "autoencoder", files.sha256_tree(data / "train"))
+    pretraining.normalise_latents(network, images)
     with files.new_folder(out) as temporary:
         network.save_pretrained(temporary)
     unseen = _images(read_split(data, "validation"))
@@ -168,10 +169,10 @@ def attribute_judge(
 
 def _autoencoder(folder: Path) -> Any:
     """Return a saved autoencoder; raise DataError if it cannot be loaded or its weights are not safetensors."""
-    from diffusers import AutoencoderTiny
+    from diffusers import AutoencoderKL
 
     try:
-        found = AutoencoderTiny.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        found = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} holds no autoencoder: {error}. Run `sage pretrain autoencoder`.") from error
     return found.eval().requires_grad_(False)

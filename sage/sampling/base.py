@@ -12,7 +12,7 @@ import sage.torchvision_ops  # noqa: F401
 
 import diffusers
 import torch
-from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
 from sage.errors import ConfigurationError, DataError
@@ -21,11 +21,11 @@ from sage.packaged import minilm_folder
 
 PIXELS = 64
 LATENT_SIZE = 8
-LATENT_CHANNELS = 32
-MAX_TOKENS = 40
+LATENT_CHANNELS = 16
+MAX_TOKENS = 24
 _INDEX = {
     "_class_name": "StableDiffusionPipeline",
-    "vae": ["diffusers", "AutoencoderTiny"],
+    "vae": ["diffusers", "AutoencoderKL"],
     "text_encoder": ["transformers", "BertModel"],
     "tokenizer": ["transformers", "BertTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
@@ -45,19 +45,22 @@ def text_parts() -> tuple[PreTrainedTokenizerBase, BertModel]:
     return tokenizer, encoder.requires_grad_(False).eval()
 
 
-def new_autoencoder() -> AutoencoderTiny:
-    """Return an untrained autoencoder: (3, 64, 64) images in [-1, 1] to (32, 8, 8) latents."""
-    return AutoencoderTiny(
-        encoder_block_out_channels=(32,) * 4,
-        decoder_block_out_channels=(32,) * 4,
-        num_encoder_blocks=(1, 3, 4, 5),
-        num_decoder_blocks=(5, 4, 3, 1),
+def new_autoencoder() -> AutoencoderKL:
+    """Return an untrained autoencoder: (3, 64, 64) images in [-1, 1] to (16, 8, 8) latents."""
+    channels = (32, 32, 64, 96)
+    return AutoencoderKL(
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
         latent_channels=LATENT_CHANNELS,
+        layers_per_block=1,
+        norm_num_groups=16,
+        sample_size=PIXELS,
     )
 
 
 def new_unet() -> UNet2DConditionModel:
-    """Return an untrained U-Net on (32, 8, 8) latents and 384-wide text states."""
+    """Return an untrained U-Net on (16, 8, 8) latents and 384-wide text states."""
     channels = (96, 192)
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
