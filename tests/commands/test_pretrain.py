@@ -65,7 +65,7 @@ def test_it_leaves_a_base_that_loads_and_keeps_the_card(project, capsys):
     said = capsys.readouterr().out
     assert "reconstruction of 4 unseen pictures" in said
     assert "autoencoder: 2 steps in 0 minutes" in said and "denoiser: 2 steps in 0 minutes" in said
-    assert base.load(card.parent).unet.config.in_channels == 32
+    assert base.load(card.parent).unet.config.in_channels == 16
     assert card.read_text() == "what was measured"
     # Measured on other weights.
     assert not (card.parent / "damage.json").exists()
