@@ -34,6 +34,7 @@ _PACKAGED = [
 ]
 _ALIGNMENT = Path("models/alignment")
 _RAW = Path("data/raw")
+_NO_IMAGES = {".md", ".dvc"}
 _GIT_MB = 50  # what git keeps, it keeps for ever, and every clone has it
 _DISK_GB = 3.0  # data, models, images, their copies in DVC's cache and in MLflow
 _MEMORY_GB = 4.0
@@ -177,15 +178,29 @@ def _own_weights(folder: Path) -> Finding:
 
 
 def _data() -> Iterator[Finding]:
-    """Check that git would not store the user's images, if there are any."""
-    size = sum(path.stat().st_size for path in _RAW.rglob("*") if path.is_file()) / 1e6
-    if (swallowed := _swallowed(_RAW)) > _GIT_MB:
+    """Check that the user's images are there, if they are asked for, and that git would not store them."""
+    found = [path for path in _RAW.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in found) / 1e6
+    if not any(path.suffix not in _NO_IMAGES and not path.name.startswith(".") for path in found) and _own_images():
+        yield Finding(
+            f"{_RAW} has no images, but prepare.source in params.yaml asks for them",
+            "put them there (`sage pull` brings what `dvc add` tracks); a run without them ends in stage prepare",
+        )
+    elif (swallowed := _swallowed(_RAW)) > _GIT_MB:
         yield Finding(
             f"{_RAW}: {size:.1f} MB, of which `dvc exp save` and `git add` would store {swallowed:.0f} MB in git",
             f"put the images into a folder below it, say {_RAW}/photos, and give that to DVC: dvc add {_RAW}/photos",
         )
     else:
         yield Finding(f"{_RAW}: {size:.1f} MB")
+
+
+def _own_images() -> bool:
+    """Return whether the parameters ask for images in the project's folder; another check tells of faults in them."""
+    try:
+        return load_params().prepare.source in ("folder", "kohya")
+    except SageError:
+        return False
 
 
 def _opens(path: Path) -> bool:

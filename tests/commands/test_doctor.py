@@ -97,6 +97,20 @@ def test_photographs_that_git_would_store_are_said_with_what_dvc_does_instead(mo
     assert list(doctor._data()) == [doctor.Finding("data/raw: 1.0 MB")]
 
 
+def test_images_that_are_asked_for_and_not_there_are_said(tmp_path):
+    """A clone has what git has: the folder's README and what DVC keeps of the images."""
+    raw = Path("data/raw")
+    raw.mkdir(parents=True)
+    for name in ("README.md", "photos.dvc", ".gitignore"):
+        (raw / name).write_text("x")
+    assert list(doctor._data()) == [doctor.Finding("data/raw: 0.0 MB")]
+    small.set_params(tmp_path, prepare__source="folder")
+    (found,) = doctor._data()
+    assert found.what.startswith("data/raw has no images") and "sage pull" in found.remedy
+    (raw / "a.png").write_bytes(b"x")
+    assert list(doctor._data()) == [doctor.Finding("data/raw: 0.0 MB")]
+
+
 def test_the_base_of_the_parameters_is_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "_PACKAGED", [])
     shutil.copy(Path(__file__).parents[2] / "params.yaml", "params.yaml")
