@@ -9,7 +9,7 @@ from torch import Tensor
 Condition = Mapping[str, Tensor]
 """Tensors by name, such as text states, pooled states and mask, each of shape (rows, ...).
 
-In the sampling loop they have one more axis, (rows, g, ...): under guidance g = 2, without and with text; else g = 1.
+In the sampling loop they have one more axis, (rows, g, ...) with g = 1; those without text have names of their own.
 """
 
 
@@ -18,10 +18,9 @@ def select(condition: Condition, rows: Tensor | slice) -> Condition:
     return {name: values[rows] for name, values in condition.items()}
 
 
-def stacked(without: Condition | None, with_text: Condition) -> Condition:
-    """Stack conditions (n, ...) to (n, g, ...): without and with text, or with text alone if `without` is None."""
-    both = [with_text] if without is None else [without, with_text]
-    return concatenated([{name: rows[:, None] for name, rows in part.items()} for part in both], dim=1)
+def stacked(rows: Condition) -> Condition:
+    """Return conditions (n, ...) as the sampling loop has them, (n, 1, ...)."""
+    return concatenated([{name: values[:, None] for name, values in rows.items()}], dim=1)
 
 
 def concatenated(parts: Sequence[Condition], dim: int) -> Condition:
@@ -38,7 +37,7 @@ def _concatenated(parts: list[Tensor], dim: int) -> Tensor:
 
 
 def joined(condition: Condition) -> Condition:
-    """Flatten conditions (rows, g, ...) to (g * rows, ...) for one network call; the rows without text come first."""
+    """Flatten conditions (rows, g, ...) to (g * rows, ...) for one network call."""
     return {name: rows.transpose(0, 1).flatten(0, 1) for name, rows in condition.items()}
 
 

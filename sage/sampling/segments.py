@@ -390,7 +390,7 @@ class SegmentedPipeline(SharedSamplingPipeline):
         found: dict[str, Tensor] = {}
         for prefix in ("negative_", "") if without else ("",):
             found |= {prefix + name: rows for name, rows in self._condition(given, prefix).items()}
-        return stacked(None, found | beside)
+        return stacked(found | beside)
 
     def _reads_embeddings(self, given: Mapping[str, Any], guided: bool) -> bool:
         """Return whether `encode_prompt` adds to embeddings that are given: negative ones, or what a subclass has."""
