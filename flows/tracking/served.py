@@ -26,7 +26,7 @@ from sage.data.rows import Rejected
 from sage.errors import ConfigurationError, RegistryError
 from sage.files import sha256_tree
 from sage.grouping.boilerplate import distinct
-from sage.grouping.distilled import read_distilled
+from sage.grouping.distilled import Distilled, read_distilled
 from sage.grouping.embedding import embed
 from sage.grouping.policy import Policy
 from sage.numbers import whole
@@ -42,6 +42,8 @@ Answer = dict[str, str | int | float | list[int]]
 class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow mlflow
     """MLflow model that groups the prompts of a request and computes the first steps once for each group."""
 
+    _distilled: Distilled | None = None
+
     def load_context(self, context: PythonModelContext) -> None:
         """Load the weights of the version; raise RegistryError if a hash differs."""
         folder = Path(context.artifacts["model"])
@@ -49,8 +51,8 @@ class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow
         found, wanted = sha256_tree(folder), context.model_config["model_sha256"]
         if found != wanted:
             raise RegistryError(f"the weights are damaged: SHA-256 {found[:12]}, not {wanted[:12]}.")
-        by_distilled = context.model_config["group"].get("by") == "distilled"
-        self._distilled = read_distilled(folder) if by_distilled else None
+        if context.model_config["group"].get("by") == "distilled":
+            self._distilled = read_distilled(folder)
         self._pipeline = open_pipeline(folder)
         # A server calls from several threads, but the pipeline has only one scheduler, which holds state.
         self._alone = threading.Lock()

@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from encoders import random_encoder
 from safetensors.torch import load_file, save_file
 
 from sage.errors import ConfigurationError
 from sage.grouping.auto import Grouping
 from sage.grouping.distilled import (
-    CoefficientNetwork,
     Distilled,
     kept_at,
     padded,
@@ -28,11 +28,7 @@ MADE_FOR = ("DDIMScheduler", 999.0, 1.0)
 
 @pytest.fixture(scope="module")
 def encoder():
-    torch.manual_seed(0)
-    network = CoefficientNetwork(384, 5, width=16, queries=2, hidden=24)
-    network.scale.mul_(4)
-    mean = np.array([0.5, -1, 2, 0.1, 0, 3], np.float32)
-    return Distilled(network.eval().requires_grad_(False), mean, 64, MADE_FOR, {"distilled.threshold": 0.97})
+    return random_encoder(MADE_FOR)
 
 
 @pytest.fixture
