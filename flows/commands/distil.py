@@ -200,7 +200,7 @@ def measured(
     from sage.grouping.auto import DEFAULT
     from sage.grouping.boilerplate import distinct
     from sage.grouping.embedding import embed
-    from sage.grouping.groups import group
+    from sage.grouping.groups import cut, tree
     from sage.grouping.sphere import on_sphere
 
     sphere = on_sphere(real, real.shape[1])
@@ -211,7 +211,7 @@ def measured(
     }
     explained = variance_explained(real, components.predictions(encoder.coefficients(texts)))
     threshold = DEFAULT.threshold or 0.0
-    count = len(group(spaces["text"], threshold, max_size))
+    count = len(cut(tree(spaces["text"], threshold, max_size), threshold))
     found: dict[str, float] = {"prompts": len(texts), "groups": count, "variance_explained": explained}
     title = f"{len(texts)} validation captions in {count} groups, as text forms at {threshold:g}"
     table = Table("groups by", "threshold", "rank correlation", "m within groups", title=title)

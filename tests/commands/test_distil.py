@@ -21,10 +21,12 @@ from sage.data.dataset import SPLITS
 from sage.errors import ConfigurationError, DataError
 from sage.evaluation import bootstrap
 from sage.files import sha256_tree
+from sage.grouping.auto import Grouping
 from sage.grouping.cost import model_digest, read_damage
 from sage.grouping.distilled import kept_at, read_distilled
 from sage.grouping.groups import group
 from sage.sampling.pipeline import SharedSamplingPipeline
+from sage.sampling.plan import Plan
 
 pytestmark = pytest.mark.slow
 
@@ -191,6 +193,20 @@ def test_a_list_is_grouped_and_drawn_and_shards_need_the_encoder_for_the_plan_on
     ]
     with pytest.raises(ConfigurationError, match="Run `sage distil --model model`"):
         generate.main("prompts.txt", project / "other", model="model", negative_prompt="")
+
+
+def test_a_call_of_the_pipeline_groups_by_it_and_evaluates_nothing_for_it(project):
+    pipe = SharedSamplingPipeline.from_pretrained(project / "model")
+    pipe.set_progress_bar_config(disable=True)
+    rows = read_distilled(project / "model").embed(TEXTS[:8])
+    threshold = float(np.median((rows @ rows.T)[np.triu_indices(8, 1)]))
+    groups = Grouping(by="distilled", model=project / "model", threshold=threshold, near_duplicate=1.0)
+    call = {"num_inference_steps": 3, "share_ratio": 0.4, "branch_noise": 1.0, "seed": 0, "image_steps": 0}
+    out = pipe(TEXTS[:8], groups=groups, guidance_scale=1.0, **call)
+    assert out.plan == Plan.shared(group(rows, threshold, 6, 1.0), 3, 0.4) and out.plan.saving > 0
+    assert out.cost.network_evaluations == out.plan.nfe(guidance=False)
+    with pytest.raises(ConfigurationError, match=r"guidance scale 1\.0, not 3\.0"):
+        pipe(TEXTS[:8], groups=groups, guidance_scale=3.0, **call)
 
 
 def test_damage_is_measured_in_its_space(project, monkeypatch):

@@ -17,6 +17,7 @@ from sage.grouping.distilled import (
     read_distilled,
     write_distilled,
 )
+from sage.grouping.doubts import doubts
 from sage.grouping.embedding import token_states
 from sage.grouping.groups import group
 from sage.sampling.first_prediction import FirstPredictions
@@ -70,6 +71,9 @@ def test_rows_do_not_depend_on_the_order_or_the_company(encoder):
     assert sum(told) == len(PROMPTS)
     assert np.array_equal(rows[0], rows[3]) and not np.allclose(rows[0], rows[1], atol=1e-3)
     assert np.array_equal(encoder.embed(PROMPTS[::-1]), rows[::-1])
+    pairs = encoder.embed(PROMPTS, batch_size=2)
+    assert np.array_equal(encoder.embed(PROMPTS[::-1], batch_size=2), pairs[::-1])
+    np.testing.assert_allclose(pairs, rows, atol=1e-4)
     np.testing.assert_allclose(encoder.embed(PROMPTS, batch_size=1), rows, atol=1e-4)
     np.testing.assert_allclose(encoder.embed(PROMPTS[:1])[0], rows[0], atol=1e-4)
     assert encoder.embed([]).shape == (0, 7)
@@ -145,3 +149,10 @@ def test_grouping_reads_the_encoder_of_its_model(model, encoder):
     assert loose.groups(PROMPTS, keys, 0.3) == group(rows, -1.0, 6, 1.0) != wanted
     with pytest.raises(ConfigurationError, match="guidance scale"):
         loose.groups(PROMPTS, keys, 0.3, ("DDIMScheduler", 999.0, 4.0))
+
+
+def test_the_encoder_reads_whole_prompts_and_latin_ones_best(encoder):
+    prompts = ["masterpiece, best quality, a fox"] * 9 + ["\u72d7\u5728\u8dd1"]
+    (doubt,) = doubts(prompts, encoder.embed(prompts), 0.5, "distilled")
+    assert "1 prompts are in a script other than Latin" in doubt
+    assert len(doubts(prompts, encoder.embed(prompts), 0.5, "text")) > 1
