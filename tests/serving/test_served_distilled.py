@@ -11,6 +11,7 @@ import tiny
 import yaml
 from encoders import random_encoder
 from examples import ROOT
+from waiting import Clock
 
 from flows.serving import worker
 from flows.serving.engine import Engine
@@ -75,9 +76,14 @@ def test_a_budget_does_not_meet_between_requests_and_the_encoders_own_threshold_
     assert Engine(pipe, budget, 4, distilled=encoder)._threshold(job("a", PROMPTS)) == encoder.threshold
 
 
-def test_requests_of_a_tenant_share_by_it(pipe, encoder, policy):
+def test_requests_of_a_tenant_share_by_it(pipe, encoder, policy, monkeypatch):
+    clock = Clock()  # the second comes before the first has waited enough
+    monkeypatch.setattr("flows.serving.engine.time", clock)
     engine = Engine(pipe, dataclasses.replace(policy, threshold=-1.0), 4, distilled=encoder)
-    found = run(engine, [job("a", PROMPTS[:1], "tenant"), job("b", PROMPTS[2:3], "tenant")])
+    for one in (job("a", PROMPTS[:1], "tenant"), job("b", PROMPTS[2:3], "tenant")):
+        engine.submit(one)
+    clock.now += 1
+    found = run(engine, [])
     assert [found[name, 0].others for name in "ab"] == [1, 1]
 
 
@@ -98,7 +104,7 @@ def test_an_engine_without_what_the_policy_needs_is_refused(pipe, by):
 
 
 def test_the_model_process_embeds_with_it_beside_the_steps(pipe, encoder, policy, monkeypatch):
-    monkeypatch.setattr("flows.serving.encoder.embed", lambda prompts: pytest.fail("the sentence encoder was used"))
+    monkeypatch.setattr("flows.serving.encoder.embed", lambda prompts: ValueError("the sentence encoder was used"))
     inbox, outbox = queue.SimpleQueue(), queue.SimpleQueue()
     thread = threading.Thread(target=worker._serve, args=(Engine(pipe, policy, 4, distilled=encoder), inbox, outbox))
     thread.start()

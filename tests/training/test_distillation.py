@@ -59,6 +59,9 @@ def test_states_are_padded_as_the_encoder_pads_them():
     wanted, there = padded([torch.from_numpy(found[number]) for number in (3, 0, 19)])
     states, mask = States(found)[torch.tensor([3, 0, 19])]
     assert torch.equal(mask, there) and torch.equal(states, wanted)
+    # Also if the last of all is padded.
+    states, mask = States([np.ones((2, 4)), np.ones((1, 4))])[torch.tensor([0, 1])]
+    assert mask.tolist() == [[True, True], [True, False]] and states.sum(2).tolist() == [[4, 4], [4, 0]]
 
 
 @pytest.mark.slow
