@@ -147,7 +147,7 @@ class Autoencoder(NetworkTraining):
 
 
 class Denoiser(NetworkTraining):
-    """The U-Net that denoises the latents; `compile`: with torch.compile, which needs a C++ compiler."""
+    """The U-Net that denoises the latents; `compile`: its blocks with torch.compile, which needs a C++ compiler."""
 
     drop_text: Share
     compile: bool

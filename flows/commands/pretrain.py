@@ -95,9 +95,11 @@ def denoiser(
     torch.manual_seed(settings.seed)
     network = base.new_unet() if start is None else base.load(start).unet.requires_grad_(True)
     network = network.to(memory_format=torch.channels_last)
+    if settings.compile:
+        pretraining.compile_blocks(network)
     ancestors = [*parents, *([files.sha256_tree(start)] if start is not None else [])]
     loss = pretraining.denoiser_loss(
-        torch.compile(network) if settings.compile else network,
+        network,
         base.new_scheduler(),
         latents,
         states,

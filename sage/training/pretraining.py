@@ -7,7 +7,9 @@ import sage.torchvision_ops  # noqa: F401
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sage import diffusion
@@ -110,6 +112,16 @@ def encode_texts(
         states.append(encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state.half())
         on_batch(len(tokens.input_ids))
     return torch.cat(states)
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Compile the residual and the transformer blocks of a network of diffusers in place; needs a C++ compiler.
+
+    Not the whole network: torch 2.13 compiles the gradient of upsampling in bfloat16 wrongly on the CPU.
+    """
+    for block in network.modules():
+        if isinstance(block, (ResnetBlock2D, BasicTransformerBlock)):
+            block.compile()
 
 
 def denoiser_loss(

@@ -6,6 +6,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from sage import diffusion
 from sage.data.dataset import captions_of
+from sage.precision import autocast
 from sage.sampling import base
 from sage.training import pretraining
 
@@ -151,3 +152,36 @@ def test_texts_get_the_states_of_the_stock_pipeline():
     pipeline = base.assemble(base.new_autoencoder(), base.new_unet())
     expected, _ = pipeline.encode_prompt(["red heart"], "cpu", 1, do_classifier_free_guidance=False)
     torch.testing.assert_close(pretraining.encode_texts(["red heart"]).float(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, when it compiles
+def test_compiled_blocks_have_the_gradients_of_the_plain_network():
+    torch.manual_seed(0)
+    network = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(16, 32),  # two sizes: between them, upsampling
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=6,
+        attention_head_dim=2,
+    )
+    weights = torch.linspace(-1, 1, 4 * 2 * 64).view(4, 2, 8, 8)
+    x, condition = torch.randn(4, 2, 8, 8), torch.randn(4, 3, 6)
+
+    def gradients():
+        network.zero_grad()
+        with autocast():
+            output = network(x, torch.arange(4) * 200, condition).sample.float()
+        (output * weights).sum().backward()
+        return {name: p.grad.clone() for name, p in network.named_parameters()}
+
+    plain = gradients()
+    pretraining.compile_blocks(network)
+    size = max(float(gradient.norm()) for gradient in plain.values())
+    for name, gradient in gradients().items():
+        assert float((gradient - plain[name]).norm()) < 0.02 * size, name
