@@ -147,10 +147,9 @@ class Autoencoder(NetworkTraining):
 
 
 class Denoiser(NetworkTraining):
-    """The U-Net that denoises the latents; `compile`: with torch.compile, which needs a C++ compiler."""
+    """The U-Net that denoises the latents."""
 
     drop_text: Share
-    compile: bool
 
 
 class AttributeReader(NetworkTraining):
@@ -160,8 +159,12 @@ class AttributeReader(NetworkTraining):
 
 
 class Pretrain(Section):
-    """Training of the base model and of the attribute judge by `sage pretrain`."""
+    """Training of the base model and of the attribute judge by `sage pretrain`.
 
+    compile   the base model's networks with torch.compile, which needs a C++ compiler
+    """
+
+    compile: bool
     autoencoder: Autoencoder
     denoiser: Denoiser
     attributes: AttributeReader

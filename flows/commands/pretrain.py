@@ -45,7 +45,8 @@ def autoencoder(
     data: Data = Path("data/prepared"), work: Work = Path("work/pretrain"), out: Out = Path("work/pretrain/vae")
 ) -> None:
     """Train the autoencoder on the training images and print its reconstruction quality on unseen images."""
-    settings = load_params().pretrain.autoencoder
+    params = load_params().pretrain
+    settings = params.autoencoder
     examples = read_split(data, "train")
 
     import torch
@@ -55,7 +56,10 @@ def autoencoder(
 
     images = _images(examples)
     torch.manual_seed(settings.seed)
-    network = base.new_autoencoder()
+    network = base.new_autoencoder().to(memory_format=torch.channels_last)
+    if params.compile:
+        network.encoder.compile()
+        network.decoder.compile()
     loss = pretraining.autoencoder_loss(
         network, images, batch_size=settings.batch_size, kl_weight=settings.kl_weight, seed=settings.seed
     )
@@ -80,7 +84,8 @@ def denoiser(
     out: Out = Path("models/base"),
 ) -> None:
     """Train the U-Net on the autoencoder's latents and write the whole base model."""
-    settings = load_params().pretrain.denoiser
+    params = load_params().pretrain
+    settings = params.denoiser
     examples = read_split(data, "train")
 
     import torch
@@ -95,9 +100,11 @@ def denoiser(
     torch.manual_seed(settings.seed)
     network = base.new_unet() if start is None else base.load(start).unet.requires_grad_(True)
     network = network.to(memory_format=torch.channels_last)
+    if params.compile:
+        network.compile()
     ancestors = [*parents, *([files.sha256_tree(start)] if start is not None else [])]
     loss = pretraining.denoiser_loss(
-        torch.compile(network) if settings.compile else network,
+        network,
         base.new_scheduler(),
         latents,
         states,

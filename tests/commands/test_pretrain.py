@@ -27,9 +27,10 @@ def project(tmp_path, monkeypatch):
         rows = ({"id": f"{i}", "text": NAMES[i], "image": image} for i, image in enumerate(images))
         write_split(tmp_path / "data/prepared" / split, rows)
     values = yaml.safe_load(SHIPPED.read_text())
+    values["pretrain"].pop("compile")
     for part in values["pretrain"].values():
         part |= {"steps": 2, "warmup": 1, "decay": 1, "batch_size": 2}
-    values["pretrain"]["denoiser"]["compile"] = False
+    values["pretrain"]["compile"] = False
     values["pretrain"]["attributes"]["figures"] = 8
     values["prepare"]["figures"]["styles"] = ["planets", "moods"]
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
