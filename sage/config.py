@@ -58,10 +58,10 @@ def _one_of(names: Sequence[str]) -> AfterValidator:
 
 def _source(value: str) -> str:
     """Check that a text names a source of images or is an fsspec address."""
-    if value not in ("twemoji", "figures", "folder", "kohya") and "://" not in value:
+    if value not in ("figures", "folder", "kohya") and "://" not in value:
         raise PydanticCustomError(
             "literal_error",
-            "Input should be 'twemoji', 'figures', 'folder' or 'kohya', or an address such as s3://bucket/*.tar",
+            "Input should be 'figures', 'folder' or 'kohya', or an address such as s3://bucket/*.tar",
         )
     return value
 
@@ -104,7 +104,6 @@ class Prepare(Section):
     """Source of the images, their size, and the fractions held out for validation and test."""
 
     source: Annotated[str, AfterValidator(_source)]
-    words: Annotated[float, Field(gt=0, le=1)]
     figures: Figures
     image_size: Annotated[int, Field(ge=8, le=2048)]
     resize: Literal["pad", "crop"]
