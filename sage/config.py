@@ -378,6 +378,21 @@ class Params(Section):
     generate: Generate
     evaluate: Evaluate
 
+    @model_validator(mode="after")
+    def _judged(self) -> "Params":
+        """Refuse judging by attributes, which only composed figures have."""
+        source, found = self.prepare.source, self.evaluate
+        wrong = []
+        if found.alignment == "attributes":
+            wrong.append("evaluate.alignment is 'attributes'; set it to clip, a folder or a hub name")
+        if found.references is not None:
+            wrong.append(f"evaluate.references is {found.references}; set it to null")
+        if source != "figures" and wrong:
+            raise ValueError(
+                f"prepare.source is {source!r}, whose images have no known attributes, but {', and '.join(wrong)}"
+            )
+        return self
+
 
 class _Loader(yaml.SafeLoader):
     """Parses 1e-05 (DVC's form of 0.00001) as a float, as YAML 1.2 does; in PyYAML's YAML 1.1 it is a string."""
@@ -409,7 +424,7 @@ def _line(problem: Any) -> str:
     path = ".".join(str(part) for part in problem["loc"]) or "(top)"
     if problem["type"] == "extra_forbidden":
         return f"  {path}: unknown key; allowed are {', '.join(_keys(problem['loc'][:-1]))}"
-    return f"  {path}: {problem['msg']}, found {problem['input']!r}"
+    return f"  {path}: {problem['msg']}" + (f", found {problem['input']!r}" if problem["loc"] else "")
 
 
 def _keys(location: tuple[str | int, ...]) -> list[str]:

@@ -60,6 +60,7 @@ def committed(tmp_path_factory):
         generate__batch_size=4,
         evaluate__features=str(judges[0].parent),
         evaluate__alignment=str(judges[1]),
+        evaluate__references=None,
         evaluate__resamples=100,
         evaluate__gates=[GATE],
     )

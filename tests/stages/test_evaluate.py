@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny_judges
 import yaml
 from PIL import Image, ImageFilter
 from prepared_files import NOWHERE, write_split
@@ -19,7 +20,6 @@ from sage.data.figures import figures
 from sage.data.shards import rgb
 from sage.errors import DataError, MetricError
 from sage.evaluation import gates
-from sage.evaluation.alignment import DualEncoder, save
 from sage.evaluation.bootstrap import LEAST_GROUPS
 from sage.evaluation.manifest import write_unread
 from sage.evaluation.results import read
@@ -64,10 +64,10 @@ def build(folder):
     write_curves(folder / "losses.csv", points([(10, {"loss": 0.5})], [Measured(0, {"validation_loss": 0.75})]))
     costs = {arm: {"images": 16, "nfe_per_image": nfe} for arm, nfe in NFE.items()}
     (folder / "generate.json").write_text(json.dumps({"arms": costs}))
-    save(DualEncoder(1280, 384, 8), folder / "alignment", "nothing")
+    tiny_judges.clip(folder / "judges/clip")
     params = yaml.safe_load(Path("params.yaml").read_text())
     params["generate"] |= {"split": "test", "seeds": SEEDS}
-    params["evaluate"] |= {"resamples": 200, "alignment": "alignment"}
+    params["evaluate"] |= {"resamples": 200, "alignment": "judges/clip", "references": None}
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     return folder
 

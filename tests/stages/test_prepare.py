@@ -406,6 +406,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An own folder with this project's configuration, told to read a user's pictures."""
     params = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
     params["prepare"] |= {"source": "folder", "image_size": 16}
+    params["evaluate"] |= {"alignment": "clip", "references": None}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SAGE_TRACKING_URI", "off")
