@@ -233,7 +233,10 @@ def noise(work: Work = Path("work/arms"), page: Page = Path("docs/results_tables
         figures = [judge.figures(main[name]) for name in names]
         columns += [[f"{arm[metric].value:.3g}" for arm in figures] for metric in ("kernel_distance", "alignment")]
         typer.echo(f"seeds {pair}: {columns[-2:]}")
-    head = ["arm", *(f"{what}, seeds {a} and {b}" for a, b in pairs for what in ("kernel distance", "alignment"))]
+    head = [
+        "arm",
+        *(f"{what}, seeds {a} and {b}" for a, b in pairs for what in ("kernel distance", "attributes right")),
+    ]
     _rewrite(page, "noise", _table(head, [list(row) for row in zip(names, *columns, strict=True)]))
 
 
@@ -345,7 +348,7 @@ def goals(
          judge.change(sage, plain, "kernel_distance"), lambda x: x <= -0.05),
         ("Frechet distance, the same: at least 5% lower",
          judge.change(sage, plain, "frechet_distance"), lambda x: x <= -0.05),
-        ("alignment, the same: at least 5% higher", judge.change(sage, plain, "alignment"), lambda x: x >= 0.05),
+        ("attributes right, the same: at least 5% higher", judge.change(sage, plain, "alignment"), lambda x: x >= 0.05),
         ("diversity within groups, the same: at least twice",
          judge.change(sage, plain, "group_diversity"), lambda x: x >= 1.0),
         ("diversity within groups, SAGE shared against base independent: within 10%",

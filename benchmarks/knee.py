@@ -17,18 +17,16 @@ from diffusers import AutoencoderKL
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.judged import Seen
 from flows.drawing import open_pipeline
 from flows.terminal import progress, run
 from sage.config import load_params
 from sage.data.dataset import Example, load_pixels, read_split
-from sage.evaluation.alignment import load_alignment, text_image_cosines
 from sage.evaluation.bootstrap import value
 from sage.evaluation.distances import frechet_statistic, kernel_statistic
-from sage.evaluation.extractors import EfficientNetLite0, read_images
 from sage.evaluation.registry import METRICS
 from sage.files import new_file
 from sage.grouping.cost import model_digest
-from sage.grouping.embedding import embed
 from sage.sampling.seeds import prompt_seed
 from sage.training.pretraining import restored
 
@@ -38,41 +36,37 @@ SEEDS = (0, 1)
 def main(
     model: Annotated[Path, typer.Option(help="A model folder.")] = Path("models/base"),
     data: Annotated[Path, typer.Option(help="Prepared data.")] = Path("data/prepared"),
-    alignment: Annotated[Path, typer.Option(help="The dual encoder.")] = Path("models/alignment"),
     steps: Annotated[str, typer.Option(help="Numbers of steps.")] = "1,2,3,4,6,8,10,14,20",
     guidance_scale: Annotated[float, typer.Option(help="Guidance scale.")] = 1.0,
     work: Annotated[Path, typer.Option(help="Where features are kept.")] = Path("work/knee"),
 ) -> None:
-    """Print kernel distance, Frechet distance and alignment of independent sampling for each number of steps."""
+    """Print kernel distance, Frechet distance and attributes right of independent sampling for each number of steps."""
     examples = read_split(data, "validation")
-    extract = EfficientNetLite0()
-    real = extract(read_images(example.image for example in examples))
-    texts = embed([example.text for example in examples])
-    encoder = load_alignment(alignment)
+    see = Seen()
+    real = see.real(examples)
     each = [[place] for place in range(len(examples))]
-    names = [METRICS[name].label for name in ("kernel_distance", "frechet_distance", "alignment")]
+    names = [*(METRICS[name].label for name in ("kernel_distance", "frechet_distance")), "attributes right"]
     table = Table("steps", *names, title=f"n = {len(examples)}")
     scheduler = load_params().generate.scheduler
     digest = f"{model_digest(model)[:16]}-{scheduler or 'own'}"
 
-    def row(name: str, features: np.ndarray) -> None:
-        features = features.reshape(len(examples), -1, features.shape[-1])
+    def row(name: str, rows: np.ndarray) -> None:
+        features = rows[:, :-1].reshape(len(examples), -1, rows.shape[-1] - 1)
         kernel, frechet = (
-            value(statistic(real[:, None], features, each), len(each))
+            value(statistic(real[:, None, :-1], features, each), len(each))
             for statistic in (kernel_statistic, frechet_statistic)
         )
-        table.add_row(
-            name, f"{kernel:.4g}", f"{frechet:.4g}", f"{text_image_cosines(encoder, features, texts).mean():.4f}"
-        )
+        table.add_row(name, f"{kernel:.4g}", f"{frechet:.4g}", f"{rows[:, -1].mean():.4f}")
 
     row("the pictures themselves", real)
-    row("through the autoencoder", extract(through_autoencoder(model, examples)))
+    row("through the autoencoder", see(examples, through_autoencoder(model, examples)))
     for count in map(int, steps.split(",")):
         kept = work / f"{digest}-{guidance_scale}-{count}.npy"
         if not kept.exists():
-            features = extract(sample(model, examples, count, guidance_scale, scheduler))
+            each_seed = [example for example in examples for _ in SEEDS]
+            rows = see(each_seed, sample(model, examples, count, guidance_scale, scheduler))
             with new_file(kept) as temporary, temporary.open("wb") as file:
-                np.save(file, features)
+                np.save(file, rows)
         row(str(count), np.load(kept))
     Console().print(table)
 

@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 
 LABELS = {
     "kernel_distance": "kernel distance",
-    "alignment": "alignment",
+    "alignment": "attributes right",
     "group_diversity": "diversity\nwithin groups",
     "nfe_per_image": "evaluations\nper image",
 }

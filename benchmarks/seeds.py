@@ -20,14 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 import sage
+from benchmarks.judged import Seen, as_features
 from flows.drawing import batches, first_predictions, open_pipeline
-from flows.machine import device
 from flows.terminal import progress, run
 from sage.config import load_params
 from sage.data.dataset import Example, read_split
-from sage.evaluation.alignment import load_alignment, text_image_cosines
-from sage.evaluation.extractors import EfficientNetLite0, read_images
-from sage.evaluation.figures import Bootstrap, ImageFeatures, arm_figures, statistics
+from sage.evaluation.figures import Bootstrap, arm_figures, statistics
 from sage.evaluation.results import Figure
 from sage.files import digest, new_file, sha256_tree
 from sage.grouping.boilerplate import distinct
@@ -87,13 +85,9 @@ def main(
     first = first_predictions(pipe, texts, how)
     groups = {"text": by_text(texts), "prediction": []}
     groups["prediction"] = by_prediction(texts, first, len(groups["text"]))
-    extract, encoder, embeddings = EfficientNetLite0(device()), load_alignment(Path("models/alignment")), embed(texts)
+    see = Seen()
     bootstrap = Bootstrap.over(groups["text"], 1000, 0.95, 0)
-
-    def seen(features: np.ndarray) -> ImageFeatures:
-        return ImageFeatures(features, text_image_cosines(encoder, features, embeddings))
-
-    real = seen(extract(read_images(example.image for example in examples))[:, None])
+    real = as_features(see.real(examples)[:, None])
     names = ["evaluations an image", *(name.replace("_", " ") for name in METRICS)]
     title = f"{len(texts)} prompts, {seeds} seeds, {len(groups['text'])} groups by text"
     table = Table("plan", "by", "steps", *names, title=title)
@@ -102,8 +96,7 @@ def main(
     for point in POINTS:
         found = groups[point.by]
         folder = work / digest(identity | asdict(point) | {"groups": found})[:16]
-        features = draw(pipe, point, examples, found, first, seeds, settings, extract, folder)
-        images = seen(features)
+        images = as_features(draw(pipe, point, examples, found, first, seeds, settings, see, folder))
         values = arm_figures(statistics(real, images, groups["text"]), images, bootstrap)
         cells = [written(values[name]) for name in METRICS]
         nfe = evaluations(point, found, first, seeds) / (len(texts) * seeds)
@@ -154,10 +147,10 @@ def draw(
     first: FirstPredictions,
     seeds: int,
     settings: Any,
-    extract: EfficientNetLite0,
+    see: Seen,
     folder: Path,
 ) -> np.ndarray:
-    """Return the features of all images of a point, (prompts, seeds, width).
+    """Return what is seen in all images of a point, (prompts, seeds, width + 1).
 
     pipe         pipeline for shared sampling
     point        the plan
@@ -166,7 +159,7 @@ def draw(
     first        their first predictions
     seeds        images of each prompt
     settings     the section generate of params.yaml
-    extract      the extractor
+    see          what sees
     folder       where each piece is kept
     """
     found: dict[int, np.ndarray] = {}
@@ -192,7 +185,8 @@ def draw(
                     batch_size=settings.batch_size,
                 )
                 images = {result.index: np.asarray(result.image) for result in stream}
-                rows = extract([images[index] for index in range(len(images))])
+                each = [examples[member] for member in members for _ in range(seeds)]
+                rows = see(each, [images[index] for index in range(len(images))])
                 with new_file(path) as temporary, temporary.open("wb") as file:
                     np.save(file, rows.reshape(len(members), seeds, -1))
             found |= zip(members, np.load(path), strict=True)

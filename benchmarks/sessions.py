@@ -10,7 +10,6 @@ import io
 import random
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -88,16 +87,15 @@ async def independent(url: str, asked: list[tuple[str, int]], at_once: int) -> l
 
 
 class Quality:
-    """Alignment with the prompts, and distances to independent images, in the features of stage evaluate."""
+    """Distances to independent images, in the features of stage evaluate."""
 
     def __init__(self) -> None:
         """Load what measures."""
         import sage.torchvision_ops  # noqa: F401
 
-        from sage.evaluation.alignment import load_alignment
         from sage.evaluation.extractors import EfficientNetLite0
 
-        self._extract, self._encoder = EfficientNetLite0(), load_alignment(Path("models/alignment"))
+        self._extract = EfficientNetLite0()
 
     def features(self, items: list[Any]) -> np.ndarray:
         """Return a row for each item's image."""
@@ -106,24 +104,16 @@ class Quality:
         ]
         return self._extract(images)
 
-    def measured(self, prompts: list[str], items: list[Any], alone: list[Any], others: list[Any]) -> dict[str, Any]:
+    def measured(self, items: list[Any], alone: list[Any], others: list[Any]) -> dict[str, Any]:
         """Compare images with the independent ones of the same prompts and seeds; `others` have other seeds."""
-        from sage.evaluation.alignment import text_image_cosines
         from sage.evaluation.distances import frechet_distance
-        from sage.grouping.embedding import embed
 
         ours, theirs, elsewhere = map(self.features, (items, alone, others))
-        texts = embed(prompts)
-
-        def aligned(features: np.ndarray) -> float:
-            return round(float(text_image_cosines(self._encoder, features[:, None], texts).mean()), 4)
 
         def apart(one: np.ndarray, other: np.ndarray) -> float:
             return round(float(np.linalg.norm(one - other, axis=1).mean()), 3)
 
         return {
-            "alignment": aligned(ours),
-            "alignment of independent images": aligned(theirs),
             "mean feature distance to the independent image of the same seed": apart(ours, theirs),
             "the same for an independent image of another seed": apart(elsewhere, theirs),
             "Frechet distance to the independent images": round(frechet_distance(ours, theirs), 3),
@@ -137,9 +127,9 @@ def sessions(model: str, prompts: int, batch_size: int) -> dict[str, Any]:
     for mode, (share, arguments) in MODES.items():
         with Running(model, "--batch-size", str(batch_size), *arguments) as server:
             answers, cost = asyncio.run(replayed(server.url, share, prompts, batch_size))
-            texts, items = [text for text, _ in answers], [item for _, item in answers]
+            items = [item for _, item in answers]
             pairs = [(text, item["seed"]) for text, item in answers]
             alone = asyncio.run(independent(server.url, pairs, batch_size))
             others = asyncio.run(independent(server.url, [(text, seed + 1) for text, seed in pairs], batch_size))
-        found[mode] = cost | quality.measured(texts, items, alone, others)
+        found[mode] = cost | quality.measured(items, alone, others)
     return found

@@ -4,7 +4,7 @@
     python -m benchmarks.strip
 
 The groups are chosen by their captions alone, before any picture is looked at. Eligible is a group of three prompts
-whose captions all have at least two words and name no skin tone, so that a reader can check each picture by eye.
+whose captions fit below the pictures, so that a reader can check each picture by eye.
 Ordered by similarity, the groups at the three quartiles are drawn, with the first seed of section `generate`.
 """
 
@@ -27,7 +27,8 @@ from sage.files import new_file
 MEMBERS = 3
 QUARTILES = (0.25, 0.5, 0.75)
 TILE, GAP, GUTTER, MARGIN, LABELS = 128, 6, 30, 20, 210  # pixels
-LINE = 25
+LINE = 20
+LINES, LETTERS = 5, 16  # lines of a caption, and letters of a line
 INK, GREY, ACCENT = "#1f2328", "#57606a", "#bc4c00"
 
 
@@ -53,13 +54,15 @@ def choose(examples: Sequence[Example], groups: Path) -> list[list[Example]]:
     formed = json.loads(groups.read_text(encoding="utf-8"))["groups"]
     ordered = sorted(formed, key=lambda group: (group["similarity"], group["ids"]))
     found = [[members[id] for id in group["ids"]] for group in ordered]
-    eligible = [group for group in found if len(group) == MEMBERS and all(telling(member.text) for member in group)]
+    eligible = [
+        group for group in found if len(group) == MEMBERS and all(len(lines(member.text)) <= LINES for member in group)
+    ]
     return [eligible[int(quartile * len(eligible))] for quartile in QUARTILES]
 
 
-def telling(caption: str) -> bool:
-    """Return whether a reader can tell by eye if a picture fits a caption."""
-    return len(caption.split()) > 1 and "skin tone" not in caption
+def lines(caption: str) -> list[str]:
+    """Return a caption in lines that are no wider than a picture."""
+    return textwrap.wrap(caption, LETTERS)
 
 
 def draw(groups: Sequence[Sequence[Example]], generated: Path, settings: Generate) -> Image.Image:
@@ -75,9 +78,9 @@ def draw(groups: Sequence[Sequence[Example]], generated: Path, settings: Generat
     width = MEMBERS * TILE + (MEMBERS - 1) * GAP
     left = [MARGIN + LABELS + place * (width + GUTTER) for place in range(len(groups))]
     bottom = MARGIN + len(arms) * (TILE + GAP)
-    image = Image.new("RGB", (left[-1] + width + MARGIN, bottom + 5 * LINE + MARGIN + 6), "white")
+    image = Image.new("RGB", (left[-1] + width + MARGIN, bottom + (LINES + 2) * LINE + MARGIN + 6), "white")
     canvas = ImageDraw.Draw(image)
-    words, bold = ImageFont.load_default(20), ImageFont.load_default(22)
+    words, bold = ImageFont.load_default(16), ImageFont.load_default(22)
 
     for row, (label, arm) in enumerate(arms):
         top = MARGIN + row * (TILE + GAP)
@@ -92,17 +95,17 @@ def draw(groups: Sequence[Sequence[Example]], generated: Path, settings: Generat
                 image.paste(tile, (start + place * (TILE + GAP), top))
 
     canvas.text((MARGIN, bottom + LINE), "prompt", GREY, words, anchor="lm")
-    canvas.text((MARGIN, bottom + 5 * LINE), "network evaluations", GREY, words, anchor="lm")
+    canvas.text((MARGIN, bottom + (LINES + 2) * LINE), "network evaluations", GREY, words, anchor="lm")
     for start, group in zip(left, groups, strict=True):
         for place, member in enumerate(group):
-            for line, text in enumerate(textwrap.wrap(member.text, 12)):
+            for line, text in enumerate(lines(member.text)):
                 middle = start + place * (TILE + GAP) + TILE // 2
                 canvas.text((middle, bottom + (line + 1) * LINE), text, INK, words, anchor="mm")
-        rule = bottom + 4 * LINE + 4
+        rule = bottom + (LINES + 1) * LINE + 4
         canvas.line((start, rule, start + width, rule), "#d0d7de", 2)
         alone = MEMBERS * steps
         said = f"{alone} independent, {cost} shared ({1 - cost / alone:.0%} fewer)"
-        canvas.text((start + width // 2, bottom + 5 * LINE), said, INK, words, anchor="mm")
+        canvas.text((start + width // 2, bottom + (LINES + 2) * LINE), said, INK, words, anchor="mm")
     return image
 
 

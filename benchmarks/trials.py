@@ -19,14 +19,12 @@ import numpy as np
 import yaml
 
 import sage
+from benchmarks.judged import JUDGE, Seen, as_features
 from flows.drawing import open_pipeline
-from flows.machine import device
 from flows.terminal import progress
 from sage.config import Finetune, Params
 from sage.data.dataset import read_split
 from sage.data.groups import read_groups
-from sage.evaluation.alignment import load_alignment, text_image_cosines
-from sage.evaluation.extractors import EfficientNetLite0, read_images
 from sage.evaluation.figures import ImageFeatures
 from sage.files import digest, new_file, sha256, sha256_tree, write_text
 from sage.grouping.cost import model_digest
@@ -42,7 +40,10 @@ TRAINS = (
     *("training/finetuning", "training/loss", "training/loop", "training/denoiser", "sampling/loop", "diffusion"),
     *("training/optimizers", "training/timesteps"),
 )
-DRAWS = ("sampling/plan", "sampling/loop", "sampling/stream", "sampling/pipeline", "diffusion", "evaluation/extractors")
+DRAWS = (
+    *("sampling/plan", "sampling/loop", "sampling/stream", "sampling/pipeline", "diffusion"),
+    *("evaluation/extractors", "evaluation/attributes"),
+)
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,11 @@ class Trials:
     @cached_property
     def real(self) -> ImageFeatures:
         """The split's own pictures."""
-        extract = EfficientNetLite0(device())
-        return self._seen(extract(read_images(example.image for example in self.examples))[:, None])
+        return as_features(self._see.real(self.examples)[:, None])
+
+    @cached_property
+    def _see(self) -> Seen:
+        return Seen()
 
     def plan(self, point: Point) -> Plan:
         """Return which steps are shared."""
@@ -139,10 +143,13 @@ class Trials:
 
     def images(self, point: Point) -> ImageFeatures:
         """Return what the extractors see in a point's pictures, after drawing them where they are not kept."""
-        return self._seen(np.stack([self._features(point, seed) for seed in self.params.generate.seeds], axis=1))
+        return as_features(np.stack([self._seen(point, seed) for seed in self.params.generate.seeds], axis=1))
 
-    def _features(self, point: Point, seed: int) -> np.ndarray:
-        """Return the features of one seed's pictures, (prompts, width); kept seed by seed, so that more can follow."""
+    def _seen(self, point: Point, seed: int) -> np.ndarray:
+        """Return what is seen in one seed's pictures, (prompts, width + 1); kept seed by seed, so that more can follow.
+
+        The last column is the share of what a prompt asks for that its picture shows.
+        """
         settings = self.params.generate
         identity = {
             "model": model_digest(self.model(point.model)),
@@ -152,13 +159,13 @@ class Trials:
             "split": [self.split, sha256_tree(self.data / self.split)],
             "settings": [settings.scheduler, settings.guidance_scale, settings.branch_noise, seed],
             "code": _code(*DRAWS),
+            "judge": sha256(JUDGE / "model.safetensors"),
         }
         kept = self.work / "features" / f"{digest(identity)[:16]}.npy"
         if not kept.exists():
-            extract = EfficientNetLite0(device())
-            features = extract(self.draw(point, seed))
+            rows = self._see(self.examples, self.draw(point, seed))
             with new_file(kept) as temporary, temporary.open("wb") as file:
-                np.save(file, features.astype(np.float32))
+                np.save(file, rows)
         return np.asarray(np.load(kept))
 
     def draw(self, point: Point, seed: int) -> list[np.ndarray]:
@@ -194,11 +201,6 @@ class Trials:
         environment = os.environ | {"SAGE_TRACKING_URI": "off"}
         subprocess.run(
             [sys.executable, "-m", "flows.stages.finetune", *options], cwd=state, env=environment, check=True
-        )
-
-    def _seen(self, features: np.ndarray) -> ImageFeatures:
-        return ImageFeatures(
-            features, text_image_cosines(load_alignment(Path("models/alignment")), features, self.embeddings)
         )
 
 

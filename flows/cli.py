@@ -244,7 +244,7 @@ def base(
 
 @app.command(context_settings=_DELEGATE, rich_help_panel="Models")
 def pretrain(context: typer.Context) -> None:
-    """Train the base model (autoencoder, denoiser) and the dual encoder that measures text-image alignment."""
+    """Train the base model (autoencoder, denoiser) and the judge that reads the attributes of composed figures."""
     _delegate("flows.commands.pretrain", context)
 
 

@@ -27,8 +27,6 @@ from sage.sampling.plan import Plan, shared_steps
 if TYPE_CHECKING:
     from sage.training.memory import Memory
 
-SHIPPED_JUDGE = "models/alignment"  # a dep of stage evaluate in dvc.yaml
-
 log = logging.getLogger(__name__)
 
 _CHECKPOINTS = 3  # two are kept while another is written
@@ -237,18 +235,14 @@ def check_judging(params: Params, data: Path) -> None:
 
 
 def check_judges(settings: Evaluate, examples: Sequence[Example]) -> None:
-    """Check that what stage evaluate judges with can be had: CheckpointError, or MetricError if it cannot judge these.
-
-    DVC itself names the shipped judge if it is missing.
-    """
+    """Check what stage evaluate judges with: CheckpointError if it cannot be had, MetricError if it cannot judge."""
     from sage.evaluation.extractors import find_extractor  # late: stage group imports this module
     from sage.evaluation.judges import find_judge
     from sage.evaluation.references import check_references
 
     find_extractor(settings.features)
     check_references(examples, settings.references)
-    if settings.alignment != SHIPPED_JUDGE:
-        find_judge(settings.alignment, examples)
+    find_judge(settings.alignment, examples)
 
 
 def check_trainable(base: str | Path) -> None:

@@ -58,10 +58,10 @@ def _one_of(names: Sequence[str]) -> AfterValidator:
 
 def _source(value: str) -> str:
     """Check that a text names a source of images or is an fsspec address."""
-    if value not in ("twemoji", "figures", "folder", "kohya") and "://" not in value:
+    if value not in ("figures", "folder", "kohya") and "://" not in value:
         raise PydanticCustomError(
             "literal_error",
-            "Input should be 'twemoji', 'figures', 'folder' or 'kohya', or an address such as s3://bucket/*.tar",
+            "Input should be 'figures', 'folder' or 'kohya', or an address such as s3://bucket/*.tar",
         )
     return value
 
@@ -104,7 +104,6 @@ class Prepare(Section):
     """Source of the images, their size, and the fractions held out for validation and test."""
 
     source: Annotated[str, AfterValidator(_source)]
-    words: Annotated[float, Field(gt=0, le=1)]
     figures: Figures
     image_size: Annotated[int, Field(ge=8, le=2048)]
     resize: Literal["pad", "crop"]
@@ -376,6 +375,21 @@ class Params(Section):
     generate: Generate
     evaluate: Evaluate
 
+    @model_validator(mode="after")
+    def _judged(self) -> "Params":
+        """Refuse judging by attributes, which only composed figures have."""
+        source, found = self.prepare.source, self.evaluate
+        wrong = []
+        if found.alignment == "attributes":
+            wrong.append("evaluate.alignment is 'attributes'; set it to clip, a folder or a hub name")
+        if found.references is not None:
+            wrong.append(f"evaluate.references is {found.references}; set it to null")
+        if source != "figures" and wrong:
+            raise ValueError(
+                f"prepare.source is {source!r}, whose images have no known attributes, but {', and '.join(wrong)}"
+            )
+        return self
+
 
 class _Loader(yaml.SafeLoader):
     """Parses 1e-05 (DVC's form of 0.00001) as a float, as YAML 1.2 does; in PyYAML's YAML 1.1 it is a string."""
@@ -407,7 +421,7 @@ def _line(problem: Any) -> str:
     path = ".".join(str(part) for part in problem["loc"]) or "(top)"
     if problem["type"] == "extra_forbidden":
         return f"  {path}: unknown key; allowed are {', '.join(_keys(problem['loc'][:-1]))}"
-    return f"  {path}: {problem['msg']}, found {problem['input']!r}"
+    return f"  {path}: {problem['msg']}" + (f", found {problem['input']!r}" if problem["loc"] else "")
 
 
 def _keys(location: tuple[str | int, ...]) -> list[str]:

@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import tiny_judges
 import yaml
 from PIL import Image, ImageDraw
+
+from sage.evaluation.attributes import AttributeClassifier, AttributeJudge, save
 
 ROOT = Path(__file__).parents[1]
 STAGES = ["prepare", "group", "finetune", "generate", "evaluate"]
@@ -23,9 +26,12 @@ def project(folder: Path) -> Path:
     shipped(folder)
     shutil.copytree(ROOT / "models/base", folder / "models/base")
     images(folder / "data/raw")
+    tiny_judges.clip(folder / "models/clip")
     set_params(
         folder,
         prepare__source="folder",
+        evaluate__alignment="models/clip",
+        evaluate__references=None,
         prepare__test=0.3,
         group__threshold=0.5,
         finetune__steps=2,
@@ -43,14 +49,17 @@ def project(folder: Path) -> Path:
 
 
 def shipped(folder: Path) -> Path:
-    """Make a folder with the shipped code, graph and judge, but no base model, no data and no parameters."""
+    """Make a folder with the shipped code and graph and an untrained judge, but no base, no data and no parameters."""
     folder.mkdir()
     ignore = shutil.ignore_patterns("__pycache__")
-    for name in ("sage", "flows", "models/alignment"):
+    for name in ("sage", "flows"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     for name in ("dvc.yaml", "prefect.yaml", ".gitignore", ".dvcignore", "data/.gitignore", "models/.gitignore"):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
+    # A dependency of stage evaluate, whatever judges.
+    judge = AttributeJudge(AttributeClassifier({"moods": {"mouth": ["frowning", "smirking"]}}, 8), {})
+    save(judge, folder / "models/attributes", "tests")
     return folder
 
 

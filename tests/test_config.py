@@ -97,10 +97,18 @@ def test_a_number_is_a_number_however_dvc_writes_it(tmp_path, number):
         ({"group": None}, ["group: ", "found None"]),
         (
             {"prepare__source": "imagenet"},
-            ["prepare.source: ", "'twemoji', 'figures', 'folder' or 'kohya'", "found 'imagenet'"],
+            ["prepare.source: ", "'figures', 'folder' or 'kohya'", "found 'imagenet'"],
+        ),
+        (
+            {"prepare__source": "folder", "evaluate__references": 4},
+            [
+                "prepare.source is 'folder'",
+                "evaluate.alignment is 'attributes'; set it to clip",
+                "evaluate.references is 4; set it to null",
+            ],
         ),
         ({"prepare__image_size": "64"}, ["prepare.image_size: ", "valid integer", "found '64'"]),
-        ({"prepare__words": 0.0}, ["prepare.words: ", "greater than 0", "found 0.0"]),
+        ({"prepare__words": 0.5}, ["prepare.words: unknown key"]),
         ({"prepare__image_size": 4}, ["prepare.image_size: ", "greater than or equal to 8"]),
         ({"prepare__test": 1.0}, ["prepare.test: ", "less than 1"]),
         ({"prepare__test": float("nan")}, ["prepare.test: "]),

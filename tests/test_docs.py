@@ -243,7 +243,7 @@ def photographer(tmp_path, monkeypatch):
     Path("configs/sdxl_lora_16gb.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     gate = {"metric": "nfe_per_image", "reference": "independent", "worse_by_at_most": -0.05, "relative": True}
     few = {"finetune__steps": 2, "finetune__warmup": 0, "finetune__decay": 0, "evaluate__resamples": 100}
-    few |= {"prepare__test": 0.3, "group__threshold": 0.0, "evaluate__gates": [gate]}
+    few |= {"prepare__test": 0.3, "group__threshold": 0.0, "evaluate__gates": [gate], "generate__seeds": [0, 1]}
     small.set_params(project, **few)
     small.commit_all(project)
     Path("prompts.txt").write_text("a red boat\na blue boat\nan old raft\n", encoding="utf-8")

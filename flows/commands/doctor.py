@@ -32,7 +32,7 @@ _PACKAGED = [
         "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     ),
 ]
-_ALIGNMENT = Path("models/alignment")
+_JUDGE = Path("models/attributes")
 _RAW = Path("data/raw")
 _NO_IMAGES = {".md", ".dvc"}
 _GIT_MB = 50  # what git keeps, it keeps for ever, and every clone has it
@@ -140,7 +140,7 @@ def _weights() -> Iterator[Finding]:
     else:
         model = hub.pinned(base)
         yield _own_weights(base) if model is None else _pinned(base, model)
-    yield _own_weights(_ALIGNMENT)
+    yield _own_weights(_JUDGE)
 
 
 def _pinned(base: Path, model: hub.Model) -> Finding:
@@ -160,7 +160,7 @@ def _own_weights(folder: Path) -> Finding:
         return Finding(f"{what}: no safetensors", "save the model as safetensors, the only form that is read")
     if not weights:
         restore = f"git restore {folder}, or " if tracked else ""
-        other = "" if folder == _ALIGNMENT else "; or set base in params.yaml to a model that is there"
+        other = "" if folder == _JUDGE else "; or set base in params.yaml to a model that is there"
         return Finding(f"{what}: missing", f"{restore}train them: sage pretrain --help{other}")
     if damaged := [path for path in weights if not _opens(path)]:
         names = ", ".join(map(str, damaged))

@@ -117,28 +117,6 @@ def denoiser(
     typer.echo(f"wrote {out}. Now update {card} and measure the damage of sharing: `sage calibrate`.")
 
 
-@app.command("alignment")
-def dual_encoder(data: Data = Path("data/prepared"), out: Out = Path("models/alignment")) -> None:
-    """Train the dual encoder that measures how well an image matches its prompt, on images of the training split."""
-    examples = read_split(data, "train")
-
-    from sage.evaluation import alignment
-    from sage.evaluation.extractors import EfficientNetLite0, read_images
-    from sage.grouping.embedding import embed
-
-    model = alignment.train_alignment(examples, seed=0)
-    hashed = files.sha256_tree(data / "train")
-    alignment.save(model, out, f"{len(examples)} images and their captions, {data / 'train'}, SHA-256 {hashed}")
-    unseen = read_split(data, "validation")
-    features = EfficientNetLite0()(read_images(example.image for example in unseen))
-    embeddings = embed([example.text for example in unseen])
-    for k in (1, 5):
-        captions, images = alignment.retrieval(model, features, embeddings, k)
-        typer.echo(f"among the {k} nearest: own caption {captions:.1%}, own picture {images:.1%}")
-    own = alignment.text_image_cosines(model, features[:, None], embeddings)
-    typer.echo(f"mean cosine of {len(unseen)} unseen pictures and their captions: {own.mean():.3f}. Wrote {out}.")
-
-
 @app.command("attributes")
 def attribute_judge(
     work: Work = Path("work/pretrain"), out: Annotated[Path, typer.Option(help="Folder for the judge.")] = ATTRIBUTES

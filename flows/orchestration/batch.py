@@ -55,9 +55,9 @@ def _options(batch: Batch) -> list[str]:
     retry_delay_seconds=exponential_backoff(2),
     retry_condition_fn=may_pass,
 )
-def draw(out: str, number: int, count: int, judge: bool) -> None:
-    """Draw the missing images of one shard in a separate process; with `judge`, also measure the shard."""
-    options = ["--judge"] if judge else []
+def draw(out: str, number: int, count: int, judge: str | None) -> None:
+    """Draw the missing images of one shard in a separate process; with `judge`, a CLIP, also measure the shard."""
+    options = [] if judge is None else [f"--judge={judge}"]
     shown.run(f"shard-{number}", "flows.prompts.shards", "draw", "--out", out, "--shard", f"{number}/{count}", *options)
 
 
@@ -79,5 +79,5 @@ def generate_batch(batch: Batch) -> dict[str, Any]:
     wait(shards)
     for shard in shards:
         shard.result()
-    finish(batch.out, batch.shards if batch.judge else 0)
+    finish(batch.out, 0 if batch.judge is None else batch.shards)
     return {"out": batch.out, "shards": batch.shards}

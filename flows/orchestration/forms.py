@@ -93,8 +93,13 @@ class Batch(Form):
     shards: int = Field(
         1, ge=1, le=10_000, title="Shards", description="Number of parts that workers draw independently."
     )
-    judge: bool = Field(
-        False, title="Judge", description="Also measure alignment and diversity within groups: evaluation.json."
+    judge: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1000,
+        title="Judge",
+        description="Also measure diversity within groups, and alignment by this CLIP: clip, a folder or a hub name. "
+        "The figures are in evaluation.json.",
     )
     server: Annotated[str, Field(max_length=1000, pattern=r"^https?://[^\s@?#]+$")] | None = Field(
         None,

@@ -4,7 +4,7 @@
     python -m flows.prompts.shards draw --out s3://pictures/run --shard 3/8     each shard: any machine, any order
     python -m flows.prompts.shards finish --out s3://pictures/run               once: manifest and contact sheet
 
-With --judge, `draw` also measures its pictures, and `finish` puts the measures together in evaluation.json.
+With --judge clip, `draw` also measures its pictures, and `finish` puts the measures together in evaluation.json.
 A shard holds whole batches of whole groups, so batch composition, and with it rounding, does not depend on the number
 of machines. Addresses are fsspec's: a folder, s3://, memory://. An image appears there whole or not at all; a shard
 makes only the missing ones.
@@ -32,15 +32,13 @@ from flows.terminal import exit_on_error, finite
 from sage.config import load_params
 from sage.data.images import is_blank
 from sage.errors import ConfigurationError, DataError
-from sage.evaluation.alignment import load_alignment, text_image_cosines
 from sage.evaluation.extractors import EfficientNetLite0, read_images
+from sage.evaluation.judges import ClipJudge, find_clip
 from sage.evaluation.shards import MEASURES, Sums, figures, sums
 from sage.files import new_file, write_json
-from sage.grouping.embedding import embed
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 PLAN, RUN, EVALUATION = "plan.json", "run.json", "evaluation.json"
-ALIGNMENT = Path("models/alignment")
 Out = Annotated[str, typer.Option(help="Output address: a folder, s3://..., or another fsspec address.")]
 
 
@@ -97,10 +95,13 @@ def draw(
     out: Out,
     shard: Annotated[str, typer.Option(metavar="I/N", help="Shard I of N, counted from 1.")] = "1/1",
     judge: Annotated[
-        bool, typer.Option("--judge", help="Also measure alignment, and diversity within groups.")
-    ] = False,
+        str | None,
+        typer.Option(help="Also measure alignment by this CLIP (clip, a folder, a hub name), and diversity in groups."),
+    ] = None,
 ) -> None:
     """Generate the missing images of one shard."""
+    if judge is not None:
+        find_clip(judge)  # before anything is drawn
     found = _read_plan(out)
     number, count = _number(shard)
     batches = part(found["groups"], found["settings"]["batch_size"], number, count)
@@ -111,8 +112,8 @@ def draw(
     typer.echo(f"shard {shard}: {len(mine)} prompts, {len(wanted)} to draw")
     if wanted:
         _draw(out, found, wanted)
-    if judge and _judged(number, count) not in there:
-        _judge(out, items, batches, _judged(number, count))
+    if judge is not None and _judged(number, count) not in there:
+        _judge(out, items, batches, _judged(number, count), judge)
 
 
 def _draw(out: str, found: dict[str, Any], wanted: set[int]) -> None:
@@ -129,12 +130,12 @@ def _draw(out: str, found: dict[str, Any], wanted: set[int]) -> None:
             image.unlink()
 
 
-def _judge(out: str, items: Sequence[Item], batches: list[list[tuple[int, list[int]]]], name: str) -> None:
+def _judge(out: str, items: Sequence[Item], batches: list[list[tuple[int, list[int]]]], name: str, judge: str) -> None:
     """Write the sums of a shard's groups, without images that are blank or not finite.
 
     Batch by batch as generated: batch composition changes rounding.
     """
-    extract, encoder = EfficientNetLite0(device()), load_alignment(ALIGNMENT)
+    extract, clip = EfficientNetLite0(device()), ClipJudge(find_clip(judge), judge, device())
     rows: list[Sums] = []
     there = set(_names(out))
     for batch in batches:
@@ -148,8 +149,8 @@ def _judge(out: str, items: Sequence[Item], batches: list[list[tuple[int, list[i
                 rows += [Sums(number, 0, 0.0, 0.0, 0) for number, _ in batch]
                 continue
             features = extract(read_images(paths[member] for member in mine))
+            fit = clip.scores([items[member].prompt for member in mine], [[paths[member]] for member in mine])[:, 0]
         place = {member: i for i, member in enumerate(mine)}
-        fit = text_image_cosines(encoder, features[:, None], embed([items[member].prompt for member in mine]))[:, 0]
         groups = [[place[member] for member in group if member in place] for _, group in batch]
         rows += sums([number for number, _ in batch], groups, features, fit)
     with tempfile.TemporaryDirectory() as temporary:

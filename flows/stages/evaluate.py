@@ -54,7 +54,7 @@ def main(
     settings = params.evaluate
     extract = open_extractor(settings.features, device())
     judged = read_judged(data, groups, generated, params.generate.split, params.generate.seeds)
-    aligned = open_judge(settings.alignment, judged.examples, extract.name, device())
+    aligned = open_judge(settings.alignment, judged.examples, device())
     cost = read_costs(costs, judged)
     accounting, curves = read_accounting(data), [] if losses is None else read_curves(losses)
     with stage_run("evaluate", settings.model_dump()) as record:
@@ -63,7 +63,7 @@ def main(
         further = judged.examples if settings.references else siblings(judged.examples, read_split(data, "train"))
         real, arms, others = measure(judged, compared, further, extract, aligned)
         wrong, differs = with_other_captions(judged.examples)
-        other = aligned(wrong, real.features[:, :1], [row[:1] for row in compared]).values[:, 0]
+        other = aligned(wrong, [row[:1] for row in compared]).values[:, 0]
         by = {"features": extract.description, "alignment": aligned.description}
         if settings.references:
             by |= {"references": f"{settings.references} figures drawn for each prompt"}
@@ -132,7 +132,7 @@ def measure(
         def see(images: Sequence[Sequence[ImageFile]]) -> judging.ImageFeatures:
             features = extract(read_images(image for row in images for image in row), advance)
             features = features.reshape(prompts, -1, features.shape[-1])
-            scores = aligned(judged.examples, features, images)
+            scores = aligned(judged.examples, images)
             return judging.ImageFeatures(features, scores.values, scores.parts)
 
         real = see(compared)

@@ -14,7 +14,7 @@ from flows.report.sheet import in_rows, sheet
 from flows.terminal import progress, run
 from flows.tracking.runs import stage_run
 from sage.config import Prepare, load_params
-from sage.data import figures, twemoji
+from sage.data import figures
 from sage.data.buckets import bucket_sizes
 from sage.data.dataset import read_split
 from sage.data.imagefolder import read_address, read_folder, read_kohya
@@ -52,8 +52,7 @@ def main(
                 near_duplicate=params.near_duplicate,
                 advance=advance,
             )
-        licences = {"twemoji": twemoji.LICENCE, "figures": figures.LICENCE}
-        licence = {"licence": licences[params.source]} if params.source in licences else {}
+        licence = {"licence": figures.LICENCE} if params.source == "figures" else {}
         write_json(metrics, {"source": params.source} | licence | found)
         record.result(metrics)
         record.metrics(_figures(found))
@@ -64,8 +63,6 @@ def main(
 
 def _rows(params: Prepare, raw: Path) -> list[Row]:
     """Return the input rows of the source that is set."""
-    if params.source == "twemoji":
-        return twemoji.rows(params.words)
     if params.source == "folder":
         return read_folder(raw)
     if params.source == "kohya":

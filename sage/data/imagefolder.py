@@ -50,7 +50,7 @@ def read_folder(root: Path) -> list[Row]:
     """
     if not root.is_dir():
         raise DataError(
-            f"{root} is no folder. Put images with captions there, or set prepare.source to twemoji in params.yaml."
+            f"{root} is no folder. Put images with captions there, or set prepare.source to figures in params.yaml."
         )
     names = sorted(_walk(root), key=str)
     many = [name for name in names if packed.is_packed(str(name))]
@@ -73,7 +73,7 @@ def read_folder(root: Path) -> list[Row]:
     if not rows:
         raise DataError(
             f"{root} holds no images. Put some there, with a metadata.jsonl (file_name, text) or a .txt beside each, "
-            "or set prepare.source to twemoji in params.yaml."
+            "or set prepare.source to figures in params.yaml."
         )
     return _with_splits(root, _with_distinct_ids(_without_collisions(rows)))
 

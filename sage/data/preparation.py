@@ -290,7 +290,7 @@ def _nothing_kept(rows: Sequence[Row], entries: Sequence[dict[str, Any]]) -> str
         example = rows[index].file if rows[index].draw else str(rows[index].path)
         # !a, because a user's file name may contain terminal control sequences.
         lines.append(f"  {reason}: {count}, for example {example!a} ({entries[index]['detail']})")
-    return "\n".join([*lines, "Correct these, or set prepare.source to twemoji in params.yaml."])
+    return "\n".join([*lines, "Correct these, or set prepare.source to figures in params.yaml."])
 
 
 def _empty_split(counts: dict[str, int], validation: float, test: float) -> str:

@@ -3,14 +3,12 @@
 | judge | score of an image | for |
 |---|---|---|
 | attributes | share of the attributes asked for that it shows (`sage.evaluation.attributes`) | composed figures |
-| dual encoder | cosine with its prompt (`sage.evaluation.alignment`) | the data that the encoder was trained on |
 | CLIP score | 100 max(cosine, 0) of CLIP (Hessel et al., 2021, with the 100 that papers write) | photographs and art |
 """
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,10 +21,9 @@ import torch.nn.functional as F
 from sage.data.dataset import Example
 from sage.data.shards import ImageFile
 from sage.errors import CheckpointError, MetricError
-from sage.evaluation import alignment, attributes
-from sage.evaluation.extractors import EfficientNetLite0, Extractor, read_images
+from sage.evaluation import attributes
+from sage.evaluation.extractors import read_images
 from sage.evaluation.saved_networks import check_image_processor, config, find, weights_digest
-from sage.grouping.embedding import embed
 
 log = logging.getLogger(__name__)
 # What evaluate.alignment may say instead of a folder or hub name.
@@ -57,39 +54,8 @@ class Judge(Protocol):
     def description(self) -> str:
         """Folder or hub name, and a hash of its files."""
 
-    def __call__(
-        self, examples: Sequence[Example], features: np.ndarray, images: Sequence[Sequence[ImageFile]]
-    ) -> Scores:
-        """Return the scores of the images of each example and seed.
-
-        `features` are the image features (prompts, seeds, width), `images` the image files as [prompt][seed].
-        """
-
-
-@dataclass(frozen=True)
-class DualEncoderJudge:
-    """The cosine of image and prompt in a dual encoder."""
-
-    encoder: alignment.DualEncoder
-    description: str
-    # The encoder knows EfficientNet-Lite0's features; set if `features` are another network's.
-    extract: Extractor | None = None
-    name: str = "dual encoder"
-
-    def __call__(
-        self, examples: Sequence[Example], features: np.ndarray, images: Sequence[Sequence[ImageFile]]
-    ) -> Scores:
-        """Return the cosines."""
-        if self.extract is not None:
-            seen = self.extract(read_images(path for row in images for path in row))
-            features = seen.reshape(len(images), -1, seen.shape[-1])
-        texts = _embedded(tuple(example.text for example in examples))
-        return Scores(alignment.text_image_cosines(self.encoder, features, texts))
-
-
-@lru_cache(maxsize=1)  # the arms of an evaluation have the same prompts
-def _embedded(texts: tuple[str, ...]) -> np.ndarray:
-    return embed(list(texts))
+    def __call__(self, examples: Sequence[Example], images: Sequence[Sequence[ImageFile]]) -> Scores:
+        """Return the scores of the images of each example and seed; `images` are files as [prompt][seed]."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +66,7 @@ class AttributesJudge:
     description: str
     name: str = "attributes right"
 
-    def __call__(
-        self, examples: Sequence[Example], features: np.ndarray, images: Sequence[Sequence[ImageFile]]
-    ) -> Scores:
+    def __call__(self, examples: Sequence[Example], images: Sequence[Sequence[ImageFile]]) -> Scores:
         """Return the shares; raise MetricError for an example without known attributes."""
         _check_asked(examples)
         seeds = len(images[0]) if images else 0
@@ -137,12 +101,16 @@ class ClipJudge:
         self._device = device
         self._encoded: dict[str, torch.Tensor] = {}  # the arms of an evaluation have the same prompts
 
+    def __call__(self, examples: Sequence[Example], images: Sequence[Sequence[ImageFile]]) -> Scores:
+        """Return the CLIP scores."""
+        return Scores(self.scores([example.text for example in examples], images))
+
     @torch.no_grad()
-    def __call__(
-        self, examples: Sequence[Example], features: np.ndarray, images: Sequence[Sequence[ImageFile]]
-    ) -> Scores:
-        """Return the CLIP scores; a warning counts the prompts that are longer than CLIP reads."""
-        texts = [example.text for example in examples]
+    def scores(self, texts: Sequence[str], images: Sequence[Sequence[ImageFile]]) -> np.ndarray:
+        """Return the CLIP scores of the images of each text, (texts, seeds).
+
+        A warning counts the texts that are longer than CLIP reads.
+        """
         self._encode([text for text in dict.fromkeys(texts) if text not in self._encoded])
         values = np.zeros((len(images), len(images[0]) if images else 0))
         places = [(row, seed) for row in range(values.shape[0]) for seed in range(values.shape[1])]
@@ -153,7 +121,7 @@ class ClipJudge:
             seen = F.normalize(self._network.get_image_features(pixel_values=pixels).pooler_output)
             said = torch.stack([self._encoded[texts[row]] for row, _ in batch])
             values[tuple(zip(*batch, strict=True))] = 100 * (seen * said).sum(-1).clamp(min=0).cpu().numpy()
-        return Scores(values)
+        return values
 
     def _encode(self, texts: Sequence[str]) -> None:
         """Remember the normalized features of texts."""
@@ -173,6 +141,10 @@ def find_judge(choice: str, examples: Sequence[Example]) -> Path:
     Raises CheckpointError if it cannot be had, MetricError if it cannot judge these examples.
     """
     name = _NAMED.get(choice, choice)
+    if choice == "attributes" and not Path(name).is_dir():
+        raise CheckpointError(
+            f"there is no folder {name}, the judge of attributes. Run `sage pretrain attributes`, or restore models/."
+        )
     folder = find(name)
     found = config(folder)
     kind = found.get("model_type")
@@ -181,32 +153,36 @@ def find_judge(choice: str, examples: Sequence[Example]) -> Path:
     elif kind is not None:
         raise CheckpointError(
             f"{name} is a model of type {kind!r}, which judges no alignment; give a CLIP, or a folder of "
-            "`sage pretrain alignment` or `sage pretrain attributes`."
+            "`sage pretrain attributes`."
         )
     elif "labels" in found:
         _check_asked(examples)
+    else:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has neither the model_type of a CLIP nor the labels of `sage pretrain "
+            "attributes`, so it judges no alignment."
+        )
     return folder
 
 
-def open_judge(
-    choice: str,
-    examples: Sequence[Example],
-    features: str = EfficientNetLite0.name,
-    device: str | torch.device = "cpu",
-) -> Judge:
-    """Return the judge that evaluate.alignment names; errors are those of `find_judge`.
+def find_clip(choice: str) -> Path:
+    """Return the folder of a CLIP, which judges any prompts; raise CheckpointError if it cannot be had or is none."""
+    folder = find_judge(choice, [])
+    if "labels" in config(folder):
+        raise CheckpointError(
+            f"{choice} judges figures by their known attributes, and a list of prompts has none; give a CLIP: clip, a "
+            "folder or a hub name."
+        )
+    return folder
 
-    `features` names the extractor whose features the judge will be given.
-    """
+
+def open_judge(choice: str, examples: Sequence[Example], device: str | torch.device = "cpu") -> Judge:
+    """Return the judge that evaluate.alignment names; errors are those of `find_judge`."""
     folder = find_judge(choice, examples)
     description = f"{_NAMED.get(choice, choice)}, SHA-256 {weights_digest(folder)[:12]}"
-    found = config(folder)
-    if "model_type" in found:
-        return ClipJudge(folder, description, device)
-    if "labels" in found:
+    if "labels" in config(folder):
         return AttributesJudge(attributes.load_judge(folder), description)
-    own = None if features == EfficientNetLite0.name else EfficientNetLite0(device)
-    return DualEncoderJudge(alignment.load_alignment(folder), description, own)
+    return ClipJudge(folder, description, device)
 
 
 def with_other_captions(examples: Sequence[Example]) -> tuple[list[Example], np.ndarray]:

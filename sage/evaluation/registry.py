@@ -79,7 +79,7 @@ METRICS = {
             "alignment",
             True,
             "bootstrap",
-            "how well an image shows what its prompt says: a cosine, a CLIP score or attributes right",
+            "how well an image shows what its prompt says: attributes right, or a CLIP score",
             gateable=True,
             by_similarity=True,
         ),
@@ -119,6 +119,7 @@ BY_SIMILARITY = tuple(name for name, metric in METRICS.items() if metric.by_simi
 _NAMES = {
     "inception": {"frechet_distance": "FID", "kernel_distance": "KID"},
     "CLIP score": {"alignment": "CLIP score"},
+    "attributes right": {"alignment": "attributes right"},
 }
 
 

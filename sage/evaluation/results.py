@@ -123,7 +123,7 @@ class Results(_Strict):
     """
 
     features: str
-    alignment: str = "dual encoder"
+    alignment: str
     measured_by: dict[str, str] = Field(default_factory=dict)
     other_captions: Figure | None = None
     blank: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)

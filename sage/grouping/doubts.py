@@ -10,7 +10,7 @@ from sage.grouping.groups import usable
 from sage.grouping.policy import By
 
 _SHOWN = 8
-# Mean cosine from which a set is suspicious: 0.2 for unrelated prompts, 0.3 for the captions of Twemoji.
+# Mean cosine from which a set is suspicious: 0.2 for unrelated prompts, 0.3 for those of figures.
 _ALIKE = 0.4
 
 

@@ -21,8 +21,8 @@ from sage.packaged import minilm_folder
 
 PIXELS = 64
 LATENT_SIZE = 8
-LATENT_CHANNELS = 16
-MAX_TOKENS = 24
+LATENT_CHANNELS = 32
+MAX_TOKENS = 44
 _INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "vae": ["diffusers", "AutoencoderKL"],
@@ -46,21 +46,21 @@ def text_parts() -> tuple[PreTrainedTokenizerBase, BertModel]:
 
 
 def new_autoencoder() -> AutoencoderKL:
-    """Return an untrained autoencoder: (3, 64, 64) images in [-1, 1] to (16, 8, 8) latents."""
-    channels = (32, 32, 64, 96)
+    """Return an untrained autoencoder: (3, 64, 64) images in [-1, 1] to (32, 8, 8) latents."""
+    channels = (16, 32, 64, 128)
     return AutoencoderKL(
         block_out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         latent_channels=LATENT_CHANNELS,
         layers_per_block=1,
-        norm_num_groups=16,
+        norm_num_groups=1,  # groups of one channel each would take the colour of flat areas away
         sample_size=PIXELS,
     )
 
 
 def new_unet() -> UNet2DConditionModel:
-    """Return an untrained U-Net on (16, 8, 8) latents and 384-wide text states."""
+    """Return an untrained U-Net on (32, 8, 8) latents and 384-wide text states."""
     channels = (96, 192)
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,

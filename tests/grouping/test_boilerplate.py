@@ -3,7 +3,8 @@ import pytest
 
 from benchmarks.boilerplate import FOXES, SETS, SUBJECTS
 from benchmarks.languages import SAID
-from sage.data.twemoji import rows
+from sage.config import load_params
+from sage.data.figures import figures
 from sage.grouping.boilerplate import LEAST, boilerplate, distinct, mean_cosine
 from sage.grouping.doubts import doubts, other_script
 from sage.grouping.embedding import embed
@@ -44,7 +45,8 @@ def test_what_is_cut_does_not_depend_on_the_order_or_on_case():
 
 
 def test_the_shipped_captions_have_no_boilerplate():
-    captions = [row.text for row in rows(words=0.5)]
+    shipped = load_params().prepare.figures
+    captions = [one.texts[0] for one in figures(shipped.styles, "test", 300, 0, shipped.held_out)]
     assert captions and boilerplate(captions) == []
 
 

@@ -66,7 +66,7 @@ SERVED = {"prompts": "p.txt", "out": "out", "server": "http://127.0.0.1:8000"}
     ("values", "said"),
     [
         ({"shards": 2}, "leave out shards, judge and batch_size"),
-        ({"judge": True}, "leave out shards, judge and batch_size"),
+        ({"judge": "clip"}, "leave out shards, judge and batch_size"),
         ({"batch_size": 2}, "leave out shards, judge and batch_size"),
         ({"out": "s3://a/b"}, "paths on the worker"),
         ({"prompts": "s3://a/b.txt"}, "paths on the worker"),

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import operated
 import pytest
 import requests
 import tiny
+import tiny_judges
 from operated import artifacts, ask, start, state
 from served import without_model
 from waiting import PATIENCE, wait_for
@@ -264,11 +264,10 @@ def test_a_lost_worker_costs_its_shard_only_and_the_bytes_are_those_of_one_machi
     ]
     (tmp_path / "prompts.txt").write_text("\n".join(texts) + "\n")
     (tmp_path / "params.yaml").write_text((operated.ROOT / "params.yaml").read_text())
-    shutil.copytree(operated.ROOT / "models/alignment", tmp_path / "models/alignment")
     out, whole = tmp_path / "out", tmp_path / "whole"
     settings = {"steps": 4, "share_ratio": 0.5, "guidance_scale": 3.0, "batch_size": 1}
     batch = {"prompts": str(tmp_path / "prompts.txt"), "out": str(out), "model": str(tmp_path / "model"), "shards": 4}
-    batch |= {"judge": True}
+    batch |= {"judge": str(tiny_judges.clip(tmp_path / "clip"))}
     code = (
         "from flows.orchestration.batch import generate_batch; from flows.orchestration.forms import Batch\n"
         f"generate_batch(Batch(**{batch | settings!r}))"

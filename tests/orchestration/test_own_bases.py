@@ -57,9 +57,11 @@ def committed(tmp_path_factory):
         finetune__checkpoint_every=2,
         generate__steps=4,
         generate__guidance_scale=3.0,
+        generate__seeds=[0, 1],
         generate__batch_size=4,
         evaluate__features=str(judges[0].parent),
         evaluate__alignment=str(judges[1]),
+        evaluate__references=None,
         evaluate__resamples=100,
         evaluate__gates=[GATE],
     )

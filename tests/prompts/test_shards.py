@@ -10,17 +10,17 @@ import fsspec
 import operated
 import pytest
 import tiny
+import tiny_judges
 from PIL import Image
 from waiting import wait_for
 
 from flows import leash
 from flows.prompts import generate, metadata, shards
 from sage.errors import ConfigurationError, DataError
-from sage.evaluation.alignment import load_alignment, text_image_cosines
 from sage.evaluation.diversity import group_diversity
 from sage.evaluation.extractors import EfficientNetLite0, read_images
+from sage.evaluation.judges import ClipJudge
 from sage.files import sha256, sha256_tree
-from sage.grouping.embedding import embed
 from sage.sampling.pipeline import SharedSamplingPipeline
 
 TEXTS = [f"{colour} {thing}" for thing in ("cat", "dog", "tree", "house") for colour in ("red", "blue", "big")]
@@ -32,6 +32,11 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tiny.pipeline("stable_diffusion", folder).save_pretrained(folder / "model")
     return str(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return str(tiny_judges.clip(tmp_path_factory.mktemp("judge") / "clip"))
 
 
 @pytest.fixture
@@ -111,7 +116,7 @@ def test_no_name_of_a_prompt_meets_a_name_of_ours(source, model, tmp_path):
 
 
 @pytest.mark.slow
-def test_judged_shards_give_the_figures_of_all_pictures(source, model, tmp_path, monkeypatch):
+def test_judged_shards_give_the_figures_of_all_pictures(source, model, clip, tmp_path, monkeypatch):
     monkeypatch.chdir(operated.ROOT)
     found = []
     for count in (1, 3):
@@ -121,17 +126,18 @@ def test_judged_shards_give_the_figures_of_all_pictures(source, model, tmp_path,
             if number == 2:
                 with pytest.raises(DataError, match="pictures are missing"):
                     shards.finish(out, judged=count)
-            shards.draw(out, f"{number}/{count}", judge=True)
+            shards.draw(out, f"{number}/{count}", judge=clip)
         shards.finish(out, judged=count)
         found.append((tmp_path / f"of-{count}/evaluation.json").read_text())
     assert found[0] == found[1]
     values = json.loads(found[0])
     # From all pictures at once, as no shard sees them.
     groups = json.loads((tmp_path / "of-3/plan.json").read_text())["groups"]
-    features = EfficientNetLite0()(read_images(sorted((tmp_path / "of-3").glob("0*.png"))))
+    paths = sorted((tmp_path / "of-3").glob("0*.png"))
+    features = EfficientNetLite0()(read_images(paths))
     distances, n = group_diversity(features[:, None], groups)
     assert values["group_diversity"]["value"] == pytest.approx(distances.sum() / n.sum(), rel=1e-4)
-    fit = text_image_cosines(load_alignment(shards.ALIGNMENT), features[:, None], embed(TEXTS))
+    fit = ClipJudge(Path(clip), "clip").scores(TEXTS, [[path] for path in paths])
     assert values["alignment"]["value"] == pytest.approx(fit.mean(), abs=1e-4)
     assert (values["prompts"], values["errors"], values["blank"], values["alignment"]["n"]) == (12, 0, 0, 12)
     # Half of four steps under guidance is shared: a group of m costs 2 * (2 + 2 m).
@@ -142,13 +148,13 @@ def test_judged_shards_give_the_figures_of_all_pictures(source, model, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_blank_image_is_marked_and_not_judged(source, model, tmp_path, monkeypatch, capsys):
+def test_a_blank_image_is_marked_and_not_judged(source, model, clip, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(operated.ROOT)
     draw_all(source, model, str(tmp_path / "out"), 1)
     path = tmp_path / "out/000005.png"
     with Image.open(path) as image:
         generate.save(Image.new("RGB", image.size), json.loads(image.text[metadata.KEY]), path)
-    shards.draw(str(tmp_path / "out"), judge=True)
+    shards.draw(str(tmp_path / "out"), judge=clip)
     shards.finish(str(tmp_path / "out"), judged=1)
     assert "blank: 1 images are a single colour, first 000005" in capsys.readouterr().err
     values = json.loads((tmp_path / "out/evaluation.json").read_text())
@@ -156,7 +162,9 @@ def test_a_blank_image_is_marked_and_not_judged(source, model, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_an_image_that_is_not_finite_is_an_error_of_its_shard_and_not_judged(source, model, tmp_path, monkeypatch):
+def test_an_image_that_is_not_finite_is_an_error_of_its_shard_and_not_judged(
+    source, model, clip, tmp_path, monkeypatch
+):
     monkeypatch.chdir(operated.ROOT)
     pipe = SharedSamplingPipeline.from_pretrained(model)
     tiny.overflow_at("q", pipe)
@@ -165,7 +173,7 @@ def test_an_image_that_is_not_finite_is_an_error_of_its_shard_and_not_judged(sou
     out = tmp_path / "out"
     shards.plan(source, str(out), str(tmp_path / "bad"), **OPTIONS)
     for number in (1, 2, 3):
-        shards.draw(str(out), f"{number}/3", judge=True)
+        shards.draw(str(out), f"{number}/3", judge=clip)
     made = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     shards.draw(str(out), "3/3")
     shards.draw(str(out), "1/3")

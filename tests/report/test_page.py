@@ -64,6 +64,7 @@ def values(passed=True, against_same_nfe=(-0.02, 0.02)):
     differences = {name: worse(0.05, 0.01, 0.09) for name in part}
     return {
         "features": "efficientnet_lite0",
+        "alignment": "a judge",
         "confidence": 0.95,
         "resamples": 1000,
         "set": {"digest": "d" * 64, "generated": "m" * 64, "n_real": 4, "n_prompts": 4, "seeds": [0, 1]},

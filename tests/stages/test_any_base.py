@@ -12,6 +12,7 @@ import pytest
 import single_files
 import tiny
 import tiny_families
+import tiny_judges
 import torch
 import typer
 import yaml
@@ -73,7 +74,7 @@ def params_of(**changes):
     params = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
     params["finetune"] |= FINETUNE
     params["generate"] |= GENERATE
-    params["evaluate"]["gates"] = [EASY]
+    params["evaluate"] |= {"gates": [EASY]} | tiny_judges.own()
     for name, value in changes.items():
         section, key = name.split("__")
         params[section][key] = value

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny_judges
 import yaml
 from PIL import Image, ImageFilter
 from prepared_files import NOWHERE, write_split
@@ -15,11 +16,10 @@ from prepared_files import NOWHERE, write_split
 from flows.stages import evaluate
 from sage.data.accounting import write_accounting
 from sage.data.dataset import Example, read_split
+from sage.data.figures import figures
 from sage.data.shards import rgb
-from sage.data.twemoji import images
 from sage.errors import DataError, MetricError
 from sage.evaluation import gates
-from sage.evaluation.alignment import DualEncoder, save
 from sage.evaluation.bootstrap import LEAST_GROUPS
 from sage.evaluation.manifest import write_unread
 from sage.evaluation.results import read
@@ -35,12 +35,12 @@ NFE = {"independent": 16.0, "independent_same_nfe": 12.0, "shared": 12.0, "sage"
 
 def build(folder):
     """A project folder with everything that the stage reads."""
-    found = list(images())[:20]
+    found = list(figures(["moods", "planets"], "train", 20, 0, 0.1))
     for split, names, rows in (("test", "p", found[:8]), ("train", "t", found[8:])):
         lines = []
-        for number, (path, text) in enumerate(rows):
-            image = Image.open(path).convert("RGBA").convert("RGB").resize((24, 24))
-            lines.append({"image": image, "text": text, "id": f"{names}{number}", "family": f"family {number % 4}"})
+        for number, drawn in enumerate(rows):
+            named = {"text": drawn.texts[0], "id": f"{names}{number}", "family": f"family {number % 4}"}
+            lines.append(named | {"image": drawn.figure.image(24)})
         write_split(folder / "prepared" / split, lines)
     reals = {example.id: rgb(example.image) for example in read_split(folder / "prepared", "test")}
     (folder / "groups").mkdir()
@@ -64,10 +64,10 @@ def build(folder):
     write_curves(folder / "losses.csv", points([(10, {"loss": 0.5})], [Measured(0, {"validation_loss": 0.75})]))
     costs = {arm: {"images": 16, "nfe_per_image": nfe} for arm, nfe in NFE.items()}
     (folder / "generate.json").write_text(json.dumps({"arms": costs}))
-    save(DualEncoder(1280, 384, 8), folder / "alignment", "nothing")
+    tiny_judges.clip(folder / "judges/clip")
     params = yaml.safe_load(Path("params.yaml").read_text())
     params["generate"] |= {"split": "test", "seeds": SEEDS}
-    params["evaluate"] |= {"resamples": 200, "alignment": "alignment"}
+    params["evaluate"] |= {"resamples": 200, "alignment": "judges/clip", "references": None}
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     return folder
 
@@ -106,10 +106,10 @@ def test_the_stage_writes_figures_verdicts_and_the_page(project, monkeypatch):
     run(project, monkeypatch)
     found = json.loads((project / "metrics" / "evaluate.json").read_text())
     assert list(found["arms"]) == list(ARMS)
-    for figures in found["arms"].values():
-        assert all(np.isfinite(figure["value"]) for figure in figures.values())
-        assert figures["kernel_distance"]["n"] == 16
-        assert figures["kernel_distance"]["low"] is None  # four groups are too few for an interval
+    for measured in found["arms"].values():
+        assert all(np.isfinite(figure["value"]) for figure in measured.values())
+        assert measured["kernel_distance"]["n"] == 16
+        assert measured["kernel_distance"]["low"] is None  # four groups are too few for an interval
     order = sorted(ARMS, key=lambda arm: found["arms"][arm]["kernel_distance"]["value"])
     assert order == sorted(ARMS, key=ARMS.get)
     assert found["features"] == "efficientnet_lite0"

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import tiny_judges
 import torch
 import yaml
 from diffusers import StableDiffusion3Pipeline
@@ -80,6 +81,7 @@ def tune(project, tmp_path, monkeypatch):
                 | {
                     "finetune": shipped["finetune"] | SETTINGS | changes,
                     "generate": shipped["generate"] | {"split": "validation"},
+                    "evaluate": shipped["evaluate"] | tiny_judges.own(),
                 }
             )
         )

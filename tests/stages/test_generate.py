@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import tiny_judges
 import torch
 import yaml
 from faults import in_child
@@ -49,6 +50,7 @@ def project(tmp_path_factory):
     pipe.save_pretrained(folder / "tuned")
     params = yaml.safe_load(Path("params.yaml").read_text())
     params["generate"] |= {"steps": 6, "share_ratio": 0.5, "seeds": [0, 3], "batch_size": 4, "guidance_scale": 3.0}
+    params["evaluate"] |= tiny_judges.own()
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     return folder
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import tiny_judges
 import yaml
 from prepared_files import write_split
 
@@ -50,6 +51,7 @@ def configure(folder, **group):
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["group"] = {"max_size": 6, "near_duplicate": 0.999} | group
     params["generate"]["share_ratio"] = RATIO
+    params["evaluate"] |= tiny_judges.own()
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from flows.stages.prepare import main
 from flows.terminal import run
-from sage.data import twemoji
+from sage.data import figures
 from sage.data.accounting import ACCOUNTING
 from sage.data.buckets import bucket_sizes, cut_off, named, nearest_bucket
 from sage.data.dataset import SPLITS, SUMS, load_pixels, read_split
@@ -406,6 +406,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An own folder with this project's configuration, told to read a user's pictures."""
     params = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
     params["prepare"] |= {"source": "folder", "image_size": 16}
+    params["evaluate"] |= {"alignment": "clip", "references": None}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SAGE_TRACKING_URI", "off")
@@ -520,21 +521,12 @@ def test_a_set_that_cannot_be_used_ends_the_stage_with_one_message(
 
 
 def test_further_captions_go_along(tmp_path: Path) -> None:
-    rows = [row for row in twemoji.rows(0.5) if row.family == "detective"]
-    prepare(rows, tmp_path / "out", **SETTINGS | {"size": 64})
+    rows = figures.rows(["moods"], {"train": 12, "validation": 2, "test": 2}, size=16, seed=0, held_out=0.1)
+    prepare(rows, tmp_path / "out", **SETTINGS)
     texts = {row.id: (row.text, *row.other_texts) for row in rows}
     assert any(row.other_texts for row in rows)
     for split in SPLITS:
         assert all(example.texts == texts[example.id] for example in read_split(tmp_path / "out", split))
-
-
-def test_twemoji_goes_the_same_way(tmp_path: Path) -> None:
-    rows = [row for row in twemoji.rows() if row.family == "detective"]
-    found = prepare(rows, tmp_path / "out", **SETTINGS | {"size": 64})
-    assert (found["rows"], found["kept"]) == (18, 18)
-    for example in read_split(tmp_path / "out", "test"):
-        assert "detective" in example.text
-        assert example.family == "detective"
 
 
 def test_repeats_count_in_training_by_their_ratio_and_name_what_has_no_caption(tmp_path: Path) -> None:

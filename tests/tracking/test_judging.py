@@ -7,6 +7,7 @@ from pathlib import Path
 import sage.torchvision_ops  # noqa: F401
 
 import pytest
+import tiny_judges
 import torch
 import tracked
 import yaml
@@ -22,7 +23,6 @@ from flows.versioning import repository
 from sage.config import Params
 from sage.data.accounting import write_accounting
 from sage.errors import ConfigurationError, RegistryError
-from sage.evaluation.alignment import DualEncoder, save
 from sage.evaluation.results import read
 from sage.sampling import base
 
@@ -63,11 +63,11 @@ def drawn(weights, other, tmp_path_factory):
     (folder / "held_out").mkdir()
     groups = {"threshold": 0.7, "groups": [{"ids": pair, "similarity": 0.8} for pair in (ids[:2], ids[2:])]}
     (folder / "held_out/test.json").write_text(json.dumps(groups))
-    save(DualEncoder(1280, 384, 8), folder / "models/alignment", "tests")
+    tiny_judges.clip(folder / "models/clip")
     shutil.copytree(weights, folder / "base")
     values = tracked.params().model_dump(mode="json") | {"base": "base"}
     values["generate"] |= {"split": "test", "seeds": [0]}
-    values["evaluate"] |= {"resamples": 100, "gates": [GATE]}
+    values["evaluate"] |= {"resamples": 100, "gates": [GATE], "alignment": "models/clip", "references": None}
     (folder / "params.yaml").write_text(yaml.safe_dump(values))
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
