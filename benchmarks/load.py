@@ -83,7 +83,7 @@ def in_process(model: str, batch_size: int, seconds: float) -> float:
     from flows.prompts.generate import open_model
     from sage.sampling.plan import Plan
 
-    pipe, _, settings, _ = open_model(model)
+    pipe, _, settings, *_ = open_model(model, groups=False)
     plan = Plan.independent(batch_size, pipe.evaluations(settings["steps"]))
 
     def once(number: int) -> None:

@@ -254,6 +254,12 @@ def calibrate(context: typer.Context) -> None:
     _delegate("flows.commands.calibrate", context)
 
 
+@app.command(context_settings=_DELEGATE, rich_help_panel="Models")
+def distil(context: typer.Context) -> None:
+    """Train an encoder that tells the model's first predictions from the text, for group.by: distilled."""
+    _delegate("flows.commands.distil", context)
+
+
 @app.command(rich_help_panel="Models")
 def register() -> None:
     """Register the model of `sage run` as challenger if it passed its gates; the same model is registered once."""

@@ -158,12 +158,19 @@ class AttributeReader(NetworkTraining):
     figures: Count
 
 
+class Distil(NetworkTraining):
+    """The encoder of first predictions that `sage distil` trains, on at most so many different captions."""
+
+    captions: Count
+
+
 class Pretrain(Section):
-    """Training of the base model and of the attribute judge by `sage pretrain`."""
+    """Training of the base model and of the attribute judge by `sage pretrain`, of the encoder by `sage distil`."""
 
     autoencoder: Autoencoder
     denoiser: Denoiser
     attributes: AttributeReader
+    distil: Distil
 
 
 class Group(Section):

@@ -28,7 +28,11 @@ from sage.grouping.policy import ENCODER, Policy
 from sage.sampling.seeds import prompt_seed
 
 SPLIT = "validation"
-THRESHOLDS = {"minilm": (0.4, 0.5, 0.6, 0.7, 0.8), "prediction": (0.84, 0.88, 0.92, 0.95, 0.98)}
+THRESHOLDS = {
+    "minilm": (0.4, 0.5, 0.6, 0.7, 0.8),
+    "prediction": (0.84, 0.88, 0.92, 0.95, 0.98),
+    "distilled": (0.86, 0.9, 0.93, 0.96, 0.98),
+}
 SEEDS = (0, 1)
 _PARTS = 8  # at most, and at least two: a relation of damage and similarity needs two points
 _PIECE = 64  # prompts that are kept together
@@ -63,6 +67,13 @@ def main(
 
         pipe = open_pipeline(model, scheduler=settings.scheduler)
         embeddings = first_predictions(pipe, texts, settings.model_dump()).embeddings()
+    elif policy.by == "distilled":
+        from flows.drawing import open_pipeline
+        from sage.grouping.distilled import read_distilled
+
+        encoder = read_distilled(model)
+        made_for = open_pipeline(model, "cpu", settings.scheduler).made_for(settings.steps, settings.guidance_scale)
+        embeddings = encoder.check(made_for).embed(texts)
     else:
         embeddings = embed(distinct(texts), ENCODER, cache=embedding_cache())
     groups = groups_at(THRESHOLDS[policy.space], embeddings, grouping.max_size, grouping.near_duplicate)

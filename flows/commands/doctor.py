@@ -134,13 +134,27 @@ def _weights() -> Iterator[Finding]:
         else:
             yield Finding(f"weights {package}: the published ones")
     try:
-        base = Path(load_params().base)
+        params = load_params()
     except SageError as error:
         yield Finding(f"base: {str(error).splitlines()[0]}", "correct params.yaml; `sage run` says all that is wrong")
     else:
+        base = Path(params.base)
         model = hub.pinned(base)
         yield _own_weights(base) if model is None else _pinned(base, model)
+        if params.group.by == "distilled":
+            yield _distilled(base)
     yield _own_weights(_JUDGE)
+
+
+def _distilled(base: Path) -> Finding:
+    """Check the encoder that the parameters group by."""
+    from sage.grouping.distilled import read_distilled
+
+    try:
+        explained = read_distilled(base).measured["variance_explained"]
+    except SageError as error:
+        return Finding(f"group.by: distilled, but {error}", f"sage distil --model {base}")
+    return Finding(f"group.by: distilled, by an encoder that explains {explained:.1%} of first predictions")
 
 
 def _pinned(base: Path, model: hub.Model) -> Finding:

@@ -41,6 +41,7 @@ from sage.sampling.plan import Plan, shared_steps
 from sage.sampling.seeds import image_seeds
 
 if TYPE_CHECKING:
+    from sage.grouping.distilled import Distilled
     from sage.sampling.first_prediction import FirstPredictions
 
 MODEL = "models/sage"
@@ -175,7 +176,10 @@ def prepare(
         raise DataError("the list has no prompt that can be drawn" + (f": {items[0].error}" if items else ""))
     if server is not None and given.get("batch_size") is not None:
         raise ConfigurationError("--batch-size is the server's own; leave it out, or start the server with another one")
-    pipe, name, settings, grouping = open_model(model or MODEL) if server is None else Server(server, model).opened()
+    if server is None:
+        pipe, name, settings, grouping, encoder = open_model(model or MODEL)
+    else:
+        (pipe, name, settings, grouping), encoder = Server(server, model).opened(), None
     settings |= {key: value for key, value in given.items() if value is not None}
     settings |= {"negative_prompt": negative_prompt, "seed": seed, "group": grouping.model_dump()}
     settings["image_steps"] = drawing.image_steps(pipe, settings)
@@ -185,13 +189,17 @@ def prepare(
     prompts, prompt_keys = ([column[numbers[0]] for numbers in images] for column in (texts, keys))
     policy, first = Policy(**grouping.model_dump()), None
     steps = pipe.evaluations(settings["steps"])
-    if policy.by != "prediction":
-        with progress(len(prompts), "embedding") as advance:
-            embeddings = embed(distinct(prompts), ENCODER, cache=embedding_cache(), progress=advance)
-    elif settings["share_ratio"]:
+    groups = [[number] for number in range(len(prompts))]
+    if policy.by == "prediction" and settings["share_ratio"]:
         first = drawing.first_predictions(pipe, texts, settings)
         embeddings = first.of([numbers[0] for numbers in images]).embeddings()
-    groups = [[number] for number in range(len(prompts))]
+    elif policy.by != "prediction":
+        with progress(len(prompts), "embedding") as advance:
+            if encoder is not None:
+                made_for = pipe.made_for(settings["steps"], settings["guidance_scale"])
+                embeddings = encoder.check(made_for).embed(prompts, progress=advance)
+            else:
+                embeddings = embed(distinct(prompts), ENCODER, cache=embedding_cache(), progress=advance)
     if policy.by != "prediction" or first is not None:
         ratio = shared_steps(settings["share_ratio"], steps) / steps
         threshold = policy.choose_threshold(embeddings, ratio, Path(model or MODEL), prompts, prompt_keys)
@@ -203,26 +211,37 @@ def prepare(
     return Job(items, groups, whole, settings, name, pipe, first)
 
 
-def open_model(model: str) -> tuple[Any, str, dict[str, Any], Group]:
-    """Return a pipeline, the hash or name of its weights, its sampling settings and its grouping settings.
+def open_model(model: str, groups: bool = True) -> "tuple[Any, str, dict[str, Any], Group, Distilled | None]":
+    """Return a pipeline, the hash or name of its weights, sampling settings, grouping settings, and distilled encoder.
 
     A registered model contains both settings, and its files are verified before one is read; for other models the
-    settings come from params.yaml. Raises RegistryError if a version is damaged or unknown, DataError if an output of
-    the graph is damaged.
+    settings come from params.yaml. The encoder is None unless prompts are to be grouped (`groups`) by it. Raises
+    RegistryError if a version is damaged or unknown, DataError if an output of the graph is damaged, ConfigurationError
+    if the encoder is missing, damaged or another model's.
     """
     from flows import drawing
+
+    def encoder(weights: Path, grouping: Group) -> "Distilled | None":
+        if not groups or grouping.by != "distilled":
+            return None
+        from sage.grouping.distilled import read_distilled
+
+        return read_distilled(weights)
 
     if model.startswith("models:/"):
         from flows.tracking import registry
 
         with tempfile.TemporaryDirectory() as folder:
             version = registry.fetch(model, Path(folder))
-            return drawing.open_pipeline(version.weights), *version.settings()
+            name, settings, grouping = version.settings()
+            found = encoder(version.weights, grouping)
+            return drawing.open_pipeline(version.weights), name, settings, grouping, found
     params = load_params()
     settings = params.generate.sampling()
     integrity.check_output(Path(model))
     name = model if hub.named(model) is not None else sha256_tree(Path(model))
-    return drawing.open_pipeline(model, scheduler=params.generate.scheduler), name, settings, params.group
+    found = encoder(Path(model), params.group)
+    return drawing.open_pipeline(model, scheduler=params.generate.scheduler), name, settings, params.group, found
 
 
 def cost_line(plan: Plan, groups: int, guided: bool, first: "FirstPredictions | None" = None) -> str:

@@ -36,13 +36,15 @@ def main(
     by: Annotated[
         By | None,
         typer.Option(
-            help="Compare texts, or the model's first predictions, which cost an evaluation each; else as params.yaml."
+            help="Compare texts, the model's first predictions, which cost an evaluation each, or what `sage distil` "
+            "learned of these; else as params.yaml."
         ),
     ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
-            help="The model that predicts, or has the measured damage that group.max_damage reads; else base."
+            help="The model that predicts, was distilled, or has the measured damage that group.max_damage reads; else "
+            "base."
         ),
     ] = None,
     guard: Annotated[
@@ -73,7 +75,16 @@ def main(
     given = {"max_size": max_size, "guard": guard, "by": by}
     settings = params.group.model_copy(update={name: value for name, value in given.items() if value is not None})
     policy = Policy(**settings.model_dump())
-    if policy.by == "prediction":
+    if policy.by == "distilled":
+        from flows.drawing import open_pipeline
+        from sage.grouping.distilled import read_distilled
+
+        encoder = read_distilled(model)
+        pipe = open_pipeline(model, "cpu", params.generate.scheduler)
+        encoder.check(pipe.made_for(params.generate.steps, params.generate.guidance_scale))
+        with progress(len(texts), "embedding") as advance:
+            embeddings = encoder.embed(texts, progress=advance)
+    elif policy.by == "prediction":
         from flows.drawing import first_predictions, open_pipeline
 
         pipe = open_pipeline(model, scheduler=params.generate.scheduler)

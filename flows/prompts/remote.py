@@ -116,6 +116,11 @@ class Server:
         if group.get("max_damage") is not None:
             # The measured damage is in the model's folder, on the server: here the groups are only candidates.
             group |= {"max_damage": None, "threshold": DEFAULT.threshold}
+        if group.get("by") == "distilled":
+            raise ConfigurationError(
+                f"{self._address} groups prompts by the distilled encoder of its model, which is not on this machine; "
+                "send the list as a batch (docs/serving.md), or draw it here, without --server"
+            )
         return self, self._serves, settings, Group(**group)
 
     def draw(

@@ -68,7 +68,8 @@ def plan(
         job = prompts.prepare(items, model, given, "", seed)
         if job.first is not None:
             raise ConfigurationError(
-                "shards draw on machines that do not have all prompts' first predictions; set group.by to text"
+                "shards draw on machines that do not have all prompts' first predictions; set group.by to "
+                "distilled or text"
             )
         typer.echo(job.cost)
         known = folder / "out"
@@ -118,7 +119,7 @@ def draw(
 
 def _draw(out: str, found: dict[str, Any], wanted: set[int]) -> None:
     items, groups, settings = _drawable(found), found["groups"], found["settings"]
-    pipe, name, _, _ = prompts.open_model(found["address"])
+    pipe, name, *_ = prompts.open_model(found["address"], groups=False)
     if name != found["model"]:
         raise DataError(
             f"{found['address']} is now model {name[:12]}, the run began with {found['model'][:12]}; start a new run."

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,6 +31,9 @@ from sage.sampling.branch_noise import begins_as_noise
 from sage.sampling.continuous import Call, Continuous, Finished, Prefix, Start
 from sage.sampling.partition import equal
 from sage.sampling.plan import shared_steps
+
+if TYPE_CHECKING:
+    from sage.grouping.distilled import Distilled
 
 _HOLD = 0.05  # seconds that an image waits at most for others of its tenant to share with
 _WINDOW = 1024  # images of one kind that wait so
@@ -97,6 +100,7 @@ class Engine:
         model: Path = Path(),
         prefixes: Prefixes | None = None,
         across_tenants: bool = False,
+        distilled: "Distilled | None" = None,
     ) -> None:
         """Take what draws and what groups.
 
@@ -107,12 +111,15 @@ class Engine:
         model           path of the model, for a policy with `max_damage`
         prefixes        prefixes of earlier requests; by default none, and 64 MiB of memory for those to come
         across_tenants  whether tenants use each other's prefixes
+        distilled       encoder of the model's first predictions, for a policy by it
         """
-        if policy.by == "prediction":
+        if policy.by == "prediction" or (policy.by == "distilled") != (distilled is not None):
             raise ConfigurationError(
                 "the server groups prompts by their texts, as it does not know them beforehand, but group.by is "
-                "prediction; set it to text"
+                f"{policy.by}; set it to text, or to distilled after `sage distil`"
             )
+        self.distilled = distilled
+        self._made_for = functools.lru_cache(1024)(pipe.made_for)
         self._pipe, self._policy, self._model = pipe, policy, model
         self._evaluations = functools.lru_cache(1024)(pipe.evaluations)  # it sets a scheduler, for every image
         self.batch_size = batch_size
@@ -139,10 +146,16 @@ class Engine:
         return max(0.0, min(due) - time.monotonic()) if due else None
 
     def compares(self, job: Job) -> bool:
-        """Return whether the prompts of a job are compared with others, so that `submit` needs their embeddings."""
+        """Return whether the prompts of a job are compared with others, so that `submit` needs their embeddings.
+
+        Raises ConfigurationError if they cannot be, because the distilled encoder is for other settings than the job's.
+        """
         alike = job.groups is None and job.share != "none" and len(set(job.prompts)) > 1
         among_themselves = alike and bool(self._steps(job.settings)[1])
-        return among_themselves or self._shares(job)
+        found = among_themselves or self._shares(job)
+        if found:
+            self._check(job.settings)
+        return found
 
     def submit(self, job: Job, embeddings: Embedded | None = None) -> list[Event]:
         """Queue the images of a job; return errors of those that cannot be drawn at all.
@@ -154,7 +167,7 @@ class Engine:
         self._members[job.id] = list(members)
         try:
             if embeddings is None and self.compares(job):
-                embeddings = embed(job.prompts)
+                embeddings = self._embed(job.prompts)
             if isinstance(embeddings, Exception):
                 raise embeddings
             if embeddings is not None and self._shares(job):
@@ -197,7 +210,18 @@ class Engine:
     def groups(self, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[list[int]]:
         """Return the groups of prompts, by number, that share their early steps; threads may ask."""
         alike = len(set(prompts)) > 1 and self._steps(settings)[1]
-        return self._grouped(prompts, settings, embed(prompts) if alike else None)
+        if alike:
+            self._check(settings)
+        return self._grouped(prompts, settings, self._embed(prompts) if alike else None)
+
+    def _embed(self, prompts: Sequence[str]) -> np.ndarray:
+        return embed(prompts) if self.distilled is None else self.distilled.embed(prompts)
+
+    def _check(self, settings: Mapping[str, Any]) -> None:
+        """Raise ConfigurationError if the distilled encoder was made for other settings."""
+        if self.distilled is not None:
+            asked = (settings[name] for name in ("steps", "guidance_scale", "height", "width"))
+            self.distilled.check(self._made_for(*asked))
 
     def _grouped(
         self, prompts: Sequence[str], settings: Mapping[str, Any], embeddings: np.ndarray | None
@@ -242,7 +266,7 @@ class Engine:
     def _threshold(self, job: Job) -> float:
         """Return the cosine that prompts of different requests need to share."""
         if self._policy.saving is not None:  # it follows from a set of prompts, which nobody has here
-            return float(DEFAULT.threshold or 0)
+            return float(DEFAULT.threshold or 0) if self.distilled is None else self.distilled.threshold
         return self._policy.choose_threshold(np.zeros((0, 0)), job.settings["share_ratio"], self._model)
 
     def _form(self, job: Job, members: Sequence[_Member], embeddings: np.ndarray) -> None:

@@ -266,7 +266,7 @@ def _serve(engine: Any, inbox: "queue.SimpleQueue[Any]", outbox: "queue.SimpleQu
     """Run the engine until the inbox has None: a step, then what has arrived, or wait for it if there is no step."""
     from flows.serving.encoder import Encoder
 
-    encoder = Encoder(lambda job, embeddings: inbox.put(("embedded", (job, embeddings))))
+    encoder = Encoder(lambda job, embeddings: inbox.put(("embedded", (job, embeddings))), engine.distilled)
     embedded: set[str] = set()  # jobs whose prompts are being embedded
     kept = Kept()
 
@@ -333,12 +333,21 @@ def _load(source: Source) -> tuple[Any, Model]:
 
         version = source.version or registry.current(opened)
         opened = f"models:/{registry.split(opened)[0]}/{version}"
-    pipe, sha256, settings, grouping = open_model(opened)
+    pipe, sha256, settings, grouping, distilled = open_model(opened)
+    if distilled is not None:
+        distilled.check(pipe.made_for(settings["steps"], settings["guidance_scale"]))
     loras = adapters.load(pipe, dict(source.loras))
     policy = Policy(**grouping.model_dump())
-    prefixes = Prefixes(source.prefix_memory, _prefix_files(source, pipe, sha256))
+    prefixes = Prefixes(source.prefix_memory, _prefix_files(source, pipe, sha256, distilled))
     engine = Engine(
-        pipe, policy, source.batch_size, source.deterministic, Path(source.model), prefixes, source.across_tenants
+        pipe,
+        policy,
+        source.batch_size,
+        source.deterministic,
+        Path(source.model),
+        prefixes,
+        source.across_tenants,
+        distilled,
     )
     size = pipe.drawn_size()
     multiple = pipe.vae_scale_factor * pipe._network.config.get("patch_size", 1)
@@ -358,14 +367,18 @@ def _load(source: Source) -> tuple[Any, Model]:
     return engine, model
 
 
-def _prefix_files(source: Source, pipe: Any, sha256: str) -> Any:
-    """Return the prefixes on disk that this pipeline, with its scheduler and precision, left or may leave; or None."""
+def _prefix_files(source: Source, pipe: Any, sha256: str, distilled: Any) -> Any:
+    """Return the prefixes on disk that this pipeline, with its scheduler and precision, left or may leave; or None.
+
+    Prefixes are found by the embeddings of their prompts, so those of a distilled encoder are its own.
+    """
     from flows.serving.prefix_files import PrefixFiles
 
     if source.prefix_folder is None:
         return None
     scheduler = pipe.scheduler
     depends = [sha256, type(scheduler).__name__, sorted(scheduler.config.items()), str(pipe.dtype), pipe.device.type]
+    depends += [] if distilled is None else [distilled.sha256]
     identity = hashlib.sha256(repr(depends).encode()).hexdigest()
     return PrefixFiles(source.prefix_folder, source.prefix_bytes, identity, pipe.device)
 

@@ -1,7 +1,7 @@
 """Stage group: form groups of similar prompts in each split."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -37,12 +37,19 @@ def main(
     steps = params.generate.steps
     shared = shared_steps(params.generate.share_ratio, steps)
     results = {}
-    pipe, drawing = None, {"steps": steps, "guidance_scale": params.generate.guidance_scale}
+    pipe: Any = None
+    drawing = {"steps": steps, "guidance_scale": params.generate.guidance_scale}
     drawing["batch_size"] = params.generate.batch_size
-    if policy.by == "prediction":
+    if policy.by == "distilled":
+        from sage.grouping.distilled import read_distilled
+
+        encoder = read_distilled(base)
+    if policy.by in ("prediction", "distilled"):
         from flows.drawing import first_predictions, open_pipeline  # late: groups by text need no network
 
-        pipe = open_pipeline(base, scheduler=params.generate.scheduler, precision=params.generate.precision)
+        # Nothing is evaluated for a distilled encoder, but the pipeline tells whether it was made for this scheduler.
+        on = "cpu" if policy.by == "distilled" else None
+        pipe = open_pipeline(base, on, params.generate.scheduler, params.generate.precision)
     with stage_run("group", settings.model_dump(exclude_none=True)) as record, new_folder(out) as folder:
         record.dataset("prepared", sha256_tree(data), "grouping")
         for split in SPLITS:
@@ -53,6 +60,10 @@ def main(
             with progress(len(examples), f"embedding {split}") as advance:
                 if pipe is not None:
                     pixels = dict(zip(("height", "width"), load_pixels(examples[:1]).shape[1:3], strict=True))
+                if policy.by == "distilled":
+                    made_for = pipe.made_for(steps, params.generate.guidance_scale, **pixels)
+                    embeddings = encoder.check(made_for).embed(texts, progress=advance)
+                elif policy.by == "prediction":
                     found = first_predictions(pipe, texts, drawing, pixels)
                     embeddings, evaluations = found.embeddings(), {"network_evaluations": found.network_evaluations}
                     advance(len(examples))

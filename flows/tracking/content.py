@@ -60,7 +60,10 @@ def describe(params: Params, threshold: float, model_sha256: str) -> dict[str, A
     """
     sampling = params.generate.sampling()
     # Store the threshold that was used, even if the parameters give a budget instead of a threshold.
-    grouping = {"threshold": threshold, **params.group.model_dump(include={"max_size", "near_duplicate", "guard"})}
+    grouping = {
+        "threshold": threshold,
+        **params.group.model_dump(include={"max_size", "near_duplicate", "guard", "by"}),
+    }
     return {
         "model_sha256": model_sha256,
         "base": params.base,
@@ -74,16 +77,22 @@ def describe(params: Params, threshold: float, model_sha256: str) -> dict[str, A
 def save(folder: Path, model: Path, config: Mapping[str, Any]) -> None:
     """Write the files of a version; its signature has the parameters of a request and their defaults.
 
-    Raises RegistryError if the model holds a pickle.
+    If the version groups by the model's distilled encoder, that is one of the files. Raises RegistryError if the model
+    holds a pickle.
     """
     _refuse_pickles(model, "the model")
+    artifacts = {"model": str(model)}
+    if config["group"].get("by") == "distilled":
+        from sage.grouping.distilled import kept_at  # late: it needs torch
+
+        artifacts["distilled"] = str(kept_at(model))
     from mlflow.models import Model
     from mlflow.types import DataType, ParamSchema, ParamSpec
 
     pyfunc().save_model(
         str(folder),
         python_model=str(Path(__file__).with_name("served.py")),
-        artifacts={"model": str(model)},
+        artifacts=artifacts,
         code_paths=[package.__path__[0] for package in (sage, flows)],
         model_config=dict(config),
         pip_requirements=[line for line in requires("sage-diffusion") or [] if "extra ==" not in line],

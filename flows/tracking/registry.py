@@ -266,6 +266,11 @@ def _create(tracker: Any, home: str, model: Path, metrics: Path, says: Mapping[s
         shutil.copytree(model, weights)
         if sha256_tree(weights) != tags[_MODEL_HASH]:
             raise RegistryError(f"{model} changed while it was being registered. Try again.")
+        if says["group"].get("by") == "distilled":
+            from sage.grouping.distilled import kept_at, read_distilled  # late: they need torch
+
+            read_distilled(model)
+            shutil.copy(kept_at(model), kept_at(weights))
         content.save(files, weights, says)
         tags = tags | {content.FILES_HASH: content.files_hash(files)}
         run.artifact(metrics, "metrics")

@@ -14,6 +14,7 @@ from typing import Any
 import sage.torchvision_ops  # noqa: F401
 
 import mlflow.models
+import numpy as np
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
@@ -25,6 +26,7 @@ from sage.data.rows import Rejected
 from sage.errors import ConfigurationError, RegistryError
 from sage.files import sha256_tree
 from sage.grouping.boilerplate import distinct
+from sage.grouping.distilled import Distilled, read_distilled
 from sage.grouping.embedding import embed
 from sage.grouping.policy import Policy
 from sage.numbers import whole
@@ -40,6 +42,8 @@ Answer = dict[str, str | int | float | list[int]]
 class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow mlflow
     """MLflow model that groups the prompts of a request and computes the first steps once for each group."""
 
+    _distilled: Distilled | None = None
+
     def load_context(self, context: PythonModelContext) -> None:
         """Load the weights of the version; raise RegistryError if a hash differs."""
         folder = Path(context.artifacts["model"])
@@ -47,6 +51,8 @@ class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow
         found, wanted = sha256_tree(folder), context.model_config["model_sha256"]
         if found != wanted:
             raise RegistryError(f"the weights are damaged: SHA-256 {found[:12]}, not {wanted[:12]}.")
+        if context.model_config["group"].get("by") == "distilled":
+            self._distilled = read_distilled(folder)
         self._pipeline = open_pipeline(folder)
         # A server calls from several threads, but the pipeline has only one scheduler, which holds state.
         self._alone = threading.Lock()
@@ -83,7 +89,7 @@ class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow
             policy, first = Policy(**config["group"]), None
             if policy.by == "prediction":
                 first = first_predictions(self._pipeline, texts, settings)
-            embeddings = embed(distinct(texts)) if first is None else first.embeddings()
+            embeddings = self._embedded(texts, settings) if first is None else first.embeddings()
             groups = policy.form(texts, embeddings, config["group"]["threshold"])
             of = {member: place for place, members in enumerate(groups) for member in members}
             for member, result, truncated in draw(self._pipeline, texts, seeds, groups, settings, predictions=first):
@@ -102,6 +108,16 @@ class SharedSampling(PythonModel):  # type: ignore[misc]  # mypy does not follow
                     **_cost(steps, len(groups[of[member]]), settings, first),
                 }
         return items
+
+    def _embedded(self, texts: list[str], settings: dict[str, Any]) -> np.ndarray:
+        """Return what prompts are grouped by; raise MlflowException if the distilled encoder is for other settings."""
+        if self._distilled is None:
+            return embed(distinct(texts))
+        try:
+            self._distilled.check(self._pipeline.made_for(settings["steps"], settings["guidance_scale"]))
+        except ConfigurationError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
+        return self._distilled.embed(texts)
 
 
 def _check(settings: dict[str, Any], prompts: int, limits: dict[str, int]) -> None:

@@ -1,5 +1,6 @@
 """The groups that a call of the pipeline forms; by default as the shipped `params.yaml` does."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,11 +28,12 @@ class Grouping(Policy):
 
     Of `threshold`, `saving` and `max_damage` at most one is given; without them the threshold is that of `params.yaml`,
     or PREDICTION_THRESHOLD with `by="prediction"`: similarity is then measured on the model's own first predictions,
-    which cost a network evaluation a prompt.
+    which cost a network evaluation a prompt. `by="distilled"` costs none: an encoder distilled from them, which `sage
+    distil` writes beside `model`, stands for them, and without a threshold groups are as many as by text.
 
     encoder     "minilm", or a name or folder that SentenceTransformer loads
     embeddings  instead of `encoder`: one row for each prompt, shape (n, d), an array or a tensor on any device
-    model       path of a model whose damage was measured; `max_damage` needs it
+    model       path of the model; `max_damage` needs its measured damage, `by="distilled"` its distilled encoder
     """
 
     max_size: int = DEFAULT.max_size
@@ -46,9 +48,11 @@ class Grouping(Policy):
         given = {name: value for name, value in given.items() if value is not None}
         if len(given) > 1:
             raise ConfigurationError(f"give one of threshold, saving and max_damage, not all of {given}")
-        if self.by == "prediction" and self.encoder != ENCODER:
-            raise ConfigurationError(f"by='prediction' compares no texts; leave out encoder={self.encoder!r}, or by")
-        if not given:
+        if self.by in ("prediction", "distilled") and self.encoder != ENCODER:
+            raise ConfigurationError(f"by={self.by!r} compares no texts; leave out encoder={self.encoder!r}, or by")
+        if self.by == "distilled" and self.model is None and self.embeddings is None:
+            raise ConfigurationError("by='distilled' needs the path of the model that was distilled; give model=")
+        if not given and self.by != "distilled":
             default = PREDICTION_THRESHOLD if self.by == "prediction" else DEFAULT.threshold
             object.__setattr__(self, "threshold", default)
 
@@ -64,12 +68,19 @@ class Grouping(Policy):
             )
         return replace(self, embeddings=found[list(rows)])
 
-    def groups(self, prompts: Sequence[str] | None, keys: Keys, share_ratio: float) -> Groups:
+    def groups(
+        self,
+        prompts: Sequence[str] | None,
+        keys: Keys,
+        share_ratio: float,
+        made_for: tuple[str, float, float] | None = None,
+    ) -> Groups:
         """Return groups of similar prompts, a partition of their indices.
 
         prompts      the prompts, or None if the pipeline was given prompt embeddings only
         keys         one share key for each prompt (`sage.grouping.share_key`)
         share_ratio  what `saving` and `max_damage` refer to
+        made_for     scheduler, first timestep and guidance scale, for which a distilled encoder must be made
 
         Raises ConfigurationError if prompts are needed and None.
         """
@@ -78,11 +89,25 @@ class Grouping(Policy):
                 "prompt_embeds cannot be grouped; give groups=[[0, 1], ...], groups=Grouping(embeddings=...) without a "
                 "guard, a plan, or share_ratio=0 for none"
             )
-        if self.embeddings is None:
+        model, policy = None if self.model is None else Path(self.model), self
+        if self.embeddings is not None:
+            rows = np.asarray(self.embeddings)
+        elif self.by == "distilled":
+            assert prompts is not None and model is not None
+            encoder = _distilled(model)
+            rows = (encoder if made_for is None else encoder.check(made_for)).embed(prompts)
+            if self.threshold is self.saving is self.max_damage is None:
+                policy = replace(self, threshold=encoder.threshold)
+        else:
             assert prompts is not None
             rows = embed(distinct(prompts), self.encoder)
-        else:
-            rows = np.asarray(self.embeddings)
-        model = None if self.model is None else Path(self.model)
-        threshold = self.choose_threshold(rows, share_ratio, model, prompts, keys)
+        threshold = policy.choose_threshold(rows, share_ratio, model, prompts, keys)
         return self.form(prompts or [""] * len(keys), rows, threshold, keys)
+
+
+@functools.lru_cache(maxsize=1)
+def _distilled(model: Path) -> Any:
+    """Return a model's distilled encoder; the last one stays, because to check it is to hash the model's weights."""
+    from sage.grouping.distilled import read_distilled  # late: it needs torch
+
+    return read_distilled(model)

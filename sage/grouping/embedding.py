@@ -5,16 +5,19 @@ import hashlib
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from sage.errors import DataError
 from sage.files import sha256_tree
 from sage.packaged import minilm_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Far more than any sentence encoder reads (MiniLM: 256 tokens), yet short enough for every tokenizer.
 MAX_CHARACTERS = 20_000
@@ -67,6 +70,31 @@ def embed(
         vectors |= found
         progress(len(batch))
     return np.stack([vectors[_clean(prompt)] for prompt in prompts])
+
+
+def token_states(
+    prompts: Sequence[str], *, batch_size: int = 128, progress: Callable[[int], None] = lambda n: None
+) -> Iterator[tuple[list[list[int]], "list[Tensor]"]]:
+    """Yield the states of MiniLM's tokens in batches of different texts, in an order that the texts alone decide.
+
+    A batch has, for each of its texts, the numbers of the prompts that have it, and its states, (tokens, 384) on the
+    CPU: of at most 256 tokens, the first and the last of which mark the ends. `progress` is called with the number of
+    prompts of each batch, after it was used.
+    """
+    places: dict[str, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        places.setdefault(_clean(prompt), []).append(number)
+    # Batch composition changes the rounding, so sort: the result must not depend on the order of the prompts.
+    texts = sorted(places, key=lambda text: (len(text), text))
+    for start in range(0, len(texts), batch_size):
+        batch = texts[start : start + batch_size]
+        with _ENCODING:
+            states = _load("minilm").encode(
+                batch, batch_size=batch_size, output_value="token_embeddings", show_progress_bar=False
+            )
+        numbers = [places[text] for text in batch]
+        yield numbers, states
+        progress(sum(map(len, numbers)))
 
 
 def _clean(prompt: str) -> str:

@@ -15,8 +15,9 @@ from sage.grouping.share_key import Keys, group_apart, tree_apart
 from sage.grouping.thresholds import threshold_for_saving
 
 ENCODER = "minilm"
-# The spaces in which prompts are compared: embeddings of their text, or the model's own first predictions of them.
-By = Literal["text", "prediction"]
+# The spaces in which prompts are compared: embeddings of their text, the model's own first predictions of them, or what
+# an encoder distilled from these takes them for.
+By = Literal["text", "prediction", "distilled"]
 # Lowest threshold that a target saving may lead to: with MiniLM the cosine of unrelated prompts is around 0.
 FLOOR = 0.0
 
@@ -31,8 +32,9 @@ class Policy:
     saving          fraction of the network evaluations to save; the threshold follows from the prompts
     max_damage      largest measured damage of sharing (`sage.grouping.cost`); the threshold follows from the model
     guard           kinds of difference between prompts that never share a group (`sage.grouping.guard`); None: none
-    by              the space of the embeddings, to which threshold and damage refer: "text", or "prediction", the
-                    model's first predictions (`sage.sampling.first_prediction`); None: text
+    by              the space of the embeddings, to which threshold and damage refer: "text"; "prediction", the
+                    model's first predictions (`sage.sampling.first_prediction`); or "distilled", from an encoder
+                    distilled from them (`sage.grouping.distilled`); None: text
     """
 
     max_size: int
@@ -45,8 +47,8 @@ class Policy:
 
     @property
     def space(self) -> str:
-        """The name of the space in files: that of the sentence encoder, or "prediction"."""
-        return "prediction" if self.by == "prediction" else ENCODER
+        """The name of the space in files: that of the sentence encoder, "prediction" or "distilled"."""
+        return ENCODER if self.by in (None, "text") else str(self.by)
 
     def choose_threshold(
         self,

@@ -76,7 +76,7 @@ def threshold_for_damage(curve: Sequence[tuple[float, float]], at_most: float) -
 
 def share_reaching(embeddings: np.ndarray, threshold: float) -> float:
     """Return the fraction of all pairs of rows whose cosine reaches the threshold; rows have length 1."""
-    return float((_sample(embeddings) >= threshold).mean())
+    return float((pair_cosines(embeddings) >= threshold).mean())
 
 
 def threshold_for_share(embeddings: np.ndarray, share: float) -> float:
@@ -87,10 +87,10 @@ def threshold_for_share(embeddings: np.ndarray, share: float) -> float:
     """
     if not 0 <= share <= 1:
         raise ConfigurationError(f"share is {share}; give a fraction of the pairs in [0, 1]")
-    return float(np.quantile(_sample(embeddings), 1 - share))
+    return float(np.quantile(pair_cosines(embeddings), 1 - share))
 
 
-def _sample(embeddings: np.ndarray) -> np.ndarray:
+def pair_cosines(embeddings: np.ndarray) -> np.ndarray:
     """Return the cosines of all pairs of rows, or of _PAIRS pairs drawn with a fixed seed if there are more."""
     n = len(embeddings)
     if n < 2:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sage.errors import UnsupportedError
+from sage.grouping.sphere import on_sphere
 from sage.sampling.branch_noise import SCHEDULERS, begins_as_noise, predicted_x_0
 from sage.sampling.conditions import block_conditions
 
@@ -39,15 +40,10 @@ class FirstPredictions:
     def embeddings(self) -> np.ndarray:
         """Return rows of length 1, (n, d + 1), whose cosine is 1 - m / 4 for prompts of mean squared difference m.
 
-        Autoencoders scale latents to variance 1, so the scale is the same for all sets of prompts: m is 2 for unrelated
-        images, and less for predictions, which are means. The last column gives all rows of d latents the length
-        sqrt(2 d); it lowers the cosine of rows of different length a little. Longer rows are scaled.
+        See `sage.grouping.sphere`.
         """
-        rows = self.x_0.flatten(1).double().numpy()
-        missing = np.sqrt(np.clip(2 * rows.shape[1] - np.square(rows).sum(1, keepdims=True), 0, None))
-        lifted = np.concatenate([rows, missing], axis=1)
-        found: np.ndarray = (lifted / np.linalg.norm(lifted, axis=1, keepdims=True)).astype(np.float32)
-        return found
+        rows = self.x_0.flatten(1).numpy()
+        return on_sphere(rows, rows.shape[1])
 
     def of(self, prompts: list[int]) -> "FirstPredictions":
         """Return the predictions of these prompts, by number."""
@@ -58,10 +54,9 @@ class FirstPredictions:
         return self.x_0[prompts].mean(0)
 
 
-def made_for(stream: Any) -> tuple[str, float, float]:
-    """Return what the first predictions of a stream's prompts depend on besides the prompts and the network."""
-    scheduler = stream._pipe.scheduler
-    return type(scheduler).__name__, round(float(scheduler.timesteps[0]), 3), float(stream._scale)
+def made_for(scheduler: Any, guidance_scale: float) -> tuple[str, float, float]:
+    """Return what first predictions depend on besides the prompts and the network; timesteps of `scheduler` are set."""
+    return type(scheduler).__name__, round(float(scheduler.timesteps[0]), 3), float(guidance_scale)
 
 
 @torch.no_grad()
@@ -102,4 +97,6 @@ def first_predictions(stream: Any) -> FirstPredictions:
         found.update(zip(images, x_0.float().cpu(), strict=True))
     rows = torch.stack([found[first[stream.prompt_of(image)]] for image in range(count)])
     pipe._end_call()
-    return FirstPredictions(rows, pipe._evaluations - before, begins_as_noise(scheduler), made_for(stream))
+    return FirstPredictions(
+        rows, pipe._evaluations - before, begins_as_noise(scheduler), made_for(scheduler, stream._scale)
+    )

@@ -35,7 +35,7 @@ from sage.numbers import real, single, whole
 from sage.sampling import loop, saved
 from sage.sampling.branch_noise import safe_image_steps
 from sage.sampling.caches import StepCaches
-from sage.sampling.first_prediction import FirstPredictions, first_predictions
+from sage.sampling.first_prediction import FirstPredictions, first_predictions, made_for
 from sage.sampling.hooks import check_hooks
 from sage.sampling.partition import as_groups, check_keys, equal, share_keys
 from sage.sampling.plan import Plan, shared_steps
@@ -346,7 +346,7 @@ class SharedSamplingPipeline:
                 # Made by the copy of this call, which so counts them.
                 predictions = call._first_predictions(prompts, negatives, given, scale, batch_size, options)
             rows = None if predictions is None else predictions.embeddings
-            found = _groups(groups, prompts, keys, copies, share_ratio, steps, rows)
+            found = _groups(groups, prompts, keys, copies, share_ratio, steps, rows, made_for(call.scheduler, scale))
             plan = Plan.shared(found, steps, share_ratio)
         if plan.prompts != len(copies):
             raise PlanError(f"the plan is for {plan.prompts} prompts, but {count} were given; build a plan for these")
@@ -391,6 +391,12 @@ class SharedSamplingPipeline:
         Some schedulers evaluate more than once in an inference step.
         """
         return len(self._scheduled(num_inference_steps, height, width).timesteps)
+
+    def made_for(
+        self, num_inference_steps: int, guidance_scale: float, height: int | None = None, width: int | None = None
+    ) -> tuple[str, float, float]:
+        """Return the scheduler, first timestep and guidance scale of a call, which its first predictions depend on."""
+        return made_for(self._scheduled(num_inference_steps, height, width), guidance_scale)
 
     def evaluations_a_step(self, guidance_scale: float) -> int:
         """Return 2 if a step under this guidance scale evaluates the network without and with text, else 1."""
@@ -628,6 +634,7 @@ def _groups(
     share_ratio: float | Sequence[float],
     steps: int,
     predicted: Callable[[], np.ndarray] | None,
+    made_for: tuple[str, float, float],
 ) -> list[list[int]]:
     """Return the groups that are given, or form groups of `copies`: lists of the numbers of equal prompts.
 
@@ -638,6 +645,7 @@ def _groups(
     share_ratio  one, or one for each given group
     steps        steps of the plan
     predicted    returns the embeddings of the prompts' first predictions, if it is to group by them
+    made_for     scheduler, first timestep and guidance scale of the call
     """
     if isinstance(groups, (Iterable, Tensor)):
         return as_groups(groups, len(keys))
@@ -659,7 +667,7 @@ def _groups(
     texts = None if prompts is None else [prompts[number] for number in first]
     if grouping.by == "prediction" and grouping.embeddings is None and predicted is not None:
         grouping = replace(grouping, embeddings=predicted())
-    return grouping.of_rows(first, len(keys)).groups(texts, [keys[number] for number in first], ratio)
+    return grouping.of_rows(first, len(keys)).groups(texts, [keys[number] for number in first], ratio, made_for)
 
 
 def adopted(family: Any, pipeline: Any) -> Any:

@@ -229,10 +229,11 @@ class Stream:
                 "call disable_cache() of the transformer"
             )
         count = self.plan.prompts // self._images
-        if len(given.x_0) != count or given.made_for != made_for(self):
+        wanted = made_for(self._pipe.scheduler, self._scale)
+        if len(given.x_0) != count or given.made_for != wanted:
             raise ConfigurationError(
                 f"the first predictions are of {len(given.x_0)} prompts with (scheduler, timestep, guidance scale) "
-                f"{given.made_for}, but the call has {count} prompts with {made_for(self)}; make them for this call"
+                f"{given.made_for}, but the call has {count} prompts with {wanted}; make them for this call"
             )
 
     @torch.no_grad()

@@ -30,6 +30,7 @@ COMMANDS = [
     "group",
     "pretrain",
     "calibrate",
+    "distil",
     "register",
     "judge",
     "promote",
@@ -106,6 +107,7 @@ QUICK = [
     ),
     ["group", "missing.txt"],
     ["calibrate", "--data", "missing"],
+    ["distil", "--data", "missing"],
     ["pretrain", "autoencoder", "--data", "missing"],
     ["pretrain", "denoiser", "--data", "missing"],
 ]

@@ -5,16 +5,19 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import small
+from encoders import random_encoder
 from safetensors.numpy import save_file
 
 from flows.commands import doctor
 from flows.versioning import repository
 from sage.errors import SageError
+from sage.grouping.distilled import write_distilled
 
 BASE = Path("models/base")
 
@@ -124,6 +127,18 @@ def test_the_base_of_the_parameters_is_checked(tmp_path, monkeypatch):
         small.set_params(tmp_path, base=base)
         found = next(doctor._weights())
         assert what in found.what and remedy in found.remedy and bool(found.remedy) == bool(remedy)
+
+
+def test_the_distilled_encoder_that_groups_need_is_checked():
+    missing = doctor._distilled(BASE)
+    assert "there is no models/base.distilled.safetensors" in missing.what
+    assert missing.remedy == "sage distil --model models/base"
+    encoder = replace(random_encoder(("DDIMScheduler", 999.0, 1.0)), measured={"variance_explained": 0.829})
+    write_distilled(BASE, encoder, {})
+    said = "group.by: distilled, by an encoder that explains 82.9% of first predictions"
+    assert doctor._distilled(BASE) == doctor.Finding(said)
+    weights(1)
+    assert "other weights" in doctor._distilled(BASE).what and doctor._distilled(BASE).remedy
 
 
 def test_without_git_or_a_commit(monkeypatch, tmp_path_factory):

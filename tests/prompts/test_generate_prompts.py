@@ -132,9 +132,9 @@ def test_groups_by_first_prediction_cost_what_the_first_line_says(generate, mode
     opened, rows = prompts.open_model, []
 
     def by_prediction(model):
-        pipe, name, settings, group = opened(model)
+        pipe, name, settings, group, _ = opened(model)
         pipe.unet.register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
-        return pipe, name, settings, group.model_copy(update={"by": "prediction", "threshold": 0.0})
+        return pipe, name, settings, group.model_copy(update={"by": "prediction", "threshold": 0.0}), None
 
     monkeypatch.setattr(prompts, "open_model", by_prediction)
     out = generate(write(tmp_path), model=str(zero), branch_noise=1.0)
@@ -149,7 +149,7 @@ def test_groups_by_first_prediction_cost_what_the_first_line_says(generate, mode
     rows.clear()
     generate(write(tmp_path), tmp_path / "alone", model=str(zero), share_ratio=0.0)
     assert sum(rows) == 56
-    with pytest.raises(ConfigurationError, match=r"set group\.by to text"):
+    with pytest.raises(ConfigurationError, match=r"set group\.by to distilled or text"):
         shards.plan(write(tmp_path), str(tmp_path / "shards"), str(zero))
 
 

@@ -282,3 +282,15 @@ def test_retry_after_is_seconds_or_a_date(value, seconds):
 def test_help_imports_no_torch():
     code = "import sys, flows.prompts.generate; print([name for name in ('torch', 'httpx') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_server_that_groups_by_its_distilled_encoder_is_refused_by_name(monkeypatch):
+    async def alone(self):
+        group = {"by": "distilled", "threshold": 0.9, "max_size": 6, "near_duplicate": 0.999}
+        return {"sha256": "a" * 64, "settings": {"steps": 4, "group": group}}
+
+    monkeypatch.setattr(Server, "_alone", alone)
+    with pytest.raises(
+        ConfigurationError, match=r"http://127\.0\.0\.1:1.* distilled encoder of its model, which is not"
+    ):
+        Server("http://127.0.0.1:1", None).opened()

@@ -11,7 +11,6 @@ from waiting import Clock
 
 from flows.serving.engine import Engine
 from flows.serving.requests import Drawn, Failed, Job
-from sage.errors import ConfigurationError
 from sage.grouping.policy import Policy
 from sage.sampling.pipeline import SharedSamplingPipeline
 from sage.sampling.plan import Plan
@@ -56,11 +55,6 @@ def run(engine, jobs, between=1):
             assert (event.job, event.index) not in found
             found[event.job, event.index] = event
     return found
-
-
-def test_groups_by_prediction_are_refused(pipe):
-    with pytest.raises(ConfigurationError, match=r"group\.by is prediction; set it to text"):
-        Engine(pipe, Policy(max_size=6, near_duplicate=0.999, threshold=0.9, by="prediction"), 4)
 
 
 def pixels(event):
