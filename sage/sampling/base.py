@@ -72,6 +72,7 @@ def new_unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D",) * len(channels),
         cross_attention_dim=384,
         attention_head_dim=4,
+        norm_num_groups=8,  # by default 32, of three channels: 1.5% more loss after 440 steps
     )
 
 
