@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class PrefixFiles:
         """
         self.folder, self.limit, self.identity, self._device = folder, limit, identity, device
         self.damaged = self.failed = self.files = self.bytes = 0
+        self.on_written: Callable[[], None] = lambda: None  # called by the writing thread after each prefix
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for path in folder.glob(".*.tmp-*"):
             if time.time() - path.stat().st_mtime > _ABANDONED:
@@ -120,6 +121,7 @@ class PrefixFiles:
                 traceback.print_exc()
             finally:
                 self._unwritten.task_done()
+            self.on_written()
 
     def _write(self, key: Key, prefix: Prefix, embedding: np.ndarray | None) -> None:
         tensors = {"latents": prefix.latents, "clean": prefix.clean}

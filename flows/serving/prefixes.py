@@ -2,7 +2,7 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
@@ -42,6 +42,11 @@ class Prefixes:
         files = self._files
         on_disk = (files.files, files.bytes, files.damaged, files.failed) if files else (0, 0, 0, 0)
         return Kept(len(self), self.bytes, oldest, *on_disk)
+
+    def notify(self, on_written: Callable[[], None]) -> None:
+        """Call `on_written`, from another thread, whenever a prefix has been written to disk, so `figures` changed."""
+        if self._files is not None:
+            self._files.on_written = on_written
 
     def put(self, kind: Hashable, prompts: Sequence[str], prefix: Prefix, embedding: np.ndarray | None = None) -> None:
         """Keep a prefix; an earlier one of the same kind, prompts and step is replaced.

@@ -269,6 +269,8 @@ def _serve(engine: Any, inbox: "queue.SimpleQueue[Any]", outbox: "queue.SimpleQu
     encoder = Encoder(lambda job, embeddings: inbox.put(("embedded", (job, embeddings))), engine.distilled)
     embedded: set[str] = set()  # jobs whose prompts are being embedded
     kept = Kept()
+    # Prefixes are written after their images have been sent, when there may be no step that would say so.
+    engine.prefixes.notify(lambda: inbox.put(("written", None)))
 
     def take(name: str, content: Any) -> Sequence[Event]:
         if name == "submit":
@@ -290,6 +292,11 @@ def _serve(engine: Any, inbox: "queue.SimpleQueue[Any]", outbox: "queue.SimpleQu
             engine.cancel(content)
         return ()
 
+    def report() -> None:
+        nonlocal kept
+        if (now := engine.prefixes.figures) != kept:
+            outbox.put(kept := now)
+
     while True:
         while not engine.busy or not inbox.empty():
             try:
@@ -300,10 +307,10 @@ def _serve(engine: Any, inbox: "queue.SimpleQueue[Any]", outbox: "queue.SimpleQu
                 return
             for event in take(*message):
                 outbox.put(event)
+            report()
         for event in engine.step():
             outbox.put(event)
-        if (now := engine.prefixes.figures) != kept:
-            outbox.put(kept := now)
+        report()
 
 
 def _group(engine: Any, asked: Grouping, outbox: "queue.SimpleQueue[Any]") -> None:
