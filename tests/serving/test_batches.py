@@ -183,7 +183,7 @@ def test_a_cancelled_batch_keeps_its_results_and_draws_no_more(tmp_path):
     with without_model(tmp_path, "--batches", str(tmp_path / "b"), "--seconds", "0.05") as server:
         server.wait()
         name = accept(server, prompts(500)).json()["id"]
-        wait_for(lambda: batch(server, name)["request_counts"]["completed"] > 3, 10)
+        wait_for(lambda: batch(server, name)["request_counts"]["completed"] > 3, 60)
         assert server.client.post(f"/v1/batches/{name}/cancel").json()["status"] in ("cancelling", "cancelled")
         counts = ended(server, name, 5)["request_counts"]
         assert 3 < counts["completed"] < 100 and counts["failed"] == 0
@@ -211,7 +211,7 @@ def test_tenants_do_not_see_each_others_batches(tmp_path):
         assert [one["id"] for one in server.client.get("/v1/batches", headers=alice).json()["data"]] == [name]
         # Another tenant's batch does not wait for the end of this one.
         other = accept(server, prompts(5), **bob).json()["id"]
-        wait_for(lambda: server.client.get(f"/v1/batches/{other}", headers=bob).json()["status"] == "completed", 10)
+        wait_for(lambda: server.client.get(f"/v1/batches/{other}", headers=bob).json()["status"] == "completed", 60)
         assert server.client.get(f"/v1/batches/{name}", headers=alice).json()["status"] == "in_progress"
         for _ in range(15):
             assert accept(server, prompts(1000), **alice).status_code == 202
@@ -238,7 +238,7 @@ def test_a_batch_goes_on_after_the_server_ended(tmp_path, number):
     with without_model(tmp_path, *arguments) as server:
         server.wait()
         name = accept(server, body).json()["id"]
-        wait_for(lambda: batch(server, name)["request_counts"]["completed"] > 5, 10)
+        wait_for(lambda: batch(server, name)["request_counts"]["completed"] > 5, 60)
         seen = []
         with server.client.stream("GET", f"/v1/batches/{name}/results") as answer:
             try:
@@ -269,7 +269,7 @@ def test_a_torn_result_is_drawn_again(tmp_path):
     with without_model(tmp_path, "--batches", str(folder), "--seconds", "0.05") as server:
         server.wait()
         name = accept(server, prompts(40)).json()["id"]
-        wait_for(lambda: batch(server, name)["request_counts"]["completed"] > 5, 10)
+        wait_for(lambda: batch(server, name)["request_counts"]["completed"] > 5, 60)
         server.process.kill()
         server.process.wait()
     with (folder / name / "results.jsonl").open("ab") as file:
@@ -303,7 +303,7 @@ def test_two_servers_of_one_folder_share_the_work_and_neither_draws_it_twice(tmp
         other = accept(second, prompts(10)).json()["id"]
         assert len(results(first, other)) == 10
         assert second.client.post(f"/v1/batches/{other}/cancel").json()["status"] == "completed"
-        wait_for(lambda: batch(second, name)["request_counts"]["completed"] > 5, 10)
+        wait_for(lambda: batch(second, name)["request_counts"]["completed"] > 5, 60)
         first.process.kill()
         # The other one takes it over.
         assert sorted(one["line"] for one in results(second, name)) == list(range(60))

@@ -114,7 +114,7 @@ def test_a_replica_that_ends_is_taken_out_without_a_failed_request(pair, number)
 def test_a_replica_that_is_not_ready_gets_no_requests_and_comes_back(pair):
     one, other, server = pair
     os.kill(one.ready()["worker_pid"], signal.SIGSTOP)
-    wait_for(lambda: "replicas/replica0 is DOWN" in server.log.read_text(), 20)
+    wait_for(lambda: "replicas/replica0 is DOWN" in server.log.read_text(), 60)
     before = other.metric(TOTAL)
     assert answers(server, 3) == [200] * 3
     assert other.metric(TOTAL) == before + 3

@@ -110,7 +110,7 @@ def test_prefixes_on_disk_survive_a_restart_even_by_a_kill(model, tmp_path):
     with sage(*arguments) as server:
         server.wait()
         first = asked("a red cat on a mat")
-        wait_for(lambda: server.metric("sage_prefix_files") >= 1, 10)
+        wait_for(lambda: server.metric("sage_prefix_files") >= 1, 60)
         (path,) = (tmp_path / "prefixes").glob("*.safetensors")
     with sage(*arguments) as server:
         server.wait()

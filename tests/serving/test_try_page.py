@@ -69,7 +69,7 @@ def test_a_person_sees_an_error_and_can_stop(page, tmp_path):
         page.value("find('stop').click()")
         page.wait("!find('draw').disabled")
         assert text(page, "state") == "stopped"
-        wait_for(lambda: server.metric("sage_images_open") == 0, 10)
+        wait_for(lambda: server.metric("sage_images_open") == 0, 60)
         assert server.metric('sage_images_total{outcome="cancelled"}') > 30
         fill(page, ["a"] * 5)
         page.value("find('draw').click()")
